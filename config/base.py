@@ -1,0 +1,152 @@
+"""Every configuration key, with its meaning and default.
+
+A preset (config/nft.py) starts from ``get_config()`` and changes what it must.  The tree is locked:
+a misspelt key is an error.  Allowed values are in ``diffusion_nft/validation.py``, which refuses a bad
+configuration before any model is loaded.  Every key can be set on the command line:
+``--config.train.learning_rate=1e-4``.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The defaults: SD3.5-Medium at 512 px with the published hyper-parameters, no data, no reward."""
+    config = ml_collections.ConfigDict()
+
+    # Name shown in wandb; empty: the last part of save_dir.
+    config.run_name = ""
+    # The run directory.  The same command continues the run that lies there.
+    config.save_dir = ""
+    # All randomness is a function of (seed, epoch, sample, purpose): never of ranks or batch sizes.
+    config.seed = 42
+    # The loss: a name in diffusion_nft.algorithms.ALGORITHMS.
+    config.algorithm = "nft"
+    # One epoch = sample, score, train, refresh the old policy.
+    config.num_epochs = 100_000
+    # Epochs between checkpoints, and between evaluations (0: only at the end).
+    config.save_freq = 30
+    config.eval_freq = 10
+    # Precision of the frozen weights and of autocast: fp16, bf16, no (fp32), fp64 (for verification).
+    config.mixed_precision = "fp16"
+    # TF32 matrix products on GPUs that have them.
+    config.allow_tf32 = True
+    # Begin from the state of another run (a checkpoint, or a run directory: its latest); a run
+    # directory that already holds checkpoints continues from those instead.
+    config.resume_from = ""
+
+    config.pretrained = pretrained = ml_collections.ConfigDict()
+    # A diffusers folder or hub name.  "shapes" is the embedded model.
+    pretrained.model = "stabilityai/stable-diffusion-3.5-medium"
+    # Branch, tag or commit on the hub; empty: the default branch.
+    pretrained.revision = ""
+    # The family of the model: a name in diffusion_nft.models.MODELS.
+    pretrained.model_type = "sd3"
+    # T5 tokens per prompt (CLIP's 77 are the model's own).
+    pretrained.max_sequence_length = 128
+    # Pixels, height = width.
+    config.resolution = 512
+
+    # A name under dataset/ or a folder, holding train/test .txt or _metadata.jsonl files.
+    config.dataset = ""
+    # Reward name -> weight; the total is the weighted sum.  Names: diffusion_nft.rewards.REWARDS.
+    config.reward_fn = ml_collections.ConfigDict({}, allow_dotted_keys=True)
+
+    config.sample = sample = ml_collections.ConfigDict()
+    # Prompts per epoch, and images per prompt.  Their product is the epoch's batch, on any number
+    # of GPUs: ranks take near-equal shares.
+    sample.num_groups = 48
+    sample.num_image_per_prompt = 24
+    # Images sampled at once on a rank: a memory knob, the results do not depend on it.
+    sample.batch_size = 16
+    # Solver (a name in diffusion_nft.solvers.SOLVERS or a diffusers scheduler class) and its steps.
+    sample.solver = "dpm2"
+    sample.num_steps = 10
+    # Noise of the stochastic solvers flow, dance and ddim (0: their ODE); the others have none.
+    sample.noise_level = 0.7
+    # Classifier-free guidance of the rollout; 1 = none.  The loss never uses guidance.
+    sample.guidance_scale = 1.0
+    # Standard deviation of the advantage over the whole epoch (True) or over each group (False).
+    sample.global_std = True
+
+    config.train = train = ml_collections.ConfigDict()
+    # (sample, sigma) pairs in one forward/backward on a rank: a memory knob.
+    train.batch_size = 8
+    # Optimizer steps per pass over the epoch's samples; each takes an equal share of every group.
+    train.gradient_step_per_epoch = 1
+    # Passes over the epoch's samples, each with fresh noise.
+    train.num_inner_epochs = 1
+    # Share of the sampler's sigmas that each sample is trained at, drawn per sample:
+    # int(num_steps * timestep_fraction), at least 1.
+    train.timestep_fraction = 0.99
+    train.learning_rate = 3e-4
+    train.adam_beta1 = 0.9
+    train.adam_beta2 = 0.999
+    train.adam_weight_decay = 1e-4
+    train.adam_epsilon = 1e-8
+    train.max_grad_norm = 1.0
+    # Advantages are clipped to +-adv_clip_max, then shaped: all | positive_only | negative_only |
+    # one_only | binary.
+    train.adv_clip_max = 5.0
+    train.adv_mode = "all"
+    # LoRA on the attention projections.
+    train.lora_rank = 32
+    train.lora_alpha = 64
+    # A LoRA (PEFT folder) that the current and the old policy start from; the reference stays the base.
+    train.lora_path = ""
+    # EMA of the trained weights, used for evaluation and export: decay min((1+s)/(10+s), ema_decay)
+    # at optimizer step s; 0 turns it off.
+    train.ema_decay = 0.9
+    # Updates in a row that may be skipped for a non-finite gradient before the run stops.
+    train.max_skipped_steps = 20
+
+    config.nft = nft = ml_collections.ConfigDict()
+    # Mixing strength of the implicit positive and negative policy; 1/beta is the guidance strength.
+    nft.beta = 1.0
+    # Weight of mean (v_theta - v_ref)^2.
+    nft.kl_weight = 1e-4
+    # adaptive | uniform | sigma | one_minus_sigma (see algorithms/nft.py).
+    nft.weighting = "adaptive"
+    # False drops the (1-r) term: the paper's no-negative ablation.
+    nft.negative_branch = True
+    # How fast the sampling policy follows: a name in diffusion_nft.algorithms.nft.OLD_POLICY_DECAYS.
+    nft.old_policy_decay = "linear_to_half"
+
+    config.eval = evaluation = ml_collections.ConfigDict()
+    # Lines of the test set to use; 0: all.
+    evaluation.num_prompts = 0
+    evaluation.num_steps = 40
+    evaluation.solver = "flow"
+    evaluation.guidance_scale = 1.0
+    # Images sampled at once.  Test lines are dealt to the ranks in chunks of this size.
+    evaluation.batch_size = 16
+    # Evaluate before the first epoch.
+    evaluation.at_start = True
+
+    config.checkpoint = checkpoint = ml_collections.ConfigDict()
+    # Newest checkpoints to keep (0: all); the best one by evaluation is kept besides.
+    checkpoint.keep = 3
+
+    config.perf = perf = ml_collections.ConfigDict()
+    # Prompt embeddings kept in host memory, least recently used first out.
+    perf.embed_cache_gb = 2.0
+    # Keep the text encoders in host memory while they are not encoding.
+    perf.offload_text_encoders = False
+    # Latents decoded at once.
+    perf.vae_batch_size = 8
+    # Recompute activations in the backward pass: less memory, about a third more training time.
+    perf.gradient_checkpointing = False
+
+    config.log = log = ml_collections.ConfigDict()
+    # online | offline | off.  Without a key, online becomes offline with one line.
+    log.wandb = "online"
+    log.wandb_project = "diffusion-nft"
+    log.tensorboard = False
+    # Pictures per image grid, and epochs between grids of training samples (0: none).
+    log.num_images = 16
+    log.image_freq = 10
+
+    config.distributed = distributed = ml_collections.ConfigDict()
+    # Time-out of collectives: a slow reward on one rank must not kill the others.
+    distributed.timeout_minutes = 60.0
+
+    return config.lock()

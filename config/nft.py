@@ -1,0 +1,196 @@
+"""DiffusionNFT presets: ``--config config/nft.py:NAME``.
+
+A preset is one function.  Copy one, change it, run it.  No preset knows the number of GPUs: the
+epoch's batch is ``sample.num_groups x sample.num_image_per_prompt`` on any number of them.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import ml_collections
+
+
+def _base() -> ml_collections.ConfigDict:
+    """The defaults, loaded from base.py beside this file (torchrun has no ``config`` package)."""
+    spec = importlib.util.spec_from_file_location("_base", Path(__file__).with_name("base.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def _sd3(dataset: str, name: str, **rewards: float) -> ml_collections.ConfigDict:
+    config = _base()
+    config.dataset = dataset
+    config.save_dir = f"logs/nft/sd3/{name}"
+    with config.reward_fn.unlocked():
+        config.reward_fn.update(rewards)
+    return config
+
+
+def sd3_geneval() -> ml_collections.ConfigDict:
+    """GenEval on SD3.5-Medium, as published for 8 GPUs of 80 GB.  Cost here: not measured.
+
+    ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_geneval``
+    """
+    config = _sd3("geneval", "geneval", geneval=1.0)
+    config.eval.batch_size = 14
+    return config
+
+
+def sd3_ocr() -> ml_collections.ConfigDict:
+    """Text rendering on SD3.5-Medium, as published for 8 GPUs of 80 GB.  Cost here: not measured.
+
+    ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_ocr``
+    """
+    config = _sd3("ocr", "ocr", ocr=1.0)
+    config.nft.beta = 0.1
+    config.nft.old_policy_decay = "delayed_linear"
+    config.train.gradient_step_per_epoch = 2
+    return config
+
+
+def sd3_pickscore() -> ml_collections.ConfigDict:
+    """PickScore on SD3.5-Medium, as published for 8 GPUs of 80 GB.  Cost here: not measured.
+
+    ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_pickscore``
+    """
+    return _sd3("pickscore", "pickscore", pickscore=1.0)
+
+
+def sd3_hpsv2() -> ml_collections.ConfigDict:
+    """HPSv2.1 on SD3.5-Medium, as published for 8 GPUs of 80 GB.  Cost here: not measured.
+
+    ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_hpsv2``
+    """
+    return _sd3("pickscore", "hpsv2", hpsv2=1.0)
+
+
+def sd3_multi_reward() -> ml_collections.ConfigDict:
+    """PickScore + HPSv2.1 + CLIPScore on SD3.5-Medium, as published for 8 GPUs of 80 GB.
+
+    ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_multi_reward``
+    Cost here: not measured.
+    """
+    config = _sd3("pickscore", "multi_reward", pickscore=1.0, hpsv2=1.0, clipscore=1.0)
+    config.sample.num_steps = 25
+    config.nft.beta = 0.1
+    return config
+
+
+def _one_gpu(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Fit one card of 24-48 GB: a ninth of the published batch, small micro-batches, capped test set."""
+    config.save_dir += "_1gpu"
+    config.sample.num_groups = 8
+    config.sample.num_image_per_prompt = 16
+    config.sample.batch_size = 8
+    config.train.batch_size = 2
+    config.eval.num_prompts = 128
+    config.eval.batch_size = 8
+    config.eval.at_start = False
+    config.perf.offload_text_encoders = True
+    config.perf.vae_batch_size = 2
+    return config
+
+
+def sd3_geneval_1gpu() -> ml_collections.ConfigDict:
+    """GenEval on one card of 24-48 GB.  Memory and cost: not measured.
+
+    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:sd3_geneval_1gpu``
+    """
+    return _one_gpu(sd3_geneval())
+
+
+def sd3_pickscore_1gpu() -> ml_collections.ConfigDict:
+    """PickScore on one card of 24-48 GB.  Memory and cost: not measured.
+
+    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:sd3_pickscore_1gpu``
+    """
+    return _one_gpu(sd3_pickscore())
+
+
+def shapes() -> ml_collections.ConfigDict:
+    """The embedded model, the full run: 2 CPU cores, no downloads.
+
+    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:shapes``
+    """
+    config = _base()
+    config.save_dir = "logs/nft/shapes/full"
+    config.pretrained.model = "shapes"
+    config.pretrained.max_sequence_length = 8
+    config.resolution = 48
+    config.mixed_precision = "no"
+    config.dataset = "shapes"
+    with config.reward_fn.unlocked():
+        config.reward_fn.shapes = 1.0
+    config.sample.num_groups = 16
+    config.sample.num_image_per_prompt = 24
+    config.sample.batch_size = 96
+    config.train.batch_size = 96
+    config.train.timestep_fraction = 0.3
+    config.train.gradient_step_per_epoch = 2
+    config.nft.beta = 1.0
+    config.num_epochs = 200
+    config.save_freq = 10
+    config.eval_freq = 20
+    config.eval.num_steps = 10
+    config.eval.batch_size = 120
+    config.log.wandb = "off"
+    return config
+
+
+def shapes_demo() -> ml_collections.ConfigDict:
+    """The embedded model in five minutes on 2 CPU cores: what ``make demo`` runs.
+
+    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:shapes_demo``
+    """
+    config = shapes()
+    config.save_dir = "logs/nft/shapes/demo"
+    config.num_epochs = 40
+    config.eval_freq = 0
+    return config
+
+
+def shapes_smoke() -> ml_collections.ConfigDict:
+    """Two tiny epochs of the embedded model in seconds: for tests, it learns nothing.
+
+    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:shapes_smoke``
+    """
+    config = shapes()
+    config.save_dir = "logs/nft/shapes/smoke"
+    config.num_epochs = 2
+    config.save_freq = 1
+    config.eval_freq = 1
+    config.eval.num_prompts = 12
+    config.sample.num_groups = 3
+    config.sample.num_image_per_prompt = 4
+    config.sample.num_steps = 4
+    config.sample.batch_size = 5
+    config.train.batch_size = 7
+    config.train.timestep_fraction = 0.5
+    config.log.image_freq = 1
+    return config
+
+
+PRESETS = {
+    preset.__name__: preset
+    for preset in (
+        sd3_geneval,
+        sd3_ocr,
+        sd3_pickscore,
+        sd3_hpsv2,
+        sd3_multi_reward,
+        sd3_geneval_1gpu,
+        sd3_pickscore_1gpu,
+        shapes,
+        shapes_demo,
+        shapes_smoke,
+    )
+}
+
+
+def get_config(name: str) -> ml_collections.ConfigDict:
+    """The preset ``name``, locked.  Raises ValueError for an unknown name."""
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
+    return PRESETS[name]()

@@ -1,0 +1,64 @@
+"""From rewards to optimality probabilities.  Pure functions of an epoch's rewards, on one process.
+
+Paper: arXiv 2509.16117, section 3.2 (optimality probability r) and appendix (practical choices).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STD_EPSILON = 1e-4
+
+ADV_MODES = {
+    "all": lambda a: a,
+    "positive_only": lambda a: a.clamp(min=0),
+    "negative_only": lambda a: a.clamp(max=0),
+    "one_only": lambda a: (a > 0).to(a.dtype),
+    "binary": torch.sign,
+}
+
+
+@dataclass(frozen=True)
+class GroupStatistics:
+    """What an epoch's rewards look like; logged under ``reward/``."""
+
+    mean: float
+    std: float
+    zero_std_groups: float  # share of groups whose images all scored the same: no signal in them
+
+
+def group_advantages(rewards: Tensor, group_size: int, *, global_std: bool) -> Tensor:
+    """Rewards centred on their group's mean and divided by a standard deviation.
+
+    ``rewards: [num_groups * group_size]``, a group's samples side by side.  The deviation is the
+    population's (ddof 0), over all rewards if ``global_std`` else over each group, plus 1e-4.
+    Returns float64 ``[num_groups * group_size]``, not clipped.
+    """
+    grouped = rewards.to(torch.float64).reshape(-1, group_size)
+    centred = grouped - grouped.mean(dim=1, keepdim=True)
+    if global_std:
+        std = grouped.std(correction=0)
+    else:
+        std = grouped.std(dim=1, keepdim=True, correction=0)
+    return (centred / (std + STD_EPSILON)).reshape(-1)
+
+
+def optimality(advantages: Tensor, *, adv_clip_max: float, adv_mode: str) -> Tensor:
+    """Optimality probability r in [0, 1] of each sample: ``r = clip(A / adv_clip_max / 2 + 1/2, 0, 1)``.
+
+    ``A`` is the advantage clipped to ``+-adv_clip_max`` and shaped by ``adv_mode`` (ADV_MODES).
+    """
+    clipped = ADV_MODES[adv_mode](advantages.clamp(-adv_clip_max, adv_clip_max))
+    return (clipped / adv_clip_max / 2 + 0.5).clamp(0, 1)
+
+
+def statistics(rewards: Tensor, group_size: int) -> GroupStatistics:
+    """Mean, population deviation and share of groups without any spread of ``rewards: [N]``."""
+    grouped = rewards.to(torch.float64).reshape(-1, group_size)
+    flat_groups = (grouped.amax(dim=1) == grouped.amin(dim=1)).to(torch.float64)
+    return GroupStatistics(
+        mean=float(grouped.mean()),
+        std=float(grouped.std(correction=0)),
+        zero_std_groups=float(flat_groups.mean()),
+    )

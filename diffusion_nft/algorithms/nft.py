@@ -1,0 +1,147 @@
+"""DiffusionNFT (arXiv 2509.16117): the loss and the old policy's schedules.  Pure functions.
+
+The policy that sampled, ``v_old``, and the policy being trained, ``v_theta``, define two implicit
+policies around ``v_old`` (eq. 5 of the paper, beta the mixing strength, 1/beta its guidance strength):
+
+    v+ = (1 - beta) v_old + beta v_theta        v- = (1 + beta) v_old - beta v_theta
+
+A sample of optimality probability r trains the positive one as a flow-matching model with weight r
+and the negative one with weight 1 - r.  No trajectory, no likelihood: only clean samples x0.
+"""
+
+from collections.abc import Callable
+
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from diffusion_nft.algorithms import Batch, Velocity
+from diffusion_nft.flow import x0_from_velocity
+
+# Floor of the adaptive weight's denominator.
+MIN_DISTANCE = 1e-5
+
+
+def _per_sample_mean(x: Tensor) -> Tensor:
+    return x.flatten(1).mean(dim=1)
+
+
+def _adaptive(v: Tensor, x0: Tensor, noise: Tensor, xt: Tensor, sigma: Tensor) -> Tensor:
+    """mean (x0_hat - x0)^2 / sg[mean |x0_hat - x0|]: self-normalised x0 regression, in float64."""
+    error = (x0_from_velocity(xt, v, sigma) - x0).to(torch.float64)
+    distance = _per_sample_mean(error.detach().abs()).clamp(min=MIN_DISTANCE)
+    return _per_sample_mean(error.square()) / distance
+
+
+def _fixed(weight: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """w(sigma) mean (v - (noise - x0))^2: velocity matching with a weight that is a function of sigma."""
+
+    def branch(v: Tensor, x0: Tensor, noise: Tensor, xt: Tensor, sigma: Tensor) -> Tensor:
+        error = (v - (noise - x0)).to(torch.float64)
+        return weight(sigma.to(torch.float64)) * _per_sample_mean(error.square())
+
+    return branch
+
+
+# Weightings of a branch's regression (the paper's ablation): [B] losses from
+# (v, x0, noise, xt, sigma).
+WEIGHTINGS: dict[str, Callable[..., Tensor]] = {
+    "adaptive": _adaptive,
+    "uniform": _fixed(torch.ones_like),
+    "sigma": _fixed(lambda sigma: sigma),
+    "one_minus_sigma": _fixed(lambda sigma: 1 - sigma),
+}
+
+
+def nft_loss(
+    v: Tensor,
+    v_old: Tensor,
+    v_ref: Tensor | None,
+    *,
+    x0: Tensor,
+    noise: Tensor,
+    xt: Tensor,
+    sigma: Tensor,
+    r: Tensor,
+    beta: float,
+    kl_weight: float,
+    adv_clip_max: float,
+    weighting: str = "adaptive",
+    negative_branch: bool = True,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The NFT loss of each (sample, sigma) pair.
+
+    ``v, v_old, v_ref, x0, noise, xt: [B, C, h, w]``; ``sigma, r: [B]`` in [0, 1].  Only ``v`` carries
+    a gradient; ``v_ref`` may be None if ``kl_weight`` is 0.
+
+        loss = adv_clip_max / beta (r l+ + (1 - r) l-) + kl_weight mean (v - v_ref)^2
+
+    Returns ``[B]`` losses and detached ``[B]`` metrics (the caller reduces both).  The KL term is
+    logged unweighted.
+    """
+    branch = WEIGHTINGS[weighting]
+    v_old = v_old.detach()
+    r = r.to(torch.float64)
+    positive = branch((1 - beta) * v_old + beta * v, x0, noise, xt, sigma)
+    policy = r * positive
+    metrics = {"loss/positive": positive.detach()}
+    if negative_branch:
+        negative = branch((1 + beta) * v_old - beta * v, x0, noise, xt, sigma)
+        policy = policy + (1 - r) * negative
+        metrics["loss/negative"] = negative.detach()
+    policy = adv_clip_max * policy / beta
+    metrics["loss/policy"] = policy.detach()
+    metrics["loss/old_distance"] = _per_sample_mean((v.detach() - v_old).square())
+    if v_ref is None:
+        if kl_weight:
+            raise ValueError(f"kl_weight is {kl_weight}, but no reference velocity was given")
+        return policy, metrics
+    kl = _per_sample_mean((v - v_ref.detach()).square())
+    metrics["loss/kl"] = kl.detach()
+    return policy + kl_weight * kl, metrics
+
+
+def _capped_line(slope: float, start: int, cap: float) -> Callable[[int], float]:
+    return lambda step: min(slope * max(step - start, 0), cap)
+
+
+# eta at global optimizer step s (counting the steps just taken): theta_old <- eta theta_old +
+# (1 - eta) theta.  "on_policy" follows at once; the published decay types 0, 1, 2 are the first, second
+# and fourth; "linear_to_095" is the paper's choice for OCR inside the multi-reward recipe.
+OLD_POLICY_DECAYS: dict[str, Callable[[int], float]] = {
+    "on_policy": lambda step: 0.0,
+    "linear_to_half": _capped_line(0.001, 0, 0.5),
+    "linear_to_095": _capped_line(0.001, 0, 0.95),
+    "delayed_linear": _capped_line(0.0075, 75, 0.999),
+    "constant_09": lambda step: 0.9,
+}
+
+
+class NFT:
+    """``nft_loss`` and the old policy's schedule, as the config sets them."""
+
+    def __init__(self, config: ConfigDict):
+        self.options = dict(
+            beta=config.nft.beta,
+            kl_weight=config.nft.kl_weight,
+            adv_clip_max=config.train.adv_clip_max,
+            weighting=config.nft.weighting,
+            negative_branch=config.nft.negative_branch,
+        )
+        self.old_policy_decay = OLD_POLICY_DECAYS[config.nft.old_policy_decay]
+
+    def loss(self, velocity: Velocity, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses ``[B]`` and metrics ``[B]``; no reference forward where the KL term is off."""
+        v_old = velocity("old")
+        v_ref = velocity("reference") if self.options["kl_weight"] else None
+        return nft_loss(
+            velocity("current"),
+            v_old,
+            v_ref,
+            x0=batch.x0,
+            noise=batch.noise,
+            xt=batch.xt,
+            sigma=batch.sigma,
+            r=batch.optimality,
+            **self.options,
+        )

@@ -1,0 +1,150 @@
+"""Prompt sets: where they lie, what they hold, and which prompts make up an epoch.
+
+A prompt set is a folder with one file per split, either ``SPLIT.txt`` (one prompt a line) or
+``SPLIT_metadata.jsonl`` (one JSON object a line with a "prompt" and whatever a reward reads, the
+GenEval format).  See dataset/README.md.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from diffusion_nft.randomness import generator
+
+DATASET_ROOT = Path(__file__).resolve().parent.parent / "dataset"
+SPLITS = ("train", "test")
+SOURCE = "github.com/NVlabs/DiffusionNFT (folder dataset/)"
+
+# The published prompt sets, which are not part of this repository, and their files.
+PUBLISHED_FILES = {
+    "geneval": ("train_metadata.jsonl", "test_metadata.jsonl"),
+    "ocr": ("train.txt", "test.txt"),
+    "pickscore": ("train.txt", "test.txt"),
+    "drawbench": ("test.txt",),
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompt set; ``metadata`` is its whole JSON object, empty in a text file."""
+
+    text: str
+    metadata: dict = field(default_factory=dict)
+
+
+def resolve_dataset(name_or_path: str | Path) -> Path:
+    """The absolute folder of a prompt set: a bare name under DATASET_ROOT, a path as it is.
+
+    Whatever holds a ``/`` or begins with ``.`` or ``~`` is a path.  ValueError if it is not there.
+    """
+    given = str(name_or_path)
+    folder = DATASET_ROOT / given if _is_name(given) else Path(given).expanduser()
+    if given and folder.is_dir():
+        return folder.resolve()
+    raise ValueError(f"dataset = {given!r}: {_missing(given, folder)}")
+
+
+def _is_name(given: str) -> bool:
+    return Path(given).name == given and not given.startswith((".", "~"))
+
+
+def _missing(given: str, folder: Path) -> str:
+    present = sorted(path.name for path in DATASET_ROOT.glob("*/"))
+    choices = f"choose from {', '.join(present) or 'none present'}, or the path of a folder"
+    if not given:
+        return f"no prompt set is chosen; {choices}"
+    if given in PUBLISHED_FILES:
+        files = ", ".join(PUBLISHED_FILES[given])
+        return f"{folder} is not there; it takes {files} of {SOURCE}; {choices}"
+    hint = f" (a folder here is ./{given})" if _is_name(given) and Path(given).is_dir() else ""
+    return f"{folder} is not a folder; {choices}{hint}"
+
+
+def split_file(dataset: str | Path, split: str) -> Path:
+    """The file of ``split`` (train | test) in a prompt set; ValueError if it has none, or two."""
+    assert split in SPLITS, split
+    folder = resolve_dataset(dataset)
+    names = (f"{split}.txt", f"{split}_metadata.jsonl")
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if len(found) == 1:
+        return found[0]
+    wrong = "holds both" if found else "holds neither"
+    source = f"; {folder.name} comes from {SOURCE}" if folder.name in PUBLISHED_FILES else ""
+    raise ValueError(
+        f"dataset = {str(dataset)!r}: {folder} {wrong} {names[0]} {'and' if found else 'nor'} "
+        f"{names[1]}; the {split} split needs one of them{source}"
+    )
+
+
+def load_prompts(dataset: str | Path, split: str) -> list[Prompt]:
+    """Every line of a split, in file order, duplicates kept: a line of a test file is a sample.
+
+    A malformed line is a ValueError with file, line number and what is wrong; blank lines at the
+    end of a file are not lines.
+    """
+    path = split_file(dataset, split)
+    parse = _parse_json if path.suffix == ".jsonl" else _parse_text
+    # Split at \n alone: str.splitlines would also cut at U+2028, which may occur in a prompt.
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
+    if lines == [b""]:
+        raise ValueError(f"{path}: the file is empty; it needs one prompt a line")
+    return [_parse_line(path, number, line, parse) for number, line in enumerate(lines, start=1)]
+
+
+def _parse_line(path: Path, number: int, line: bytes, parse: Callable[[str], Prompt]) -> Prompt:
+    try:
+        text = line.decode("utf-8").strip()
+        if not text:
+            raise ValueError("the line is empty")
+        return parse(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, line {number}: not UTF-8 (byte {error.start + 1})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+def _parse_text(line: str) -> Prompt:
+    return Prompt(line)
+
+
+def _parse_json(line: str) -> Prompt:
+    try:
+        metadata = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"a JSON object is needed, not {type(metadata).__name__}")
+    if "prompt" not in metadata:
+        raise ValueError(f'no "prompt"; the keys are {", ".join(metadata) or "none"}')
+    text = metadata["prompt"]
+    if not isinstance(text, str):
+        raise ValueError(f'"prompt" must be a string, not {type(text).__name__}')
+    if not text.strip():
+        raise ValueError('"prompt" is empty')
+    return Prompt(text.strip(), metadata)
+
+
+def epoch_prompts(num_prompts: int, num_groups: int, *, seed: int, epoch: int) -> list[int]:
+    """Indices of the prompts of ``epoch``: the first ``num_groups`` of a fresh permutation.
+
+    A pure function of its arguments.  No prompt comes twice in an epoch unless ``num_groups``
+    exceeds ``num_prompts``; then further permutations follow, so that the uses of two prompts
+    differ by one at most.
+    """
+    assert num_prompts > 0, "a loaded prompt set is never empty"
+    indices: list[int] = []
+    cycle = 0
+    while len(indices) < num_groups:
+        order = torch.randperm(num_prompts, generator=generator(seed, epoch, cycle, "prompts"))
+        indices += order.tolist()
+        cycle += 1
+    return indices[:num_groups]
+
+
+def shard(num_items: int, rank: int, world_size: int) -> range:
+    """The contiguous share of ``rank``: sizes differ by at most one, and may be zero."""
+    assert 0 <= rank < world_size, (rank, world_size)
+    return range(rank * num_items // world_size, (rank + 1) * num_items // world_size)

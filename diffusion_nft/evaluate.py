@@ -1,0 +1,202 @@
+"""Evaluation: every line of a test set is one sample; the same numbers on any number of ranks.
+
+Test lines are cut into fixed chunks by line number and the chunks dealt to the ranks, so a picture is
+always made beside the same neighbours; its noise is keyed by (seed, line number).  Means are taken in
+float64 in line order.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_nft.data import Prompt
+from diffusion_nft.distributed import Distributed
+from diffusion_nft.pictures import to_pil
+from diffusion_nft.randomness import generator
+from diffusion_nft.rewards.combine import RewardSet
+from diffusion_nft.rollout import THUMBNAIL, Sampler, diversity, gather_scores, thumbnails
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of N test lines, in line order, and a few pictures of the first lines."""
+
+    prompts: list[Prompt]
+    scores: dict[str, list[float]]  # "total", each reward and component -> N numbers
+    diversity: float
+    pictures: Tensor  # [<= num_pictures, 3, H, W], rank 0's share of the first lines
+    picture_lines: list[int]
+
+    def averages(self) -> dict[str, Any]:
+        """What ``average_scores.json`` holds: means with standard errors, and per tag where tagged."""
+        tags = [prompt.metadata.get("tag") for prompt in self.prompts]
+        summary: dict[str, Any] = {
+            "num_samples": len(self.prompts),
+            "num_prompts": len({prompt.text for prompt in self.prompts}),
+            "diversity": None if math.isnan(self.diversity) else self.diversity,
+            "mean": self._means(range(len(self.prompts))),
+        }
+        if all(tags) and tags:
+            rows = {tag: [i for i, t in enumerate(tags) if t == tag] for tag in sorted(set(tags))}
+            summary["tags"] = {tag: self._means(members) for tag, members in rows.items()}
+            summary["mean_over_tags"] = {
+                name: _mean_over_tags(
+                    [tag[name] for tag in summary["tags"].values() if name in tag]
+                )
+                for name in self.scores
+            }
+        return summary
+
+    def _means(self, rows: Iterable[int]) -> dict[str, dict[str, float]]:
+        rows = list(rows)
+        texts = [self.prompts[i].text for i in rows]
+        means = {
+            name: mean_and_error([values[i] for i in rows], texts)
+            for name, values in self.scores.items()
+        }
+        return {name: value for name, value in means.items() if value["count"]}
+
+    def metrics(self) -> dict[str, float]:
+        """Flat ``eval/*`` numbers for the log."""
+        summary = self.averages()
+        flat = {f"eval/{name}": value["mean"] for name, value in summary["mean"].items()}
+        for tag, means in summary.get("tags", {}).items():
+            flat |= {f"eval/{name}/{tag}": value["mean"] for name, value in means.items()}
+        flat["eval/diversity"] = self.diversity
+        return flat
+
+
+def mean_and_error(values: list[float], clusters: list[str]) -> dict[str, float]:
+    """Mean, its standard error clustered by ``clusters`` (repeats of a prompt are not independent),
+    and how many of ``values`` apply: NaN is left out.
+
+    The error is the usual cluster-robust one of a mean, sqrt(G/(G-1) sum_g (sum_i e_gi)^2) / n for G
+    clusters (Liang & Zeger 1986); NaN for a single cluster.
+    """
+    kept = [(v, c) for v, c in zip(values, clusters, strict=True) if not math.isnan(v)]
+    if not kept:
+        return {"mean": math.nan, "stderr": math.nan, "count": 0}
+    mean = math.fsum(v for v, _ in kept) / len(kept)
+    residuals: dict[str, float] = {}
+    for value, cluster in kept:
+        residuals[cluster] = residuals.get(cluster, 0.0) + value - mean
+    count = len(residuals)
+    error = math.nan
+    if count > 1:
+        squares = math.fsum(r * r for r in residuals.values())
+        error = math.sqrt(count / (count - 1) * squares) / len(kept)
+    return {"mean": mean, "stderr": error, "count": len(kept)}
+
+
+def _mean_over_tags(tags: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of the tags' means, and its standard error from theirs (tags are independent)."""
+    mean = math.fsum(tag["mean"] for tag in tags) / len(tags)
+    return {
+        "mean": mean,
+        "stderr": math.sqrt(math.fsum(tag["stderr"] ** 2 for tag in tags)) / len(tags),
+    }
+
+
+def evaluate(
+    model: Any,
+    prompts: list[Prompt],
+    rewards: RewardSet,
+    sampler: Sampler,
+    *,
+    seed: int,
+    batch_size: int,
+    dist: Distributed,
+    num_pictures: int = 0,
+    image_dir: Path | None = None,
+    description: str = "evaluate",
+) -> Evaluation:
+    """Samples and scores every line of ``prompts`` with the model's active adapter.
+
+    ``image_dir``: where to write every picture as ``<line>.png``.  The result is the same on every rank
+    except for ``pictures``.  Raises RewardError on every rank if a reward fails on any.
+    """
+    chunks = [
+        range(start, min(start + batch_size, len(prompts)))
+        for start in range(0, len(prompts), batch_size)
+    ]
+    mine = chunks[dist.rank :: dist.world_size]
+    pending, saving, thumbs, kept, kept_lines = [], [], [], [], []
+    with ThreadPoolExecutor(1) as scorer:
+        for chunk in tqdm(mine, desc=description, disable=not dist.is_main, leave=False):
+            batch = [prompts[line] for line in chunk]
+            texts = [prompt.text for prompt in batch]
+            generators = [generator(seed, "eval", line) for line in chunk]
+            x0, _ = sampler(model, model.encode(texts), generators)
+            images = model.decode(x0)
+            metadata = [prompt.metadata for prompt in batch]
+            pending.append(scorer.submit(rewards, images, texts, metadata))
+            if image_dir is not None:
+                saving.append(scorer.submit(save_pictures, images, chunk, image_dir))
+            thumbs.append(thumbnails(images))
+            wanted = [row for row, line in enumerate(chunk) if line < num_pictures]
+            kept.append(images[wanted].cpu())
+            kept_lines += [chunk[row] for row in wanted]
+        empty = torch.zeros(0, 3 * THUMBNAIL**2)
+        scores, all_thumbs = gather_scores(
+            dist, lambda: [future.result() for future in pending], torch.cat([empty, *thumbs])
+        )
+        for future in saving:
+            future.result()
+    # Gathered rank by rank; back into line order.
+    lines = [
+        line
+        for rank in range(dist.world_size)
+        for c in chunks[rank :: dist.world_size]
+        for line in c
+    ]
+    order = torch.tensor(lines).argsort()
+    named = {"total": scores.total, **scores.parts}
+    return Evaluation(
+        prompts=prompts,
+        scores={name: values[order].tolist() for name, values in named.items()},
+        diversity=diversity(all_thumbs[order], [prompt.text for prompt in prompts]),
+        pictures=torch.cat(kept) if kept else torch.zeros(0, 3, 1, 1),
+        picture_lines=kept_lines,
+    )
+
+
+def save_pictures(images: Tensor, lines: Iterable[int], folder: Path) -> None:
+    """Writes ``images: [B, 3, H, W]`` as ``<line>.png`` into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture, line in zip(to_pil(images), lines, strict=True):
+        picture.save(picture_path(folder, line))
+
+
+def picture_path(folder: Path, line: int) -> Path:
+    """The file of test line ``line``."""
+    return folder / f"{line:06d}.png"
+
+
+def write_results(
+    evaluation: Evaluation, folder: Path, *, image_dir: Path | None, settings: dict
+) -> None:
+    """Writes ``evaluation_results.jsonl`` (one object a sample) and ``average_scores.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "evaluation_results.jsonl", "w", encoding="utf-8") as file:
+        for line, prompt in enumerate(evaluation.prompts):
+            values = {name: numbers[line] for name, numbers in evaluation.scores.items()}
+            row = {
+                "sample_id": line,
+                "prompt": prompt.text,
+                "metadata": prompt.metadata,
+                "scores": {k: None if math.isnan(v) else v for k, v in values.items()},
+                "image_path": str(picture_path(image_dir, line).relative_to(folder))
+                if image_dir
+                else None,
+            }
+            file.write(json.dumps(row) + "\n")
+    text = json.dumps({"settings": settings, **evaluation.averages()}, indent=2)
+    (folder / "average_scores.json").write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,37 @@
+"""Rectified flow: the forward process, its velocity, and the sigma <-> timestep conversion.
+
+Notation (arXiv 2509.16117): ``sigma`` in [0, 1] is the noise level, ``xt = (1 - sigma) x0 + sigma
+noise``, and the model predicts the velocity ``noise - x0``.  This file is the only place that knows
+the factor 1000 between a noise level and the timestep an SD3 transformer is fed.
+"""
+
+import torch
+from torch import Tensor
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def timestep_from_sigma(sigma: Tensor) -> Tensor:
+    """sigma in [0, 1] -> the transformer's timestep in [0, 1000], a float of the same dtype."""
+    return sigma * NUM_TRAIN_TIMESTEPS
+
+
+def sigma_from_timestep(timestep: Tensor) -> Tensor:
+    """Timestep in [0, 1000] -> sigma in [0, 1], in at least float32."""
+    return timestep.to(torch.promote_types(timestep.dtype, torch.float32)) / NUM_TRAIN_TIMESTEPS
+
+
+def expand(sigma: Tensor, like: Tensor) -> Tensor:
+    """``sigma: [B]`` or ``[]`` as ``[B, 1, ..., 1]``, ready to broadcast against ``like: [B, ...]``."""
+    return sigma.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """The forward process: ``xt = (1 - sigma) x0 + sigma noise``; ``sigma: [B]``."""
+    s = expand(sigma, x0)
+    return (1 - s) * x0 + s * noise
+
+
+def x0_from_velocity(xt: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+    """The clean latent that ``velocity`` implies at ``xt``: ``x0_hat = xt - sigma velocity``."""
+    return xt - expand(sigma, xt) * velocity

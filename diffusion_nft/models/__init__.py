@@ -1,0 +1,15 @@
+"""Base models by family.  A model loads, encodes prompts, predicts velocities and decodes latents."""
+
+import importlib
+from typing import Any
+
+# pretrained.model_type -> "module:Class".
+MODELS: dict[str, str] = {
+    "sd3": "diffusion_nft.models.sd3:SD3Model",
+}
+
+
+def build_model(model_type: str, **options: Any) -> Any:
+    """The model of family ``model_type`` (a key of MODELS), loaded with ``options``."""
+    module, _, cls = MODELS[model_type].partition(":")
+    return getattr(importlib.import_module(module), cls)(**options)

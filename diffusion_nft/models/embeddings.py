@@ -1,0 +1,70 @@
+"""Prompt embeddings, and a cache of them with a byte budget."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the transformer is told of the prompts: ``tokens: [B, L, D]``, ``pooled: [B, P]``."""
+
+    tokens: Tensor
+    pooled: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.tokens.nbytes + self.pooled.nbytes
+
+    def to(self, device: torch.device) -> "Conditioning":
+        """A copy on ``device``."""
+        return Conditioning(self.tokens.to(device), self.pooled.to(device))
+
+    def select(self, rows: Tensor) -> "Conditioning":
+        """The rows ``rows: [M]`` (integers), repeated as often as they are named."""
+        return Conditioning(self.tokens[rows], self.pooled[rows])
+
+
+def stack(items: Sequence[Conditioning]) -> Conditioning:
+    """Conditionings of one row each as one batch; none give an empty one."""
+    if not items:
+        return Conditioning(torch.zeros(0, 0, 0), torch.zeros(0, 0))
+    return Conditioning(torch.cat([c.tokens for c in items]), torch.cat([c.pooled for c in items]))
+
+
+class EmbeddingCache:
+    """Least-recently-used cache in host memory: text -> Conditioning of one row.
+
+    Each text is encoded alone, so that its embedding does not depend, even in the last bit, on what
+    else was encoded or cached before: a resumed run reproduces an uninterrupted one exactly.
+    """
+
+    def __init__(self, encode: Callable[[list[str]], list[Conditioning]], budget_bytes: float):
+        self._encode = encode
+        self._budget = budget_bytes
+        self._bytes = 0
+        self._items: OrderedDict[str, Conditioning] = OrderedDict()
+
+    def __call__(self, texts: Sequence[str]) -> Conditioning:
+        """One row per text, in order; what is not cached is encoded, each unique text once."""
+        unique = dict.fromkeys(texts)
+        missing = [text for text in unique if text not in self._items]
+        found = {text: self._items[text] for text in unique if text in self._items}
+        if missing:
+            found |= zip(missing, self._encode(missing), strict=True)
+        for text in unique:
+            self._remember(text, found[text])
+        return stack([found[text] for text in texts])
+
+    def _remember(self, text: str, item: Conditioning) -> None:
+        if text not in self._items:
+            self._bytes += item.nbytes
+        self._items[text] = item
+        self._items.move_to_end(text)
+        while self._bytes > self._budget and self._items:
+            _, dropped = self._items.popitem(last=False)
+            self._bytes -= dropped.nbytes

@@ -1,0 +1,162 @@
+"""Stable Diffusion 3 and 3.5: loading, prompts to embeddings, velocities, latents to pictures."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from torch import Tensor
+
+from diffusion_nft.distributed import Distributed
+from diffusion_nft.flow import timestep_from_sigma
+from diffusion_nft.models.embeddings import Conditioning, EmbeddingCache
+from diffusion_nft.precision import Precision
+from diffusion_nft.shapes.model import PIPELINE_DIR
+
+# The attention projections that carry LoRA (algorithm: not attn2, not the feed-forward layers).
+LORA_TARGETS = tuple(
+    f"attn.{name}"
+    for name in (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    )
+)
+
+
+def fetch(name: str, revision: str) -> Path:
+    """The local folder of a pipeline: ``shapes``, a folder, or a hub name (downloaded if need be).
+
+    Raises OSError with the remedy when the model is missing, gated or out of reach.
+    """
+    if name == "shapes":
+        return PIPELINE_DIR
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(DiffusionPipeline.download(name, revision=revision or None))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"pretrained.model {name!r} is no local folder and could not be fetched from the hub "
+            f"({type(error).__name__}).  Gated models (SD3.5 is one): accept the licence at "
+            f"https://huggingface.co/{name} and run `hf auth login`.  Offline: give the path of a folder."
+        ) from error
+
+
+class SD3Model:
+    """One frozen SD3 pipeline on a device.
+
+    Text encoders and transformer are stored in the compute dtype, the VAE in at least float32.
+    """
+
+    lora_targets = LORA_TARGETS
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        dist: Distributed,
+        precision: Precision,
+        resolution: int,
+        revision: str = "",
+        max_sequence_length: int,
+        embed_cache_gb: float,
+        offload_text_encoders: bool,
+        vae_batch_size: int,
+        gradient_checkpointing: bool = False,
+    ):
+        with dist.main_first():
+            folder = fetch(name, revision)
+        self.device, self.precision = dist.device, precision
+        dtypes = {"default": precision.compute_dtype, "vae": precision.trained_dtype}
+        self.pipe = StableDiffusion3Pipeline.from_pretrained(
+            folder, torch_dtype=dtypes, local_files_only=True
+        )
+        self.pipe.set_progress_bar_config(disable=True)
+        for part in self._parts():
+            part.requires_grad_(False).eval()
+        self.transformer = self.pipe.transformer.to(self.device)
+        self.vae = self.pipe.vae.to(self.device)
+        if gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        self.max_sequence_length = max_sequence_length
+        self.offload_text_encoders = offload_text_encoders
+        self.vae_batch_size = vae_batch_size
+        if not offload_text_encoders:
+            self._move_text_encoders(self.device)
+        self.encode_cached = EmbeddingCache(self._encode, embed_cache_gb * 1e9)
+        side = resolution // self.pipe.vae_scale_factor
+        self.latent_shape = (self.transformer.config.in_channels, side, side)
+
+    def _text_encoders(self) -> list[torch.nn.Module]:
+        encoders = (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3)
+        return [encoder for encoder in encoders if encoder is not None]
+
+    def _parts(self) -> list[torch.nn.Module]:
+        return [self.pipe.transformer, self.pipe.vae, *self._text_encoders()]
+
+    def _move_text_encoders(self, device: torch.device) -> None:
+        for encoder in self._text_encoders():
+            encoder.to(device)
+
+    @torch.no_grad()
+    def _encode(self, texts: list[str]) -> list[Conditioning]:
+        if self.offload_text_encoders:
+            self._move_text_encoders(self.device)
+        rows = []
+        for text in texts:
+            tokens, _, pooled, _ = self.pipe.encode_prompt(
+                prompt=text,
+                prompt_2=text,
+                prompt_3=text,
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
+            )
+            rows.append(Conditioning(tokens.cpu(), pooled.cpu()))
+        if self.offload_text_encoders:
+            self._move_text_encoders(torch.device("cpu"))
+        return rows
+
+    def encode(self, texts: list[str]) -> Conditioning:
+        """Embeddings of ``texts`` on the device, one row each; every unique text is encoded once."""
+        return self.encode_cached(texts).to(self.device)
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """The scheduler's own noise levels for ``num_steps`` steps: ``[N + 1]``, from 1 down to 0."""
+        self.pipe.scheduler.set_timesteps(num_steps)
+        return self.pipe.scheduler.sigmas.to("cpu", torch.float64)
+
+    @property
+    def shift(self) -> float:
+        """The time shift that the model was trained with (3 for SD3.5)."""
+        return self.pipe.scheduler.config.shift
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """Predicted velocity ``noise - x0`` of ``x: [B, C, h, w]`` at ``sigma: [B]``, float32 or wider.
+
+        The active adapter of the transformer decides whose policy this is.
+        """
+        with self.precision.autocast():
+            v = self.transformer(
+                hidden_states=x,
+                timestep=timestep_from_sigma(sigma),
+                encoder_hidden_states=cond.tokens,
+                pooled_projections=cond.pooled,
+                return_dict=False,
+            )[0]
+        return v.to(self.precision.trained_dtype)
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """Latents ``[B, C, h, w]`` -> pictures ``[B, 3, H, W]`` in [0, 1], in slices."""
+        config = self.vae.config
+        pictures = [
+            self.vae.decode(part / config.scaling_factor + config.shift_factor).sample
+            for part in x0.to(self.vae.dtype).split(self.vae_batch_size)
+        ]
+        return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1).to(torch.float32)

@@ -1,0 +1,251 @@
+"""Float pictures -> 8 bits, and labelled grids of them for people to look at."""
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+# Pictures smaller than this many pixels on their short side are enlarged by a whole factor.
+READABLE_SIDE = 144
+MARGIN = 12
+LINE_SPACING = 1.3
+MAX_CAPTION_LINES = 4
+
+# Pillow's bundled font knows ASCII and little else; these read better spelt out than as "?".
+SPELT_OUT = str.maketrans({"→": "->", "·": "-", "–": "-", "—": "-", "“": '"', "”": '"', "‘": "'", "’": "'"})
+
+WHITE, INK, GREY, FRAME = (255, 255, 255), (32, 33, 36), (110, 113, 118), (205, 208, 212)
+GAIN, LOSS = (24, 128, 56), (190, 40, 35)
+
+Color = tuple[int, int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """``round(255 x)`` of ``x = images``, clamped to [0, 1]; any shape, uint8, on the same device.
+
+    The one home of this conversion: everything that is saved, shown or scored as 8 bits passes here.
+    Halves round to even.  NaN becomes 0 (black).
+    """
+    clamped = images.detach().float().nan_to_num(nan=0.0, posinf=1.0, neginf=0.0).clamp(0, 1)
+    return (clamped * 255).round().to(torch.uint8)
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """RGB pictures of ``images: [B, 3, H, W] in [0, 1]``."""
+    pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().contiguous().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of text under a picture."""
+
+    text: str
+    color: Color = INK
+
+
+def _enlarged(images: Tensor, scale: float | None) -> list[Image.Image]:
+    """Pictures resized by ``scale``; None: enlarged by a whole factor until they are readable."""
+    if len(images) == 0:
+        raise ValueError("a grid needs at least one picture")
+    pictures = to_pil(images)
+    width, height = pictures[0].size
+    factor = math.ceil(READABLE_SIDE / min(width, height)) if scale is None else scale
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    # Whole factors repeat pixels, so that a tiny picture shows what the reward saw.
+    exact = factor >= 1 and factor == int(factor)
+    method = Image.Resampling.NEAREST if exact else Image.Resampling.BICUBIC
+    return [picture.resize(size, method) for picture in pictures]
+
+
+def _font(cell_width: int) -> Font:
+    """The font that Pillow brings, in a size that suits a cell of ``cell_width`` pixels."""
+    return ImageFont.load_default(min(28, max(13, cell_width // 18)))
+
+
+def _drawable(text: str) -> str:
+    """``text`` in ASCII: accents dropped, a "?" for every character that has no likeness."""
+    plain = unicodedata.normalize("NFKD", text.translate(SPELT_OUT))
+    plain = "".join(char for char in plain if not unicodedata.combining(char))
+    return plain.encode("ascii", "replace").decode("ascii")
+
+
+def _line_height(font: Font) -> int:
+    _, top, _, bottom = font.getbbox("Ay")
+    return math.ceil((bottom - top) * LINE_SPACING)
+
+
+def _break_word(word: str, width: float, font: Font) -> list[str]:
+    """Pieces of ``word`` that fit ``width`` pixels each (at least one character)."""
+    pieces = [""]
+    for char in word:
+        if pieces[-1] and font.getlength(pieces[-1] + char) > width:
+            pieces.append("")
+        pieces[-1] += char
+    return pieces
+
+
+def _wrapped(text: str, width: float, font: Font) -> list[str]:
+    """Lines of ``text``, each at most ``width`` pixels; an ellipsis ends text that is cut off."""
+    lines: list[str] = []
+    for word in _drawable(text).split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines += _break_word(word, width, font)
+    if len(lines) > MAX_CAPTION_LINES:
+        lines = lines[:MAX_CAPTION_LINES]
+        while lines[-1] and font.getlength(f"{lines[-1]}...") > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] = f"{lines[-1].rstrip()}..."
+    return lines
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Pictures side by side, each with lines of its own, and a caption below all of them."""
+
+    pictures: list[Image.Image]
+    under: list[list[Line]]
+    caption: list[str]
+
+    @property
+    def width(self) -> int:
+        return sum(p.width for p in self.pictures) + MARGIN // 2 * (len(self.pictures) - 1)
+
+    def height(self, line: int) -> int:
+        """Pixels from the top of the pictures to the end of the text, with ``line`` pixels a line."""
+        lines = max(len(lines) for lines in self.under) + len(self.caption)
+        return self.pictures[0].height + (MARGIN // 2 + lines * line if lines else 0)
+
+    def draw(self, sheet: Image.Image, x: int, y: int, font: Font) -> None:
+        """Draws the cell with its top left corner at (x, y)."""
+        pen, line = ImageDraw.Draw(sheet), _line_height(font)
+        left, text_top = x, y + self.pictures[0].height + MARGIN // 2
+        for picture, lines in zip(self.pictures, self.under, strict=True):
+            box = (left - 1, y - 1, left + picture.width, y + picture.height)
+            pen.rectangle(box, outline=FRAME)
+            sheet.paste(picture, (left, y))
+            for i, entry in enumerate(lines):
+                middle = left + picture.width // 2
+                pen.text(
+                    (middle, text_top + i * line), entry.text, entry.color, font, anchor="ma"
+                )
+            left += picture.width + MARGIN // 2
+        below = text_top + max(len(lines) for lines in self.under) * line
+        for i, text in enumerate(self.caption):
+            middle = x + self.width // 2
+            pen.text((middle, below + i * line), text, INK, font, anchor="ma")
+
+
+def _sheet(cells: list[_Cell], columns: int, font: Font, title: str | None) -> Image.Image:
+    """All cells in rows of ``columns`` on white; each row is as high as its highest cell."""
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    line, gap = _line_height(font), MARGIN * 3 // 2
+    heights = [max(cell.height(line) for cell in row) for row in rows]
+    top = MARGIN + (line + gap if title else 0)
+    width = 2 * MARGIN + len(rows[0]) * cells[0].width + (len(rows[0]) - 1) * gap
+    sheet = Image.new("RGB", (width, top + sum(heights) + gap * (len(rows) - 1) + MARGIN), WHITE)
+    if title:
+        pen = ImageDraw.Draw(sheet)
+        pen.text((width // 2, MARGIN), _drawable(title), INK, font, anchor="ma")
+    y = top
+    for row, height in zip(rows, heights, strict=True):
+        for i, cell in enumerate(row):
+            cell.draw(sheet, MARGIN + i * (cell.width + gap), y, font)
+        y += height + gap
+    return sheet
+
+
+def image_grid(
+    images: Tensor,
+    captions: Sequence[str],
+    *,
+    columns: int,
+    scores: Sequence[float] | None = None,
+    scale: float | None = None,
+) -> Image.Image:
+    """``images: [B, 3, H, W] in [0, 1]`` in rows of ``columns``, each with its caption below.
+
+    ``scores: [B]`` adds a line with the number.  ``scale`` resizes the pictures; None enlarges small
+    ones to at least 144 px.  Raises ValueError if there is no picture or a length does not fit.
+    """
+    pictures = _enlarged(images, scale)
+    _check_lengths(len(pictures), captions=captions, scores=scores)
+    font = _font(pictures[0].width)
+    cells = [
+        _Cell(
+            pictures=[picture],
+            under=[[Line(f"{scores[i]:.3f}", GREY)] if scores is not None else []],
+            caption=_wrapped(captions[i], picture.width, font),
+        )
+        for i, picture in enumerate(pictures)
+    ]
+    return _sheet(cells, columns, font, title=None)
+
+
+def side_by_side(
+    before: Tensor,
+    after: Tensor,
+    captions: Sequence[str],
+    before_scores: Sequence[float] | None = None,
+    after_scores: Sequence[float] | None = None,
+    *,
+    columns: int = 2,
+    labels: tuple[str, str] = ("before", "after"),
+    title: str | None = None,
+    scale: float | None = None,
+) -> Image.Image:
+    """Pairs of pictures of the same prompts, ``columns`` pairs a row, labelled, captions below.
+
+    ``before, after: [B, 3, H, W] in [0, 1]``; ``before_scores, after_scores: [B]`` follow the labels,
+    the second in green where it is higher and in red where it is lower.  ``title`` is a line above all.
+    Raises ValueError if there is no picture or a length does not fit.
+    """
+    left, right = _enlarged(before, scale), _enlarged(after, scale)
+    _check_lengths(
+        len(left),
+        after=right,
+        captions=captions,
+        before_scores=before_scores,
+        after_scores=after_scores,
+    )
+    font = _font(left[0].width)
+    cells = []
+    for i, pair in enumerate(zip(left, right, strict=True)):
+        old = before_scores[i] if before_scores is not None else None
+        new = after_scores[i] if after_scores is not None else None
+        pair_width = sum(picture.width for picture in pair) + MARGIN // 2
+        cells.append(
+            _Cell(
+                pictures=list(pair),
+                under=[
+                    [Line(_labelled(labels[0], old), GREY)],
+                    [Line(_labelled(labels[1], new), _change_color(old, new))],
+                ],
+                caption=_wrapped(captions[i], pair_width, font),
+            )
+        )
+    return _sheet(cells, columns, font, title)
+
+
+def _labelled(label: str, score: float | None) -> str:
+    return _drawable(label if score is None else f"{label} {score:.2f}")
+
+
+def _change_color(old: float | None, new: float | None) -> Color:
+    """Green for a gain and red for a loss that two decimals show; grey otherwise."""
+    if old is None or new is None or not abs(new - old) >= 0.005:
+        return GREY
+    return GAIN if new > old else LOSS
+
+
+def _check_lengths(count: int, **sequences: Sequence | None) -> None:
+    for name, sequence in sequences.items():
+        if sequence is not None and len(sequence) != count:
+            raise ValueError(f"{count} pictures but {len(sequence)} {name}")

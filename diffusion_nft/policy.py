@@ -1,0 +1,123 @@
+"""The policies: one frozen base transformer and LoRA adapters on it.
+
+``current`` is trained, ``old`` samples, ``ema`` is evaluated and exported; the reference policy is the
+base without LoRA.  Exactly one is active at a time; ``with policy.using("old"): ...`` switches and
+restores.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from diffusion_nft.randomness import generator
+
+ADAPTERS = ("current", "old", "ema")
+REFERENCE = "reference"
+
+
+class Policy:
+    """LoRA adapters on ``transformer`` (changed in place), which is frozen otherwise.
+
+    ``seed`` fixes the initial A matrices (Gaussian, std 1/rank; B is zero), so every rank starts equal.
+    Trained weights are stored in ``dtype``.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        *,
+        targets: Iterable[str],
+        rank: int,
+        alpha: float,
+        seed: int,
+        dtype: torch.dtype,
+    ):
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
+        for name in ADAPTERS:
+            transformer.add_adapter(config, adapter_name=name)  # pyright: ignore[reportCallIssue]
+        self._layers = {
+            name: module
+            for name, module in transformer.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+        for layer in self._layers.values():
+            for name in ADAPTERS:
+                layer.lora_A[name].to(dtype)
+                layer.lora_B[name].to(dtype)
+        self._weights = {name: self._collect(name) for name in ADAPTERS}
+        self._active = "current"
+        self._activate("current")
+        self.load("current", self._initial_state(seed, rank))
+
+    def _collect(self, adapter: str) -> dict[str, nn.Parameter]:
+        return {
+            f"{name}.{matrix}.weight": getattr(layer, matrix)[adapter].weight
+            for name, layer in self._layers.items()
+            for matrix in ("lora_A", "lora_B")
+        }
+
+    def _initial_state(self, seed: int, rank: int) -> dict[str, Tensor]:
+        return {
+            key: torch.randn(weight.shape, generator=generator(seed, "lora", key)) / rank
+            if ".lora_A." in key
+            else torch.zeros(weight.shape)
+            for key, weight in self._weights["current"].items()
+        }
+
+    def parameters(self, name: str = "current") -> list[nn.Parameter]:
+        """The weights of adapter ``name``, in a fixed order."""
+        return list(self._weights[name].values())
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """``{"<module>.lora_A.weight": ...}`` of adapter ``name``: detached views, not copies."""
+        return {key: weight.detach() for key, weight in self._weights[name].items()}
+
+    @torch.no_grad()
+    def load(self, name: str, state: dict[str, Tensor], *, others: bool = True) -> None:
+        """Sets adapter ``name`` (and, if ``others``, every adapter) to ``state``.
+
+        Raises ValueError naming a few keys if ``state`` has other keys or shapes than the adapter.
+        """
+        weights = self._weights[name]
+        wrong = sorted(
+            key
+            for key in weights.keys() | state.keys()
+            if key not in weights or key not in state or weights[key].shape != state[key].shape
+        )
+        if wrong:
+            raise ValueError(
+                f"LoRA does not fit this model and rank: {len(wrong)} of {len(weights)} weights are "
+                f"missing, unexpected or of another shape, such as {', '.join(wrong[:3])}"
+            )
+        for adapter in ADAPTERS if others else (name,):
+            for key, weight in self._weights[adapter].items():
+                weight.copy_(state[key])
+
+    @torch.no_grad()
+    def blend(self, name: str, decay: float) -> None:
+        """``name <- decay name + (1 - decay) current``: the old policy's and the EMA's update."""
+        torch._foreach_lerp_(self.parameters(name), self.parameters("current"), 1 - decay)
+
+    def _activate(self, name: str) -> None:
+        """Makes ``name`` active; only ``current`` carries gradients."""
+        for layer in self._layers.values():
+            layer.enable_adapters(name != REFERENCE)
+            if name != REFERENCE:
+                layer.set_adapter(name, inference_mode=name != "current")
+        self._active = name
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Runs the block with policy ``name``: ``current``, ``old``, ``ema`` or ``reference``."""
+        before = self._active
+        if name != before:
+            self._activate(name)
+        try:
+            yield
+        finally:
+            if self._active != before:
+                self._activate(before)

@@ -1,0 +1,33 @@
+"""Compute precision: the dtype of frozen weights, autocast, and fp16's loss scaling.
+
+LoRA weights, their gradients and the optimizer are float32 (float64 under ``fp64``); frozen weights are
+stored in the compute dtype, and autocast brings the two together.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+COMPUTE_DTYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "no": torch.float32,
+    "fp64": torch.float64,
+}
+
+
+class Precision:
+    """``mixed_precision`` (a key of COMPUTE_DTYPES) on a device."""
+
+    def __init__(self, mixed_precision: str, device: torch.device):
+        self.compute_dtype = COMPUTE_DTYPES[mixed_precision]
+        self.trained_dtype = torch.promote_types(self.compute_dtype, torch.float32)
+        self.device = device
+        # Overflow is possible in fp16 alone; elsewhere the scaler passes everything through.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision == "fp16")
+
+    def autocast(self) -> AbstractContextManager:
+        """Autocast to the compute dtype; a no-op where that is the weights' own."""
+        if self.compute_dtype == self.trained_dtype:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.compute_dtype)

@@ -1,0 +1,185 @@
+"""Prompts -> latents, pictures and scores, with the old policy and any black-box solver."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from diffusion_nft.data import Prompt, shard
+from diffusion_nft.distributed import Distributed
+from diffusion_nft.models.embeddings import Conditioning
+from diffusion_nft.randomness import generator, normal
+from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores
+from diffusion_nft.solvers import solve
+
+# Side of the thumbnails by which the variety of pictures is measured.
+THUMBNAIL = 8
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How pictures are drawn: solver, steps, noise of a stochastic solver, guidance (1 = none)."""
+
+    solver: str
+    num_steps: int
+    guidance_scale: float
+    noise_level: float = 0.0
+
+    @torch.no_grad()
+    def __call__(
+        self, model: Any, cond: Conditioning, generators: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor]:
+        """Latents x0 ``[B, C, h, w]`` of B prompts with the model's active adapter, and the distinct
+        non-zero sigmas that the solver visited.  Row i depends on row i of ``cond`` and generator i alone.
+        """
+        velocity = self._velocity(model, cond)
+        x = normal(model.latent_shape, generators).to(model.device, model.precision.trained_dtype)
+        return solve(
+            self.solver,
+            velocity,
+            x,
+            model.sigmas(self.num_steps),
+            noise_level=self.noise_level,
+            generator=generators,
+            shift=model.shift,
+        )
+
+    def _velocity(self, model: Any, cond: Conditioning) -> Callable[[Tensor, Tensor], Tensor]:
+        if self.guidance_scale == 1:
+            return lambda x, sigma: model.velocity(x, sigma, cond)
+        empty = model.encode([""] * len(cond.pooled))
+        both = Conditioning(
+            torch.cat([empty.tokens, cond.tokens]), torch.cat([empty.pooled, cond.pooled])
+        )
+
+        def guided(x: Tensor, sigma: Tensor) -> Tensor:
+            v = model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both)
+            without, with_prompt = v.chunk(2)
+            return without + self.guidance_scale * (with_prompt - without)
+
+        return guided
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """``[B, 3, H, W]`` -> ``[B, 192]`` on the CPU: 8 x 8 area averages, enough to compare layouts."""
+    return F.adaptive_avg_pool2d(images.float(), THUMBNAIL).flatten(1).cpu()
+
+
+def diversity(thumbs: Tensor, groups: Sequence[Any]) -> float:
+    """Root-mean-square distance per value between two pictures of one group, averaged over groups.
+
+    ``thumbs: [N, D]``; ``groups``: N keys, equal for pictures of the same prompt.  0: all pictures of
+    a prompt look the same.  NaN if no group has two pictures.
+    """
+    members: dict[Any, list[int]] = {}
+    for row, key in enumerate(groups):
+        members.setdefault(key, []).append(row)
+    distances = [
+        (2 * thumbs[rows].to(torch.float64).var(dim=0, correction=1).mean()).sqrt()
+        for rows in members.values()
+        if len(rows) > 1
+    ]
+    return float(torch.stack(distances).mean()) if distances else float("nan")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """An epoch's samples: scores of all of them, latents of this rank's share."""
+
+    scores: Scores  # of all N samples, in order
+    diversity: float
+    indices: range  # this rank's samples, n of them
+    x0: Tensor  # [n, C, h, w]
+    cond: Conditioning  # of the prompts in this rank's share, each once
+    cond_rows: Tensor  # [n]: the row of ``cond`` of each sample
+    sigmas: Tensor  # distinct non-zero noise levels that the solver visited; empty if n is 0
+    pictures: Tensor  # [<= num_pictures, 3, H, W]: the first ones of this rank
+
+
+def gather_scores(
+    dist: Distributed, score: Callable[[], list[Scores]], thumbs: Tensor
+) -> tuple[Scores, Tensor]:
+    """All ranks' scores and thumbnails in rank order.
+
+    ``score`` waits for this rank's scores.  If it raises on any rank, RewardError is raised on every
+    rank, so that all of them can stop in step and save.
+    """
+    local, failure = None, None
+    try:
+        local = Scores.concatenate(score())
+    except RewardError as error:
+        failure = f"{error} (on rank {dist.rank})"
+        cause = error
+    gathered = dist.gather_objects((local, thumbs, failure))
+    failures = [failed for _, _, failed in gathered if failed]
+    if failures:
+        raise RewardError("; ".join(failures)) from (cause if failure else None)
+    filled = [scores for scores, _, _ in gathered if len(scores.total)]
+    return Scores.concatenate(filled), torch.cat([t for _, t, _ in gathered])
+
+
+def collect(
+    model: Any,
+    prompts: list[Prompt],
+    rewards: RewardSet,
+    config: ConfigDict,
+    *,
+    epoch: int,
+    dist: Distributed,
+    num_pictures: int,
+) -> Samples:
+    """Samples ``num_image_per_prompt`` pictures of each prompt with the model's active adapter.
+
+    Sample i of the epoch belongs to group ``i // num_image_per_prompt``; its noise is keyed by
+    (seed, epoch, i).  Ranks take contiguous near-equal shares.  Scoring runs in the background of
+    sampling.  Raises RewardError on every rank if a reward fails on any.
+    """
+    size = config.sample.num_image_per_prompt
+    indices = shard(len(prompts) * size, dist.rank, dist.world_size)
+    sampler = Sampler(
+        config.sample.solver,
+        config.sample.num_steps,
+        config.sample.guidance_scale,
+        config.sample.noise_level,
+    )
+    first = indices.start // size
+    mine = prompts[first : -(-indices.stop // size)] if indices else []
+    cond = model.encode([prompt.text for prompt in mine])
+    cond_rows = torch.tensor([i // size - first for i in indices], device=model.device).long()
+    latents, thumbs, kept, pending, sigmas = [], [], [], [], torch.zeros(0)
+    with ThreadPoolExecutor(1) as scorer:
+        for start in range(0, len(indices), config.sample.batch_size):
+            rows = indices[start : start + config.sample.batch_size]
+            batch = [prompts[i // size] for i in rows]
+            texts = [prompt.text for prompt in batch]
+            generators = [generator(config.seed, epoch, i, "rollout") for i in rows]
+            here = cond.select(cond_rows[start : start + len(rows)])
+            x0, sigmas = sampler(model, here, generators)
+            images = model.decode(x0)
+            pending.append(
+                scorer.submit(rewards, images, texts, [prompt.metadata for prompt in batch])
+            )
+            latents.append(x0)
+            thumbs.append(thumbnails(images))
+            if start < num_pictures:
+                kept.append(images[: num_pictures - start].cpu())
+        empty = torch.zeros(0, 3 * THUMBNAIL**2)
+        scores, all_thumbs = gather_scores(
+            dist, lambda: [future.result() for future in pending], torch.cat([empty, *thumbs])
+        )
+    groups = [i // size for i in range(len(prompts) * size)]
+    return Samples(
+        scores=scores,
+        diversity=diversity(all_thumbs, groups),
+        indices=indices,
+        x0=torch.cat(latents) if latents else torch.zeros(0, *model.latent_shape),
+        cond=cond,
+        cond_rows=cond_rows,
+        sigmas=sigmas,
+        pictures=torch.cat(kept) if kept else torch.zeros(0, 3, 1, 1),
+    )

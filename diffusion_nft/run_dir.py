@@ -1,0 +1,82 @@
+"""The run directory: which configuration it belongs to, and whether a new one may continue it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+CONFIG_FILE = "config.json"
+
+# Keys, or sections ending in a dot, that may change between two starts of one run: they do not alter
+# the trained numbers.
+MAY_CHANGE = (
+    "run_name",
+    "save_dir",
+    "num_epochs",
+    "save_freq",
+    "eval_freq",
+    "resume_from",
+    "sample.batch_size",
+    "train.batch_size",
+    "train.max_skipped_steps",
+    "eval.",
+    "checkpoint.",
+    "perf.",
+    "log.",
+    "distributed.",
+)
+
+
+class RunDirError(ValueError):
+    """The run directory belongs to another configuration."""
+
+
+def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
+    """``{"train.learning_rate": 3e-4, ...}``: the leaves of a configuration by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, (ConfigDict, dict)):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line per key that alters the trained numbers and differs between two flat configurations."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        free = any(key == k or (k.endswith(".") and key.startswith(k)) for k in MAY_CHANGE)
+        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if not free and before != after:
+            lines.append(f"{key}: {before!r} -> {after!r}")
+    return lines
+
+
+def check_run_dir(config: ConfigDict) -> None:
+    """Refuses to continue ``config.save_dir`` with a configuration that alters the numbers.
+
+    Raises RunDirError with the differing keys.  Writes nothing.
+    """
+    path = Path(config.save_dir) / CONFIG_FILE
+    if not path.exists():
+        return
+    lines = differences(json.loads(path.read_text(encoding="utf-8")), flatten(config))
+    if lines:
+        raise RunDirError(
+            f"{config.save_dir} holds a run with another configuration:\n  "
+            + "\n  ".join(lines)
+            + "\nchoose another --config.save_dir, or give the former values"
+        )
+
+
+def write_config(config: ConfigDict) -> None:
+    """Writes ``config.json`` into the run directory, replacing it at once."""
+    folder = Path(config.save_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{CONFIG_FILE}.tmp"
+    temporary.write_text(
+        json.dumps(flatten(config), indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
+    temporary.replace(folder / CONFIG_FILE)

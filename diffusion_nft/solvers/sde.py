@@ -1,0 +1,189 @@
+"""Stochastic solvers: x' ~ N(mean, std^2) at every step, with a density for policy gradients.
+
+Every rule here is Euler's step plus a multiple of the predicted noise
+``noise_hat = x + (1 - sigma) v`` and fresh noise ``n``:
+
+    x' = mean + std n,      mean = x + (sigma_next - sigma) v + pull noise_hat
+
+so a rule is a function of three floats, ``(sigma, sigma_next, noise_level) -> (pull, std)``.  At
+``noise_level`` 0 both are zero and the step is exactly Euler's.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion_nft.flow import expand
+from diffusion_nft.solvers.common import (
+    Generators,
+    Solver,
+    Velocity,
+    at_least_float32,
+    batch_sigma,
+    grid,
+)
+
+Rule = Callable[[float, float, float], tuple[float, float]]
+
+
+class Trajectory(NamedTuple):
+    """The chain of a stochastic solver, from noise to clean latent."""
+
+    xs: Tensor  # [N+1, B, C, h, w]
+    log_probs: Tensor  # [N, B]; NaN where a step is deterministic and has no density
+
+
+def flow_rule(sigma: float, sigma_next: float, noise_level: float) -> tuple[float, float]:
+    """Flow-GRPO (arXiv 2505.05470, section 4.2): diffusion ``g = a sqrt(sigma / (1 - sigma))``.
+
+    At sigma 1 the denominator uses the next level instead.
+    """
+    denominator = 1 - (sigma_next if sigma == 1 else sigma)
+    return _reverse_sde(sigma, sigma_next, noise_level * math.sqrt(sigma / denominator))
+
+
+def dance_rule(sigma: float, sigma_next: float, noise_level: float) -> tuple[float, float]:
+    """DanceGRPO (arXiv 2505.07818, the rectified-flow SDE): constant diffusion ``g = eta``."""
+    return _reverse_sde(sigma, sigma_next, noise_level)
+
+
+def ddim_rule(sigma: float, sigma_next: float, noise_level: float) -> tuple[float, float]:
+    """DDIM (arXiv 2010.02502, eqs. 12 and 16) with alpha = 1 - sigma and eta = ``noise_level``.
+
+    ``mean = (1-t) x0_hat + sqrt(t^2 - rho^2) noise_hat``; at eta 1 this is ancestral sampling.
+    """
+    s, t = sigma, sigma_next
+    rho = noise_level * t * math.sqrt(1 - (t * (1 - s) / (s * (1 - t))) ** 2)
+    # (1-t) x0_hat + t noise_hat is Euler's step, so only the change of the noise's weight remains.
+    return math.sqrt(max(t * t - rho * rho, 0.0)) - t, rho
+
+
+def _reverse_sde(sigma: float, sigma_next: float, g: float) -> tuple[float, float]:
+    """Euler-Maruyama of ``dx = (v - g^2 score / 2) dsigma + g dw``, score = -noise_hat / sigma.
+
+    It keeps the ODE's marginals for any ``g`` (Song et al., arXiv 2011.13456, section 4.3).
+    """
+    d_sigma = sigma_next - sigma
+    return 0.5 * g * g * d_sigma / sigma, g * math.sqrt(-d_sigma)
+
+
+SDE_RULES: dict[str, Rule] = {"flow": flow_rule, "dance": dance_rule, "ddim": ddim_rule}
+
+
+def check_noise_level(name: str, noise_level: float) -> None:
+    """Refuse a noise level that the stochastic solver ``name`` cannot use."""
+    highest = 1.0 if name == "ddim" else math.inf
+    if not 0 <= noise_level <= highest:
+        allowed = "between 0 and 1" if name == "ddim" else "0 or more"
+        raise ValueError(f"noise_level of solver '{name}' must be {allowed}, not {noise_level}")
+
+
+def integrate(
+    name: str,
+    velocity: Velocity,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    generator: Generators = None,
+    noise_level: float = 0.0,
+) -> Tensor:
+    """Run the stochastic solver ``name`` from ``x: [B, C, h, w]`` at ``sigmas[0]`` to the end."""
+    x0 = x
+    for x_next, _, _ in _walk(name, velocity, x, sigmas, generator, noise_level):
+        x0 = x_next
+    return x0
+
+
+def sample_trajectory(
+    name: str,
+    velocity: Velocity,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    generator: Generators = None,
+    noise_level: float,
+) -> Trajectory:
+    """As `integrate`, keeping every state and the log-probability of every transition."""
+    xs, log_probs = [at_least_float32(x)], []
+    for x_next, mean, std in _walk(name, velocity, x, sigmas, generator, noise_level):
+        xs.append(x_next)
+        density = log_prob(x_next, mean, batch_sigma(std, x_next)) if std > 0 else math.nan
+        log_probs.append(density * torch.ones_like(x_next[:, 0, 0, 0]))
+    return Trajectory(torch.stack(xs), torch.stack(log_probs))
+
+
+def sde_step(
+    name: str, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, *, noise_level: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and std of one step of ``name``, differentiable in ``v``, each sample at its own level.
+
+    ``x, v: [B, C, h, w]; sigma, sigma_next: [B]``, on the CPU to spare a wait for the device.
+    Returns ``mean: [B, C, h, w]`` and ``std: [B]``; score a recorded step with `log_prob`.
+    """
+    check_noise_level(name, noise_level)
+    levels = list(zip(sigma.tolist(), sigma_next.tolist(), strict=True))
+    rules = [(s, t, *SDE_RULES[name](s, t, noise_level)) for s, t in levels]
+    weights = [(*_weights(s, t, pull), std) for s, t, pull, std in rules]
+    x_weight, v_weight, std = torch.tensor(weights, dtype=x.dtype).to(x.device).unbind(1)
+    return expand(x_weight, x) * x + expand(v_weight, v) * v, std
+
+
+def _walk(
+    name: str,
+    velocity: Velocity,
+    x: Tensor,
+    sigmas: Tensor,
+    generator: Generators,
+    noise_level: float,
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Every step's ``(x_next, mean, std)``."""
+    check_noise_level(name, noise_level)
+    x = at_least_float32(x)
+    for s, t in pairwise(grid(sigmas)):
+        pull, std = SDE_RULES[name](s, t, noise_level)
+        x_weight, v_weight = _weights(s, t, pull)
+        mean = x_weight * x + v_weight * velocity(x, batch_sigma(s, x))
+        x = mean + std * draw_noise(x, generator) if std > 0 else mean
+        yield x, mean, std
+
+
+def _weights(sigma: float, sigma_next: float, pull: float) -> tuple[float, float]:
+    """The weights of x and of v in ``mean = x + (sigma_next - sigma) v + pull noise_hat``."""
+    return 1 + pull, sigma_next - sigma + pull * (1 - sigma)
+
+
+def log_prob(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Log density of ``x_next: [B, C, h, w]`` under N(mean, std^2), MEAN over C, h, w -> ``[B]``.
+
+    ``std: [B]`` must be positive.
+    """
+    std = expand(std, mean)
+    density = -0.5 * ((x_next - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
+    return density.flatten(1).mean(1)
+
+
+def draw_noise(x: Tensor, generator: Generators) -> Tensor:
+    """Standard normal noise like ``x``, drawn where the generator lives and moved to ``x``."""
+    if generator is None:
+        return torch.randn_like(x)
+    if isinstance(generator, torch.Generator):
+        noise = torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype)
+    else:
+        assert len(generator) == x.shape[0], "one generator per sample"
+        noise = torch.stack(
+            [
+                torch.randn(x.shape[1:], generator=g, device=g.device, dtype=x.dtype)
+                for g in generator
+            ]
+        )
+    return noise.to(x.device, non_blocking=True)
+
+
+flow: Solver = partial(integrate, "flow")
+dance: Solver = partial(integrate, "dance")
+ddim: Solver = partial(integrate, "ddim")

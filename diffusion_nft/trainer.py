@@ -1,0 +1,281 @@
+"""The loop: sample with the old policy, score, update, log, evaluate, save."""
+
+import time
+from pathlib import Path
+
+import torch
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from diffusion_nft.advantages import group_advantages, optimality, statistics
+from diffusion_nft.algorithms import build_algorithm
+from diffusion_nft.checkpoint import (
+    Checkpoint,
+    Checkpointer,
+    export_lora,
+    load_lora,
+    resolve_checkpoint,
+)
+from diffusion_nft.data import epoch_prompts, load_prompts
+from diffusion_nft.distributed import Distributed
+from diffusion_nft.evaluate import Evaluation, evaluate, write_results
+from diffusion_nft.metrics import Timer, make_metrics, write_environment
+from diffusion_nft.models import build_model
+from diffusion_nft.pictures import image_grid
+from diffusion_nft.policy import ADAPTERS, Policy
+from diffusion_nft.precision import Precision
+from diffusion_nft.report import compare_pictures, result_table
+from diffusion_nft.rewards.combine import RewardError, RewardSet
+from diffusion_nft.rollout import Sampler, Samples, collect
+from diffusion_nft.run_dir import check_run_dir, write_config
+from diffusion_nft.update import Updater
+
+OPTIMALITY_BINS = 10
+
+
+class Trainer:
+    """One run of a valid ``config``.  ``run()`` continues from wherever the run directory stands.
+
+    Raises RunDirError if the run directory belongs to another configuration, and whatever a model or a
+    reward that cannot be loaded raises, before any sampling.
+    """
+
+    def __init__(self, config: ConfigDict, dist: Distributed):
+        self.config, self.dist = config, dist
+        self.run_dir = Path(config.save_dir)
+        check_run_dir(config)
+        self.train_prompts = load_prompts(config.dataset, "train")
+        self.test_prompts = load_prompts(config.dataset, "test")[: config.eval.num_prompts or None]
+        self.checkpointer = Checkpointer(self.run_dir, keep=config.checkpoint.keep)
+        start = self._starting_point()
+        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+        torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        self.rewards = RewardSet(config.reward_fn.to_dict(), dist.device)
+        precision = Precision(config.mixed_precision, dist.device)
+        self.model = build_model(
+            config.pretrained.model_type,
+            name=config.pretrained.model,
+            revision=config.pretrained.revision,
+            max_sequence_length=config.pretrained.max_sequence_length,
+            resolution=config.resolution,
+            dist=dist,
+            precision=precision,
+            **config.perf,
+        )
+        self.policy = Policy(
+            self.model.transformer,
+            targets=self.model.lora_targets,
+            rank=config.train.lora_rank,
+            alpha=config.train.lora_alpha,
+            seed=config.seed,
+            dtype=precision.trained_dtype,
+        )
+        self.updater = Updater(
+            config,
+            dist=dist,
+            precision=precision,
+            model=self.model,
+            policy=self.policy,
+            algorithm=build_algorithm(config),
+        )
+        self.timer = Timer(dist.device)
+        self.epoch = 0
+        self.best_score: float | None = None
+        if start is not None:
+            self._restore(start)
+        elif config.train.lora_path:
+            state, _ = load_lora(Path(config.train.lora_path))
+            self.policy.load("current", state)
+        if dist.is_main:
+            write_config(config)
+            write_environment(self.run_dir)
+        self.metrics = make_metrics(config, self.run_dir, dist.is_main)
+        self.metrics.truncate(self.updater.step)
+
+    def run(self) -> None:
+        """Trains to ``num_epochs``.  A failing reward ends the run after its state is saved."""
+        config = self.config
+        if self.epoch == 0 and config.eval.at_start:
+            self._evaluate_and_log()
+        with tqdm(
+            total=config.num_epochs,
+            initial=self.epoch,
+            desc="epochs",
+            disable=not self.dist.is_main,
+            dynamic_ncols=True,
+        ) as progress:
+            while self.epoch < config.num_epochs:
+                values = self._run_epoch()
+                self.metrics.log(values, step=self.updater.step, epoch=self.epoch)
+                last = self.epoch == config.num_epochs
+                best = (last or _due(self.epoch, config.eval_freq)) and self._evaluate_and_log()
+                if best or last or _due(self.epoch, config.save_freq):
+                    self.save(best=best)
+                progress.update()
+                progress.set_postfix(reward=f"{values['reward/mean']:.3f}")
+        self._report()
+        self.metrics.close()
+
+    def _run_epoch(self) -> dict[str, float]:
+        config, started = self.config, time.perf_counter()
+        try:
+            samples = self._sample()
+        except RewardError:
+            self.dist.say(f"a reward failed; the state as of epoch {self.epoch} is saved")
+            self.save()
+            raise
+        advantages = group_advantages(
+            samples.scores.total,
+            config.sample.num_image_per_prompt,
+            global_std=config.sample.global_std,
+        )
+        r = optimality(
+            advantages, adv_clip_max=config.train.adv_clip_max, adv_mode=config.train.adv_mode
+        )
+        with self.timer.phase("train"):
+            values = self.updater.train_epoch(samples, r, epoch=self.epoch)
+        self.epoch += 1
+        if _due(self.epoch, config.log.image_freq):
+            self._log_samples(samples)
+        seconds = time.perf_counter() - started
+        values |= self._describe(samples, r) | self.timer.pop()
+        values["time/epoch"] = seconds
+        values["time/images_per_second"] = len(r) / seconds
+        if self.dist.device.type == "cuda":
+            values["time/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return values
+
+    def _starting_point(self) -> Checkpoint | None:
+        """The newest sound checkpoint of this run, else the one that ``resume_from`` names."""
+        own = self.checkpointer.load_latest()
+        if own is None and self.config.resume_from:
+            return load_checkpoint(resolve_checkpoint(Path(self.config.resume_from)))
+        return own
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        tensors, state = checkpoint.tensors, checkpoint.state
+        for name in ADAPTERS:
+            self.policy.load(name, tensors[name], others=False)
+        self.updater.load_state_dict(tensors["optimizer"], state["updater"])
+        self.epoch, self.best_score = state["epoch"], state["best_score"]
+        self.dist.say(f"continuing from {checkpoint.path} (epoch {self.epoch})")
+
+    def _sample(self) -> Samples:
+        config = self.config
+        chosen = epoch_prompts(
+            len(self.train_prompts), config.sample.num_groups, seed=config.seed, epoch=self.epoch
+        )
+        self.epoch_prompts = [self.train_prompts[i] for i in chosen]
+        with self.timer.phase("sample"), self.policy.using("old"):
+            return collect(
+                self.model,
+                self.epoch_prompts,
+                self.rewards,
+                config,
+                epoch=self.epoch,
+                dist=self.dist,
+                num_pictures=config.log.num_images,
+            )
+
+    def _describe(self, samples: Samples, r: torch.Tensor) -> dict[str, float]:
+        """``reward/*`` of an epoch: the total, every reward and component, optimality, variety."""
+        stats = statistics(samples.scores.total, self.config.sample.num_image_per_prompt)
+        values = {
+            "reward/mean": stats.mean,
+            "reward/std": stats.std,
+            "reward/zero_std_groups": stats.zero_std_groups,
+            "reward/diversity": samples.diversity,
+        }
+        for name, scores in samples.scores.parts.items():
+            values[f"reward/{name}"] = float(scores.nanmean())
+        counts = torch.histc(r, OPTIMALITY_BINS, min=0, max=1) / len(r)
+        for i, share in enumerate(counts.tolist()):
+            values[f"reward/optimality_{i / OPTIMALITY_BINS:.1f}"] = share
+        if len(samples.x0):
+            values["reward/x0_rms"] = float(samples.x0.float().square().mean().sqrt())
+        return values
+
+    def _log_samples(self, samples: Samples) -> None:
+        size = self.config.sample.num_image_per_prompt
+        captions = [
+            f"{self.epoch_prompts[i // size].text} · {samples.scores.total[i]:.2f}"
+            for i in samples.indices[: len(samples.pictures)]
+        ]
+        if captions:
+            grid = image_grid(samples.pictures, captions, columns=4)
+            self.metrics.log_images("train", grid, epoch=self.epoch)
+
+    def evaluate(self, limit: int | None = None) -> Evaluation:
+        """The first ``limit`` test lines under the evaluation settings, with the active policy."""
+        config = self.config
+        return evaluate(
+            self.model,
+            self.test_prompts[:limit],
+            self.rewards,
+            Sampler(config.eval.solver, config.eval.num_steps, config.eval.guidance_scale),
+            seed=config.seed,
+            batch_size=config.eval.batch_size,
+            dist=self.dist,
+            num_pictures=config.log.num_images,
+        )
+
+    def _evaluate_and_log(self) -> bool:
+        """Evaluates the EMA weights; True if they are the best so far."""
+        with self.timer.phase("eval"), self.policy.using("ema"):
+            result = self.evaluate()
+        values = result.metrics() | self.timer.pop()
+        self.metrics.log(values, step=self.updater.step, epoch=self.epoch)
+        if self.dist.is_main:
+            folder = self.run_dir / "eval" / f"epoch-{self.epoch:06d}"
+            write_results(result, folder, image_dir=None, settings={"epoch": self.epoch})
+        score = values["eval/total"]
+        self.dist.say(f"epoch {self.epoch}: eval/total {score:.4f}")
+        best = self.best_score is None or score > self.best_score
+        if best:
+            self.best_score = score
+        return best
+
+    def save(self, *, best: bool = False) -> None:
+        """Writes a checkpoint of everything that continuing needs, and the LoRA for users."""
+        tensors, state = self.updater.state_dict()
+        if self.dist.is_main:
+            self.checkpointer.save(
+                self.updater.step,
+                tensors={name: self.policy.state(name) for name in ADAPTERS}
+                | {"optimizer": tensors},
+                state={"epoch": self.epoch, "best_score": self.best_score, "updater": state},
+                write_extra=self._export,
+                best=best,
+            )
+        self.dist.barrier()
+
+    def _export(self, folder: Path) -> None:
+        config = self.config
+        export_lora(
+            folder,
+            self.policy.state("ema"),
+            rank=config.train.lora_rank,
+            alpha=config.train.lora_alpha,
+            target_modules=list(self.model.lora_targets),
+            base_model=config.pretrained.model,
+        )
+
+    def _report(self) -> None:
+        """Says what the run gained, and draws the same test lines by the base and by the trained model."""
+        path = self.run_dir / "before_after.png"
+        count = self.config.log.num_images
+        if count and not path.exists():
+            with self.policy.using("reference"):
+                before = self.evaluate(count)
+            with self.policy.using("ema"):
+                after = self.evaluate(count)
+            if self.dist.is_main:
+                compare_pictures(before, after).save(path)
+        self.dist.say(result_table(self.run_dir))
+        if path.exists():
+            self.dist.say(f"before/after pictures: {path}")
+
+
+def _due(epoch: int, every: int) -> bool:
+    """True every ``every`` epochs; never if 0."""
+    return every > 0 and epoch % every == 0

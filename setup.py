@@ -1,0 +1,34 @@
+"""Installs DiffusionNFT and the embedded model."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "torch>=2.6",
+    "torchvision",
+    "diffusers>=0.42",
+    "transformers>=5",
+    "peft>=0.21",
+    "accelerate>=1.0",
+    "ml_collections>=1.0",
+    "absl-py",
+    "numpy",
+    "pillow>=10.1",
+    "safetensors",
+    "sentencepiece",
+    "protobuf",
+    "wandb",
+    "tqdm",
+]
+TEST = ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "pyright", "tensorboard"]
+
+setup(
+    name="diffusion-nft",
+    version="0.1.0",
+    description="DiffusionNFT: online RL of text-to-image diffusion models on the forward process",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["diffusion_nft", "diffusion_nft.*"]),
+    package_data={"diffusion_nft.shapes": ["pipeline/**/*"]},
+    install_requires=CORE,
+    extras_require={"tensorboard": ["tensorboard"], "test": TEST},
+)

@@ -1,0 +1,186 @@
+"""The presets hold the published values, name no number of GPUs, and all pass validation."""
+
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from diffusion_nft import data
+from diffusion_nft.rewards import REWARDS
+from diffusion_nft.validation import ConfigError, validate
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+BASE = _load("config/base.py")
+PRESETS = _load("config/nft.py")
+SD3 = ["sd3_geneval", "sd3_ocr", "sd3_pickscore", "sd3_hpsv2", "sd3_multi_reward"]
+ALL = [*SD3, "sd3_geneval_1gpu", "sd3_pickscore_1gpu", "shapes", "shapes_demo", "shapes_smoke"]
+OBJECT = '{"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "two cats"}\n'
+
+
+@pytest.fixture(autouse=True)
+def prompt_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand-ins for the prompt sets, in the published layouts."""
+    root = tmp_path / "dataset"
+    files = {f"{s}/{split}.txt": "a cat\n" for s in ("ocr", "pickscore") for split in data.SPLITS}
+    files |= {
+        f"{name}/{split}_metadata.jsonl": OBJECT
+        for name in ("geneval", "shapes")
+        for split in data.SPLITS
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    monkeypatch.setattr(data, "DATASET_ROOT", root)
+    monkeypatch.chdir(tmp_path)
+    return root
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value; ``reward_fn`` is one value."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = isinstance(value, dict) and name != "reward_fn"
+        flat |= leaves(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat
+
+
+def preset(name: str) -> dict[str, Any]:
+    return leaves(PRESETS.get_config(name).to_dict())
+
+
+def test_preset_names() -> None:
+    assert list(PRESETS.PRESETS) == ALL
+    with pytest.raises(
+        ValueError, match="'sd3_genval' is unknown; choose from sd3_geneval, sd3_ocr"
+    ):
+        PRESETS.get_config("sd3_genval")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_preset_validates_on_any_number_of_gpus(name: str) -> None:
+    for world_size in range(1, 17):
+        config = PRESETS.get_config(name)
+        validate(config, world_size=world_size)
+        assert config == PRESETS.get_config(name), "validation changed the configuration"
+
+
+@pytest.mark.parametrize("name", ["geneval", "ocr", "pickscore", "hpsv2", "clipscore"])
+def test_reward_of_a_preset_is_registered(name: str) -> None:
+    assert name in REWARDS
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_preset_is_locked_and_names_its_command(name: str) -> None:
+    config = PRESETS.get_config(name)
+    assert config.is_locked
+    with pytest.raises(AttributeError, match="learning_rat"):
+        config.train.learning_rat = 1e-4
+    command = r"torchrun --nproc_per_node=\d scripts/train_nft_sd3.py --config config/nft.py:"
+    assert re.search(rf"{command}{name}\b", inspect.getdoc(PRESETS.PRESETS[name]) or "")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_preset_knows_the_number_of_gpus(name: str) -> None:
+    for key, value in preset(name).items():
+        assert not re.search(r"gpu|world|nproc|num_process|rank(?<!lora_rank)|node", key), key
+        assert key == "save_dir" or "gpu" not in str(value).lower(), key
+
+
+def test_save_dirs_differ() -> None:
+    assert len({preset(name)["save_dir"] for name in ALL}) == len(ALL)
+
+
+@pytest.mark.parametrize("name", SD3)
+def test_values_shared_by_the_published_presets(name: str) -> None:
+    """Table and list "Presets published for 8 GPUs": what all of them have in common."""
+    published = {
+        "save_dir": f"logs/nft/sd3/{name.removeprefix('sd3_')}",
+        "seed": 42,
+        "algorithm": "nft",
+        "num_epochs": 100_000,
+        "save_freq": 30,
+        "eval_freq": 10,
+        "mixed_precision": "fp16",
+        "allow_tf32": True,
+        "resume_from": "",
+        "pretrained.model": "stabilityai/stable-diffusion-3.5-medium",
+        "pretrained.revision": "",
+        "pretrained.model_type": "sd3",
+        "pretrained.max_sequence_length": 128,
+        "resolution": 512,
+        "sample.num_groups": 48,
+        "sample.num_image_per_prompt": 24,
+        "sample.solver": "dpm2",
+        "sample.noise_level": 0.7,
+        "sample.guidance_scale": 1.0,
+        "sample.global_std": True,
+        "train.num_inner_epochs": 1,
+        "train.timestep_fraction": 0.99,
+        "train.learning_rate": 3e-4,
+        "train.adam_beta1": 0.9,
+        "train.adam_beta2": 0.999,
+        "train.adam_weight_decay": 1e-4,
+        "train.adam_epsilon": 1e-8,
+        "train.max_grad_norm": 1.0,
+        "train.adv_clip_max": 5.0,
+        "train.adv_mode": "all",
+        "train.lora_rank": 32,
+        "train.lora_alpha": 64,
+        "train.lora_path": "",
+        "train.ema_decay": 0.9,
+        "nft.kl_weight": 1e-4,
+        "nft.weighting": "adaptive",
+        "nft.negative_branch": True,
+        "eval.num_prompts": 0,
+        "eval.num_steps": 40,
+        "eval.solver": "flow",
+        "eval.guidance_scale": 1.0,
+    }
+    found = preset(name)
+    assert {key: found[key] for key in published} == published
+
+
+PUBLISHED_COLUMNS = (
+    "dataset",
+    "reward_fn",
+    "sample.num_steps",
+    "nft.beta",
+    "nft.old_policy_decay",
+    "train.gradient_step_per_epoch",
+    "eval.batch_size",
+)
+THREE = {"pickscore": 1.0, "hpsv2": 1.0, "clipscore": 1.0}
+PUBLISHED_ROWS = {
+    "sd3_geneval": ("geneval", {"geneval": 1.0}, 10, 1.0, "linear_to_half", 1, 14),
+    "sd3_ocr": ("ocr", {"ocr": 1.0}, 10, 0.1, "delayed_linear", 2, 16),
+    "sd3_pickscore": ("pickscore", {"pickscore": 1.0}, 10, 1.0, "linear_to_half", 1, 16),
+    "sd3_hpsv2": ("pickscore", {"hpsv2": 1.0}, 10, 1.0, "linear_to_half", 1, 16),
+    "sd3_multi_reward": ("pickscore", THREE, 25, 0.1, "linear_to_half", 1, 16),
+}
+
+
+@pytest.mark.parametrize("name", SD3)
+def test_values_of_each_published_preset(name: str) -> None:
+    found = preset(name)
+    assert tuple(found[key] for key in PUBLISHED_COLUMNS) == PUBLISHED_ROWS[name]
+
+
+def test_base_config_lacks_only_what_a_preset_gives() -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(BASE.get_config())
+    keys = [problem.split(" = ")[0] for problem in caught.value.problems]
+    assert sorted(keys) == ["dataset", "reward_fn", "save_dir"]
