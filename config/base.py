@@ -1,8 +1,8 @@
 """Every configuration key, with its meaning and default.
 
 A preset (config/nft.py) starts from ``get_config()`` and changes what it must.  The tree is locked:
-a misspelt key is an error.  Allowed values are in ``diffusion_nft/validation.py``, which refuses a bad
-configuration before any model is loaded.  Every key can be set on the command line:
+a misspelt key is an error.  Allowed values are in ``diffusion_nft/validation.py``, which refuses a
+bad configuration before any model is loaded.  Every key can be set on the command line:
 ``--config.train.learning_rate=1e-4``.
 """
 
@@ -26,7 +26,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Epochs between checkpoints, and between evaluations (0: only at the end).
     config.save_freq = 30
     config.eval_freq = 10
-    # Precision of the frozen weights and of autocast: fp16, bf16, no (fp32), fp64 (for verification).
+    # Precision of the frozen weights and of autocast: fp16, bf16, no (fp32), fp64 (for
+    # verification).
     config.mixed_precision = "fp16"
     # TF32 matrix products on GPUs that have them.
     config.allow_tf32 = True
@@ -91,7 +92,8 @@ def get_config() -> ml_collections.ConfigDict:
     # LoRA on the attention projections.
     train.lora_rank = 32
     train.lora_alpha = 64
-    # A LoRA (PEFT folder) that the current and the old policy start from; the reference stays the base.
+    # A LoRA (PEFT folder) that the current and the old policy start from; the reference stays the
+    # base.
     train.lora_path = ""
     # EMA of the trained weights, used for evaluation and export: decay min((1+s)/(10+s), ema_decay)
     # at optimizer step s; 0 turns it off.
@@ -108,7 +110,8 @@ def get_config() -> ml_collections.ConfigDict:
     nft.weighting = "adaptive"
     # False drops the (1-r) term: the paper's no-negative ablation.
     nft.negative_branch = True
-    # How fast the sampling policy follows: a name in diffusion_nft.algorithms.nft.OLD_POLICY_DECAYS.
+    # How fast the sampling policy follows: a name in
+    # diffusion_nft.algorithms.nft.OLD_POLICY_DECAYS.
     nft.old_policy_decay = "linear_to_half"
 
     config.eval = evaluation = ml_collections.ConfigDict()

@@ -79,7 +79,9 @@ def sd3_multi_reward() -> ml_collections.ConfigDict:
 
 
 def _one_gpu(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Fit one card of 24-48 GB: a ninth of the published batch, small micro-batches, capped test set."""
+    """Fit one card of 24-48 GB: a ninth of the published batch, small micro-batches, capped test
+    set.
+    """
     config.save_dir += "_1gpu"
     config.sample.num_groups = 8
     config.sample.num_image_per_prompt = 16
@@ -104,7 +106,8 @@ def sd3_geneval_1gpu() -> ml_collections.ConfigDict:
 def sd3_pickscore_1gpu() -> ml_collections.ConfigDict:
     """PickScore on one card of 24-48 GB.  Memory and cost: not measured.
 
-    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:sd3_pickscore_1gpu``
+    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config
+    config/nft.py:sd3_pickscore_1gpu``
     """
     return _one_gpu(sd3_pickscore())
 

@@ -45,7 +45,8 @@ def group_advantages(rewards: Tensor, group_size: int, *, global_std: bool) -> T
 
 
 def optimality(advantages: Tensor, *, adv_clip_max: float, adv_mode: str) -> Tensor:
-    """Optimality probability r in [0, 1] of each sample: ``r = clip(A / adv_clip_max / 2 + 1/2, 0, 1)``.
+    """Optimality probability r in [0, 1] of each sample: ``r = clip(A / adv_clip_max / 2 + 1/2, 0,
+    1)``.
 
     ``A`` is the advantage clipped to ``+-adv_clip_max`` and shaped by ``adv_mode`` (ADV_MODES).
     """

@@ -1,8 +1,8 @@
 """Ranks and what they exchange.  A plain process without torchrun is a world of one.
 
-Gradients travel in one flat all-reduce per optimizer step instead of through DDP: the policy switches
-adapters between forwards, ranks may have unequal shares or none, and one collective of sample-weighted
-sums is both exact and cheaper than hooks that fire at every backward pass.
+Gradients travel in one flat all-reduce per optimizer step instead of through DDP: the policy
+switches adapters between forwards, ranks may have unequal shares or none, and one collective of
+sample-weighted sums is both exact and cheaper than hooks that fire at every backward pass.
 """
 
 import datetime
@@ -46,7 +46,9 @@ class Distributed:
         torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """``value`` of every rank, in rank order, on every rank (pickled between our own processes)."""
+        """``value`` of every rank, in rank order, on every rank (pickled between our own
+        processes).
+        """
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size

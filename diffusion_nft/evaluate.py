@@ -1,19 +1,21 @@
 """Evaluation: every line of a test set is one sample; the same numbers on any number of ranks.
 
-Test lines are cut into fixed chunks by line number and the chunks dealt to the ranks, so a picture is
-always made beside the same neighbours; its noise is keyed by (seed, line number).  Means are taken in
-float64 in line order.
+Test lines are cut into fixed chunks by line number and the chunks dealt to the ranks, so a picture
+is always made beside the same neighbours; its noise is keyed by (seed, line number).  Means are
+taken in float64 in line order.
 """
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,6 +25,17 @@ from diffusion_nft.pictures import to_pil
 from diffusion_nft.randomness import generator
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.rollout import THUMBNAIL, Sampler, diversity, gather_scores, thumbnails
+
+_MODEL_BASED = ("imagereward", "pickscore", "aesthetic", "unifiedreward", "clipscore", "hpsv2")
+
+# What a test set is usually scored by.
+DEFAULT_REWARDS: dict[str, tuple[str, ...]] = {
+    "geneval": ("geneval",),
+    "ocr": ("ocr",),
+    "pickscore": _MODEL_BASED,
+    "drawbench": _MODEL_BASED,
+    "shapes": ("shapes",),
+}
 
 
 @dataclass(frozen=True)
@@ -78,8 +91,8 @@ def mean_and_error(values: list[float], clusters: list[str]) -> dict[str, float]
     """Mean, its standard error clustered by ``clusters`` (repeats of a prompt are not independent),
     and how many of ``values`` apply: NaN is left out.
 
-    The error is the usual cluster-robust one of a mean, sqrt(G/(G-1) sum_g (sum_i e_gi)^2) / n for G
-    clusters (Liang & Zeger 1986); NaN for a single cluster.
+    The error is the usual cluster-robust one of a mean, sqrt(G/(G-1) sum_g (sum_i e_gi)^2) / n for
+    G clusters (Liang & Zeger 1986); NaN for a single cluster.
     """
     kept = [(v, c) for v, c in zip(values, clusters, strict=True) if not math.isnan(v)]
     if not kept:
@@ -116,48 +129,76 @@ def evaluate(
     dist: Distributed,
     num_pictures: int = 0,
     image_dir: Path | None = None,
-    description: str = "evaluate",
 ) -> Evaluation:
     """Samples and scores every line of ``prompts`` with the model's active adapter.
 
-    ``image_dir``: where to write every picture as ``<line>.png``.  The result is the same on every rank
-    except for ``pictures``.  Raises RewardError on every rank if a reward fails on any.
+    ``image_dir``: where to write every picture as ``<line>.png``.  Raises RewardError on every rank
+    if a reward fails on any.
     """
+
+    def draw(lines: range) -> Tensor:
+        generators = [generator(seed, "eval", line) for line in lines]
+        cond = model.encode([prompts[line].text for line in lines])
+        return model.decode(sampler(model, cond, generators)[0])
+
+    return _score_lines(draw, prompts, rewards, batch_size, dist, num_pictures, image_dir)
+
+
+def rescore(
+    prompts: list[Prompt],
+    rewards: RewardSet,
+    image_dir: Path,
+    *,
+    batch_size: int,
+    dist: Distributed,
+) -> Evaluation:
+    """Scores the pictures that an earlier ``evaluate`` wrote into ``image_dir`` (8 bits a channel).
+
+    Raises FileNotFoundError if the picture of a line is missing.
+    """
+
+    def read(lines: range) -> Tensor:
+        return torch.stack([read_picture(picture_path(image_dir, line)) for line in lines])
+
+    return _score_lines(read, prompts, rewards, batch_size, dist, num_pictures=0, image_dir=None)
+
+
+def _score_lines(
+    pictures_of: Callable[[range], Tensor],
+    prompts: list[Prompt],
+    rewards: RewardSet,
+    batch_size: int,
+    dist: Distributed,
+    num_pictures: int,
+    image_dir: Path | None,
+) -> Evaluation:
+    """Deals fixed chunks of lines to the ranks, scores them in the background, restores the order."""
     chunks = [
         range(start, min(start + batch_size, len(prompts)))
         for start in range(0, len(prompts), batch_size)
     ]
     mine = chunks[dist.rank :: dist.world_size]
-    pending, saving, thumbs, kept, kept_lines = [], [], [], [], []
-    with ThreadPoolExecutor(1) as scorer:
-        for chunk in tqdm(mine, desc=description, disable=not dist.is_main, leave=False):
-            batch = [prompts[line] for line in chunk]
-            texts = [prompt.text for prompt in batch]
-            generators = [generator(seed, "eval", line) for line in chunk]
-            x0, _ = sampler(model, model.encode(texts), generators)
-            images = model.decode(x0)
-            metadata = [prompt.metadata for prompt in batch]
-            pending.append(scorer.submit(rewards, images, texts, metadata))
+    scoring, saving, thumbs, kept, kept_lines = [], [], [], [], []
+    with ThreadPoolExecutor(1) as background:
+        for chunk in tqdm(mine, desc="evaluate", disable=not dist.is_main, leave=False):
+            images = pictures_of(chunk)
+            texts = [prompts[line].text for line in chunk]
+            metadata = [prompts[line].metadata for line in chunk]
+            scoring.append(background.submit(rewards, images, texts, metadata))
             if image_dir is not None:
-                saving.append(scorer.submit(save_pictures, images, chunk, image_dir))
+                saving.append(background.submit(save_pictures, images, chunk, image_dir))
             thumbs.append(thumbnails(images))
-            wanted = [row for row, line in enumerate(chunk) if line < num_pictures]
-            kept.append(images[wanted].cpu())
-            kept_lines += [chunk[row] for row in wanted]
-        empty = torch.zeros(0, 3 * THUMBNAIL**2)
+            first = max(0, min(num_pictures - chunk.start, len(chunk)))
+            kept.append(images[:first].cpu())
+            kept_lines += chunk[:first]
+        no_thumbs = torch.zeros(0, 3 * THUMBNAIL**2)
         scores, all_thumbs = gather_scores(
-            dist, lambda: [future.result() for future in pending], torch.cat([empty, *thumbs])
+            dist, lambda: [future.result() for future in scoring], torch.cat([no_thumbs, *thumbs])
         )
         for future in saving:
             future.result()
-    # Gathered rank by rank; back into line order.
-    lines = [
-        line
-        for rank in range(dist.world_size)
-        for c in chunks[rank :: dist.world_size]
-        for line in c
-    ]
-    order = torch.tensor(lines).argsort()
+    by_rank = (chunks[rank :: dist.world_size] for rank in range(dist.world_size))
+    order = torch.tensor([line for part in by_rank for chunk in part for line in chunk]).argsort()
     named = {"total": scores.total, **scores.parts}
     return Evaluation(
         prompts=prompts,
@@ -173,6 +214,13 @@ def save_pictures(images: Tensor, lines: Iterable[int], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for picture, line in zip(to_pil(images), lines, strict=True):
         picture.save(picture_path(folder, line))
+
+
+def read_picture(path: Path) -> Tensor:
+    """The PNG ``path`` as float32 ``[3, H, W]`` in [0, 1]."""
+    with Image.open(path) as picture:
+        values = np.array(picture.convert("RGB"))
+    return torch.from_numpy(values).permute(2, 0, 1).to(torch.float32) / 255
 
 
 def picture_path(folder: Path, line: int) -> Path:

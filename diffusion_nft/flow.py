@@ -22,7 +22,9 @@ def sigma_from_timestep(timestep: Tensor) -> Tensor:
 
 
 def expand(sigma: Tensor, like: Tensor) -> Tensor:
-    """``sigma: [B]`` or ``[]`` as ``[B, 1, ..., 1]``, ready to broadcast against ``like: [B, ...]``."""
+    """``sigma: [B]`` or ``[]`` as ``[B, 1, ..., 1]``, ready to broadcast against ``like: [B,
+    ...]``.
+    """
     return sigma.reshape(-1, *([1] * (like.ndim - 1)))
 
 

@@ -1,8 +1,8 @@
 """The policies: one frozen base transformer and LoRA adapters on it.
 
-``current`` is trained, ``old`` samples, ``ema`` is evaluated and exported; the reference policy is the
-base without LoRA.  Exactly one is active at a time; ``with policy.using("old"): ...`` switches and
-restores.
+``current`` is trained, ``old`` samples, ``ema`` is evaluated and exported; the reference policy is
+the base without LoRA.  Exactly one is active at a time; ``with policy.using("old"): ...`` switches
+and restores.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,8 +22,8 @@ REFERENCE = "reference"
 class Policy:
     """LoRA adapters on ``transformer`` (changed in place), which is frozen otherwise.
 
-    ``seed`` fixes the initial A matrices (Gaussian, std 1/rank; B is zero), so every rank starts equal.
-    Trained weights are stored in ``dtype``.
+    ``seed`` fixes the initial A matrices (Gaussian, std 1/rank; B is zero), so every rank starts
+    equal. Trained weights are stored in ``dtype``.
     """
 
     def __init__(
@@ -49,7 +49,9 @@ class Policy:
                 layer.lora_A[name].to(dtype)
                 layer.lora_B[name].to(dtype)
         self._weights = {name: self._collect(name) for name in ADAPTERS}
-        self._active = "current"
+        for name in ADAPTERS:
+            for weight in self.parameters(name):
+                weight.requires_grad_(name == "current")
         self._activate("current")
         self.load("current", self._initial_state(seed, rank))
 
@@ -103,11 +105,13 @@ class Policy:
         torch._foreach_lerp_(self.parameters(name), self.parameters("current"), 1 - decay)
 
     def _activate(self, name: str) -> None:
-        """Makes ``name`` active; only ``current`` carries gradients."""
+        # PEFT's own set_adapter also walks every parameter to set requires_grad, which costs more
+        # than a small forward; here only "current" ever requires a gradient, so two fields are
+        # enough.
         for layer in self._layers.values():
-            layer.enable_adapters(name != REFERENCE)
+            layer._disable_adapters = name == REFERENCE
             if name != REFERENCE:
-                layer.set_adapter(name, inference_mode=name != "current")
+                layer._active_adapter = [name]
         self._active = name
 
     @contextmanager

@@ -1,7 +1,7 @@
 """Compute precision: the dtype of frozen weights, autocast, and fp16's loss scaling.
 
-LoRA weights, their gradients and the optimizer are float32 (float64 under ``fp64``); frozen weights are
-stored in the compute dtype, and autocast brings the two together.
+LoRA weights, their gradients and the optimizer are float32 (float64 under ``fp64``); frozen weights
+are stored in the compute dtype, and autocast brings the two together.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -1,8 +1,8 @@
 """Randomness as a pure function of a key such as (seed, epoch, sample index, purpose).
 
 Nothing random depends on the rank, the batch a sample sits in, or what ran before: the same run on
-any number of processes draws the same numbers, and a resumed run needs no generator state.  All noise
-is drawn on the CPU in float32, so it is also the same on every device and in every precision.
+any number of processes draws the same numbers, and a resumed run needs no generator state.  All
+noise is drawn on the CPU in float32, so it is also the same on every device and in every precision.
 """
 
 import hashlib

@@ -26,7 +26,10 @@ def result_table(run_dir: Path) -> str:
             rows.append((key, *numbers, f"{values[2] - values[0]:+.4f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return "\n".join(
-        "  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)])
+        "  ".join(
+            [row[0].ljust(widths[0])]
+            + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+        )
         for row in rows
     )
 

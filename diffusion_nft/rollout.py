@@ -34,8 +34,9 @@ class Sampler:
     def __call__(
         self, model: Any, cond: Conditioning, generators: list[torch.Generator]
     ) -> tuple[Tensor, Tensor]:
-        """Latents x0 ``[B, C, h, w]`` of B prompts with the model's active adapter, and the distinct
-        non-zero sigmas that the solver visited.  Row i depends on row i of ``cond`` and generator i alone.
+        """Latents x0 ``[B, C, h, w]`` of B prompts with the model's active adapter, and the
+        distinct non-zero sigmas that the solver visited.  Row i depends on row i of ``cond`` and
+        generator i alone.
         """
         velocity = self._velocity(model, cond)
         x = normal(model.latent_shape, generators).to(model.device, model.precision.trained_dtype)
@@ -73,8 +74,8 @@ def thumbnails(images: Tensor) -> Tensor:
 def diversity(thumbs: Tensor, groups: Sequence[Any]) -> float:
     """Root-mean-square distance per value between two pictures of one group, averaged over groups.
 
-    ``thumbs: [N, D]``; ``groups``: N keys, equal for pictures of the same prompt.  0: all pictures of
-    a prompt look the same.  NaN if no group has two pictures.
+    ``thumbs: [N, D]``; ``groups``: N keys, equal for pictures of the same prompt.  0: all pictures
+    of a prompt look the same.  NaN if no group has two pictures.
     """
     members: dict[Any, list[int]] = {}
     for row, key in enumerate(groups):
@@ -106,8 +107,8 @@ def gather_scores(
 ) -> tuple[Scores, Tensor]:
     """All ranks' scores and thumbnails in rank order.
 
-    ``score`` waits for this rank's scores.  If it raises on any rank, RewardError is raised on every
-    rank, so that all of them can stop in step and save.
+    ``score`` waits for this rank's scores.  If it raises on any rank, RewardError is raised on
+    every rank, so that all of them can stop in step and save.
     """
     local, failure = None, None
     try:

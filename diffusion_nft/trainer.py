@@ -13,6 +13,7 @@ from diffusion_nft.checkpoint import (
     Checkpoint,
     Checkpointer,
     export_lora,
+    load_checkpoint,
     load_lora,
     resolve_checkpoint,
 )
@@ -36,8 +37,8 @@ OPTIMALITY_BINS = 10
 class Trainer:
     """One run of a valid ``config``.  ``run()`` continues from wherever the run directory stands.
 
-    Raises RunDirError if the run directory belongs to another configuration, and whatever a model or a
-    reward that cannot be loaded raises, before any sampling.
+    Raises RunDirError if the run directory belongs to another configuration, and whatever a model
+    or a reward that cannot be loaded raises, before any sampling.
     """
 
     def __init__(self, config: ConfigDict, dist: Distributed):
@@ -261,7 +262,9 @@ class Trainer:
         )
 
     def _report(self) -> None:
-        """Says what the run gained, and draws the same test lines by the base and by the trained model."""
+        """Says what the run gained, and draws the same test lines by the base and by the trained
+        model.
+        """
         path = self.run_dir / "before_after.png"
         count = self.config.log.num_images
         if count and not path.exists():

@@ -1,8 +1,8 @@
 """The policy's update: every optimizer step of an epoch over (sample, sigma) pairs.
 
-The batch of an optimizer step is global.  Its loss is the mean over all pairs of all ranks, built up
-micro-batch by micro-batch with exact weights, so neither the number of ranks nor the micro-batch size
-changes it; gradients cross the ranks once per step.
+The batch of an optimizer step is global.  Its loss is the mean over all pairs of all ranks, built
+up micro-batch by micro-batch with exact weights, so neither the number of ranks nor the micro-batch
+size changes it; gradients cross the ranks once per step.
 """
 
 from typing import Any
@@ -68,7 +68,8 @@ class Updater:
         self.skipped_in_row = state["skipped_in_row"]
 
     def train_epoch(self, samples: Samples, r: Tensor, *, epoch: int) -> dict[str, float]:
-        """Updates ``current``, ``ema`` and ``old`` from an epoch's samples; returns ``loss/*``, ``optim/*``.
+        """Updates ``current``, ``ema`` and ``old`` from an epoch's samples; returns ``loss/*``,
+        ``optim/*``.
 
         ``r: [N]`` is the optimality of all samples.  Raises FloatingPointError after more than
         ``train.max_skipped_steps`` skipped updates in a row.
@@ -97,7 +98,9 @@ class Updater:
         }
 
     def _split(self, num_samples: int, key: tuple[int, int]) -> Tensor:
-        """The optimizer step of each sample ``[N]``; every step takes an equal share of every group."""
+        """The optimizer step of each sample ``[N]``; every step takes an equal share of every
+        group.
+        """
         size = self.config.sample.num_image_per_prompt
         parts = self.config.train.gradient_step_per_epoch
         steps = torch.empty(num_samples // size, size, dtype=torch.long)
@@ -130,7 +133,8 @@ class Updater:
         key: tuple[int, int],
         sums: dict[str, Tensor],
     ) -> float:
-        """One update over the samples ``chosen: [N]`` (bool); adds to ``sums``; the gradient's norm.
+        """One update over the samples ``chosen: [N]`` (bool); adds to ``sums``; the gradient's
+        norm.
 
         A non-finite gradient is the same on every rank, so all of them skip the update alike.
         """

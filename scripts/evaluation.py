@@ -5,20 +5,21 @@
     python scripts/evaluation.py --dataset geneval --guidance_scale 4.5 \
         --lora_hf_path jieliu/SD3.5M-FlowGRPO-GenEval
 
-Writes ``evaluation_results.jsonl`` (one object a sample) and ``average_scores.json`` to --output_dir.
-The same numbers on any number of processes.  What --checkpoint_path was trained with (base model,
-resolution, text length, precision) is the default; without a checkpoint, SD3.5-Medium at 512.
+Writes ``evaluation_results.jsonl`` (one object a sample) and ``average_scores.json`` to
+--output_dir. The same numbers on any number of processes.  What --checkpoint_path was trained with
+(base model, resolution, text length, precision) is the default; without a checkpoint, SD3.5-Medium
+at 512.
 """
 
 import argparse
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
-from diffusion_nft.checkpoint import load_lora, resolve_checkpoint
+from diffusion_nft.checkpoint import fetch_lora, load_lora, resolve_checkpoint
 from diffusion_nft.data import load_prompts
-from diffusion_nft.distributed import distributed
+from diffusion_nft.distributed import Distributed, distributed
 from diffusion_nft.evaluate import DEFAULT_REWARDS, evaluate, rescore, write_results
 from diffusion_nft.models import MODELS, build_model
 from diffusion_nft.policy import Policy
@@ -51,11 +52,15 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--reward", help="comma-separated; default: the usual ones of the data set")
     parser.add_argument("--skip_rewards", default="", help="comma-separated")
     parser.add_argument("--save_images", action="store_true")
-    parser.add_argument("--rescore", action="store_true", help="score --output_dir's saved pictures")
+    parser.add_argument(
+        "--rescore", action="store_true", help="score --output_dir's saved pictures"
+    )
     args = parser.parse_args()
     if args.checkpoint_path and args.lora_hf_path:
         parser.error("give --checkpoint_path or --lora_hf_path, not both")
-    run = read_config(resolve_checkpoint(Path(args.checkpoint_path))) if args.checkpoint_path else {}
+    run = (
+        read_config(resolve_checkpoint(Path(args.checkpoint_path))) if args.checkpoint_path else {}
+    )
     for flag, key, default in (
         ("pretrained", "pretrained.model", "stabilityai/stable-diffusion-3.5-medium"),
         ("dataset", "dataset", None),
@@ -79,51 +84,59 @@ def parse_flags() -> argparse.Namespace:
     return args
 
 
+def load_model(args: argparse.Namespace, dist: Distributed) -> Any:
+    """The base model, with the LoRA active if one is asked for."""
+    precision = Precision(args.mixed_precision, dist.device)
+    model = build_model(
+        args.model_type,
+        name=args.pretrained,
+        max_sequence_length=args.max_sequence_length,
+        resolution=args.resolution,
+        dist=dist,
+        precision=precision,
+    )
+    lora = args.lora_hf_path or args.checkpoint_path
+    if lora:
+        with dist.main_first():
+            state, lora_config = load_lora(fetch_lora(lora))
+        policy = Policy(
+            model.transformer,
+            targets=model.lora_targets,
+            rank=lora_config.r,
+            alpha=lora_config.lora_alpha,
+            seed=args.seed,
+            dtype=precision.trained_dtype,
+        )
+        policy.load("current", state)
+    return model
+
+
 def main() -> None:
     """Parses, loads, samples, scores, writes."""
     args = parse_flags()
     prompts = load_prompts(args.dataset, "test")[: args.limit]
-    image_dir = args.output_dir / "images" if args.save_images or args.rescore else None
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    image_dir = args.output_dir / "images"
+    settings = {
+        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
+    }
     with distributed(timeout_minutes=60) as dist:
         rewards = RewardSet(dict.fromkeys(args.rewards, 1.0), dist.device)
         if args.rescore:
             result = rescore(prompts, rewards, image_dir, batch_size=args.batch_size, dist=dist)
         else:
-            precision = Precision(args.mixed_precision, dist.device)
-            model = build_model(
-                args.model_type,
-                name=args.pretrained,
-                max_sequence_length=args.max_sequence_length,
-                resolution=args.resolution,
-                dist=dist,
-                precision=precision,
-            )
-            active = nullcontext()
-            lora = args.lora_hf_path or args.checkpoint_path
-            if lora:
-                state, lora_config = load_lora(lora)
-                policy = Policy(
-                    model.transformer,
-                    targets=model.lora_targets,
-                    rank=lora_config.r,
-                    alpha=lora_config.lora_alpha,
-                    seed=args.seed,
-                    dtype=precision.trained_dtype,
-                )
-                policy.load("current", state)
             result = evaluate(
-                model,
+                load_model(args, dist),
                 prompts,
                 rewards,
                 Sampler(args.solver, args.num_inference_steps, args.guidance_scale),
                 seed=args.seed,
                 batch_size=args.batch_size,
                 dist=dist,
-                image_dir=image_dir,
+                image_dir=image_dir if args.save_images else None,
             )
         if dist.is_main:
-            write_results(result, args.output_dir, image_dir=image_dir, settings=settings)
+            saved = image_dir if args.save_images or args.rescore else None
+            write_results(result, args.output_dir, image_dir=saved, settings=settings)
         dist.say(json.dumps(result.averages(), indent=2))
         dist.say(f"results: {args.output_dir}")
 

@@ -4,10 +4,10 @@
     python scripts/pretrain_shapes.py --device cuda
     python scripts/pretrain_shapes.py --transformer_steps 300 --output_dir /tmp/pipeline   # a try
 
-Phases: "vae" trains the autoencoder, "transformer" the velocity network on cached latents and prompt
-embeddings, then the pipeline is saved and scored. A phase's weights are kept in --work_dir, so a
-later phase can be repeated alone with --phase. `--minutes` shortens each phase to a time limit with
-the same schedule (the result then depends on the machine).
+Phases: "vae" trains the autoencoder, "transformer" the velocity network on cached latents and
+prompt embeddings; then the pipeline is saved and scored. The autoencoder is kept in --work_dir, so
+the later phases can be repeated alone with --phase. `--minutes` shortens each phase to a time limit
+with the same schedule (the result then depends on the machine).
 
 The captions are noisy, as captions from the web are: with a probability that depends on the tag,
 the picture shows something else than its caption says. A model trained on them draws clean shapes
@@ -299,6 +299,7 @@ def print_scores(pipeline: StableDiffusion3Pipeline) -> None:
 
 
 def main() -> None:
+    """Runs the phases asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -320,9 +321,7 @@ def main() -> None:
         transformer = train_transformer(vae, args.transformer_steps, args.minutes, args.device)
         save_pipeline(build_pipeline(vae.cpu(), transformer, SEED), args.output_dir)
     if args.phase != "vae":
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
-            args.output_dir, torch_dtype=torch.float32
-        )
+        pipeline = StableDiffusion3Pipeline.from_pretrained(args.output_dir, dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         print_scores(pipeline.to(args.device))
 

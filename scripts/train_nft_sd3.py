@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_geneval
 
 Any number of processes, from one, makes the same images and the same updates.  Every key of the
-preset can be overridden, as in ``--config.train.learning_rate=1e-4``.  The same command continues an
-interrupted run.
+preset can be overridden, as in ``--config.train.learning_rate=1e-4``.  The same command continues
+an interrupted run.
 """
 
 import os

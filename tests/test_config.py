@@ -89,7 +89,7 @@ def test_preset_is_locked_and_names_its_command(name: str) -> None:
     assert config.is_locked
     with pytest.raises(AttributeError, match="learning_rat"):
         config.train.learning_rat = 1e-4
-    command = r"torchrun --nproc_per_node=\d scripts/train_nft_sd3.py --config config/nft.py:"
+    command = r"torchrun --nproc_per_node=\d scripts/train_nft_sd3.py --config\s+config/nft.py:"
     assert re.search(rf"{command}{name}\b", inspect.getdoc(PRESETS.PRESETS[name]) or "")
 
 

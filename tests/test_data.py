@@ -1,4 +1,4 @@
-"""Prompt sets are read line by line, and an epoch's prompts are a pure function of seed and epoch."""
+"""Prompt sets are read line by line; an epoch's prompts are a pure function of seed and epoch."""
 
 import json
 from collections import Counter
@@ -54,13 +54,10 @@ def test_a_bare_name_is_not_a_folder_of_the_working_directory(tmp_path: Path) ->
         resolve_dataset("here")
 
 
-@pytest.mark.parametrize("given", ["", "absent", "./absent", "/absent", "~", ".."])
+@pytest.mark.parametrize("given", ["", "absent", "./absent", "/absent", "~/absent"])
 def test_missing_dataset_lists_the_choices(given: str, root: Path) -> None:
     write(root / "one", train="a cat\n")
     write(root / "two", train="a cat\n")
-    if given in ("~", ".."):
-        assert resolve_dataset(given).is_dir()
-        return
     with pytest.raises(ValueError, match="choose from one, two, or the path") as caught:
         resolve_dataset(given)
     assert str(caught.value).startswith(f"dataset = {given!r}: ")
@@ -83,7 +80,9 @@ def test_missing_published_dataset_says_where_it_comes_from(name: str, files: st
 
 def test_missing_and_doubled_split_files(root: Path) -> None:
     write(root / "drawbench", test="a cat\n")
-    with pytest.raises(ValueError, match=r"neither train\.txt nor train_metadata\.jsonl; the train"):
+    with pytest.raises(
+        ValueError, match=r"neither train\.txt nor train_metadata\.jsonl; the train"
+    ):
         load_prompts("drawbench", "train")
     write(root / "twice", train="a cat\n")
     write(root / "twice", train=json.dumps(CATS).encode())
@@ -177,11 +176,11 @@ def test_epoch_is_without_replacement() -> None:
 
 def test_epoch_is_a_pure_function_of_seed_and_epoch() -> None:
     """Golden: recorded once from torch 2.15's randperm on the CPU; resuming relies on it."""
-    assert epoch_prompts(10, 6, seed=42, epoch=0) == GOLDEN_EPOCH_0
-    assert epoch_prompts(10, 6, seed=42, epoch=1) == GOLDEN_EPOCH_1
-    assert epoch_prompts(10, 6, seed=42, epoch=0) == GOLDEN_EPOCH_0
-    assert epoch_prompts(10, 3, seed=42, epoch=0) == GOLDEN_EPOCH_0[:3]
-    assert epoch_prompts(10, 6, seed=43, epoch=0) != GOLDEN_EPOCH_0
+    assert epoch_prompts(10, 6, seed=42, epoch=0) == [7, 1, 3, 2, 5, 0]
+    assert epoch_prompts(10, 6, seed=42, epoch=1) == [1, 7, 4, 8, 3, 0]
+    assert epoch_prompts(10, 6, seed=42, epoch=0) == [7, 1, 3, 2, 5, 0]
+    assert epoch_prompts(10, 3, seed=42, epoch=0) == [7, 1, 3]
+    assert epoch_prompts(10, 6, seed=43, epoch=0) != [7, 1, 3, 2, 5, 0]
 
 
 def test_every_prompt_is_drawn_equally_often() -> None:

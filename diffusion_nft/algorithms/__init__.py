@@ -1,8 +1,8 @@
 """Algorithms by name: what the trainer minimises.
 
-An algorithm is built from the config and offers ``loss(velocity, batch)`` and ``old_policy_decay(step)``.
-``velocity(policy)`` is the prediction of ``current`` (with gradient), ``old`` or ``reference`` (without)
-at the batch's noisy latents.  It knows nothing of ranks, precision, checkpoints or logging.
+An algorithm is built from the config and offers ``loss(velocity, batch)`` and
+``old_policy_decay(step)``.  ``velocity(policy)`` is the prediction of ``current`` (with gradient),
+``old`` or ``reference`` (without) at the batch's noisy latents.  It knows nothing of ranks, precision, checkpoints or logging.
 """
 
 import importlib
@@ -32,7 +32,9 @@ class Batch:
 class Velocity(Protocol):
     """Velocity ``[B, C, h, w]`` of a policy by name."""
 
-    def __call__(self, policy: str) -> Tensor: ...
+    def __call__(self, policy: str) -> Tensor:
+        """Of ``current``, ``old`` or ``reference``."""
+        ...
 
 
 class Algorithm(Protocol):

@@ -1,7 +1,8 @@
 """DiffusionNFT (arXiv 2509.16117): the loss and the old policy's schedules.  Pure functions.
 
 The policy that sampled, ``v_old``, and the policy being trained, ``v_theta``, define two implicit
-policies around ``v_old`` (eq. 5 of the paper, beta the mixing strength, 1/beta its guidance strength):
+policies around ``v_old`` (eq. 5 of the paper, beta the mixing strength, 1/beta its guidance
+strength):
 
     v+ = (1 - beta) v_old + beta v_theta        v- = (1 + beta) v_old - beta v_theta
 
@@ -34,7 +35,9 @@ def _adaptive(v: Tensor, x0: Tensor, noise: Tensor, xt: Tensor, sigma: Tensor) -
 
 
 def _fixed(weight: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    """w(sigma) mean (v - (noise - x0))^2: velocity matching with a weight that is a function of sigma."""
+    """w(sigma) mean (v - (noise - x0))^2: velocity matching with a weight that is a function of
+    sigma.
+    """
 
     def branch(v: Tensor, x0: Tensor, noise: Tensor, xt: Tensor, sigma: Tensor) -> Tensor:
         error = (v - (noise - x0)).to(torch.float64)
@@ -71,8 +74,8 @@ def nft_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The NFT loss of each (sample, sigma) pair.
 
-    ``v, v_old, v_ref, x0, noise, xt: [B, C, h, w]``; ``sigma, r: [B]`` in [0, 1].  Only ``v`` carries
-    a gradient; ``v_ref`` may be None if ``kl_weight`` is 0.
+    ``v, v_old, v_ref, x0, noise, xt: [B, C, h, w]``; ``sigma, r: [B]`` in [0, 1].  Only ``v``
+    carries a gradient; ``v_ref`` may be None if ``kl_weight`` is 0.
 
         loss = adv_clip_max / beta (r l+ + (1 - r) l-) + kl_weight mean (v - v_ref)^2
 
@@ -106,8 +109,8 @@ def _capped_line(slope: float, start: int, cap: float) -> Callable[[int], float]
 
 
 # eta at global optimizer step s (counting the steps just taken): theta_old <- eta theta_old +
-# (1 - eta) theta.  "on_policy" follows at once; the published decay types 0, 1, 2 are the first, second
-# and fourth; "linear_to_095" is the paper's choice for OCR inside the multi-reward recipe.
+# (1 - eta) theta.  "on_policy" follows at once; the published decay types 0, 1, 2 are the first,
+# second and fourth; "linear_to_095" is the paper's choice for OCR inside the multi-reward recipe.
 OLD_POLICY_DECAYS: dict[str, Callable[[int], float]] = {
     "on_policy": lambda step: 0.0,
     "linear_to_half": _capped_line(0.001, 0, 0.5),

@@ -43,7 +43,8 @@ def fetch(name: str, revision: str) -> Path:
         raise OSError(
             f"pretrained.model {name!r} is no local folder and could not be fetched from the hub "
             f"({type(error).__name__}).  Gated models (SD3.5 is one): accept the licence at "
-            f"https://huggingface.co/{name} and run `hf auth login`.  Offline: give the path of a folder."
+            f"https://huggingface.co/{name} and run `hf auth login`.  "
+            "Offline: give the path of a folder."
         ) from error
 
 
@@ -64,9 +65,9 @@ class SD3Model:
         resolution: int,
         revision: str = "",
         max_sequence_length: int,
-        embed_cache_gb: float,
-        offload_text_encoders: bool,
-        vae_batch_size: int,
+        embed_cache_gb: float = 2.0,
+        offload_text_encoders: bool = False,
+        vae_batch_size: int = 8,
         gradient_checkpointing: bool = False,
     ):
         with dist.main_first():
@@ -74,7 +75,7 @@ class SD3Model:
         self.device, self.precision = dist.device, precision
         dtypes = {"default": precision.compute_dtype, "vae": precision.trained_dtype}
         self.pipe = StableDiffusion3Pipeline.from_pretrained(
-            folder, torch_dtype=dtypes, local_files_only=True
+            folder, dtype=dtypes, local_files_only=True
         )
         self.pipe.set_progress_bar_config(disable=True)
         for part in self._parts():
@@ -137,7 +138,8 @@ class SD3Model:
         return self.pipe.scheduler.config.shift
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Predicted velocity ``noise - x0`` of ``x: [B, C, h, w]`` at ``sigma: [B]``, float32 or wider.
+        """Predicted velocity ``noise - x0`` of ``x: [B, C, h, w]`` at ``sigma: [B]``, float32 or
+        wider.
 
         The active adapter of the transformer decides whose policy this is.
         """

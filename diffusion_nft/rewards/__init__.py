@@ -6,9 +6,9 @@ A reward is a callable class built once per process::
         def __init__(self, device: torch.device): ...
         def __call__(self, images, prompts, metadata) -> RewardOutput: ...
 
-``images: float [B, 3, H, W] in [0, 1]`` on any device, ``prompts: list[str]``, ``metadata: list[dict]``
-(the lines of the data set).  Add one line to REWARDS to register it.  A reward that cannot score
-raises; it never returns a silent zero.
+``images: float [B, 3, H, W] in [0, 1]`` on any device, ``prompts: list[str]``, ``metadata:
+list[dict]`` (the lines of the data set).  Add one line to REWARDS to register it.  A reward that
+cannot score raises; it never returns a silent zero.
 """
 
 import importlib
@@ -30,8 +30,8 @@ REWARDS: dict[str, str] = {
 class RewardOutput:
     """``scores: [B]`` (higher is better) and named ``components: [B]`` for the logs.
 
-    NaN in a component means "does not apply to this sample" and is left out of its mean.  A score is
-    always finite.
+    NaN in a component means "does not apply to this sample" and is left out of its mean.  A score
+    is always finite.
     """
 
     scores: Tensor
@@ -41,9 +41,9 @@ class RewardOutput:
 class Reward(Protocol):
     """Anything that scores a batch of pictures."""
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict]
-    ) -> RewardOutput: ...
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
+        """Scores of ``images: [B, 3, H, W]`` in [0, 1]."""
+        ...
 
 
 def build_reward(name: str, device: torch.device) -> Reward:

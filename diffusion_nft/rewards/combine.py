@@ -43,8 +43,8 @@ class RewardSet:
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Scores:
         """Scores ``images: [B, 3, H, W]`` in [0, 1].
 
-        Raises RewardError, naming the reward, if one raises, returns another number of scores than B,
-        or a score that is not finite.
+        Raises RewardError, naming the reward, if one raises, returns another number of scores than
+        B, or a score that is not finite.
         """
         total = torch.zeros(len(prompts), dtype=torch.float64)
         parts: dict[str, Tensor] = {}
@@ -52,16 +52,21 @@ class RewardSet:
             try:
                 output = reward(images, prompts, metadata)
             except Exception as error:
-                raise RewardError(f"reward {name!r} failed: {type(error).__name__}: {error}") from error
+                raise RewardError(
+                    f"reward {name!r} failed: {type(error).__name__}: {error}"
+                ) from error
             values = {name: output.scores}
             values |= {f"{name}/{key}": value for key, value in output.components.items()}
             for key, value in values.items():
                 if value.shape != (len(prompts),):
                     raise RewardError(
-                        f"reward {key!r} returned shape {tuple(value.shape)} for {len(prompts)} pictures"
+                        f"reward {key!r} returned shape {tuple(value.shape)} "
+                        f"for {len(prompts)} pictures"
                     )
                 parts[key] = value.detach().to("cpu", torch.float64)
             if not parts[name].isfinite().all():
-                raise RewardError(f"reward {name!r} returned scores that are not finite: {parts[name]}")
+                raise RewardError(
+                    f"reward {name!r} returned scores that are not finite: {parts[name]}"
+                )
             total += self.weights[name] * parts[name]
         return Scores(total, parts)

@@ -10,8 +10,8 @@ from diffusion_nft.shapes.verifier import verify
 class ShapesReward:
     """The verifier's graded score in [0, 1]; components ``strict`` and ``stricter`` are 0 or 1.
 
-    ``strict`` asks for every term of the caption under the rule that the score uses; ``stricter`` asks
-    the same under a rule that no reward ever sees, so that gaming the first shows.
+    ``strict`` asks for every term of the caption under the rule that the score uses; ``stricter``
+    asks the same under a rule that no reward ever sees, so that gaming the first shows.
     """
 
     def __init__(self, device: torch.device):

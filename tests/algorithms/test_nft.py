@@ -1,4 +1,4 @@
-"""The loss against an independent float64 transcription in numpy, and the identities of the paper."""
+"""The loss against an independent float64 transcription, and the identities of the paper."""
 
 import itertools
 
@@ -90,11 +90,19 @@ def test_value_and_gradient_equal_the_formulas(weighting, beta, r, sigma):
         h = 1e-5
         up, down = (
             reference_losses(
-                arrays | {"v": arrays["v"] + d * h * direction}, sigmas, rs, beta, 0.3, 5.0, weighting
+                arrays | {"v": arrays["v"] + d * h * direction},
+                sigmas,
+                rs,
+                beta,
+                0.3,
+                5.0,
+                weighting,
             ).sum()
             for d in (1, -1)
         )
-        np.testing.assert_allclose((gradient.numpy() * direction).sum(), (up - down) / (2 * h), 1e-6)
+        np.testing.assert_allclose(
+            (gradient.numpy() * direction).sum(), (up - down) / (2 * h), 1e-6
+        )
 
 
 def test_no_negative_branch_drops_the_term():

@@ -1,0 +1,362 @@
+"""Checkpoints that survive a kill at any moment, and the LoRA files that users load.
+
+A checkpoint is a folder of safetensors and JSON, written under a temporary name, fsynced and renamed, with
+a manifest of every file's size and SHA-256.  Nothing is ever pickled or unpickled.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+FOLDER, STATE, MANIFEST, BEST = "checkpoints", "state.json", "manifest.json", "best.json"
+# A checkpoint that is being written or deleted, and one that waits to be replaced by its successor.
+TEMPORARY, REPLACED = ".tmp-", ".replaced-"
+
+PEFT_FOLDER, PEFT_PREFIX = "lora", "base_model.model."
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+DIFFUSERS_WEIGHTS, DIFFUSERS_PREFIX = "pytorch_lora_weights.safetensors", "transformer."
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# "<module>.lora_A.weight", with or without the name of an adapter before "weight".
+LORA_KEY = re.compile(r"(?P<module>.+)\.(?P<matrix>lora_[AB])(\.[^.]+)?\.weight")
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written, or what is on disk is not what was written."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: named groups of CPU tensors and the JSON state."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    path: Path
+
+
+class Checkpointer:
+    """The checkpoints of ``run_dir``: the newest ``keep`` (0: all) and the best one are kept."""
+
+    def __init__(self, run_dir: Path, keep: int = 3):
+        self._folder = Path(run_dir) / FOLDER
+        self._keep = keep
+
+    def save(
+        self,
+        step: int,
+        *,
+        tensors: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        write_extra: Callable[[Path], None] | None = None,
+        best: bool = False,
+    ) -> Path:
+        """Writes ``checkpoints/checkpoint-<step>/`` and returns it; it is there whole or not at all.
+
+        Every group of ``tensors`` becomes ``<name>.safetensors``, ``state`` (JSON-able) becomes
+        state.json, and ``write_extra(folder)`` may add files.  A checkpoint of the same step is
+        replaced.  ``best`` marks this one to be kept.  Raises CheckpointError naming the path if the
+        disk refuses; the former checkpoints are then untouched.
+        """
+        final = self._folder / f"checkpoint-{step}"
+        temporary = self._folder / f"{TEMPORARY}{final.name}"
+        with _disk_errors(f"checkpoint {final} could not be written"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._clean_up()
+            try:
+                temporary.mkdir()
+                _fill(temporary, tensors, state, write_extra)
+                self._put_in_place(temporary, final)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            if best:
+                _write(self._folder / f"{TEMPORARY}{BEST}", _json({"checkpoint": final.name}))
+                os.replace(self._folder / f"{TEMPORARY}{BEST}", self._folder / BEST)
+                _sync(self._folder)
+            self._prune(step)
+        return final
+
+    def latest(self) -> Path | None:
+        """The checkpoint of the highest step, unverified; None if there is none."""
+        found = self._found()
+        return found[max(found)] if found else None
+
+    def best(self) -> Path | None:
+        """The checkpoint last saved as best, unverified; None if there is none."""
+        path = self._folder / BEST
+        if not path.is_file():
+            return None
+        by_name = {f"checkpoint-{step}": found for step, found in self._found().items()}
+        return by_name.get(str(_read_json(path).get("checkpoint")))
+
+    def load(self, path: Path) -> Checkpoint:
+        """The checkpoint in folder ``path``; raises CheckpointError unless every file is as written."""
+        return load_checkpoint(path)
+
+    def load_latest(self) -> Checkpoint | None:
+        """The newest checkpoint that verifies; None if there are no checkpoints.
+
+        A warning names each damaged one that is passed over.  Raises CheckpointError if all are
+        damaged: starting from nothing is for the user to decide.
+        """
+        failures = []
+        for _, path in sorted(self._found().items(), reverse=True):
+            try:
+                checkpoint = load_checkpoint(path)
+            except CheckpointError as error:
+                failures.append(str(error))
+                continue
+            if failures:
+                damaged = "; ".join(failures)
+                warnings.warn(f"{damaged}; falling back to {path}", stacklevel=2)
+            return checkpoint
+        if failures:
+            raise CheckpointError(f"no checkpoint can be used: {'; '.join(failures)}")
+        return None
+
+    def _found(self) -> dict[int, Path]:
+        """Step -> folder.  A folder set aside counts while its successor is not in place."""
+        found = {}
+        for prefix in (REPLACED, ""):
+            for path in self._folder.glob(f"{prefix}checkpoint-*"):
+                match = re.fullmatch(re.escape(prefix) + r"checkpoint-(0|[1-9]\d*)", path.name)
+                if match and path.is_dir():
+                    found[int(match[1])] = path
+        return found
+
+    def _put_in_place(self, temporary: Path, final: Path) -> None:
+        """Renames; a folder cannot replace a folder, so the former one steps aside for a moment."""
+        aside = final.with_name(f"{REPLACED}{final.name}")
+        if final.exists():
+            os.replace(final, aside)
+        try:
+            os.replace(temporary, final)
+        except OSError:
+            if aside.exists():
+                os.replace(aside, final)
+            raise
+        _sync(self._folder)
+        self._remove(aside)
+
+    def _clean_up(self) -> None:
+        """Removes what an earlier crash left, and puts back a checkpoint that was set aside."""
+        for aside in self._folder.glob(f"{REPLACED}checkpoint-*"):
+            final = aside.with_name(aside.name.removeprefix(REPLACED))
+            if final.exists():
+                self._remove(aside)
+            else:
+                os.replace(aside, final)
+        for path in self._folder.glob(f"{TEMPORARY}*"):
+            self._remove(path)
+
+    def _prune(self, step: int) -> None:
+        """Keeps the newest up to ``step`` and the best.
+
+        Later ones can only be damaged ones that were passed over at the start: they are not counted
+        among the newest, and are left for people to look at.
+        """
+        found = self._found()
+        older = sorted((s for s in found if s <= step), reverse=True)
+        best = self.best()
+        for s in older[self._keep :] if self._keep else []:
+            if found[s] != best:
+                # Renamed first, so that a kill leaves no half checkpoint under a valid name.
+                doomed = self._folder / f"{TEMPORARY}pruned-{s}"
+                os.replace(found[s], doomed)
+                self._remove(doomed)
+
+    def _remove(self, path: Path) -> None:
+        """Deletes; what a file system does not let go now is tried again at the next save."""
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _fill(
+    folder: Path,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    write_extra: Callable[[Path], None] | None,
+) -> None:
+    """Writes all files of a checkpoint into the empty ``folder`` and makes them durable."""
+    _write(folder / STATE, _json(state))
+    for name, group in tensors.items():
+        plain = {key: value.detach().cpu().contiguous() for key, value in group.items()}
+        _write(folder / f"{name}.safetensors", safetensors.torch.save(plain))
+    if write_extra is not None:
+        write_extra(folder)
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _sync(path)
+        files[path.relative_to(folder).as_posix()] = {
+            "size": path.stat().st_size,
+            "sha256": _sha256(path),
+        }
+    _write(folder / MANIFEST, _json({"tensors": list(tensors), "files": files}))
+    for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        _sync(path)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in folder ``path``, on the CPU.
+
+    Raises CheckpointError naming the folder and the file if one is missing, of another size or of
+    other content than the manifest says.
+    """
+    manifest = _read_json(path / MANIFEST)
+    for name, expected in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"checkpoint {path}: {name} is missing")
+        if file.stat().st_size != expected["size"]:
+            raise CheckpointError(
+                f"checkpoint {path}: {name} has {file.stat().st_size} bytes, not {expected['size']}"
+            )
+        with _disk_errors(f"checkpoint {path}: {name} cannot be read"):
+            digest = _sha256(file)
+        if digest != expected["sha256"]:
+            raise CheckpointError(f"checkpoint {path}: {name} is damaged (its SHA-256 is another)")
+    tensors = {
+        name: safetensors.torch.load_file(path / f"{name}.safetensors")
+        for name in manifest["tensors"]
+    }
+    return Checkpoint(tensors, _read_json(path / STATE), path)
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint that ``path`` means: itself, or the latest of a run directory.
+
+    Raises ValueError if there is none.
+    """
+    path = Path(path)
+    latest = path if (path / MANIFEST).is_file() else Checkpointer(path).latest()
+    if latest is None:
+        raise ValueError(f"{path} is neither a checkpoint nor a run directory that holds one")
+    return latest
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with _disk_errors(f"{path} cannot be read"):
+        data = path.read_bytes()
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path.parent}: {path.name} is not JSON") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until the file, or the entries of the folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _disk_errors(what: str) -> Iterator[None]:
+    """Turns what the disk raises into a CheckpointError that begins with ``what``."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{what}: {error}") from error
+
+
+def flatten_optimizer(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """``optimizer.state_dict()`` as tensors ``"<parameter index>.<name>"`` and JSON-able rest."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for index, entries in state_dict["state"].items():
+        values[str(index)] = {}
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value
+            else:
+                values[str(index)][name] = value
+    return tensors, {"param_groups": state_dict["param_groups"], "state": values}
+
+
+def unflatten_optimizer(tensors: dict[str, Tensor], state: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of ``flatten_optimizer``, also after safetensors and JSON: ready to be loaded."""
+    entries = {int(index): dict(values) for index, values in state["state"].items()}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        entries[int(index)][name] = value
+    # JSON knows no tuples; betas is the one that AdamW has.
+    groups = [
+        {k: tuple(v) if k == "betas" else v for k, v in group.items()}
+        for group in state["param_groups"]
+    ]
+    return {"state": entries, "param_groups": groups}
+
+
+def export_lora(
+    path: Path,
+    state: dict[str, Tensor],
+    *,
+    rank: int,
+    alpha: float,
+    target_modules: list[str],
+    base_model: str,
+) -> None:
+    """Writes the LoRA ``state`` (``"<module>.lora_A.weight": ...``) into ``path`` in both layouts.
+
+    ``path/lora/`` is for PEFT; ``path/pytorch_lora_weights.safetensors`` is for
+    ``pipe.load_lora_weights(path)``, with rank and alpha in its metadata (diffusers takes alpha = rank
+    where they are missing).
+    """
+    from diffusers.loaders import SD3LoraLoaderMixin
+
+    plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # pyright: ignore[reportArgumentType]
+        target_modules=target_modules,
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(path / PEFT_FOLDER))
+    safetensors.torch.save_file(
+        {f"{PEFT_PREFIX}{key}": value for key, value in plain.items()},
+        path / PEFT_FOLDER / PEFT_WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    SD3LoraLoaderMixin.save_lora_weights(
+        path,
+        transformer_lora_layers=plain,
+        weight_name=DIFFUSERS_WEIGHTS,
+        transformer_lora_adapter_metadata={
+            "r": rank,
+            "lora_alpha": config.lora_alpha,
+            "target_modules": sorted(target_modules),
+        },
+    )
