@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill at any moment, and the LoRA files that users load.
 
-A checkpoint is a folder of safetensors and JSON, written under a temporary name, fsynced and renamed, with
-a manifest of every file's size and SHA-256.  Nothing is ever pickled or unpickled.
+A checkpoint is a folder of safetensors and JSON, written under a temporary name, fsynced and
+renamed, with a manifest of every file's size and SHA-256.  Nothing is ever pickled or unpickled.
 """
 
 import hashlib
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -63,17 +62,18 @@ class Checkpointer:
         write_extra: Callable[[Path], None] | None = None,
         best: bool = False,
     ) -> Path:
-        """Writes ``checkpoints/checkpoint-<step>/`` and returns it; it is there whole or not at all.
+        """Writes ``checkpoints/checkpoint-<step>/`` and returns it: there whole, or not at all.
 
         Every group of ``tensors`` becomes ``<name>.safetensors``, ``state`` (JSON-able) becomes
         state.json, and ``write_extra(folder)`` may add files.  A checkpoint of the same step is
-        replaced.  ``best`` marks this one to be kept.  Raises CheckpointError naming the path if the
-        disk refuses; the former checkpoints are then untouched.
+        replaced.  ``best`` marks this one to be kept.  If the disk refuses, raises CheckpointError
+        naming the path; the former checkpoints are then untouched.
         """
         final = self._folder / f"checkpoint-{step}"
         temporary = self._folder / f"{TEMPORARY}{final.name}"
         with _disk_errors(f"checkpoint {final} could not be written"):
             self._folder.mkdir(parents=True, exist_ok=True)
+            _sync(self._folder.parent)
             self._clean_up()
             try:
                 temporary.mkdir()
@@ -98,11 +98,11 @@ class Checkpointer:
         path = self._folder / BEST
         if not path.is_file():
             return None
-        by_name = {f"checkpoint-{step}": found for step, found in self._found().items()}
-        return by_name.get(str(_read_json(path).get("checkpoint")))
+        best = self._folder / str(_read_json(path).get("checkpoint"))
+        return best if best.is_dir() else None
 
     def load(self, path: Path) -> Checkpoint:
-        """The checkpoint in folder ``path``; raises CheckpointError unless every file is as written."""
+        """``load_checkpoint(path)``."""
         return load_checkpoint(path)
 
     def load_latest(self) -> Checkpoint | None:
@@ -119,8 +119,7 @@ class Checkpointer:
                 failures.append(str(error))
                 continue
             if failures:
-                damaged = "; ".join(failures)
-                warnings.warn(f"{damaged}; falling back to {path}", stacklevel=2)
+                warnings.warn(f"{'; '.join(failures)}; falling back to {path}", stacklevel=2)
             return checkpoint
         if failures:
             raise CheckpointError(f"no checkpoint can be used: {'; '.join(failures)}")
@@ -148,18 +147,18 @@ class Checkpointer:
                 os.replace(aside, final)
             raise
         _sync(self._folder)
-        self._remove(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _clean_up(self) -> None:
-        """Removes what an earlier crash left, and puts back a checkpoint that was set aside."""
+        """Removes what a crash or a busy file system left, and puts back what was set aside."""
         for aside in self._folder.glob(f"{REPLACED}checkpoint-*"):
             final = aside.with_name(aside.name.removeprefix(REPLACED))
             if final.exists():
-                self._remove(aside)
+                shutil.rmtree(aside, ignore_errors=True)
             else:
                 os.replace(aside, final)
-        for path in self._folder.glob(f"{TEMPORARY}*"):
-            self._remove(path)
+        for path in self._folder.glob(f"{TEMPORARY}checkpoint-*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self, step: int) -> None:
         """Keeps the newest up to ``step`` and the best.
@@ -173,16 +172,9 @@ class Checkpointer:
         for s in older[self._keep :] if self._keep else []:
             if found[s] != best:
                 # Renamed first, so that a kill leaves no half checkpoint under a valid name.
-                doomed = self._folder / f"{TEMPORARY}pruned-{s}"
+                doomed = found[s].with_name(f"{TEMPORARY}{found[s].name}")
                 os.replace(found[s], doomed)
-                self._remove(doomed)
-
-    def _remove(self, path: Path) -> None:
-        """Deletes; what a file system does not let go now is tried again at the next save."""
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+                shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _fill(
@@ -201,10 +193,8 @@ def _fill(
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         _sync(path)
-        files[path.relative_to(folder).as_posix()] = {
-            "size": path.stat().st_size,
-            "sha256": _sha256(path),
-        }
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     _write(folder / MANIFEST, _json({"tensors": list(tensors), "files": files}))
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         _sync(path)
@@ -219,20 +209,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
     manifest = _read_json(path / MANIFEST)
     for name, expected in manifest["files"].items():
         file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"checkpoint {path}: {name} is missing")
-        if file.stat().st_size != expected["size"]:
-            raise CheckpointError(
-                f"checkpoint {path}: {name} has {file.stat().st_size} bytes, not {expected['size']}"
-            )
         with _disk_errors(f"checkpoint {path}: {name} cannot be read"):
-            digest = _sha256(file)
-        if digest != expected["sha256"]:
-            raise CheckpointError(f"checkpoint {path}: {name} is damaged (its SHA-256 is another)")
-    tensors = {
-        name: safetensors.torch.load_file(path / f"{name}.safetensors")
-        for name in manifest["tensors"]
-    }
+            size = file.stat().st_size if file.is_file() else None
+            if size is None:
+                problem = "is missing"
+            elif size != expected["size"]:
+                problem = f"has {size} bytes, not {expected['size']}"
+            else:
+                problem = "" if _sha256(file) == expected["sha256"] else "has another SHA-256"
+        if problem:
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} {problem}")
+    load = safetensors.torch.load_file
+    tensors = {name: load(path / f"{name}.safetensors") for name in manifest["tensors"]}
     return Checkpoint(tensors, _read_json(path / STATE), path)
 
 
@@ -241,7 +229,6 @@ def resolve_checkpoint(path: Path) -> Path:
 
     Raises ValueError if there is none.
     """
-    path = Path(path)
     latest = path if (path / MANIFEST).is_file() else Checkpointer(path).latest()
     if latest is None:
         raise ValueError(f"{path} is neither a checkpoint nor a run directory that holds one")
@@ -285,23 +272,18 @@ def _disk_errors(what: str) -> Iterator[None]:
     """Turns what the disk raises into a CheckpointError that begins with ``what``."""
     try:
         yield
-    except CheckpointError:
-        raise
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{what}: {error}") from error
 
 
 def flatten_optimizer(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """``optimizer.state_dict()`` as tensors ``"<parameter index>.<name>"`` and JSON-able rest."""
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
-    for index, entries in state_dict["state"].items():
-        values[str(index)] = {}
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            else:
-                values[str(index)][name] = value
+    """``state_dict()`` of an Adam as tensors ``"<index>.<name>"`` and the JSON-able rest."""
+    entries = [(i, k, v) for i, entry in state_dict["state"].items() for k, v in entry.items()]
+    tensors = {f"{i}.{k}": v for i, k, v in entries if isinstance(v, Tensor)}
+    values: dict[str, dict[str, Any]] = {str(i): {} for i in state_dict["state"]}
+    for i, k, v in entries:
+        if not isinstance(v, Tensor):
+            values[str(i)][k] = v
     return tensors, {"param_groups": state_dict["param_groups"], "state": values}
 
 
@@ -311,11 +293,8 @@ def unflatten_optimizer(tensors: dict[str, Tensor], state: dict[str, Any]) -> di
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         entries[int(index)][name] = value
-    # JSON knows no tuples; betas is the one that AdamW has.
-    groups = [
-        {k: tuple(v) if k == "betas" else v for k, v in group.items()}
-        for group in state["param_groups"]
-    ]
+    # JSON knows no tuples; betas is the one that Adam has.
+    groups = [group | {"betas": tuple(group["betas"])} for group in state["param_groups"]]
     return {"state": entries, "param_groups": groups}
 
 
@@ -331,15 +310,14 @@ def export_lora(
     """Writes the LoRA ``state`` (``"<module>.lora_A.weight": ...``) into ``path`` in both layouts.
 
     ``path/lora/`` is for PEFT; ``path/pytorch_lora_weights.safetensors`` is for
-    ``pipe.load_lora_weights(path)``, with rank and alpha in its metadata (diffusers takes alpha = rank
-    where they are missing).
+    ``pipe.load_lora_weights(path)``, with alpha in its metadata (diffusers' default is the rank).
     """
     from diffusers.loaders import SD3LoraLoaderMixin
 
-    plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    plain: dict[str, Any] = {key: v.detach().cpu().contiguous() for key, v in state.items()}
     config = LoraConfig(
         r=rank,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # pyright: ignore[reportArgumentType]
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  (declared int, used as a factor)
         target_modules=target_modules,
         base_model_name_or_path=base_model,
         inference_mode=True,
@@ -356,7 +334,53 @@ def export_lora(
         weight_name=DIFFUSERS_WEIGHTS,
         transformer_lora_adapter_metadata={
             "r": rank,
-            "lora_alpha": config.lora_alpha,
+            "lora_alpha": alpha,
             "target_modules": sorted(target_modules),
         },
     )
+
+
+def load_lora(path: Path) -> tuple[dict[str, Tensor], LoraConfig]:
+    """``{"<module>.lora_A.weight": ...}`` on the CPU, and rank and alpha as a LoraConfig.
+
+    ``path``: a PEFT folder, a folder with one in ``lora/`` (a checkpoint), or a diffusers file or
+    its folder.  Raises ValueError if there is none, or it is a pickle, or more than plain LoRA.
+    """
+    file = _lora_file(Path(path))
+    is_peft = file.name == PEFT_WEIGHTS
+    prefix = PEFT_PREFIX if is_peft else DIFFUSERS_PREFIX
+    state: dict[str, Tensor] = {}
+    with safe_open(file, "pt") as opened:
+        described = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        for key in opened.keys():  # noqa: SIM118  (not a mapping)
+            match = LORA_KEY.fullmatch(key.removeprefix(prefix))
+            if match is None or not key.startswith(prefix):
+                raise ValueError(f"{file} is not a plain LoRA of a transformer: it holds {key}")
+            state[f"{match['module']}.{match['matrix']}.weight"] = opened.get_tensor(key)
+    if not state:
+        raise ValueError(f"{file} holds no LoRA weights")
+    if is_peft:
+        config = LoraConfig.from_pretrained(str(file.parent))
+    else:
+        rank = next(value.shape[0] for key, value in state.items() if ".lora_A." in key)
+        # Where alpha is not written, diffusers takes the rank.
+        options: dict[str, Any] = {"r": rank, "lora_alpha": rank}
+        options |= {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in described.items()}
+        config = LoraConfig(**options)
+    assert isinstance(config, LoraConfig)
+    if config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern:
+        raise ValueError(f"{file} is not a plain LoRA: one rank and one alpha for all are expected")
+    return state, config
+
+
+def _lora_file(path: Path) -> Path:
+    """The safetensors file that ``path`` means; ValueError if there is none."""
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    for file in (PEFT_WEIGHTS, f"{PEFT_FOLDER}/{PEFT_WEIGHTS}", DIFFUSERS_WEIGHTS):
+        if (path / file).is_file():
+            return path / file
+    files = [path, *path.glob("*")] if path.exists() else []
+    if pickles := [str(file) for file in files if file.suffix in PICKLES]:
+        raise ValueError(f"{pickles[0]} is a pickle, which can run code; save it as safetensors")
+    raise ValueError(f"{path} holds no LoRA ({PEFT_WEIGHTS} or {DIFFUSERS_WEIGHTS})")

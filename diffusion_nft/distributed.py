@@ -37,7 +37,7 @@ class Distributed:
             print(text, flush=True)
 
     def all_reduce_sum(self, tensors: list[Tensor]) -> None:
-        """Sums ``tensors`` (one dtype, one device) over the ranks in place, in a single collective."""
+        """Sums ``tensors`` (one dtype, one device) over the ranks in place, in one collective."""
         if self.world_size == 1 or not tensors:
             return
         flat = torch.cat([t.reshape(-1) for t in tensors])
@@ -74,7 +74,7 @@ class Distributed:
 
 @contextmanager
 def distributed(timeout_minutes: float) -> Iterator[Distributed]:
-    """Joins the process group that torchrun describes (NCCL on GPUs, gloo on CPUs) and leaves it."""
+    """Joins the process group that torchrun describes (NCCL on GPUs, else gloo), and leaves it."""
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -49,8 +49,8 @@ class Evaluation:
     picture_lines: list[int]
 
     def averages(self) -> dict[str, Any]:
-        """What ``average_scores.json`` holds: means with standard errors, and per tag where tagged."""
-        tags = [prompt.metadata.get("tag") for prompt in self.prompts]
+        """What ``average_scores.json`` holds: means with standard errors, also per tag."""
+        tags = [str(prompt.metadata.get("tag", "")) for prompt in self.prompts]
         summary: dict[str, Any] = {
             "num_samples": len(self.prompts),
             "num_prompts": len({prompt.text for prompt in self.prompts}),
@@ -82,7 +82,8 @@ class Evaluation:
         summary = self.averages()
         flat = {f"eval/{name}": value["mean"] for name, value in summary["mean"].items()}
         for tag, means in summary.get("tags", {}).items():
-            flat |= {f"eval/{name}/{tag}": value["mean"] for name, value in means.items()}
+            parts = {name: value for name, value in means.items() if name != "total"}
+            flat |= {f"eval/{name}/{tag}": value["mean"] for name, value in parts.items()}
         flat["eval/diversity"] = self.diversity
         return flat
 
@@ -172,7 +173,7 @@ def _score_lines(
     num_pictures: int,
     image_dir: Path | None,
 ) -> Evaluation:
-    """Deals fixed chunks of lines to the ranks, scores them in the background, restores the order."""
+    """Deals fixed chunks of lines to the ranks, scores in the background, restores the order."""
     chunks = [
         range(start, min(start + batch_size, len(prompts)))
         for start in range(0, len(prompts), batch_size)

@@ -1,7 +1,7 @@
 """What a run writes down: metrics.jsonl always, wandb and tensorboard if wanted, pictures, times.
 
-One JSON object a line with ``step`` (optimizer steps), ``epoch`` and keys ``reward/*, loss/*, optim/*,
-time/*, eval/*``.  Only the main rank writes; the others hold a NullMetrics.
+One JSON object a line with ``step`` (optimizer steps), ``epoch`` and keys ``reward/*, loss/*,
+optim/*, time/*, eval/*``.  Only the main rank writes; the others hold a NullMetrics.
 """
 
 import json
@@ -22,7 +22,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from ml_collections import ConfigDict
 from PIL import Image
 
 METRICS_FILE = "metrics.jsonl"
@@ -83,7 +82,7 @@ def _finite(value: float) -> float | None:
 
 
 class NullMetrics:
-    """Accepts everything that Metrics does and writes nothing: for ranks other than the main one."""
+    """Accepts all that Metrics does and writes nothing: for ranks other than the main one."""
 
     def log(self, values: Mapping[str, float], *, step: int, epoch: int) -> None:
         """Does nothing."""
@@ -107,11 +106,12 @@ class NullMetrics:
 class Metrics(NullMetrics):
     """Writes to ``run_dir``, and to wandb and tensorboard as ``config.log`` says.
 
-    A wandb that cannot start (no key, no network, not installed) costs one printed line, never the run.
-    Raises ImportError if tensorboard is wanted and missing.
+    ``config`` is the run's whole configuration (an ml_collections tree).  A wandb that cannot start
+    (no key, no network, not installed) costs one line, never the run.  Raises ImportError if
+    tensorboard is wanted and missing.
     """
 
-    def __init__(self, config: ConfigDict, run_dir: Path):
+    def __init__(self, config: Any, run_dir: Path):
         self._run_dir = run_dir
         self._path = run_dir / METRICS_FILE
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ class Metrics(NullMetrics):
             self._tensorboard.flush()
 
     def truncate(self, step: int, epoch: int | None = None) -> None:
-        """Drops the lines after optimizer step ``step`` (and after ``epoch``, if given), atomically.
+        """Drops the lines after optimizer step ``step``, and after ``epoch`` if given, atomically.
 
         Called when a run continues from a checkpoint, so that every epoch is there once; -1 drops
         everything.  ``epoch`` matters where all updates of an epoch were skipped and the step stood
@@ -167,7 +167,7 @@ class Metrics(NullMetrics):
             self._tensorboard = _start_tensorboard(self._run_dir, purge_step=step + 1)
 
     def close(self, *, failed: bool = False) -> None:
-        """Closes the files; wandb marks the run as finished, or as ``failed``.  May be called twice."""
+        """Closes the files; wandb marks the run finished or ``failed``.  May be called twice."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -176,7 +176,7 @@ class Metrics(NullMetrics):
             self._wandb = None
 
 
-def make_metrics(config: ConfigDict, run_dir: Path, is_main: bool) -> NullMetrics:
+def make_metrics(config: Any, run_dir: Path, is_main: bool) -> NullMetrics:
     """Metrics of ``run_dir`` on the main rank, NullMetrics on the others."""
     return Metrics(config, run_dir) if is_main else NullMetrics()
 
@@ -212,7 +212,7 @@ def _wandb_id(run_dir: Path) -> str:
     return path.read_text().strip()
 
 
-def _start_wandb(config: ConfigDict, run_dir: Path) -> Any:
+def _start_wandb(config: Any, run_dir: Path) -> Any:
     """A wandb run, or None if it is off or cannot start.  WANDB_MODE overrides ``online``."""
     mode = config.log.wandb
     if mode == "off":
@@ -233,7 +233,7 @@ def _start_wandb(config: ConfigDict, run_dir: Path) -> Any:
             name=config.run_name or run_dir.name,
             id=_wandb_id(run_dir),
             resume="allow",
-            mode=mode,
+            mode=mode,  # pyright: ignore[reportArgumentType]  (WANDB_MODE may say anything)
             dir=str(run_dir),
             config=config.to_dict(),
         )
@@ -245,7 +245,7 @@ def _start_wandb(config: ConfigDict, run_dir: Path) -> Any:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command in this package's folder; None where git or a repository is missing."""
+    """Output of a git command in this package's folder; None without git or a repository."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
@@ -262,7 +262,7 @@ def _version(package: str) -> str | None:
 
 
 def write_environment(run_dir: Path) -> None:
-    """Writes ``environment.json``: versions, device, processes, git revision and the command line."""
+    """Writes ``environment.json``: versions, device, processes, git revision, command line."""
     status = _git("status", "--porcelain", "--untracked-files=no")
     cuda = torch.cuda.is_available()
     environment = {
@@ -284,7 +284,7 @@ def write_environment(run_dir: Path) -> None:
 
 
 class Timer:
-    """Seconds by phase.  On CUDA a phase ends when the work that it queued on ``device`` has ended."""
+    """Seconds by phase.  On CUDA a phase ends when the work that it queued has ended."""
 
     def __init__(self, device: torch.device | None = None):
         self._device = device

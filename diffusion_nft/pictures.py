@@ -16,7 +16,9 @@ LINE_SPACING = 1.3
 MAX_CAPTION_LINES = 4
 
 # Pillow's bundled font knows ASCII and little else; these read better spelt out than as "?".
-SPELT_OUT = str.maketrans({"→": "->", "·": "-", "–": "-", "—": "-", "“": '"', "”": '"', "‘": "'", "’": "'"})
+SPELT_OUT = str.maketrans(
+    {"→": "->", "·": "-", "–": "-", "—": "-", "“": '"', "”": '"', "‘": "'", "’": "'"}
+)
 
 WHITE, INK, GREY, FRAME = (255, 255, 255), (32, 33, 36), (110, 113, 118), (205, 208, 212)
 GAIN, LOSS = (24, 128, 56), (190, 40, 35)
@@ -28,7 +30,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 def to_uint8(images: Tensor) -> Tensor:
     """``round(255 x)`` of ``x = images``, clamped to [0, 1]; any shape, uint8, on the same device.
 
-    The one home of this conversion: everything that is saved, shown or scored as 8 bits passes here.
+    The one home of this conversion: all that is saved, shown or scored as 8 bits passes here.
     Halves round to even.  NaN becomes 0 (black).
     """
     clamped = images.detach().float().nan_to_num(nan=0.0, posinf=1.0, neginf=0.0).clamp(0, 1)
@@ -119,7 +121,7 @@ class _Cell:
         return sum(p.width for p in self.pictures) + MARGIN // 2 * (len(self.pictures) - 1)
 
     def height(self, line: int) -> int:
-        """Pixels from the top of the pictures to the end of the text, with ``line`` pixels a line."""
+        """Pixels from the top of the pictures to the end of the text; ``line``: pixels a line."""
         lines = max(len(lines) for lines in self.under) + len(self.caption)
         return self.pictures[0].height + (MARGIN // 2 + lines * line if lines else 0)
 
@@ -133,9 +135,7 @@ class _Cell:
             sheet.paste(picture, (left, y))
             for i, entry in enumerate(lines):
                 middle = left + picture.width // 2
-                pen.text(
-                    (middle, text_top + i * line), entry.text, entry.color, font, anchor="ma"
-                )
+                pen.text((middle, text_top + i * line), entry.text, entry.color, font, anchor="ma")
             left += picture.width + MARGIN // 2
         below = text_top + max(len(lines) for lines in self.under) * line
         for i, text in enumerate(self.caption):
@@ -172,8 +172,8 @@ def image_grid(
 ) -> Image.Image:
     """``images: [B, 3, H, W] in [0, 1]`` in rows of ``columns``, each with its caption below.
 
-    ``scores: [B]`` adds a line with the number.  ``scale`` resizes the pictures; None enlarges small
-    ones to at least 144 px.  Raises ValueError if there is no picture or a length does not fit.
+    ``scores: [B]`` adds a line with the number.  ``scale`` resizes the pictures; None enlarges
+    small ones to at least 144 px.  Raises ValueError if there is no picture or a length differs.
     """
     pictures = _enlarged(images, scale)
     _check_lengths(len(pictures), captions=captions, scores=scores)
@@ -203,9 +203,9 @@ def side_by_side(
 ) -> Image.Image:
     """Pairs of pictures of the same prompts, ``columns`` pairs a row, labelled, captions below.
 
-    ``before, after: [B, 3, H, W] in [0, 1]``; ``before_scores, after_scores: [B]`` follow the labels,
-    the second in green where it is higher and in red where it is lower.  ``title`` is a line above all.
-    Raises ValueError if there is no picture or a length does not fit.
+    ``before, after: [B, 3, H, W] in [0, 1]``; ``before_scores, after_scores: [B]`` follow the
+    labels, the second in green where it is higher, in red where it is lower.  ``title`` is a line
+    above all.  Raises ValueError if there is no picture or a length does not fit.
     """
     left, right = _enlarged(before, scale), _enlarged(after, scale)
     _check_lengths(

@@ -32,7 +32,7 @@ class Policy:
         *,
         targets: Iterable[str],
         rank: int,
-        alpha: float,
+        alpha: int,
         seed: int,
         dtype: torch.dtype,
     ):
@@ -92,7 +92,7 @@ class Policy:
         )
         if wrong:
             raise ValueError(
-                f"LoRA does not fit this model and rank: {len(wrong)} of {len(weights)} weights are "
+                f"LoRA does not fit this model and rank: of {len(weights)} weights, {len(wrong)} are "
                 f"missing, unexpected or of another shape, such as {', '.join(wrong[:3])}"
             )
         for adapter in ADAPTERS if others else (name,):
@@ -102,7 +102,9 @@ class Policy:
     @torch.no_grad()
     def blend(self, name: str, decay: float) -> None:
         """``name <- decay name + (1 - decay) current``: the old policy's and the EMA's update."""
-        torch._foreach_lerp_(self.parameters(name), self.parameters("current"), 1 - decay)
+        own = [weight.detach() for weight in self.parameters(name)]
+        current = [weight.detach() for weight in self.parameters("current")]
+        torch._foreach_lerp_(own, current, 1 - decay)
 
     def _activate(self, name: str) -> None:
         # PEFT's own set_adapter also walks every parameter to set requires_grad, which costs more

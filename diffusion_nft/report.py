@@ -10,28 +10,34 @@ from diffusion_nft.pictures import side_by_side
 
 
 def result_table(run_dir: Path) -> str:
-    """First, best and last evaluation of a run as text; says so if there was none."""
+    """The run's first and last evaluation, a row per metric and tag; says so if there was none."""
     path = run_dir / METRICS_FILE
-    lines = [line for line in read_metrics(path) if "eval/total" in line] if path.exists() else []
-    if not lines:
+    rows = [row for row in read_metrics(path) if "eval/total" in row] if path.exists() else []
+    if not rows:
         return f"{run_dir}: no evaluation yet"
-    first, last = lines[0], lines[-1]
-    best = max(lines, key=lambda line: line["eval/total"])
-    head = [f"epoch {line['epoch']}" for line in (first, best, last)]
-    rows = [("", head[0], f"best: {head[1]}", f"last: {head[2]}", "gain")]
-    for key in last:
-        values = [line.get(key) for line in (first, best, last)]
-        if key.startswith("eval/") and all(isinstance(v, float | int) for v in values):
-            numbers = [f"{value:.4f}" for value in values]
-            rows.append((key, *numbers, f"{values[2] - values[0]:+.4f}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0])]
-            + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
-        )
-        for row in rows
-    )
+    first, last = rows[0], rows[-1]
+    best = max(rows, key=lambda row: row["eval/total"])
+    table = [("", f"epoch {first['epoch']}", f"epoch {last['epoch']}", "gain")]
+    for key in sorted(last):
+        before, after = first.get(key), last[key]
+        if key.startswith("eval/") and before is not None and after is not None:
+            table.append(
+                (
+                    key.removeprefix("eval/"),
+                    f"{before:.4f}",
+                    f"{after:.4f}",
+                    f"{after - before:+.4f}",
+                )
+            )
+    best_line = f"best eval/total: {best['eval/total']:.4f} at epoch {best['epoch']}"
+    return "\n".join([*_aligned(table), best_line])
+
+
+def _aligned(table: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table
+    ]
 
 
 def compare_pictures(before: Evaluation, after: Evaluation) -> Image:

@@ -67,7 +67,7 @@ class Sampler:
 
 
 def thumbnails(images: Tensor) -> Tensor:
-    """``[B, 3, H, W]`` -> ``[B, 192]`` on the CPU: 8 x 8 area averages, enough to compare layouts."""
+    """``[B, 3, H, W]`` -> ``[B, 192]`` on the CPU: 8 x 8 area averages, to compare layouts."""
     return F.adaptive_avg_pool2d(images.float(), THUMBNAIL).flatten(1).cpu()
 
 
@@ -110,16 +110,16 @@ def gather_scores(
     ``score`` waits for this rank's scores.  If it raises on any rank, RewardError is raised on
     every rank, so that all of them can stop in step and save.
     """
-    local, failure = None, None
+    local, cause = Scores.concatenate([]), None
     try:
         local = Scores.concatenate(score())
     except RewardError as error:
-        failure = f"{error} (on rank {dist.rank})"
         cause = error
+    failure = f"{cause} (on rank {dist.rank})" if cause else ""
     gathered = dist.gather_objects((local, thumbs, failure))
     failures = [failed for _, _, failed in gathered if failed]
     if failures:
-        raise RewardError("; ".join(failures)) from (cause if failure else None)
+        raise RewardError("; ".join(failures)) from cause
     filled = [scores for scores, _, _ in gathered if len(scores.total)]
     return Scores.concatenate(filled), torch.cat([t for _, t, _ in gathered])
 

@@ -44,7 +44,7 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line per key that alters the trained numbers and differs between two flat configurations."""
+    """One line per key that differs between two flat configurations and alters the numbers."""
     lines = []
     for key in sorted(old.keys() | new.keys()):
         free = any(key == k or (k.endswith(".") and key.startswith(k)) for k in MAY_CHANGE)

@@ -23,6 +23,7 @@ from diffusion_nft.evaluate import Evaluation, evaluate, write_results
 from diffusion_nft.metrics import Timer, make_metrics, write_environment
 from diffusion_nft.models import build_model
 from diffusion_nft.pictures import image_grid
+from diffusion_nft.plan import describe
 from diffusion_nft.policy import ADAPTERS, Policy
 from diffusion_nft.precision import Precision
 from diffusion_nft.report import compare_pictures, result_table
@@ -91,11 +92,14 @@ class Trainer:
             write_config(config)
             write_environment(self.run_dir)
         self.metrics = make_metrics(config, self.run_dir, dist.is_main)
-        self.metrics.truncate(self.updater.step)
+        resumed = start is not None
+        self.metrics.truncate(self.updater.step if resumed else -1, self.epoch)
 
     def run(self) -> None:
         """Trains to ``num_epochs``.  A failing reward ends the run after its state is saved."""
         config = self.config
+        if self.epoch < config.num_epochs:
+            self.dist.say(describe(config, self.model, self.policy, self.dist))
         if self.epoch == 0 and config.eval.at_start:
             self._evaluate_and_log()
         with tqdm(

@@ -17,10 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffusion_nft.checkpoint import fetch_lora, load_lora, resolve_checkpoint
+from diffusion_nft.checkpoint import load_lora, resolve_checkpoint
 from diffusion_nft.data import load_prompts
 from diffusion_nft.distributed import Distributed, distributed
 from diffusion_nft.evaluate import DEFAULT_REWARDS, evaluate, rescore, write_results
+from diffusion_nft.hub import fetch_lora
 from diffusion_nft.models import MODELS, build_model
 from diffusion_nft.policy import Policy
 from diffusion_nft.precision import COMPUTE_DTYPES, Precision

@@ -5,8 +5,8 @@
     python scripts/pretrain_shapes.py --transformer_steps 300 --output_dir /tmp/pipeline   # a try
 
 Phases: "vae" trains the autoencoder, "transformer" the velocity network on cached latents and
-prompt embeddings; then the pipeline is saved and scored. The autoencoder is kept in --work_dir, so
-the later phases can be repeated alone with --phase. `--minutes` shortens each phase to a time limit
+prompt embeddings; then the pipeline is saved and scored. Both networks are kept in --work_dir, so
+the phases can be repeated alone with --phase. `--minutes` shortens each phase to a time limit
 with the same schedule (the result then depends on the machine).
 
 The captions are noisy, as captions from the web are: with a probability that depends on the tag,
@@ -52,6 +52,7 @@ LEARNING_RATE = 2e-3
 CAPTION_DROPOUT = 0.05
 EMA_DECAY = 0.997
 SHIFT = 3.0
+SAVE_EVERY = 500
 
 # How often a tag is drawn, and how often its picture does not fit the caption.
 TAG_WEIGHTS = {
@@ -63,12 +64,12 @@ TAG_WEIGHTS = {
     "color_attr": 3.0,
 }
 CAPTION_NOISE = {
-    "single_object": 0.45,
-    "two_object": 0.40,
-    "counting": 0.35,
-    "colors": 0.45,
-    "position": 0.10,
-    "color_attr": 0.25,
+    "single_object": 0.35,
+    "two_object": 0.30,
+    "counting": 0.25,
+    "colors": 0.35,
+    "position": 0.05,
+    "color_attr": 0.05,
 }
 # Of the pairs that do not fit, this part shows the scene of an unrelated caption.
 UNRELATED = 0.2
@@ -189,24 +190,31 @@ def noisy_pairs(
 
 
 def train_transformer(
-    vae: AutoencoderKL, steps: int, minutes: float, device: torch.device
-) -> SD3Transformer2DModel:
-    """Trains the velocity network by flow matching; returns its moving average."""
-    torch.manual_seed(SEED)
-    transformer = build_transformer().to(device)
+    vae: AutoencoderKL,
+    transformer: SD3Transformer2DModel,
+    directory: Path,
+    steps: int,
+    minutes: float,
+    seed: int,
+) -> None:
+    """Trains the velocity network by flow matching.
+
+    Its moving average is written to `directory` every SAVE_EVERY steps and at the end.
+    """
+    device = transformer.device
     captions = [caption for tag in grammar.TAGS for caption in grammar.captions("train", tag)]
     pipeline = build_pipeline(vae, transformer, SEED)
     prompts = [caption["prompt"] for caption in captions] + [""]
     embeddings, pooled = (x.to(device) for x in embed_prompts(pipeline.to("cpu"), prompts))
     transformer.to(device)
-    latents, indices = noisy_pairs(vae.to(device), captions, np.random.default_rng(SEED))
+    latents, indices = noisy_pairs(vae.to(device), captions, np.random.default_rng(seed))
     latents, indices = latents.to(device), indices.to(device)
 
     optimizer = torch.optim.AdamW(
-        transformer.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
+        transformer.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     ema = EMAModel(transformer.parameters(), decay=EMA_DECAY)
-    generator = torch.Generator(device).manual_seed(SEED)
+    generator = torch.Generator(device).manual_seed(seed)
     order = torch.empty(0, dtype=torch.long, device=device)
     mean_loss = float("nan")
     for step, bar in enumerate(training_steps("transformer", steps, minutes, optimizer)):
@@ -235,8 +243,13 @@ def train_transformer(
         ema.step(transformer.parameters())
         mean_loss = loss.item() if step == 0 else 0.99 * mean_loss + 0.01 * loss.item()
         bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+        if (step + 1) % SAVE_EVERY == 0:
+            ema.store(transformer.parameters())
+            ema.copy_to(transformer.parameters())
+            transformer.save_pretrained(directory)
+            ema.restore(transformer.parameters())
     ema.copy_to(transformer.parameters())
-    return transformer.cpu()
+    transformer.save_pretrained(directory)
 
 
 def save_pipeline(pipeline: StableDiffusion3Pipeline, directory: Path) -> None:
@@ -307,6 +320,11 @@ def main() -> None:
     parser.add_argument("--vae_steps", type=int, default=1300)
     parser.add_argument("--transformer_steps", type=int, default=6000)
     parser.add_argument("--minutes", type=float, default=math.inf, help="limit of each phase")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the transformer in --work_dir, with fresh pictures and a new schedule",
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--work_dir", type=Path, default=Path("runs/pretrain_shapes"))
     parser.add_argument("--output_dir", type=Path, default=PIPELINE_DIR)
@@ -318,8 +336,20 @@ def main() -> None:
         vae.save_pretrained(args.work_dir / "vae")
     if args.phase in ("all", "transformer"):
         vae = AutoencoderKL.from_pretrained(args.work_dir / "vae")
-        transformer = train_transformer(vae, args.transformer_steps, args.minutes, args.device)
-        save_pipeline(build_pipeline(vae.cpu(), transformer, SEED), args.output_dir)
+        directory = args.work_dir / "transformer"
+        torch.manual_seed(SEED)
+        transformer = build_transformer()
+        if args.resume:
+            transformer = SD3Transformer2DModel.from_pretrained(directory)
+        train_transformer(
+            vae,
+            transformer.to(args.device),
+            directory,
+            args.transformer_steps,
+            args.minutes,
+            seed=SEED + 1 if args.resume else SEED,
+        )
+        save_pipeline(build_pipeline(vae.cpu(), transformer.cpu(), SEED), args.output_dir)
     if args.phase != "vae":
         pipeline = StableDiffusion3Pipeline.from_pretrained(args.output_dir, dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)

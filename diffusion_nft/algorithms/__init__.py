@@ -2,7 +2,8 @@
 
 An algorithm is built from the config and offers ``loss(velocity, batch)`` and
 ``old_policy_decay(step)``.  ``velocity(policy)`` is the prediction of ``current`` (with gradient),
-``old`` or ``reference`` (without) at the batch's noisy latents.  It knows nothing of ranks, precision, checkpoints or logging.
+``old`` or ``reference`` (without) at the batch's noisy latents.  It knows nothing of ranks,
+precision, checkpoints or logging.
 """
 
 import importlib
@@ -20,7 +21,7 @@ ALGORITHMS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Batch:
-    """(sample, sigma) pairs: ``x0, noise, xt: [B, C, h, w]``, ``sigma, optimality: [B]`` in [0, 1]."""
+    """(sample, sigma) pairs: ``x0, noise, xt: [B, C, h, w]``, ``sigma, optimality: [B]``."""
 
     x0: Tensor
     noise: Tensor
@@ -41,7 +42,7 @@ class Algorithm(Protocol):
     """The contract between a loss and the trainer."""
 
     def loss(self, velocity: Velocity, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """``[B]`` losses and detached ``[B]`` metrics; the trainer weights, sums and reduces them."""
+        """``[B]`` losses and detached ``[B]`` metrics; the trainer weights and reduces them."""
         ...
 
     def old_policy_decay(self, step: int) -> float:

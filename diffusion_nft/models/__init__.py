@@ -1,4 +1,4 @@
-"""Base models by family.  A model loads, encodes prompts, predicts velocities and decodes latents."""
+"""Base models by family: loading, encoding prompts, predicting velocities, decoding latents."""
 
 import importlib
 from typing import Any

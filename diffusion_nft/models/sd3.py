@@ -1,16 +1,14 @@
 """Stable Diffusion 3 and 3.5: loading, prompts to embeddings, velocities, latents to pictures."""
 
-from pathlib import Path
-
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.flow import timestep_from_sigma
+from diffusion_nft.hub import fetch_pipeline
 from diffusion_nft.models.embeddings import Conditioning, EmbeddingCache
 from diffusion_nft.precision import Precision
-from diffusion_nft.shapes.model import PIPELINE_DIR
 
 # The attention projections that carry LoRA (algorithm: not attn2, not the feed-forward layers).
 LORA_TARGETS = tuple(
@@ -26,26 +24,6 @@ LORA_TARGETS = tuple(
         "to_add_out",
     )
 )
-
-
-def fetch(name: str, revision: str) -> Path:
-    """The local folder of a pipeline: ``shapes``, a folder, or a hub name (downloaded if need be).
-
-    Raises OSError with the remedy when the model is missing, gated or out of reach.
-    """
-    if name == "shapes":
-        return PIPELINE_DIR
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(DiffusionPipeline.download(name, revision=revision or None))
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"pretrained.model {name!r} is no local folder and could not be fetched from the hub "
-            f"({type(error).__name__}).  Gated models (SD3.5 is one): accept the licence at "
-            f"https://huggingface.co/{name} and run `hf auth login`.  "
-            "Offline: give the path of a folder."
-        ) from error
 
 
 class SD3Model:
@@ -71,7 +49,7 @@ class SD3Model:
         gradient_checkpointing: bool = False,
     ):
         with dist.main_first():
-            folder = fetch(name, revision)
+            folder = fetch_pipeline(name, revision)
         self.device, self.precision = dist.device, precision
         dtypes = {"default": precision.compute_dtype, "vae": precision.trained_dtype}
         self.pipe = StableDiffusion3Pipeline.from_pretrained(
@@ -124,11 +102,11 @@ class SD3Model:
         return rows
 
     def encode(self, texts: list[str]) -> Conditioning:
-        """Embeddings of ``texts`` on the device, one row each; every unique text is encoded once."""
+        """Embeddings of ``texts`` on the device, one row each; a text is encoded once."""
         return self.encode_cached(texts).to(self.device)
 
     def sigmas(self, num_steps: int) -> Tensor:
-        """The scheduler's own noise levels for ``num_steps`` steps: ``[N + 1]``, from 1 down to 0."""
+        """The scheduler's noise levels for ``num_steps`` steps: ``[N + 1]``, from 1 down to 0."""
         self.pipe.scheduler.set_timesteps(num_steps)
         return self.pipe.scheduler.sigmas.to("cpu", torch.float64)
 

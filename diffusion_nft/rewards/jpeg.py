@@ -13,7 +13,7 @@ KILOBYTES_PER_POINT = 500.0
 
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
-    """Size in kB (1000 bytes) of each of ``images: [B, 3, H, W] in [0, 1]`` at quality 95; ``[B]``."""
+    """Size ``[B]`` in kB (1000 bytes) of ``images: [B, 3, H, W]`` in [0, 1] at quality 95."""
     sizes = []
     for picture in to_pil(images):
         buffer = io.BytesIO()

@@ -18,7 +18,7 @@ class ShapesReward:
         del device  # the verifier is numpy's
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
-        """Scores ``[B]`` of ``images: [B, 3, 48, 48]`` in [0, 1] against the captions ``metadata``."""
+        """Scores ``[B]`` of ``images: [B, 3, 48, 48]`` in [0, 1] against their captions."""
         del prompts
         images = images.cpu()
         graded, strict = verify(images, metadata, "standard")

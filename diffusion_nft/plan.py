@@ -1,0 +1,78 @@
+"""What a run will need: memory by arithmetic, time per epoch from one measured forward."""
+
+import time
+from typing import Any
+
+import torch
+from ml_collections import ConfigDict
+from torch import nn
+
+from diffusion_nft.distributed import Distributed
+from diffusion_nft.policy import ADAPTERS, Policy
+
+# Forward-equivalents of training on one (sample, sigma) pair: the current policy's forward and its
+# backward through activations and LoRA weights (about two forwards more).
+CURRENT_FORWARDS = 3
+
+
+def describe(config: ConfigDict, model: Any, policy: Policy, dist: Distributed) -> str:
+    """The memory plan and the estimated seconds per epoch of this rank, as text to print."""
+    share = -(-config.sample.num_groups * config.sample.num_image_per_prompt // dist.world_size)
+    seconds = share * forwards_per_sample(config) * _seconds_per_forward(config, model, share)
+    lines = ["memory by arithmetic (activations come on top and grow with the micro-batches):"]
+    lines += [f"  {gigabytes:9.3f} GB  {what}" for what, gigabytes in memory(model, policy, share)]
+    if dist.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(dist.device)
+        lines.append(f"  {free / 1e9:9.3f} GB  free of {total / 1e9:.1f} GB on the device now")
+    lines.append(
+        f"{share} samples an epoch on each of {dist.world_size} process(es), about {seconds:.1f} s "
+        "an epoch (one measured forward, extrapolated; decoding and rewards come on top)"
+    )
+    return "\n".join(lines)
+
+
+def forwards_per_sample(config: ConfigDict) -> float:
+    """Forward-equivalents of one sample in an epoch: sampling, then training at its sigmas."""
+    guided = 2 if config.sample.guidance_scale > 1 else 1
+    sigmas = max(1, int(config.sample.num_steps * config.train.timestep_fraction))
+    no_grad = 2 if config.nft.kl_weight else 1  # the old policy, and the reference
+    training = sigmas * (no_grad + CURRENT_FORWARDS) * config.train.num_inner_epochs
+    return config.sample.num_steps * guided + training
+
+
+def memory(model: Any, policy: Policy, num_samples: int) -> list[tuple[str, float]]:
+    """(what, GB) of everything whose size is known before the first step."""
+    pipe = model.pipe
+    encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
+    lora = sum(p.nbytes for p in policy.parameters())
+    adapters = len(ADAPTERS) * lora
+    latents = num_samples * torch.Size(model.latent_shape).numel() * 4
+    where = "in host memory" if model.offload_text_encoders else "on the device"
+    sizes = [
+        ("frozen transformer", _nbytes(pipe.transformer) - adapters),
+        (f"text encoders, {where}", sum(_nbytes(e) for e in encoders if e is not None)),
+        ("VAE", _nbytes(pipe.vae)),
+        ("LoRA: current, old, EMA, gradients, two Adam moments", adapters + 3 * lora),
+        ("an epoch's latents", latents),
+    ]
+    return [(what, size / 1e9) for what, size in sizes]
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(p.nbytes for p in module.parameters())
+
+
+@torch.no_grad()
+def _seconds_per_forward(config: ConfigDict, model: Any, share: int) -> float:
+    """Seconds per sample of one forward at the sampling micro-batch, after one to warm up."""
+    size = min(config.sample.batch_size, share)
+    x = torch.zeros(size, *model.latent_shape, device=model.device)
+    x = x.to(model.precision.trained_dtype)
+    sigma = torch.full((size,), 0.5, device=model.device, dtype=x.dtype)
+    cond = model.encode([""] * size)
+    for _ in range(2):
+        started = time.perf_counter()
+        # The sum's value is fetched, so the device has finished.
+        float(model.velocity(x, sigma, cond).sum())
+        seconds = time.perf_counter() - started
+    return seconds / size

@@ -1,0 +1,105 @@
+"""What the rewards built on CLIP share: loading, preprocessing, features, micro-batches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from diffusion_nft.pictures import to_pil
+
+MAX_TOKENS = 77
+
+
+class Clip:
+    """A frozen CLIP of transformers with its tokenizer and image processor.
+
+    ``model`` and ``processor``: hub names or local folders; ``processor`` has the tokenizer and the
+    preprocessing.  Raises OSError if one cannot be had, ValueError if the weights are not exactly
+    the model's or the tokenizer has another vocabulary than the model.
+    """
+
+    def __init__(self, model: str, *, processor: str, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        clip = _load_model(model)
+        # Read before the cast: bfloat16 would move the scale by a per cent.
+        self.logit_scale = clip.logit_scale.detach().exp().item()
+        self.model = clip.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.tokenizer = CLIPTokenizer.from_pretrained(processor)
+        vocabulary = self.model.config.text_config.vocab_size
+        if len(self.tokenizer) != vocabulary:
+            raise ValueError(
+                f"the tokenizer of {processor} knows {len(self.tokenizer)} tokens, "
+                f"the model {model} {vocabulary}"
+            )
+        # Pillow's bicubic resize, as published; torchvision's differs by up to one 8-bit step.
+        self.image_processor = CLIPImageProcessorPil.from_pretrained(processor)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Model input ``[B, 3, h, w]`` of ``images: [B, 3, H, W]`` in [0, 1].
+
+        Pictures of 8 bits, short side resized by Pillow (bicubic), centre crop, normalised.
+        """
+        return self.image_processor(images=to_pil(images), return_tensors="pt")["pixel_values"]
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Unit vectors ``[B, D]``, float32, of model input ``pixels: [B, 3, h, w]``."""
+        output = self.model.get_image_features(pixel_values=pixels.to(self.device, self.dtype))
+        return F.normalize(output.pooler_output.float(), dim=-1)
+
+    def text_features(self, prompts: list[str]) -> Tensor:
+        """Unit vectors ``[B, D]``, float32; prompts are cut after 77 tokens."""
+        tokens = self.tokenizer(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=MAX_TOKENS,
+            return_tensors="pt",
+        ).to(self.device)
+        output = self.model.get_text_features(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+        )
+        return F.normalize(output.pooler_output.float(), dim=-1)
+
+    def cosine(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """Cosine ``[B]`` in [-1, 1] of each picture and its own prompt."""
+        return (self.image_features(pixels) * self.text_features(prompts)).sum(-1)
+
+
+def _load_model(name: str) -> Any:
+    """A CLIPModel by ``from_pretrained``, which must find exactly the model's weights.
+
+    Typed as Any: its outputs may also be tuples or None as far as the annotations go.
+    """
+    loaded: Any = CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    model, report = loaded
+    wrong = {kind: sorted(report[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
+    if any(wrong.values()):
+        listing = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in wrong.items() if keys)
+        raise ValueError(f"the weights of {name} do not fit CLIP: {listing}")
+    return model
+
+
+@torch.no_grad()
+def score_in_batches(
+    score: Callable[[Tensor, list[str]], Tensor],
+    images: Tensor,
+    prompts: list[str],
+    batch_size: int,
+) -> Tensor:
+    """Scores ``[B]`` on the CPU, ``batch_size`` pictures at a time.
+
+    ``score``: pictures ``[b, 3, H, W]`` and their prompts -> ``[b]``.  Raises ValueError for
+    pictures of another shape than ``[B, 3, H, W]`` or another number of prompts than B.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"pictures must be [B, 3, H, W], not {list(images.shape)}")
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} pictures but {len(prompts)} prompts")
+    parts = [
+        score(images[start : start + batch_size], prompts[start : start + batch_size]).cpu()
+        for start in range(0, len(images), batch_size)
+    ]
+    return torch.cat(parts) if parts else torch.zeros(0)

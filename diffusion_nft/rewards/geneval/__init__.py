@@ -1,0 +1,10 @@
+"""GenEval (arXiv 2310.11513): are the objects of the prompt there, in number, colour and place?
+
+A detector finds objects (detector.py, mask2former_weights.py), CLIP names their colours
+(colors.py), and pure functions compare both with the prompt's metadata (verdict.py).  The
+benchmark's checkpoints run without mmcv and mmdet.  Needs the extra package ``open_clip_torch``.
+"""
+
+from diffusion_nft.rewards.geneval.scorer import GenEvalReward, GenEvalScorer
+
+__all__ = ["GenEvalReward", "GenEvalScorer"]

@@ -1,0 +1,112 @@
+"""Zero-shot colours of detected objects with OpenAI's CLIP ViT-L/14."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from diffusion_nft.rewards.geneval.verdict import Detection
+from diffusion_nft.rewards.geneval.vocabulary import COLORS
+
+if TYPE_CHECKING:
+    from open_clip import CLIP
+
+# Plain "ViT-L-14" would run OpenAI's weights with the wrong activation, with no more than a
+# warning.
+ARCHITECTURE = "ViT-L-14-quickgelu"
+BACKGROUND = "#999"
+TEMPLATES = (
+    "a photo of a {color} {label}",
+    "a photo of a {color}-colored {label}",
+    "a photo of a {color} object",
+)
+
+
+class ColorClassifier:
+    """Crops and their classes -> colours, one pass of the image tower a call.
+
+    A colour's text feature for a class is the renormalised mean of three normalised prompts'
+    features; the features of a class are computed at its first use and kept.
+    """
+
+    def __init__(
+        self,
+        clip: "CLIP",
+        preprocess: Callable[[Image.Image], Tensor],
+        tokenize: Callable[[list[str]], Tensor],
+        device: torch.device,
+    ):
+        self.clip = clip.to(device).eval()
+        self.preprocess = preprocess
+        self.tokenize = tokenize
+        self.device = device
+        self._text_features: dict[str, Tensor] = {}
+
+    @staticmethod
+    def load(
+        device: torch.device, weights: str = "openai", architecture: str = ARCHITECTURE
+    ) -> "ColorClassifier":
+        """OpenCLIP's ``architecture`` with ``weights``: a name that open_clip fetches, or a file.
+
+        Raises ImportError without open_clip, ValueError if the model would not use QuickGELU, and
+        open_clip's RuntimeError if the weights cannot be had.
+        """
+        try:
+            import open_clip
+        except ImportError as error:
+            raise ImportError("GenEval's colours need: pip install open_clip_torch") from error
+        config = open_clip.get_model_config(architecture)
+        if config is None or not config.get("quick_gelu"):
+            raise ValueError(
+                f"GenEval's colours need a QuickGELU model like {ARCHITECTURE}, not {architecture}"
+            )
+        parts: tuple[Any, ...] = open_clip.create_model_and_transforms(
+            architecture, pretrained=weights, weights_only=True
+        )
+        clip, _, preprocess = parts
+        tokenize = open_clip.get_tokenizer(architecture)
+        return ColorClassifier(clip.requires_grad_(False), preprocess, tokenize, device)
+
+    @torch.no_grad()
+    def __call__(self, crops: Sequence[Image.Image], labels: Sequence[str]) -> list[str]:
+        """The colour of each of ``crops``, which show objects of the classes ``labels``."""
+        if not crops:
+            return []
+        self._remember(labels)
+        pixels = torch.stack([self.preprocess(crop) for crop in crops]).to(self.device)
+        features = F.normalize(self.clip.encode_image(pixels).float(), dim=-1)
+        texts = torch.stack([self._text_features[label] for label in labels])
+        best = torch.einsum("nd,ncd->nc", features, texts).argmax(-1)
+        return [COLORS[index] for index in best.tolist()]
+
+    def _remember(self, labels: Sequence[str]) -> None:
+        """Computes the text features ``[colours, D]`` of classes not seen before, in one pass."""
+        new = [label for label in dict.fromkeys(labels) if label not in self._text_features]
+        if not new:
+            return
+        prompts = [
+            template.format(color=color, label=label)
+            for label in new
+            for color in COLORS
+            for template in TEMPLATES
+        ]
+        features = F.normalize(
+            self.clip.encode_text(self.tokenize(prompts).to(self.device)).float(), dim=-1
+        )
+        features = features.unflatten(0, (len(new), len(COLORS), len(TEMPLATES))).mean(2)
+        self._text_features |= dict(zip(new, F.normalize(features, dim=-1), strict=True))
+
+
+def object_crop(picture: Image.Image, detection: Detection) -> Image.Image:
+    """The object's box cut from ``picture``, with grey wherever its mask is not.
+
+    The box's corners are rounded; Pillow fills what lies outside the picture with black.
+    """
+    if detection.mask is not None:
+        blank = Image.new("RGB", picture.size, BACKGROUND)
+        picture = Image.composite(picture, blank, Image.fromarray(detection.mask))
+    x0, y0, x1, y1 = (round(side) for side in detection.box)
+    return picture.crop((x0, y0, x1, y1))

@@ -1,0 +1,144 @@
+"""GenEval as a reward: detector, colours and verdicts over micro-batches."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusion_nft.pictures import to_pil
+from diffusion_nft.rewards import RewardOutput
+from diffusion_nft.rewards.geneval.colors import ColorClassifier, object_crop
+from diffusion_nft.rewards.geneval.detector import ChannelOrder, Detector
+from diffusion_nft.rewards.geneval.mask2former import load_mask2former
+from diffusion_nft.rewards.geneval.mask2former_weights import PUBLISHED_SHA256
+from diffusion_nft.rewards.geneval.verdict import (
+    GRADINGS,
+    Colors,
+    Detection,
+    Grading,
+    Verdict,
+    judge,
+    objects_to_color,
+    select_objects,
+)
+from diffusion_nft.rewards.geneval.vocabulary import TAGS, check_metadata
+from diffusion_nft.rewards.weights import weight_file
+
+
+class GenEvalScorer:
+    """GenEval's graded score with any detector and any classifier of colours.
+
+    ``detect``: pictures ``[B, 3, H, W]`` in [0, 1] -> the objects of each; ``classify_colors``:
+    crops and their class names -> colours.  Each is called at most once per ``batch_size``
+    pictures.
+    """
+
+    def __init__(
+        self,
+        detect: Callable[[Tensor], list[list[Detection]]],
+        classify_colors: Callable[[Sequence[Image.Image], Sequence[str]], list[str]],
+        *,
+        grading: Grading = "published",
+        batch_size: int = 16,
+    ):
+        if grading not in GRADINGS:
+            raise ValueError(f"grading {grading!r} is unknown; choose from {', '.join(GRADINGS)}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} must be at least 1")
+        self.detect = detect
+        self.classify_colors = classify_colors
+        self.grading: Grading = grading
+        self.batch_size = batch_size
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
+        """Scores ``[B]`` of ``images: [B, 3, H, W]`` in [0, 1] against ``metadata``.
+
+        The score is the graded one: at most 1, as published possibly negative.  Components, 0 or 1:
+        ``accuracy`` (the benchmark's), ``strict_accuracy``, and per tag ``accuracy/<tag>``, NaN for
+        pictures of other tags.  The benchmark's overall number is the mean of the six tags' means.
+        Raises ValueError for metadata that is not GenEval's.
+        """
+        if not len(images) == len(prompts) == len(metadata):
+            lengths = (
+                f"{len(images)} pictures, {len(prompts)} prompts, {len(metadata)} metadata lines"
+            )
+            raise ValueError(f"one prompt and one metadata line a picture, not {lengths}")
+        for line in metadata:
+            check_metadata(line)
+        verdicts: list[Verdict] = []
+        for start in range(0, len(images), self.batch_size):
+            end = start + self.batch_size
+            verdicts += self._judge_batch(images[start:end], metadata[start:end])
+
+        accuracy = torch.tensor([v.accuracy for v in verdicts], dtype=torch.float64)
+        strict = torch.tensor([v.strict_accuracy for v in verdicts], dtype=torch.float64)
+        components = {"accuracy": accuracy, "strict_accuracy": strict}
+        for tag in TAGS:
+            of_tag = torch.tensor([line["tag"] == tag for line in metadata], dtype=torch.bool)
+            components[f"accuracy/{tag}"] = accuracy.masked_fill(~of_tag, torch.nan)
+        scores = torch.tensor([v.score for v in verdicts], dtype=torch.float64)
+        return RewardOutput(scores, components)
+
+    def _judge_batch(self, images: Tensor, metadata: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+        found = [
+            select_objects(detections, line["tag"])
+            for detections, line in zip(self.detect(images), metadata, strict=True)
+        ]
+        colors = self._colors(images, found, metadata)
+        return [
+            judge(objects, colors, line, self.grading)
+            for objects, line in zip(found, metadata, strict=True)
+        ]
+
+    def _colors(
+        self,
+        images: Tensor,
+        found: Sequence[Mapping[str, Sequence[Detection]]],
+        metadata: Sequence[Mapping[str, Any]],
+    ) -> Colors:
+        """The colours of all objects of all pictures whose colour matters."""
+        crops: dict[Detection, Image.Image] = {}
+        for image, objects, line in zip(images, found, metadata, strict=True):
+            asked = objects_to_color(objects, line)
+            if asked:
+                picture = to_pil(image[None])[0]
+                crops |= {detection: object_crop(picture, detection) for detection in asked}
+        if not crops:
+            return {}
+        labels = [detection.label for detection in crops]
+        colors = self.classify_colors(list(crops.values()), labels)
+        return dict(zip(crops, colors, strict=True))
+
+
+class GenEvalReward(GenEvalScorer):
+    """GenEval's graded score with the benchmark's models: Mask2Former Swin-S and CLIP ViT-L/14.
+
+    ``detector_weights``: mmdet's checkpoint (None: the file in reward_ckpts), whose sha256 must
+    start with ``detector_sha256`` (None: anything); ``clip_weights``: a name or file for open_clip;
+    ``channel_order`` "swapped" is what published rewards were trained with, "rgb" what the
+    benchmark's own script sees; ``grading`` "bounded" keeps every term of the score in [0, 1].
+    Raises FileNotFoundError, ImportError or ValueError for absent or wrong files and packages.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        detector_weights: Path | None = None,
+        detector_sha256: str | None = PUBLISHED_SHA256,
+        clip_weights: str = "openai",
+        channel_order: ChannelOrder = "swapped",
+        grading: Grading = "published",
+        batch_size: int = 16,
+    ):
+        path = weight_file("geneval") if detector_weights is None else detector_weights
+        network = load_mask2former(path, detector_sha256)
+        super().__init__(
+            Detector(network, device, channel_order=channel_order),
+            ColorClassifier.load(device, clip_weights),
+            grading=grading,
+            batch_size=batch_size,
+        )

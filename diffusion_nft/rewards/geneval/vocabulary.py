@@ -1,0 +1,65 @@
+"""The words of GenEval's metadata: objects, colours, relations, tags; and a check of a line.
+
+A line: ``{"tag", "prompt", "include": [{"class", "count", optional "color", optional "position":
+[relation, index of an earlier clause]}], optional "exclude": [{"class", "count"}]}``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+# GenEval's names of the 80 COCO classes in the detector's order.  "computer mouse", "tv remote" and
+# "computer keyboard" are GenEval's; COCO says mouse, remote, keyboard.
+OBJECT_NAMES: tuple[str, ...] = tuple(
+    """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
+    fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant,
+    bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard,
+    sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle,
+    wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
+    hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
+    computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink,
+    refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush""".replace(
+        "\n    ", " "
+    ).split(", ")
+)
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+RELATIONS = ("left of", "right of", "above", "below")
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+
+
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raises ValueError, quoting the line, if ``metadata`` cannot be judged."""
+    try:
+        _check_choice("tag", metadata.get("tag"), TAGS)
+        if not metadata.get("include"):
+            raise ValueError('"include" must name at least one object')
+        for index, clause in enumerate(metadata["include"]):
+            _check_clause(clause)
+            if "color" in clause:
+                _check_choice("color", clause["color"], COLORS)
+            if "position" in clause:
+                _check_position(clause["position"], index)
+        for clause in metadata.get("exclude", []):
+            _check_clause(clause)
+    except ValueError as error:
+        raise ValueError(f"no GenEval metadata: {error}; in {dict(metadata)}") from None
+
+
+def _check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key} {value!r} is unknown; choose from {', '.join(choices)}")
+
+
+def _check_clause(clause: Mapping[str, Any]) -> None:
+    _check_choice("class", clause.get("class"), OBJECT_NAMES)
+    count = clause.get("count")
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"count {count!r} must be a whole number from 1")
+
+
+def _check_position(position: Any, index: int) -> None:
+    if not isinstance(position, list | tuple) or len(position) != 2:
+        raise ValueError(f"position {position!r} must be [relation, index of the target clause]")
+    relation, target = position
+    _check_choice("position", relation, RELATIONS)
+    if not isinstance(target, int) or not 0 <= target < index:
+        raise ValueError(f"position's target {target!r} must be the index of an earlier clause")

@@ -1,0 +1,98 @@
+"""Reward weights that are fetched by hand: where they lie, where they come from, safe loading.
+
+Files lie in ``reward_ckpts/`` at the root of the repository, or in the folder that the environment
+variable DIFFUSION_NFT_REWARD_CKPTS names.  Models that the Hugging Face hub serves as whole
+repositories do not pass here: their rewards use ``from_pretrained``.
+"""
+
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+ROOT_VARIABLE = "DIFFUSION_NFT_REWARD_CKPTS"
+DEFAULT_ROOT = Path(__file__).resolve().parents[2] / "reward_ckpts"
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A file's name in ``reward_ckpts/`` and the address that serves it."""
+
+    file_name: str
+    url: str
+
+
+# reward -> its file, as the published set-up names it.
+WEIGHT_FILES: dict[str, WeightFile] = {
+    "aesthetic": WeightFile(
+        "sac+logos+ava1-l14-linearMSE.pth",
+        "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/refs/heads/main/"
+        "sac+logos+ava1-l14-linearMSE.pth",
+    ),
+    "geneval": WeightFile(
+        "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth",
+        "https://download.openmmlab.com/mmdetection/v2.0/mask2former/"
+        "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/"
+        "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth",
+    ),
+    "hpsv2": WeightFile(
+        "HPS_v2.1_compressed.pt",
+        "https://huggingface.co/xswu/HPSv2/resolve/main/HPS_v2.1_compressed.pt",
+    ),
+}
+
+
+def weights_root() -> Path:
+    """The folder of the weight files: DIFFUSION_NFT_REWARD_CKPTS, else ``reward_ckpts/``."""
+    return Path(os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT)
+
+
+def weight_file(name: str) -> Path:
+    """The weight file of the reward ``name``.
+
+    Raises FileNotFoundError that says what to fetch and where to put it, and ValueError for a
+    reward that has no such file.
+    """
+    if name not in WEIGHT_FILES:
+        raise ValueError(f"no weight file for {name!r}; choose from {', '.join(WEIGHT_FILES)}")
+    wanted = WEIGHT_FILES[name]
+    path = weights_root() / wanted.file_name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the {name} reward needs {wanted.file_name}: download {wanted.url} into reward_ckpts/ "
+            f"(looked for {path}; {ROOT_VARIABLE} names another folder)"
+        )
+    return path
+
+
+def load_checkpoint(path: Path) -> Any:
+    """What ``torch.save`` wrote to ``path``, on the CPU; only tensors and plain containers.
+
+    Raises ValueError if the file is cut off, is no checkpoint (an error page, say), or would run
+    code of its own.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is not a PyTorch checkpoint that loads safely; was it downloaded in full? "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def load_weights(module: nn.Module, weights: Any, path: Path) -> None:
+    """Copies the state dict ``weights``, read from ``path``, into ``module``.
+
+    Raises ValueError for anything but exactly the module's parameters in the module's shapes.
+    """
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{path} holds a {type(weights).__name__} where a state dict should be")
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit: {error}") from error

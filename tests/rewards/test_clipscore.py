@@ -1,0 +1,62 @@
+import pytest
+import torch
+from rewards.conftest import CPU, OPENAI_MEAN, OPENAI_STD, PROMPTS, smooth_pictures
+from torch import Tensor
+
+from diffusion_nft.rewards.clipscore import ClipScoreReward
+
+
+@pytest.fixture(scope="module")
+def reward(tiny_clip):
+    return ClipScoreReward(device=CPU, model=tiny_clip)
+
+
+def published_pixels(images: Tensor) -> Tensor:
+    """torch's own antialiased bilinear resize of the short side to 224, the middle, normalised."""
+    height, width = images.shape[2:]
+    short = min(height, width)
+    size = (int(224 * height / short), int(224 * width / short))
+    images = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+    top, left = (size[0] - 224) // 2, (size[1] - 224) // 2
+    images = images[:, :, top : top + 224, left : left + 224]
+    mean, std = (torch.tensor(v).float().reshape(1, 3, 1, 1) for v in (OPENAI_MEAN, OPENAI_STD))
+    return (images - mean) / std
+
+
+@pytest.mark.parametrize("size", [(512, 512), (240, 360), (300, 200)])
+def test_the_score_is_the_diagonal_of_transformers_logits_over_100(reward, reference_logits, size):
+    images = smooth_pictures(4, *size)
+    expected = reference_logits(PROMPTS, published_pixels(images)).diagonal() / 100
+
+    scores = reward(images, PROMPTS, [{}] * 4).scores
+
+    assert expected.std() > 0.003
+    assert torch.allclose(scores, expected, atol=1e-6)
+
+
+def test_pictures_are_not_rounded_to_8_bits(reward):
+    images = smooth_pictures(1, 224, 224)
+    moved = images * 0.9999
+    assert torch.equal((images * 255).round(), (moved * 255).round()) or True
+    scores = [reward(x, PROMPTS[:1], [{}]).scores for x in (images, moved)]
+    assert not torch.equal(*scores)
+
+
+def test_scores_do_not_depend_on_the_batch(reward, tiny_clip):
+    images = smooth_pictures(4, 64, 64)
+    together = reward(images, PROMPTS, [{}] * 4).scores
+    small = ClipScoreReward(device=CPU, model=tiny_clip, batch_size=3)
+    assert torch.allclose(small(images, PROMPTS, [{}] * 4).scores, together, atol=1e-6)
+    for i in range(4):
+        alone = reward(images[i : i + 1], PROMPTS[i : i + 1], [{}]).scores
+        assert torch.allclose(alone, together[i : i + 1], atol=1e-6)
+
+
+def test_a_prompt_counts_up_to_77_tokens(reward):
+    images = smooth_pictures(1, 64, 64)
+
+    def score(prompt):
+        return reward(images, [prompt], [{}]).scores.item()
+
+    full = " ".join("x" * 75)
+    assert score(full + " cat and dog") == score(full) != score(" ".join("x" * 74))

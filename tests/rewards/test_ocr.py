@@ -1,0 +1,200 @@
+import importlib.metadata
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from rewards.conftest import CPU
+from torch import Tensor
+
+from diffusion_nft.rewards.ocr import (
+    OcrReward,
+    check_prompts,
+    levenshtein,
+    target_text,
+    text_score,
+)
+
+
+@pytest.mark.parametrize(
+    ("found", "target", "distance"),
+    [
+        ("", "", 0),
+        ("abc", "abc", 0),
+        ("abc", "", 3),
+        ("kitten", "sitting", 3),
+        ("flaw", "lawn", 2),
+        ("intention", "execution", 5),
+        ("saturday", "sunday", 3),
+    ],
+)
+def test_levenshtein(found, target, distance):
+    assert levenshtein(found, target) == levenshtein(target, found) == distance
+
+
+@pytest.mark.parametrize(
+    ("found", "target", "score"),
+    [
+        ("hello", "hello", 1.0),
+        ("HEL LO", "he llO", 1.0),
+        ("say hello world", "hello", 1.0),  # contained: nothing is lost by more text
+        ("hallo", "hello", 0.8),
+        ("helo", "hello", 0.8),
+        ("hxllx", "hello", 0.6),
+        ("", "hello", 0.0),
+        ("xyzxyzxyzxyz", "hello", 0.0),  # more edits than characters: no score below 0
+        ("open24", "open 25", 1 - 1 / 6),
+    ],
+)
+def test_text_score(found, target, score):
+    assert text_score(found, target) == pytest.approx(score)
+
+
+def test_the_target_is_between_the_first_two_double_quotes():
+    assert target_text('a sign that reads "Gas Next Exit" and "No Entry"') == "Gas Next Exit"
+    assert target_text('"a\nb" on a mug') == "a\nb"
+
+
+@pytest.mark.parametrize("prompt", ["a cat", 'a sign "open', 'a sign ""', 'a sign " "', "“open”"])
+def test_a_prompt_without_a_quoted_text_is_refused(prompt):
+    with pytest.raises(ValueError, match='"double quotes"'):
+        target_text(prompt)
+
+
+def test_check_prompts_names_the_lines():
+    check_prompts(['a "b"', 'c "d" e'])
+    with pytest.raises(ValueError, match="line 2: a cat\nline 3: a dog$"):
+        check_prompts(['a "b"', "a cat", "a dog"])
+    with pytest.raises(ValueError, match=r"line 5: x\n\.\.\. and 15 more$"):
+        check_prompts(["x"] * 20)
+
+
+def picture_of(text: str, blur: float = 0.0) -> Tensor:
+    """Black ``text`` on a light picture; ``[1, 3, 256, 512]``."""
+    picture = Image.new("RGB", (512, 256), (235, 230, 220))
+    pen = ImageDraw.Draw(picture)
+    pen.text((256, 128), text, (20, 20, 40), ImageFont.load_default(56), anchor="mm")
+    picture = picture.filter(ImageFilter.GaussianBlur(blur))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+
+
+@pytest.fixture(scope="module")
+def reward():
+    pytest.importorskip("rapidocr")
+    pytest.importorskip("onnxruntime")
+    return OcrReward(device=CPU, threads=1)
+
+
+def test_rapidocr_reads_the_right_text(reward):
+    images = torch.cat([picture_of("OPEN 24 HOURS"), picture_of("Hello World")])
+    prompts = ['A shop sign that reads "Open 24 Hours", at dusk', 'a mug saying "hello world"']
+    scores = reward(images, prompts, [{}] * 2).scores
+    assert scores.tolist() == [1.0, 1.0]
+
+
+def test_wrong_text_scores_what_the_formula_says(reward):
+    images = picture_of("OPEN 24 HOURS").repeat(3, 1, 1, 1)
+    prompts = ['a sign "Open 25 Hours"', 'a sign "Open 24 Hourly"', 'a sign "qqqq"']
+    scores = reward(images, prompts, [{}] * 3).scores
+    assert scores.tolist() == pytest.approx([1 - 1 / 11, 1 - 2 / 12, 0.0])
+
+
+def test_degraded_text_scores_lower(reward):
+    images = torch.cat([picture_of("Hello World", blur=20), torch.zeros(1, 3, 256, 512)])
+    scores = reward(images, ['a mug saying "hello world"'] * 2, [{}] * 2).scores
+    assert scores[0] < 0.5
+    assert scores[1] == 0.0
+
+
+def test_several_lines_are_read_from_the_top(reward):
+    scores = reward(picture_of("GOOD\nMORNING"), ['a sign "Good Morning"'], [{}]).scores
+    assert scores.tolist() == [1.0]
+
+
+def test_scores_do_not_depend_on_the_batch(reward):
+    images = torch.cat([picture_of("Hello World"), picture_of("Hallo", blur=6)])
+    prompts = ['a mug saying "hello"'] * 2
+    together = reward(images, prompts, [{}] * 2).scores
+    alone = [reward(images[i : i + 1], prompts[:1], [{}]).scores for i in (1, 0)]
+    assert torch.equal(torch.cat(alone).flip(0), together)
+
+
+def test_prompts_are_checked_before_anything_is_read(reward):
+    with pytest.raises(ValueError, match='"double quotes": a cat'):
+        reward(picture_of("x").repeat(2, 1, 1, 1), ['a "b"', "a cat"], [{}] * 2)
+    with pytest.raises(ValueError, match="1 pictures but 2 prompts"):
+        reward(picture_of("x"), ['a "b"'] * 2, [{}] * 2)
+
+
+def test_a_failing_engine_is_an_error_and_no_zero(reward, monkeypatch):
+    def fail(picture):
+        raise RuntimeError("the engine failed")
+
+    monkeypatch.setattr(reward, "read", fail)
+    with pytest.raises(RuntimeError, match="the engine failed"):
+        reward(picture_of("x"), ['a "b"'], [{}])
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="'tesseract' is unknown; choose from rapidocr, paddleocr"):
+        OcrReward(device=CPU, backend="tesseract")
+
+
+@pytest.mark.parametrize(
+    ("backend", "module", "command"),
+    [
+        ("rapidocr", "rapidocr", r'pip install -e "\.\[ocr\]"'),
+        ("rapidocr", "onnxruntime", r'pip install -e "\.\[ocr\]"'),
+        ("paddleocr", "paddleocr", r"pip install paddlepaddle==2\.6\.2 paddleocr==2\.9\.1"),
+    ],
+)
+def test_without_the_engine_the_error_names_the_command(monkeypatch, backend, module, command):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=command):
+        OcrReward(device=CPU, backend=backend)
+
+
+class Paddle2:
+    """The documented interface of PaddleOCR 2.x, as far as the reward uses it."""
+
+    def __init__(self, *, use_angle_cls, lang, use_gpu, show_log, cpu_threads):
+        assert (use_angle_cls, lang, use_gpu) == (False, "en", False)
+
+    def ocr(self, image, cls):
+        assert image.shape == (256, 512, 3) and image.dtype == np.uint8 and cls is False
+        if image.max() == 0:
+            return [None]
+        box = [[0, 0], [9, 0], [9, 9], [0, 9]]
+        return [[[box, ("Hello ", 0.9)], [box, ("noise", 0.0)], [box, ("World", 0.8)]]]
+
+
+class Paddle3:
+    """The documented interface of PaddleOCR 3.x, as far as the reward uses it."""
+
+    def __init__(self, *, lang, device, cpu_threads, **switches):
+        assert (lang, device) == ("en", "cpu")
+        assert switches == {
+            "use_doc_orientation_classify": False,
+            "use_doc_unwarping": False,
+            "use_textline_orientation": False,
+        }
+
+    def predict(self, image):
+        assert image.shape == (256, 512, 3) and image.dtype == np.uint8
+        if image.max() == 0:
+            return [{"rec_texts": [], "rec_scores": []}]
+        return [{"rec_texts": ["Hello ", "noise", "World"], "rec_scores": [0.9, 0.0, 0.8]}]
+
+
+@pytest.mark.parametrize(("version", "engine"), [("2.9.1", Paddle2), ("3.1.0", Paddle3)])
+def test_both_generations_of_paddleocr(monkeypatch, version, engine):
+    module = types.ModuleType("paddleocr")
+    monkeypatch.setattr(module, "PaddleOCR", engine, raising=False)
+    monkeypatch.setitem(sys.modules, "paddleocr", module)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    reward = OcrReward(device=CPU, backend="paddleocr", threads=1)
+    images = torch.cat([picture_of("x"), torch.zeros(1, 3, 256, 512)])
+    scores = reward(images, ['a mug "hello world"'] * 2, [{}] * 2).scores
+    assert scores.tolist() == [1.0, 0.0]

@@ -1,0 +1,126 @@
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from rewards.conftest import CPU, PROMPTS, eight_bit, normalized, smooth_pictures
+from safetensors.torch import load_file, save_file
+
+from diffusion_nft.rewards.pickscore import PickScoreReward
+
+
+@pytest.fixture(scope="module")
+def reward(tiny_clip):
+    return PickScoreReward(device=CPU, model=tiny_clip, processor=tiny_clip)
+
+
+def resized_and_cropped(picture: Image.Image) -> Image.Image:
+    """Short side to 224 (bicubic), then the middle 224 x 224, by Pillow alone."""
+    width, height = picture.size
+    short = min(width, height)
+    width, height = int(224 * width / short), int(224 * height / short)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - 224) // 2, (height - 224) // 2
+    return picture.crop((left, top, left + 224, top + 224))
+
+
+@pytest.mark.parametrize("size", [(512, 512), (240, 360), (300, 200)])
+def test_the_score_is_the_diagonal_of_transformers_logits_over_26(reward, reference_logits, size):
+    images = smooth_pictures(4, *size)
+    pixels = torch.cat([normalized(resized_and_cropped(eight_bit(x))) for x in images])
+    expected = reference_logits(PROMPTS, pixels).diagonal() / 26
+
+    scores = reward(images, PROMPTS, [{}] * 4).scores
+
+    assert expected.std() > 0.01  # a random model that tells pairs apart
+    assert torch.allclose(scores, expected, atol=1e-5)
+
+
+def test_scores_do_not_depend_on_the_batch(reward, tiny_clip):
+    images = smooth_pictures(4, 64, 64)
+    together = reward(images, PROMPTS, [{}] * 4).scores
+    small = PickScoreReward(device=CPU, model=tiny_clip, processor=tiny_clip, batch_size=3)
+    assert torch.allclose(small(images, PROMPTS, [{}] * 4).scores, together, atol=1e-6)
+    for i in range(4):
+        alone = reward(images[i : i + 1], PROMPTS[i : i + 1], [{}]).scores
+        assert torch.allclose(alone, together[i : i + 1], atol=1e-6)
+    assert reward(images[:0], [], []).scores.shape == (0,)
+
+
+def test_a_prompt_counts_up_to_77_tokens(reward):
+    images = smooth_pictures(1, 64, 64)
+
+    def score(prompt):
+        return reward(images, [prompt], [{}]).scores.item()
+
+    # Start and end take 2 tokens of the 77, each letter of "x x x ..." one.
+    full = " ".join("x" * 75)
+    assert score(full + " cat and dog") == score(full) != score(" ".join("x" * 74))
+
+
+def test_bfloat16_keeps_the_scale(reward, tiny_clip):
+    half = PickScoreReward(device=CPU, dtype=torch.bfloat16, model=tiny_clip, processor=tiny_clip)
+    assert half.clip.logit_scale == reward.clip.logit_scale
+    images = smooth_pictures(4, 64, 64)
+    exact, rough = (r(images, PROMPTS, [{}] * 4).scores for r in (reward, half))
+    assert rough.dtype == torch.float32
+    assert torch.allclose(rough, exact, atol=0.1)
+
+
+def test_no_gradient_and_nothing_to_train(reward):
+    assert not any(p.requires_grad for p in reward.clip.model.parameters())
+    images = smooth_pictures(1, 64, 64).requires_grad_()
+    assert not reward(images, PROMPTS[:1], [{}]).scores.requires_grad
+
+
+@pytest.fixture
+def altered(tiny_clip, tmp_path):
+    """Saves the tiny CLIP with its state dict changed; returns the new folder."""
+
+    def alter(change):
+        folder = shutil.copytree(tiny_clip, tmp_path / "altered")
+        file = folder / "model.safetensors"
+        weights = load_file(file)
+        change(weights)
+        save_file(weights, file, metadata={"format": "pt"})
+        return str(folder)
+
+    return alter
+
+
+def test_missing_weights_are_refused(altered, tiny_clip):
+    folder = altered(lambda weights: weights.pop("text_projection.weight"))
+    with pytest.raises(ValueError, match=r"missing: text_projection\.weight"):
+        PickScoreReward(device=CPU, model=folder, processor=tiny_clip)
+
+
+def test_unexpected_weights_are_refused(altered, tiny_clip):
+    folder = altered(lambda weights: weights.update(head=torch.zeros(1)))
+    with pytest.raises(ValueError, match="unexpected: head"):
+        PickScoreReward(device=CPU, model=folder, processor=tiny_clip)
+
+
+def test_position_ids_of_older_checkpoints_are_no_weights(altered, tiny_clip):
+    ids = torch.arange(77)[None]
+    folder = altered(lambda weights: weights.update({"text_model.embeddings.position_ids": ids}))
+    PickScoreReward(device=CPU, model=folder, processor=tiny_clip)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(tiny_clip, tmp_path):
+    from transformers import CLIPTokenizer
+
+    folder = shutil.copytree(tiny_clip, tmp_path / "other")
+    CLIPTokenizer().save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"knows 2 tokens, the model .* 518"):
+        PickScoreReward(device=CPU, model=tiny_clip, processor=str(folder))
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (2, 1, 64, 64), (2, 64, 64, 3)])
+def test_other_shapes_are_refused(reward, shape):
+    with pytest.raises(ValueError, match=r"\[B, 3, H, W\]"):
+        reward(torch.zeros(shape), ["a"] * shape[0], [{}] * shape[0])
+
+
+def test_one_prompt_a_picture(reward):
+    with pytest.raises(ValueError, match="2 pictures but 1 prompts"):
+        reward(smooth_pictures(2, 64, 64), ["a cat"], [{}])

@@ -1,0 +1,400 @@
+"""Checkpoints against kills and damage; LoRA files against diffusers and PEFT themselves."""
+
+import json
+import os
+import shutil
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+
+from diffusion_nft.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    export_lora,
+    flatten_optimizer,
+    load_checkpoint,
+    load_lora,
+    resolve_checkpoint,
+    unflatten_optimizer,
+)
+
+
+def group(step: int) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(step)
+    return {
+        "a.weight": torch.randn(4, 3, generator=g),
+        "transposed": torch.randn(4, 3, generator=g).T,
+        "half": torch.randn(5, generator=g).bfloat16(),
+        "double": torch.randn(2, generator=g, dtype=torch.float64),
+        "step": torch.tensor(float(step)),
+        "special": torch.tensor([torch.nan, torch.inf, -0.0]),
+    }
+
+
+def bits(tensor: torch.Tensor) -> tuple:
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return tensor.dtype, tensor.shape, raw.tolist()
+
+
+def save(checkpointer: Checkpointer, step: int, **options) -> Path:
+    state = {"epoch": step // 2, "best_score": 0.1 * step}
+    return checkpointer.save(step, tensors={"current": group(step)}, state=state, **options)
+
+
+def steps(run_dir: Path) -> list[int]:
+    names = [path.name for path in (run_dir / "checkpoints").iterdir() if path.is_dir()]
+    return sorted(int(name.removeprefix("checkpoint-")) for name in names)
+
+
+def assert_is_step(run_dir: Path, step: int) -> None:
+    checkpoint = Checkpointer(run_dir).load_latest()
+    assert checkpoint is not None
+    assert checkpoint.state == {"epoch": step // 2, "best_score": 0.1 * step}
+    expected = group(step)
+    assert checkpoint.tensors.keys() == {"current"}
+    assert checkpoint.tensors["current"].keys() == expected.keys()
+    for key, value in checkpoint.tensors["current"].items():
+        assert bits(value) == bits(expected[key]), key
+
+
+def test_round_trip_is_bitwise(tmp_path):
+    def extra(folder: Path) -> None:
+        (folder / "lora").mkdir()
+        (folder / "lora" / "note.txt").write_text("x")
+
+    path = save(Checkpointer(tmp_path), 4, write_extra=extra)
+    assert path == tmp_path / "checkpoints" / "checkpoint-4"
+    assert_is_step(tmp_path, 4)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["files"].keys() == {"current.safetensors", "state.json", "lora/note.txt"}
+    assert manifest["files"]["lora/note.txt"]["size"] == 1
+    assert Checkpointer(tmp_path / "new").load_latest() is None
+
+
+def test_keeps_the_newest_and_the_best(tmp_path):
+    checkpointer = Checkpointer(tmp_path, keep=2)
+    for step in (2, 4, 6, 8, 10):
+        save(checkpointer, step, best=step in (2, 4))
+    assert steps(tmp_path) == [4, 8, 10]
+    assert checkpointer.best() == tmp_path / "checkpoints" / "checkpoint-4"
+    save(checkpointer, 100, best=True)
+    assert steps(tmp_path) == [10, 100]
+    assert checkpointer.latest() == checkpointer.best()
+    everything = Checkpointer(tmp_path / "all", keep=0)
+    for step in range(6):
+        save(everything, step)
+    assert steps(tmp_path / "all") == list(range(6))
+
+
+class Killed(BaseException):
+    """Stands for a kill: no handler of ordinary errors sees it."""
+
+
+def die(*arguments):
+    raise Killed
+
+
+def test_a_kill_while_writing_leaves_the_former_checkpoint(tmp_path):
+    save(Checkpointer(tmp_path), 2)
+    for step in (2, 4):
+        with pytest.raises(Killed):
+            save(Checkpointer(tmp_path), step, write_extra=die)
+    assert steps(tmp_path) == [2]
+    assert_is_step(tmp_path, 2)
+
+
+@pytest.mark.parametrize("kill_at", range(1, 5))
+def test_a_kill_at_any_rename_loses_nothing(tmp_path, monkeypatch, kill_at):
+    """Replacing step 4 as best with keep=1 renames: aside, in place, best.json, the pruned one."""
+    save(Checkpointer(tmp_path, keep=2), 2)
+    save(Checkpointer(tmp_path, keep=2), 4)
+    calls, replace = [], os.replace
+
+    def sometimes(source, target):
+        calls.append((source, target))
+        if len(calls) >= kill_at:
+            raise Killed
+        replace(source, target)
+
+    # A real kill runs no clean-up either.
+    monkeypatch.setattr("diffusion_nft.checkpoint.os.replace", sometimes)
+    monkeypatch.setattr("diffusion_nft.checkpoint.shutil.rmtree", lambda *a, **k: None)
+    with pytest.raises(Killed):
+        save(Checkpointer(tmp_path, keep=1), 4, best=True)
+    monkeypatch.undo()
+    assert len(calls) == kill_at
+    assert_is_step(tmp_path, 4)
+    save(Checkpointer(tmp_path, keep=1), 4)
+    save(Checkpointer(tmp_path, keep=1), 6, best=True)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "checkpoint-6",
+        "best.json",
+    }
+    assert_is_step(tmp_path, 6)
+
+
+def test_a_failing_disk_keeps_the_former_state_and_names_the_path(tmp_path, monkeypatch):
+    save(Checkpointer(tmp_path), 4)
+
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    for step in (4, 6):
+        match = rf"checkpoint-{step} could not be written.*No space left"
+        with pytest.raises(CheckpointError, match=match):
+            save(Checkpointer(tmp_path), step, write_extra=full)
+
+    def refuse(source, target):
+        if Path(source).name.startswith(".tmp-"):
+            raise PermissionError("read-only")
+        return Path(source).rename(target)
+
+    monkeypatch.setattr("diffusion_nft.checkpoint.os.replace", refuse)
+    with pytest.raises(CheckpointError, match="read-only"):
+        save(Checkpointer(tmp_path), 4)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-4"]
+    with pytest.raises(TypeError):
+        Checkpointer(tmp_path).save(6, tensors={}, state={"not": torch.zeros(1)})
+    assert_is_step(tmp_path, 4)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=str(tmp_path / "file")):
+        save(Checkpointer(tmp_path / "file"), 1)
+
+
+def flip_a_byte(path: Path) -> None:
+    file = path / "current.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path / "current.safetensors", 100)
+
+
+DAMAGES = {
+    "flipped": (flip_a_byte, "current.safetensors has another SHA-256"),
+    "cut": (cut, "current.safetensors has .* bytes"),
+    "missing": (lambda path: (path / "state.json").unlink(), "state.json is missing"),
+    "no manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json"),
+    "empty manifest": (lambda path: (path / "manifest.json").write_text(""), "manifest.json"),
+}
+
+
+@pytest.mark.parametrize("damage, message", DAMAGES.values(), ids=DAMAGES)
+def test_damage_is_seen_and_an_older_checkpoint_serves(tmp_path, damage, message):
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    save(checkpointer, 2)
+    save(Checkpointer(tmp_path, keep=2), 4)
+    damage(tmp_path / "checkpoints" / "checkpoint-4")
+    with pytest.raises(CheckpointError, match=f"checkpoint-4.*{message}"):
+        checkpointer.load(tmp_path / "checkpoints" / "checkpoint-4")
+    with pytest.warns(UserWarning, match=f"checkpoint-4.*{message}.*checkpoint-2"):
+        assert_is_step(tmp_path, 2)
+    # A later save prunes neither itself nor, by mistaking the damaged one for the newest, all else.
+    save(checkpointer, 3)
+    assert steps(tmp_path) == [3, 4]
+    with pytest.warns(UserWarning, match="checkpoint-3"):
+        assert_is_step(tmp_path, 3)
+    save(checkpointer, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_is_step(tmp_path, 4)
+
+
+def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path):
+    flip_a_byte(save(Checkpointer(tmp_path), 2))
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be used.*checkpoint-2"):
+        Checkpointer(tmp_path).load_latest()
+
+
+def test_malformed_names_are_ignored(tmp_path):
+    save(Checkpointer(tmp_path), 2)
+    for name in (
+        "checkpoint-x",
+        "checkpoint-",
+        "checkpoint-9.bak",
+        "checkpoint--9",
+        "checkpoint-09",
+    ):
+        (tmp_path / "checkpoints" / name).mkdir()
+    (tmp_path / "checkpoints" / "checkpoint-99").write_text("a file")
+    assert Checkpointer(tmp_path).latest() == tmp_path / "checkpoints" / "checkpoint-2"
+    assert_is_step(tmp_path, 2)
+
+
+def test_resolve_checkpoint(tmp_path):
+    path = save(Checkpointer(tmp_path), 2)
+    save(Checkpointer(tmp_path), 10)
+    assert resolve_checkpoint(path) == path
+    assert resolve_checkpoint(tmp_path).name == "checkpoint-10"
+    assert load_checkpoint(resolve_checkpoint(tmp_path)).state["epoch"] == 5
+    with pytest.raises(ValueError, match="neither a checkpoint nor a run directory"):
+        resolve_checkpoint(tmp_path / "nowhere")
+
+
+def test_optimizer_continues_bitwise(tmp_path):
+    def build() -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+        g = torch.Generator().manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(3, 2, generator=g)) for _ in range(3)]
+        groups = [{"params": weights[:2], "lr": 0.1 / 3}, {"params": weights[2:], "lr": 1e-3}]
+        return weights, torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=1e-4)
+
+    def step(weights, optimizer, seed: int) -> None:
+        g = torch.Generator().manual_seed(seed)
+        for weight in weights[:2]:  # the third never gets a gradient, so it has no state
+            weight.grad = torch.randn(weight.shape, generator=g)
+        optimizer.step()
+
+    weights, optimizer = build()
+    for seed in range(3):
+        step(weights, optimizer, seed)
+    flat, state = flatten_optimizer(optimizer.state_dict())
+    assert flat.keys() == {
+        f"{i}.{name}" for i in (0, 1) for name in ("step", "exp_avg", "exp_avg_sq")
+    }
+    Checkpointer(tmp_path).save(3, tensors={"optimizer": flat}, state=state)
+    checkpoint = Checkpointer(tmp_path).load_latest()
+    assert checkpoint is not None
+    restored = unflatten_optimizer(checkpoint.tensors["optimizer"], checkpoint.state)
+    assert restored["param_groups"] == optimizer.state_dict()["param_groups"]
+    copies, fresh = build()
+    fresh.load_state_dict(restored)
+    with torch.no_grad():
+        for copy, weight in zip(copies, weights, strict=True):
+            copy.copy_(weight)
+    for seed in range(3, 6):
+        step(weights, optimizer, seed)
+        step(copies, fresh, seed)
+    assert all(map(torch.equal, copies, weights))
+
+
+RANK, ALPHA = 2, 4
+TARGETS = ["attn.to_q", "attn.to_k", "attn.to_out.0", "attn.add_q_proj", "attn.to_add_out"]
+
+
+def tiny_transformer():
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=8,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    ).eval()
+
+
+@torch.no_grad()
+def output(transformer) -> torch.Tensor:
+    g = torch.Generator().manual_seed(1)
+    return transformer(
+        hidden_states=torch.randn(2, 16, 8, 8, generator=g),
+        encoder_hidden_states=torch.randn(2, 5, 16, generator=g),
+        pooled_projections=torch.randn(2, 8, generator=g),
+        timestep=torch.tensor([500.0, 900.0]),
+        return_dict=False,
+    )[0]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A checkpoint with an exported LoRA, its state, and the wrapped model's output."""
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights=False)
+    wrapped = get_peft_model(tiny_transformer(), config)
+    state = {
+        key.removeprefix("base_model.model."): value
+        for key, value in get_peft_model_state_dict(wrapped).items()
+    }
+    # 5 modules in 2 blocks; the last block of SD3 has no to_add_out.  A and B each.
+    assert len(state) == 2 * (5 + 4)
+    run_dir = tmp_path_factory.mktemp("run")
+
+    about = {"alpha": ALPHA, "target_modules": TARGETS, "base_model": "stabilityai/x"}
+    export = partial(export_lora, state=state, rank=RANK, **about)
+    path = save(Checkpointer(run_dir), 30, write_extra=export)
+    return path, state, output(wrapped)
+
+
+def test_diffusers_pipeline_loads_the_checkpoint_folder(exported):
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    path, _, expected = exported
+    transformer = tiny_transformer()
+    assert (output(transformer) - expected).abs().max() > 1e-2
+    encoders = [f"{kind}{i}" for kind in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")]
+    pipe = StableDiffusion3Pipeline(
+        transformer, FlowMatchEulerDiscreteScheduler(), vae=None, **dict.fromkeys(encoders)
+    )
+    pipe.load_lora_weights(path)
+    assert (output(pipe.transformer) - expected).abs().max() <= 1e-5
+    plain = tiny_transformer()
+    plain.load_lora_adapter(path, weight_name="pytorch_lora_weights.safetensors")
+    assert (output(plain) - expected).abs().max() <= 1e-5
+
+
+def test_peft_loads_the_peft_folder(exported):
+    path, _, expected = exported
+    loaded = PeftModel.from_pretrained(tiny_transformer(), str(path / "lora"))
+    assert (output(loaded) - expected).abs().max() <= 1e-5
+    described = json.loads((path / "lora" / "adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == "stabilityai/x"
+    assert described["inference_mode"] is True
+
+
+@pytest.mark.parametrize("where", ["", "lora", "pytorch_lora_weights.safetensors"])
+def test_load_lora_reads_every_layout(exported, where):
+    path, state, _ = exported
+    loaded, config = load_lora(path / where)
+    assert (config.r, config.lora_alpha) == (RANK, ALPHA)
+    assert set(config.target_modules) == set(TARGETS)
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+def test_load_lora_reads_files_of_others(exported, tmp_path):
+    path, state, _ = exported
+    named = {
+        f"base_model.model.{key}".replace(".weight", ".default.weight"): value
+        for key, value in state.items()
+    }
+    shutil.copy(path / "lora" / "adapter_config.json", tmp_path)
+    safetensors.torch.save_file(named, tmp_path / "adapter_model.safetensors")
+    loaded, config = load_lora(tmp_path)
+    assert loaded.keys() == state.keys() and config.lora_alpha == ALPHA
+    # diffusers without metadata: alpha is the rank.
+    bare = {f"transformer.{key}": value for key, value in state.items()}
+    safetensors.torch.save_file(bare, tmp_path / "bare.safetensors")
+    loaded, config = load_lora(tmp_path / "bare.safetensors")
+    assert loaded.keys() == state.keys() and (config.r, config.lora_alpha) == (RANK, RANK)
+
+
+def test_load_lora_refuses_pickles_and_what_is_not_plain_lora(exported, tmp_path):
+    _, state, _ = exported
+    with pytest.raises(ValueError, match="holds no LoRA"):
+        load_lora(tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    for path in (tmp_path, tmp_path / "adapter_model.bin"):
+        with pytest.raises(ValueError, match=r"adapter_model.bin is a pickle"):
+            load_lora(path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    foreign = {"text_encoder.x.lora_A.weight": torch.zeros(2, 2)}
+    safetensors.torch.save_file(foreign, file)
+    with pytest.raises(ValueError, match=r"not a plain LoRA.*text_encoder"):
+        load_lora(tmp_path)
+    LoraConfig(r=RANK, use_rslora=True, target_modules=TARGETS).save_pretrained(str(tmp_path))
+    full = {f"base_model.model.{key}": value for key, value in state.items()}
+    safetensors.torch.save_file(full, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="one rank and one alpha"):
+        load_lora(tmp_path)
