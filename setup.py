@@ -6,7 +6,7 @@ CORE = [
     "torch>=2.6",
     "torchvision",
     "diffusers>=0.42",
-    "transformers>=5",
+    "transformers>=5.17",
     "peft>=0.21",
     "accelerate>=1.0",
     "ml_collections>=1.0",
@@ -19,7 +19,12 @@ CORE = [
     "wandb",
     "tqdm",
 ]
-TEST = ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "pyright", "tensorboard"]
+# Optional rewards; each is imported only when it is used.
+HPSV2 = ["open_clip_torch>=3.3"]
+GENEVAL = ["open_clip_torch>=3.3"]
+OCR = ["rapidocr>=3.10", "onnxruntime"]
+REWARDS = [*HPSV2, *OCR]
+TEST = [*REWARDS, "pytest>=8", "pytest-timeout", "hypothesis", "ruff", "pyright", "tensorboard"]
 
 setup(
     name="diffusion-nft",
@@ -30,5 +35,12 @@ setup(
     packages=find_packages(include=["diffusion_nft", "diffusion_nft.*"]),
     package_data={"diffusion_nft.shapes": ["pipeline/**/*"]},
     install_requires=CORE,
-    extras_require={"tensorboard": ["tensorboard"], "test": TEST},
+    extras_require={
+        "geneval": GENEVAL,
+        "hpsv2": HPSV2,
+        "ocr": OCR,
+        "rewards": REWARDS,
+        "tensorboard": ["tensorboard"],
+        "test": TEST,
+    },
 )

@@ -10,7 +10,7 @@ import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The defaults: SD3.5-Medium at 512 px with the published hyper-parameters, no data, no reward."""
+    """The defaults: SD3.5-Medium at 512 px, the published hyper-parameters, no data, no reward."""
     config = ml_collections.ConfigDict()
 
     # Name shown in wandb; empty: the last part of save_dir.

@@ -7,12 +7,14 @@ and restores.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from diffusion_nft.checkpoint import load_lora
 from diffusion_nft.randomness import generator
 
 ADAPTERS = ("current", "old", "ema")
@@ -36,6 +38,7 @@ class Policy:
         seed: int,
         dtype: torch.dtype,
     ):
+        self.rank, self.alpha = rank, alpha
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
         for name in ADAPTERS:
             transformer.add_adapter(config, adapter_name=name)  # pyright: ignore[reportCallIssue]
@@ -92,12 +95,25 @@ class Policy:
         )
         if wrong:
             raise ValueError(
-                f"LoRA does not fit this model and rank: of {len(weights)} weights, {len(wrong)} are "
-                f"missing, unexpected or of another shape, such as {', '.join(wrong[:3])}"
+                f"LoRA does not fit this model and rank; {len(wrong)} of {len(weights)} weights "
+                f"are missing, unexpected or misshapen, such as {', '.join(wrong[:3])}"
             )
         for adapter in ADAPTERS if others else (name,):
             for key, weight in self._weights[adapter].items():
                 weight.copy_(state[key])
+
+    def load_lora(self, path: Path) -> None:
+        """Sets every adapter to the LoRA at ``path``; the reference stays the base.
+
+        Raises ValueError if it does not fit the model, the rank or the scaling alpha / rank.
+        """
+        state, lora = load_lora(path)
+        if lora.lora_alpha / lora.r != self.alpha / self.rank:
+            raise ValueError(
+                f"LoRA {path} has alpha/rank {lora.lora_alpha}/{lora.r}, this policy "
+                f"{self.alpha}/{self.rank}"
+            )
+        self.load("current", state)
 
     @torch.no_grad()
     def blend(self, name: str, decay: float) -> None:

@@ -17,12 +17,17 @@ COMPUTE_DTYPES = {
 
 
 class Precision:
-    """``mixed_precision`` (a key of COMPUTE_DTYPES) on a device."""
+    """``mixed_precision`` (a key of COMPUTE_DTYPES) on a device.
 
-    def __init__(self, mixed_precision: str, device: torch.device):
+    ``allow_tf32``: let float32 matrix products and convolutions use TF32 on GPUs that have it.
+    """
+
+    def __init__(self, mixed_precision: str, device: torch.device, *, allow_tf32: bool = True):
         self.compute_dtype = COMPUTE_DTYPES[mixed_precision]
         self.trained_dtype = torch.promote_types(self.compute_dtype, torch.float32)
         self.device = device
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        torch.backends.cudnn.allow_tf32 = allow_tf32
         # Overflow is possible in fp16 alone; elsewhere the scaler passes everything through.
         self.scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision == "fp16")
 

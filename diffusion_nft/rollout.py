@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from ml_collections import ConfigDict
 from torch import Tensor
 
+from diffusion_nft.advantages import statistics
 from diffusion_nft.data import Prompt, shard
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.models.embeddings import Conditioning
@@ -19,6 +20,8 @@ from diffusion_nft.solvers import solve
 
 # Side of the thumbnails by which the variety of pictures is measured.
 THUMBNAIL = 8
+# Bins of the optimality histogram in the log.
+OPTIMALITY_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,25 @@ class Samples:
     cond_rows: Tensor  # [n]: the row of ``cond`` of each sample
     sigmas: Tensor  # distinct non-zero noise levels that the solver visited; empty if n is 0
     pictures: Tensor  # [<= num_pictures, 3, H, W]: the first ones of this rank
+
+
+def summarise(samples: Samples, r: Tensor, group_size: int) -> dict[str, float]:
+    """``reward/*`` of an epoch for the log; ``r: [N]`` is the optimality of its samples."""
+    stats = statistics(samples.scores.total, group_size)
+    values = {
+        "reward/mean": stats.mean,
+        "reward/std": stats.std,
+        "reward/zero_std_groups": stats.zero_std_groups,
+        "reward/diversity": samples.diversity,
+    }
+    for name, scores in samples.scores.parts.items():
+        values[f"reward/{name}"] = float(scores.nanmean())
+    shares = torch.histc(r, OPTIMALITY_BINS, min=0, max=1) / len(r)
+    for i, share in enumerate(shares.tolist()):
+        values[f"reward/optimality_{i / OPTIMALITY_BINS:.1f}"] = share
+    if len(samples.x0):
+        values["reward/x0_rms"] = float(samples.x0.float().square().mean().sqrt())
+    return values
 
 
 def gather_scores(

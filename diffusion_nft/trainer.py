@@ -7,14 +7,13 @@ import torch
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffusion_nft.advantages import group_advantages, optimality, statistics
+from diffusion_nft.advantages import group_advantages, optimality
 from diffusion_nft.algorithms import build_algorithm
 from diffusion_nft.checkpoint import (
     Checkpoint,
     Checkpointer,
     export_lora,
     load_checkpoint,
-    load_lora,
     resolve_checkpoint,
 )
 from diffusion_nft.data import epoch_prompts, load_prompts
@@ -27,12 +26,11 @@ from diffusion_nft.plan import describe
 from diffusion_nft.policy import ADAPTERS, Policy
 from diffusion_nft.precision import Precision
 from diffusion_nft.report import compare_pictures, result_table
+from diffusion_nft.rewards import check_prompts
 from diffusion_nft.rewards.combine import RewardError, RewardSet
-from diffusion_nft.rollout import Sampler, Samples, collect
+from diffusion_nft.rollout import Sampler, Samples, collect, summarise
 from diffusion_nft.run_dir import check_run_dir, write_config
 from diffusion_nft.update import Updater
-
-OPTIMALITY_BINS = 10
 
 
 class Trainer:
@@ -48,12 +46,12 @@ class Trainer:
         check_run_dir(config)
         self.train_prompts = load_prompts(config.dataset, "train")
         self.test_prompts = load_prompts(config.dataset, "test")[: config.eval.num_prompts or None]
+        for prompts in (self.train_prompts, self.test_prompts):
+            check_prompts(config.reward_fn, [prompt.text for prompt in prompts])
         self.checkpointer = Checkpointer(self.run_dir, keep=config.checkpoint.keep)
         start = self._starting_point()
-        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-        torch.backends.cudnn.allow_tf32 = config.allow_tf32
         self.rewards = RewardSet(config.reward_fn.to_dict(), dist.device)
-        precision = Precision(config.mixed_precision, dist.device)
+        precision = Precision(config.mixed_precision, dist.device, allow_tf32=config.allow_tf32)
         self.model = build_model(
             config.pretrained.model_type,
             name=config.pretrained.model,
@@ -86,17 +84,29 @@ class Trainer:
         if start is not None:
             self._restore(start)
         elif config.train.lora_path:
-            state, _ = load_lora(Path(config.train.lora_path))
-            self.policy.load("current", state)
+            self.policy.load_lora(Path(config.train.lora_path))
         if dist.is_main:
             write_config(config)
             write_environment(self.run_dir)
         self.metrics = make_metrics(config, self.run_dir, dist.is_main)
-        resumed = start is not None
-        self.metrics.truncate(self.updater.step if resumed else -1, self.epoch)
+        self.metrics.truncate(-1 if start is None else self.updater.step, self.epoch)
 
     def run(self) -> None:
-        """Trains to ``num_epochs``.  A failing reward ends the run after its state is saved."""
+        """Trains to ``num_epochs`` and says what it gained.
+
+        A failing reward ends the run after its state is saved.
+        """
+        try:
+            self._train()
+        except RewardError:
+            self.dist.say(f"a reward failed; the state of epoch {self.epoch} is being saved")
+            self.save()
+            raise
+        finally:
+            self.metrics.close(failed=self.epoch < self.config.num_epochs)
+        self._report()
+
+    def _train(self) -> None:
         config = self.config
         if self.epoch < config.num_epochs:
             self.dist.say(describe(config, self.model, self.policy, self.dist))
@@ -118,21 +128,13 @@ class Trainer:
                     self.save(best=best)
                 progress.update()
                 progress.set_postfix(reward=f"{values['reward/mean']:.3f}")
-        self._report()
-        self.metrics.close()
 
     def _run_epoch(self) -> dict[str, float]:
         config, started = self.config, time.perf_counter()
-        try:
-            samples = self._sample()
-        except RewardError:
-            self.dist.say(f"a reward failed; the state as of epoch {self.epoch} is saved")
-            self.save()
-            raise
+        samples = self._sample()
+        size = config.sample.num_image_per_prompt
         advantages = group_advantages(
-            samples.scores.total,
-            config.sample.num_image_per_prompt,
-            global_std=config.sample.global_std,
+            samples.scores.total, size, global_std=config.sample.global_std
         )
         r = optimality(
             advantages, adv_clip_max=config.train.adv_clip_max, adv_mode=config.train.adv_mode
@@ -143,7 +145,7 @@ class Trainer:
         if _due(self.epoch, config.log.image_freq):
             self._log_samples(samples)
         seconds = time.perf_counter() - started
-        values |= self._describe(samples, r) | self.timer.pop()
+        values |= summarise(samples, r, size) | self.timer.pop()
         values["time/epoch"] = seconds
         values["time/images_per_second"] = len(r) / seconds
         if self.dist.device.type == "cuda":
@@ -182,32 +184,16 @@ class Trainer:
                 num_pictures=config.log.num_images,
             )
 
-    def _describe(self, samples: Samples, r: torch.Tensor) -> dict[str, float]:
-        """``reward/*`` of an epoch: the total, every reward and component, optimality, variety."""
-        stats = statistics(samples.scores.total, self.config.sample.num_image_per_prompt)
-        values = {
-            "reward/mean": stats.mean,
-            "reward/std": stats.std,
-            "reward/zero_std_groups": stats.zero_std_groups,
-            "reward/diversity": samples.diversity,
-        }
-        for name, scores in samples.scores.parts.items():
-            values[f"reward/{name}"] = float(scores.nanmean())
-        counts = torch.histc(r, OPTIMALITY_BINS, min=0, max=1) / len(r)
-        for i, share in enumerate(counts.tolist()):
-            values[f"reward/optimality_{i / OPTIMALITY_BINS:.1f}"] = share
-        if len(samples.x0):
-            values["reward/x0_rms"] = float(samples.x0.float().square().mean().sqrt())
-        return values
-
     def _log_samples(self, samples: Samples) -> None:
         size = self.config.sample.num_image_per_prompt
-        captions = [
-            f"{self.epoch_prompts[i // size].text} · {samples.scores.total[i]:.2f}"
-            for i in samples.indices[: len(samples.pictures)]
-        ]
-        if captions:
-            grid = image_grid(samples.pictures, captions, columns=4)
+        rows = samples.indices[: len(samples.pictures)]
+        if rows:
+            grid = image_grid(
+                samples.pictures,
+                [self.epoch_prompts[i // size].text for i in rows],
+                columns=4,
+                scores=samples.scores.total[rows.start : rows.stop].tolist(),
+            )
             self.metrics.log_images("train", grid, epoch=self.epoch)
 
     def evaluate(self, limit: int | None = None) -> Evaluation:

@@ -111,12 +111,14 @@ class Updater:
             row[shuffled] = (torch.arange(size) + group) % parts
         return steps.reshape(-1)
 
+    def _sigmas_per_sample(self, samples: Samples) -> int:
+        return max(1, int(len(samples.sigmas) * self.config.train.timestep_fraction))
+
     def _pairs(
         self, samples: Samples, chosen: Tensor, key: tuple[int, int]
     ) -> list[tuple[int, int]]:
         """(row of this rank's share, index of a sigma) of every pair of an optimizer step."""
-        available = len(samples.sigmas)
-        used = max(1, int(available * self.config.train.timestep_fraction))
+        available, used = len(samples.sigmas), self._sigmas_per_sample(samples)
         pairs = []
         for row, index in enumerate(samples.indices):
             if chosen[index]:
@@ -142,10 +144,8 @@ class Updater:
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         pairs = self._pairs(samples, chosen, key)
-        if pairs:
-            # Every chosen sample has equally many pairs: the global count needs no collective.
-            local = int(chosen[samples.indices.start : samples.indices.stop].sum())
-            total = len(pairs) // local * int(chosen.sum())
+        # Every chosen sample has equally many pairs: the global count needs no collective.
+        total = self._sigmas_per_sample(samples) * int(chosen.sum())
         size = self.config.train.batch_size
         for start in range(0, len(pairs), size):
             batch, cond = self._batch(samples, r, pairs[start : start + size], key)

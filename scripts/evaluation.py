@@ -25,6 +25,7 @@ from diffusion_nft.hub import fetch_lora
 from diffusion_nft.models import MODELS, build_model
 from diffusion_nft.policy import Policy
 from diffusion_nft.precision import COMPUTE_DTYPES, Precision
+from diffusion_nft.rewards import check_prompts
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.rollout import Sampler
 from diffusion_nft.run_dir import read_config
@@ -116,6 +117,7 @@ def main() -> None:
     """Parses, loads, samples, scores, writes."""
     args = parse_flags()
     prompts = load_prompts(args.dataset, "test")[: args.limit]
+    check_prompts(args.rewards, [prompt.text for prompt in prompts])
     image_dir = args.output_dir / "images"
     settings = {
         key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     try:
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     except ConfigError as error:
-        sys.exit(f"invalid configuration: {error}")
+        sys.exit(str(error))
     # Loading torch's model libraries takes seconds: a wrong configuration should not have to wait.
     from diffusion_nft.trainer import Trainer
 

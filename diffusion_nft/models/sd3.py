@@ -96,6 +96,7 @@ class SD3Model:
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.max_sequence_length,
             )
+            assert tokens is not None and pooled is not None
             rows.append(Conditioning(tokens.cpu(), pooled.cpu()))
         if self.offload_text_encoders:
             self._move_text_encoders(torch.device("cpu"))

@@ -12,17 +12,30 @@ cannot score raises; it never returns a silent zero.
 """
 
 import importlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 # name -> "module:Class"; a module is imported only when its reward is built.
 REWARDS: dict[str, str] = {
+    "geneval": "diffusion_nft.rewards.geneval:GenEvalReward",
+    "ocr": "diffusion_nft.rewards.ocr:OcrReward",
+    "pickscore": "diffusion_nft.rewards.pickscore:PickScoreReward",
+    "clipscore": "diffusion_nft.rewards.clipscore:ClipScoreReward",
+    "hpsv2": "diffusion_nft.rewards.hpsv2:HPSv2Reward",
+    "aesthetic": "diffusion_nft.rewards.aesthetic:AestheticReward",
     "shapes": "diffusion_nft.rewards.shapes:ShapesReward",
     "jpeg_compressibility": "diffusion_nft.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "diffusion_nft.rewards.jpeg:JpegIncompressibility",
+}
+
+# Rewards that cannot score every prompt -> "module:function", which raises ValueError on a list
+# that holds one they cannot.
+PROMPT_CHECKS: dict[str, str] = {
+    "ocr": "diffusion_nft.rewards.ocr:check_prompts",
 }
 
 
@@ -53,5 +66,17 @@ def build_reward(name: str, device: torch.device) -> Reward:
     """
     if name not in REWARDS:
         raise ValueError(f"reward {name!r} is unknown; choose from {', '.join(REWARDS)}")
-    module, _, cls = REWARDS[name].partition(":")
-    return getattr(importlib.import_module(module), cls)(device=device)
+    return _named(REWARDS[name])(device=device)
+
+
+def check_prompts(names: Iterable[str], prompts: Sequence[str]) -> None:
+    """Raises ValueError if one of the rewards ``names`` cannot score every one of ``prompts``."""
+    for name in names:
+        if name in PROMPT_CHECKS:
+            _named(PROMPT_CHECKS[name])(prompts)
+
+
+def _named(reference: str) -> Any:
+    """The object behind "module:name"."""
+    module, _, attribute = reference.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from diffusion_nft.pictures import to_pil
 
@@ -22,12 +21,14 @@ class Clip:
     """
 
     def __init__(self, model: str, *, processor: str, device: torch.device, dtype: torch.dtype):
+        from transformers import CLIPImageProcessorPil, CLIPTokenizer
+
         self.device, self.dtype = device, dtype
         clip = _load_model(model)
         # Read before the cast: bfloat16 would move the scale by a per cent.
         self.logit_scale = clip.logit_scale.detach().exp().item()
         self.model = clip.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        self.tokenizer = CLIPTokenizer.from_pretrained(processor)
+        self.tokenizer = _from_pretrained(CLIPTokenizer, processor)
         vocabulary = self.model.config.text_config.vocab_size
         if len(self.tokenizer) != vocabulary:
             raise ValueError(
@@ -35,7 +36,7 @@ class Clip:
                 f"the model {model} {vocabulary}"
             )
         # Pillow's bicubic resize, as published; torchvision's differs by up to one 8-bit step.
-        self.image_processor = CLIPImageProcessorPil.from_pretrained(processor)
+        self.image_processor = _from_pretrained(CLIPImageProcessorPil, processor)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Model input ``[B, 3, h, w]`` of ``images: [B, 3, H, W]`` in [0, 1].
@@ -68,13 +69,22 @@ class Clip:
         return (self.image_features(pixels) * self.text_features(prompts)).sum(-1)
 
 
-def _load_model(name: str) -> Any:
-    """A CLIPModel by ``from_pretrained``, which must find exactly the model's weights.
+def _from_pretrained(cls: Any, name: str, **options: Any) -> Any:
+    """``cls.from_pretrained(name)``; typed as Any, as pyright cannot follow transformers' types."""
+    try:
+        return cls.from_pretrained(name, **options)
+    except OSError as error:
+        raise OSError(
+            f"{name!r} is no local folder with a {cls.__name__} and could not be fetched from the "
+            f"hub: {error}"
+        ) from error
 
-    Typed as Any: its outputs may also be tuples or None as far as the annotations go.
-    """
-    loaded: Any = CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    model, report = loaded
+
+def _load_model(name: str) -> Any:
+    """A CLIPModel with exactly the weights of ``name``: none missing, none left over."""
+    from transformers import CLIPModel
+
+    model, report = _from_pretrained(CLIPModel, name, dtype=torch.float32, output_loading_info=True)
     wrong = {kind: sorted(report[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
     if any(wrong.values()):
         listing = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in wrong.items() if keys)

@@ -1,7 +1,6 @@
 """CLIPScore: how well a picture fits its prompt, by OpenAI's CLIP (arXiv 2104.08718)."""
 
 import torch
-import torchvision.transforms.functional as TF
 from torch import Tensor
 
 from diffusion_nft.rewards import RewardOutput
@@ -39,6 +38,8 @@ class ClipScoreReward:
 
     def _pixels(self, images: Tensor) -> Tensor:
         """Model input ``[B, 3, 224, 224]``: short side to 224, centre crop, CLIP's mean and std."""
+        import torchvision.transforms.functional as TF
+
         published = self.clip.image_processor
         crop = [published.crop_size["height"], published.crop_size["width"]]
         short_side = [published.size["shortest_edge"]]

@@ -6,6 +6,9 @@ cell of the scene's grid. The text encoders are frozen at their random initialis
 have to tell forty words and their order apart.
 """
 
+# diffusers annotates its arguments and outputs more narrowly than it uses them.
+# pyright: reportArgumentType=false
+
 from pathlib import Path
 
 import torch

@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ NUMBERS = (0, 2, 4, 6, 7)  # of the linear layers in the published state dict
 @pytest.fixture(scope="module")
 def linears():
     torch.manual_seed(0)
-    return [nn.Linear(a, b) for a, b in zip(WIDTHS[:-1], WIDTHS[1:], strict=True)]
+    return [nn.Linear(a, b) for a, b in pairwise(WIDTHS)]
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ def resized_and_cropped(picture: Image.Image) -> Image.Image:
     return picture.crop((left, top, left + 224, top + 224))
 
 
-@pytest.mark.parametrize("size", [(512, 512), (240, 360), (300, 200)])
+@pytest.mark.parametrize("size", [(512, 512), (240, 360), (303, 200)])
 def test_the_score_is_the_diagonal_of_transformers_logits_over_26(reward, reference_logits, size):
     images = smooth_pictures(4, *size)
     pixels = torch.cat([normalized(resized_and_cropped(eight_bit(x))) for x in images])
@@ -113,6 +115,25 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tiny_clip, tmp_path):
     CLIPTokenizer().save_pretrained(folder)
     with pytest.raises(ValueError, match=r"knows 2 tokens, the model .* 518"):
         PickScoreReward(device=CPU, model=tiny_clip, processor=str(folder))
+
+
+def test_a_model_out_of_reach_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    absent = str(tmp_path / "PickScore_v1")
+    with pytest.raises(OSError, match=r"PickScore_v1' is no local folder with a CLIPModel"):
+        PickScoreReward(device=CPU, model=absent)
+
+
+def test_the_modules_import_without_the_model_packages():
+    """In the environment of a reward server there may be torch, numpy, Pillow and little else."""
+    absent = ("transformers", "torchvision", "open_clip", "rapidocr", "onnxruntime", "diffusers")
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent}))
+import diffusion_nft.rewards.pickscore, diffusion_nft.rewards.clipscore
+import diffusion_nft.rewards.hpsv2, diffusion_nft.rewards.aesthetic, diffusion_nft.rewards.ocr
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (2, 1, 64, 64), (2, 64, 64, 3)])

@@ -57,7 +57,7 @@ class ColorClassifier:
         try:
             import open_clip
         except ImportError as error:
-            raise ImportError("GenEval's colours need: pip install open_clip_torch") from error
+            raise ImportError('the geneval reward needs: pip install -e ".[geneval]"') from error
         config = open_clip.get_model_config(architecture)
         if config is None or not config.get("quick_gelu"):
             raise ValueError(

@@ -189,19 +189,22 @@ def _position_index(index: Tensor) -> Tensor:
 def load_mmdet_state_dict(path: Path, sha256: str | None = PUBLISHED_SHA256) -> dict[str, Tensor]:
     """The "state_dict" of an mmdet checkpoint; its "meta" may hold NumPy scalars and arrays only.
 
-    Raises ValueError if the file's sha256 does not start with ``sha256`` (None: not checked), if it
-    holds other objects (they could run code), or no state dict.
+    Raises FileNotFoundError, and ValueError if the file's sha256 does not start with ``sha256``
+    (None: not checked), if it cannot be read or holds other objects (they could run code), or no
+    state dict.
     """
     if sha256 is not None:
         _check_sha256(path, sha256)
     try:
         with torch.serialization.safe_globals(_numpy_globals()):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is no PyTorch checkpoint, or is cut off: {error}") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors, plain values and NumPy numbers, and loading the rest "
-            'could run code.  If you trust it, save {"state_dict": ...} alone and use that file.  '
-            f"torch says: {error}"
+            f"{path} is no PyTorch checkpoint, or holds more than tensors, plain values and NumPy "
+            "numbers, and loading the rest could run code.  If you trust it, save "
+            f'{{"state_dict": ...}} alone and use that file.  torch says: {error}'
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f'{path} is no mmdet checkpoint: it has no "state_dict"')
