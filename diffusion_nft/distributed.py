@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Distributed:
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """Prints ``text`` once for the whole job."""
+        """Prints ``text`` once for the whole job, above any progress bar."""
         if self.is_main:
-            print(text, flush=True)
+            tqdm.write(text)
 
     def all_reduce_sum(self, tensors: list[Tensor]) -> None:
         """Sums ``tensors`` (one dtype, one device) over the ranks in place, in one collective."""

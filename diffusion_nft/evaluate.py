@@ -54,7 +54,7 @@ class Evaluation:
         summary: dict[str, Any] = {
             "num_samples": len(self.prompts),
             "num_prompts": len({prompt.text for prompt in self.prompts}),
-            "diversity": None if math.isnan(self.diversity) else self.diversity,
+            "diversity": self.diversity,
             "mean": self._means(range(len(self.prompts))),
         }
         if all(tags) and tags:
@@ -83,7 +83,7 @@ class Evaluation:
         flat = {f"eval/{name}": value["mean"] for name, value in summary["mean"].items()}
         for tag, means in summary.get("tags", {}).items():
             parts = {name: value for name, value in means.items() if name != "total"}
-            flat |= {f"eval/{name}/{tag}": value["mean"] for name, value in parts.items()}
+            flat |= {f"eval/tag/{tag}/{name}": value["mean"] for name, value in parts.items()}
         flat["eval/diversity"] = self.diversity
         return flat
 
@@ -229,6 +229,13 @@ def picture_path(folder: Path, line: int) -> Path:
     return folder / f"{line:06d}.png"
 
 
+def _without_nan(value: Any) -> Any:
+    """NaN as None, at any depth: JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def write_results(
     evaluation: Evaluation, folder: Path, *, image_dir: Path | None, settings: dict
 ) -> None:
@@ -241,11 +248,11 @@ def write_results(
                 "sample_id": line,
                 "prompt": prompt.text,
                 "metadata": prompt.metadata,
-                "scores": {k: None if math.isnan(v) else v for k, v in values.items()},
+                "scores": _without_nan(values),
                 "image_path": str(picture_path(image_dir, line).relative_to(folder))
                 if image_dir
                 else None,
             }
             file.write(json.dumps(row) + "\n")
-    text = json.dumps({"settings": settings, **evaluation.averages()}, indent=2)
+    text = json.dumps({"settings": settings, **_without_nan(evaluation.averages())}, indent=2)
     (folder / "average_scores.json").write_text(text + "\n", encoding="utf-8")

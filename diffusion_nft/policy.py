@@ -5,6 +5,7 @@ the base without LoRA.  Exactly one is active at a time; ``with policy.using("ol
 and restores.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,8 +41,11 @@ class Policy:
     ):
         self.rank, self.alpha = rank, alpha
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
-        for name in ADAPTERS:
-            transformer.add_adapter(config, adapter_name=name)  # pyright: ignore[reportCallIssue]
+        with warnings.catch_warnings():
+            # PEFT warns of a second adapter on one model, which is what this class is for.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            for name in ADAPTERS:
+                transformer.add_adapter(config, adapter_name=name)  # pyright: ignore[reportCallIssue]
         self._layers = {
             name: module
             for name, module in transformer.named_modules()

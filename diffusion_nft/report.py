@@ -18,7 +18,7 @@ def result_table(run_dir: Path) -> str:
     first, last = rows[0], rows[-1]
     best = max(rows, key=lambda row: row["eval/total"])
     table = [("", f"epoch {first['epoch']}", f"epoch {last['epoch']}", "gain")]
-    for key in sorted(last):
+    for key in sorted(last, key=lambda key: (key.startswith("eval/tag/"), key)):
         before, after = first.get(key), last[key]
         if key.startswith("eval/") and before is not None and after is not None:
             table.append(

@@ -1,5 +1,6 @@
 """Prompts -> latents, pictures and scores, with the old policy and any black-box solver."""
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ class Samples:
     x0: Tensor  # [n, C, h, w]
     cond: Conditioning  # of the prompts in this rank's share, each once
     cond_rows: Tensor  # [n]: the row of ``cond`` of each sample
+    x0_rms: float  # root mean square of all N latents
     sigmas: Tensor  # distinct non-zero noise levels that the solver visited; empty if n is 0
     pictures: Tensor  # [<= num_pictures, 3, H, W]: the first ones of this rank
 
@@ -113,14 +115,13 @@ def summarise(samples: Samples, r: Tensor, group_size: int) -> dict[str, float]:
         "reward/std": stats.std,
         "reward/zero_std_groups": stats.zero_std_groups,
         "reward/diversity": samples.diversity,
+        "reward/x0_rms": samples.x0_rms,
     }
     for name, scores in samples.scores.parts.items():
         values[f"reward/{name}"] = float(scores.nanmean())
     shares = torch.histc(r, OPTIMALITY_BINS, min=0, max=1) / len(r)
     for i, share in enumerate(shares.tolist()):
         values[f"reward/optimality_{i / OPTIMALITY_BINS:.1f}"] = share
-    if len(samples.x0):
-        values["reward/x0_rms"] = float(samples.x0.float().square().mean().sqrt())
     return values
 
 
@@ -195,12 +196,16 @@ def collect(
         scores, all_thumbs = gather_scores(
             dist, lambda: [future.result() for future in pending], torch.cat([empty, *thumbs])
         )
+    x0 = torch.cat(latents) if latents else torch.zeros(0, *model.latent_shape)
+    squares = dist.gather_objects(float(x0.double().square().sum()))
+    num_values = len(prompts) * size * math.prod(model.latent_shape)
     groups = [i // size for i in range(len(prompts) * size)]
     return Samples(
         scores=scores,
         diversity=diversity(all_thumbs, groups),
         indices=indices,
-        x0=torch.cat(latents) if latents else torch.zeros(0, *model.latent_shape),
+        x0=x0,
+        x0_rms=math.sqrt(sum(squares) / num_values),
         cond=cond,
         cond_rows=cond_rows,
         sigmas=sigmas,

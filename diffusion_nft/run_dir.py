@@ -80,9 +80,3 @@ def write_config(config: ConfigDict) -> None:
         json.dumps(flatten(config), indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
     temporary.replace(folder / CONFIG_FILE)
-
-
-def read_config(checkpoint: Path) -> dict[str, Any]:
-    """The flat configuration of the run that ``checkpoint`` belongs to; empty if it lies alone."""
-    path = checkpoint.resolve().parent.parent / CONFIG_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

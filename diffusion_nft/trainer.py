@@ -29,7 +29,7 @@ from diffusion_nft.report import compare_pictures, result_table
 from diffusion_nft.rewards import check_prompts
 from diffusion_nft.rewards.combine import RewardError, RewardSet
 from diffusion_nft.rollout import Sampler, Samples, collect, summarise
-from diffusion_nft.run_dir import check_run_dir, write_config
+from diffusion_nft.run_dir import check_run_dir, flatten, write_config
 from diffusion_nft.update import Updater
 
 
@@ -150,6 +150,7 @@ class Trainer:
         values["time/images_per_second"] = len(r) / seconds
         if self.dist.device.type == "cuda":
             values["time/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            torch.cuda.reset_peak_memory_stats()
         return values
 
     def _starting_point(self) -> Checkpoint | None:
@@ -234,7 +235,12 @@ class Trainer:
                 self.updater.step,
                 tensors={name: self.policy.state(name) for name in ADAPTERS}
                 | {"optimizer": tensors},
-                state={"epoch": self.epoch, "best_score": self.best_score, "updater": state},
+                state={
+                    "epoch": self.epoch,
+                    "best_score": self.best_score,
+                    "updater": state,
+                    "config": flatten(self.config),
+                },
                 write_extra=self._export,
                 best=best,
             )

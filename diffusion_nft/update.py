@@ -5,6 +5,7 @@ up micro-batch by micro-batch with exact weights, so neither the number of ranks
 size changes it; gradients cross the ranks once per step.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -76,11 +77,16 @@ class Updater:
         """
         config = self.config.train
         sums: dict[str, Tensor] = {}
-        norms, before = [], self.step
+        norms: list[float] = []
+        before = self.step
         for inner in range(config.num_inner_epochs):
             steps = self._split(len(r), (epoch, inner))
             for part in range(config.gradient_step_per_epoch):
-                norms.append(self._step(samples, r, steps == part, (epoch, inner), sums))
+                norm, parts = self._step(samples, r, steps == part, (epoch, inner))
+                if math.isfinite(norm):
+                    norms.append(norm)
+                    for key, value in parts.items():
+                        sums[key] = sums.get(key, 0) + value
         decay = self.algorithm.old_policy_decay(self.step)
         if self.step > before:
             self.policy.blend("old", decay)
@@ -88,9 +94,9 @@ class Updater:
         for local in self.dist.gather_objects({key: float(value) for key, value in sums.items()}):
             for key, value in local.items():
                 totals[key] = totals.get(key, 0.0) + value
-        pairs = totals.pop("pairs")
+        pairs = totals.pop("pairs", 0.0)
         return {key: value / pairs for key, value in totals.items()} | {
-            "optim/grad_norm": sum(norms) / len(norms),
+            "optim/grad_norm": sum(norms) / len(norms) if norms else math.nan,
             "optim/learning_rate": config.learning_rate,
             "optim/old_policy_decay": decay,
             "optim/skipped_steps": self.skipped,
@@ -133,13 +139,13 @@ class Updater:
         r: Tensor,
         chosen: Tensor,
         key: tuple[int, int],
-        sums: dict[str, Tensor],
-    ) -> float:
-        """One update over the samples ``chosen: [N]`` (bool); adds to ``sums``; the gradient's
-        norm.
+    ) -> tuple[float, dict[str, Tensor]]:
+        """One update over the samples ``chosen: [N]`` (bool).
 
+        Returns the gradient's norm, and the sums of losses and metrics over this rank's pairs.
         A non-finite gradient is the same on every rank, so all of them skip the update alike.
         """
+        sums: dict[str, Tensor] = {}
         scaler, parameters = self.precision.scaler, self.policy.parameters()
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -174,7 +180,7 @@ class Updater:
                 f"{self.skipped_in_row} updates in a row had a non-finite gradient "
                 f"(train.max_skipped_steps = {limit})"
             )
-        return float(norm)
+        return float(norm), sums
 
     def _batch(
         self, samples: Samples, r: Tensor, pairs: list[tuple[int, int]], key: tuple[int, int]

@@ -346,7 +346,7 @@ def validate(config: ConfigDict, *, world_size: int = 1) -> None:
     values = dict(_leaves(config))
     problems: dict[str, str] = {}
     for key, value in values.items():
-        complaint = SCHEMA[key](value) if key in SCHEMA else _unknown(key)
+        complaint = SCHEMA[key](value) if key in SCHEMA else unknown_key(key)
         if complaint:
             problems[key] = f"{key} = {_show(value)}: {complaint}"
     for key, check in SCHEMA.items():
@@ -380,7 +380,7 @@ def _show(value: Any) -> str:
     return repr(value.to_dict() if isinstance(value, ConfigDict) else value)
 
 
-def _unknown(key: str) -> str:
+def unknown_key(key: str) -> str:
     """What to write instead of a key that base.py does not have."""
     if key in SECTIONS:
         keys = ", ".join(known for known in SCHEMA if known.startswith(f"{key}."))

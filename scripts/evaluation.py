@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffusion_nft.checkpoint import load_lora, resolve_checkpoint
+from diffusion_nft.checkpoint import load_checkpoint, load_lora, resolve_checkpoint
 from diffusion_nft.data import load_prompts
 from diffusion_nft.distributed import Distributed, distributed
 from diffusion_nft.evaluate import DEFAULT_REWARDS, evaluate, rescore, write_results
@@ -28,7 +28,6 @@ from diffusion_nft.precision import COMPUTE_DTYPES, Precision
 from diffusion_nft.rewards import check_prompts
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.rollout import Sampler
-from diffusion_nft.run_dir import read_config
 
 
 def parse_flags() -> argparse.Namespace:
@@ -41,10 +40,10 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--pretrained", help="base model: folder, hub name, or 'shapes'")
     parser.add_argument("--model_type", default="sd3", choices=sorted(MODELS))
     parser.add_argument("--dataset", help="a name under dataset/, or a folder")
-    parser.add_argument("--output_dir", help="default: evaluations/<dataset>")
+    parser.add_argument("--output_dir", help="default: evaluations/<dataset>/<model>")
     parser.add_argument("--num_inference_steps", type=int)
-    parser.add_argument("--solver", default="flow")
-    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument("--solver")
+    parser.add_argument("--guidance_scale", type=float)
     parser.add_argument("--resolution", type=int)
     parser.add_argument("--max_sequence_length", type=int, help="T5 tokens")
     parser.add_argument("--mixed_precision", choices=sorted(COMPUTE_DTYPES))
@@ -60,13 +59,16 @@ def parse_flags() -> argparse.Namespace:
     args = parser.parse_args()
     if args.checkpoint_path and args.lora_hf_path:
         parser.error("give --checkpoint_path or --lora_hf_path, not both")
-    run = (
-        read_config(resolve_checkpoint(Path(args.checkpoint_path))) if args.checkpoint_path else {}
-    )
+    run: dict[str, Any] = {}
+    if args.checkpoint_path:
+        args.checkpoint_path = resolve_checkpoint(Path(args.checkpoint_path))
+        run = load_checkpoint(args.checkpoint_path).state["config"]
     for flag, key, default in (
         ("pretrained", "pretrained.model", "stabilityai/stable-diffusion-3.5-medium"),
         ("dataset", "dataset", None),
         ("num_inference_steps", "eval.num_steps", 40),
+        ("solver", "eval.solver", "flow"),
+        ("guidance_scale", "eval.guidance_scale", 1.0),
         ("resolution", "resolution", 512),
         ("max_sequence_length", "pretrained.max_sequence_length", 128),
         ("mixed_precision", "mixed_precision", "fp16"),
@@ -78,9 +80,13 @@ def parse_flags() -> argparse.Namespace:
     if args.dataset is None:
         parser.error("--dataset is needed without --checkpoint_path")
     name = Path(args.dataset).name
-    args.output_dir = Path(args.output_dir or f"evaluations/{name}")
+    what = args.checkpoint_path or args.lora_hf_path or args.pretrained
+    args.output_dir = Path(args.output_dir or Path("evaluations", name, Path(what).name))
     chosen = args.reward.split(",") if args.reward else list(DEFAULT_REWARDS.get(name, ()))
-    args.rewards = [reward for reward in chosen if reward not in args.skip_rewards.split(",")]
+    skipped = args.skip_rewards.split(",") if args.skip_rewards else []
+    if unknown := [reward for reward in skipped if reward not in chosen]:
+        parser.error(f"--skip_rewards {unknown[0]!r} is not among {', '.join(chosen)}")
+    args.rewards = [reward for reward in chosen if reward not in skipped]
     if not args.rewards:
         parser.error(f"dataset {args.dataset!r} has no usual rewards: choose with --reward")
     return args
@@ -97,10 +103,10 @@ def load_model(args: argparse.Namespace, dist: Distributed) -> Any:
         dist=dist,
         precision=precision,
     )
-    lora = args.lora_hf_path or args.checkpoint_path
+    lora = args.checkpoint_path or args.lora_hf_path
     if lora:
         with dist.main_first():
-            state, lora_config = load_lora(fetch_lora(lora))
+            state, lora_config = load_lora(fetch_lora(str(lora)))
         policy = Policy(
             model.transformer,
             targets=model.lora_targets,

@@ -14,26 +14,44 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from diffusion_nft.distributed import distributed
-from diffusion_nft.validation import ConfigError, validate
+from diffusion_nft.validation import SCHEMA, unknown_key, validate
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="path:preset")
 flags.mark_flags_as_required(["config"])
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """Reads preset and overrides; a wrong one ends the program with one line."""
+    for argument in argv:
+        key = argument.lstrip("-").partition("=")[0].removeprefix("config.")
+        known = key in SCHEMA or key.startswith("reward_fn.")
+        if argument.startswith("--config.") and not known:
+            sys.exit(f"--config.{key} {unknown_key(key)}")
+    try:
+        return flags.FLAGS(argv)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, flags.Error) as error:
+        sys.exit(str(error).splitlines()[0])
+
+
 def main(argv: list[str]) -> None:
-    """Validates, then trains."""
-    del argv
+    """Validates, builds, trains."""
+    if len(argv) > 1:
+        sys.exit(f"unexpected argument {argv[1]!r}; overrides look like --config.KEY=VALUE")
     config = CONFIG.value
     try:
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
-    except ConfigError as error:
+    except ValueError as error:
         sys.exit(str(error))
-    # Loading torch's model libraries takes seconds: a wrong configuration should not have to wait.
+    # Loading the model libraries takes seconds: a wrong configuration should not have to wait.
     from diffusion_nft.trainer import Trainer
 
     with distributed(config.distributed.timeout_minutes) as dist:
-        Trainer(config, dist).run()
+        try:
+            trainer = Trainer(config, dist)
+        except (ValueError, OSError, ImportError) as error:
+            sys.exit(f"{type(error).__name__}: {error}")
+        trainer.run()
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -18,3 +18,23 @@ def smoke_config(tmp_path):
     config = nft.shapes_smoke()
     config.save_dir = str(tmp_path / "run")
     return config
+
+
+@pytest.fixture(scope="session")
+def shapes_model():
+    """The embedded model in float32 on the CPU, without LoRA: do not change it."""
+    import torch
+
+    from diffusion_nft.distributed import Distributed
+    from diffusion_nft.models import build_model
+    from diffusion_nft.precision import Precision
+
+    device = torch.device("cpu")
+    return build_model(
+        "sd3",
+        name="shapes",
+        max_sequence_length=8,
+        resolution=48,
+        dist=Distributed(0, 1, 0, device),
+        precision=Precision("no", device),
+    )

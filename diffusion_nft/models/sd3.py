@@ -1,6 +1,8 @@
 """Stable Diffusion 3 and 3.5: loading, prompts to embeddings, velocities, latents to pictures."""
 
+import diffusers.utils.logging
 import torch
+import transformers.utils.logging
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
@@ -52,6 +54,8 @@ class SD3Model:
             folder = fetch_pipeline(name, revision)
         self.device, self.precision = dist.device, precision
         dtypes = {"default": precision.compute_dtype, "vae": precision.trained_dtype}
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
         self.pipe = StableDiffusion3Pipeline.from_pretrained(
             folder, dtype=dtypes, local_files_only=True
         )

@@ -23,12 +23,12 @@ class Mask2Former(nn.Module):
     def __init__(self, config: Mask2FormerConfig):
         super().__init__()
         self.model = Mask2FormerModel(config)
-        self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
+        self.class_predictor = nn.Linear(config.hidden_dim, len(OBJECT_NAMES) + 1)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """``pixels: [B, 3, H, W]``, normalised, H and W multiples of 32.
 
-        Returns class logits ``[B, Q, num_labels + 1]`` (the last class: no object) and mask logits
+        Returns class logits ``[B, Q, 81]`` (the last class: no object) and mask logits
         ``[B, Q, H / 4, W / 4]`` for Q queries.
         """
         output = self.model(pixels, output_hidden_states=True)
@@ -47,9 +47,7 @@ def swin_small_config() -> Mask2FormerConfig:
         "window_size": 7,
         "out_features": ["stage1", "stage2", "stage3", "stage4"],
     }
-    config = Mask2FormerConfig(backbone_config=backbone, num_queries=100)
-    config.num_labels = len(OBJECT_NAMES)
-    return config
+    return Mask2FormerConfig(backbone_config=backbone, num_queries=100)
 
 
 def load_mask2former(

@@ -12,7 +12,6 @@ from diffusion_nft.pictures import to_pil
 from diffusion_nft.rewards import RewardOutput
 from diffusion_nft.rewards.geneval.colors import ColorClassifier, object_crop
 from diffusion_nft.rewards.geneval.detector import ChannelOrder, Detector
-from diffusion_nft.rewards.geneval.mask2former import load_mask2former
 from diffusion_nft.rewards.geneval.mask2former_weights import PUBLISHED_SHA256
 from diffusion_nft.rewards.geneval.verdict import (
     GRADINGS,
@@ -134,6 +133,9 @@ class GenEvalReward(GenEvalScorer):
         grading: Grading = "published",
         batch_size: int = 16,
     ):
+        # transformers only here, so that the module imports in a slim environment.
+        from diffusion_nft.rewards.geneval.mask2former import load_mask2former
+
         path = weight_file("geneval") if detector_weights is None else detector_weights
         network = load_mask2former(path, detector_sha256)
         super().__init__(

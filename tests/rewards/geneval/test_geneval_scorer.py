@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -157,6 +159,14 @@ def test_errors() -> None:
         GenEvalScorer(brightness_detector, mean_color, grading="kind")
     with pytest.raises(ValueError, match="batch_size 0 must be"):
         GenEvalScorer(brightness_detector, mean_color, batch_size=0)
+
+
+def test_import_needs_neither_transformers_nor_open_clip() -> None:
+    code = (
+        "import sys; sys.modules['transformers'] = sys.modules['open_clip'] = None; "
+        "import diffusion_nft.rewards.geneval"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.fixture

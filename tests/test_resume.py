@@ -1,0 +1,158 @@
+"""The same command continues a run, whatever stopped it, to the same weights."""
+
+import shutil
+import signal
+import subprocess
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion_nft.checkpoint import Checkpointer
+from diffusion_nft.metrics import read_metrics
+from tests.launch import ROOT, environment, run, train, train_command, train_here
+
+# Three epochs of two optimizer steps.
+OVERRIDES = ("num_epochs=3", "log.num_images=2", "eval.at_start=False", "eval.num_prompts=4")
+SETTINGS = {
+    "num_epochs": 3,
+    "log.num_images": 2,
+    "eval.at_start": False,
+    "eval.num_prompts": 4,
+}
+START_S = 120
+
+
+def assert_same_state(run_dir: Path, other: Path) -> None:
+    ours, theirs = (Checkpointer(folder).load_latest() for folder in (run_dir, other))
+    assert ours is not None and theirs is not None
+    assert ours.path.name == theirs.path.name
+    assert ours.state == theirs.state
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for group, expected in theirs.tensors.items():
+        assert ours.tensors[group].keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(ours.tensors[group][key], value), (group, key)
+
+
+def assert_same_log(run_dir: Path, other: Path) -> None:
+    ours, theirs = (
+        [
+            {key: value for key, value in row.items() if not key.startswith("time/")}
+            for row in read_metrics(folder / "metrics.jsonl")
+        ]
+        for folder in (run_dir, other)
+    )
+    assert ours == theirs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(folder, *OVERRIDES)
+    return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """A copy of the finished run, at its own place."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def kill_within_an_epoch(command: list[str], run_dir: Path) -> None:
+    """Starts ``command`` and kills it outright in the epoch after its first checkpoint."""
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        until = time.monotonic() + START_S
+        while not (run_dir / "checkpoints" / "checkpoint-2").exists():
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+    assert not (run_dir / "checkpoints" / "checkpoint-6").exists()
+
+
+@pytest.mark.multiproc
+def test_a_killed_run_ends_bitwise_equal_to_an_uninterrupted_one(finished, tmp_path):
+    run_dir = tmp_path / "run"
+    kill_within_an_epoch(train_command(run_dir, *OVERRIDES), run_dir)
+    done = train(run_dir, *OVERRIDES)
+    assert "continuing from" in done.stdout
+    assert_same_state(run_dir, finished)
+    assert_same_log(run_dir, finished)
+    epochs = [r["epoch"] for r in read_metrics(run_dir / "metrics.jsonl") if "loss/total" in r]
+    assert epochs == [1, 2, 3]
+
+
+def snapshot(run_dir: Path) -> dict[str, bytes]:
+    names = ("metrics.jsonl", "before_after.png", "checkpoints/checkpoint-6/manifest.json")
+    return {name: (run_dir / name).read_bytes() for name in names}
+
+
+@pytest.mark.multiproc
+def test_a_finished_run_prints_its_result_and_exits_with_0(copy):
+    before = snapshot(copy)
+    # The copy lies elsewhere than config.json says: paths may change.
+    done = train(copy, *OVERRIDES)
+    assert "best eval/total" in done.stdout and "before_after.png" in done.stdout
+    assert snapshot(copy) == before
+
+
+@pytest.mark.multiproc
+def test_a_config_that_changes_the_numbers_is_refused_with_a_diff(copy):
+    before = snapshot(copy)
+    done = run(train_command(copy, *OVERRIDES, "train.learning_rate=0.001", "nft.beta=0.5"))
+    assert done.returncode != 0
+    assert "train.learning_rate: 0.0003 -> 0.001" in done.stderr
+    assert "nft.beta: 1.0 -> 0.5" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert snapshot(copy) == before
+
+
+@pytest.fixture(scope="module")
+def four_epochs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("four") / "run"
+    train_here(folder, SETTINGS | {"num_epochs": 4})
+    return folder
+
+
+def test_more_epochs_and_other_memory_knobs_continue_a_run(copy, four_epochs):
+    rows = read_metrics(copy / "metrics.jsonl")
+    knobs = {"sample.batch_size": 5, "perf.embed_cache_gb": 0.0, "checkpoint.keep": 1}
+    train_here(copy, SETTINGS | knobs | {"num_epochs": 4})
+    assert read_metrics(copy / "metrics.jsonl")[: len(rows)] == rows
+    # The same weights as four epochs at a stretch.
+    assert_same_state(copy, four_epochs)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, copy, damage):
+    newest = copy / "checkpoints" / "checkpoint-6"
+    file = newest / "current.safetensors"
+    data = bytearray(file.read_bytes())
+    if damage == "truncated":
+        file.write_bytes(data[: len(data) // 2])
+    elif damage == "missing":
+        (newest / "optimizer.safetensors").unlink()
+    else:
+        data[-1] ^= 1
+        file.write_bytes(data)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_here(copy, SETTINGS)
+    assert any("checkpoint-6" in str(w.message) for w in caught)
+    assert_same_state(copy, finished)
+    assert_same_log(copy, finished)
+
+
+def test_another_run_begins_from_resume_from(finished, tmp_path, four_epochs):
+    run_dir = tmp_path / "run"
+    train_here(run_dir, SETTINGS | {"num_epochs": 4, "resume_from": str(finished)})
+    assert_same_state(run_dir, four_epochs)
+    assert [r["epoch"] for r in read_metrics(run_dir / "metrics.jsonl")] == [4, 4]
