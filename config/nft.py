@@ -126,16 +126,17 @@ def shapes() -> ml_collections.ConfigDict:
     config.dataset = "shapes"
     with config.reward_fn.unlocked():
         config.reward_fn.shapes = 1.0
-    config.sample.num_groups = 8
+    config.sample.num_groups = 16
     config.sample.num_image_per_prompt = 24
     config.sample.batch_size = 96
     config.train.batch_size = 96
-    config.train.learning_rate = 1e-3
+    config.train.learning_rate = 5e-4
     config.train.timestep_fraction = 0.3
     config.train.gradient_step_per_epoch = 2
-    config.num_epochs = 120
+    config.nft.kl_weight = 0.02
+    config.num_epochs = 80
     config.save_freq = 10
-    config.eval_freq = 30
+    config.eval_freq = 20
     config.eval.num_steps = 10
     config.eval.batch_size = 120
     config.log.wandb = "off"
@@ -149,6 +150,9 @@ def shapes_demo() -> ml_collections.ConfigDict:
     """
     config = shapes()
     config.save_dir = "logs/nft/shapes/demo"
+    config.sample.num_groups = 8
+    config.train.learning_rate = 1e-3
+    config.nft.kl_weight = 1e-4
     config.num_epochs = 24
     config.eval_freq = 0
     return config

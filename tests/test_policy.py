@@ -1,0 +1,202 @@
+"""The policies on a tiny transformer, against the formula of LoRA and PEFT's own switching."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+
+from diffusion_nft.models.sd3 import LORA_TARGETS
+from diffusion_nft.policy import ADAPTERS, Policy
+
+RANK, ALPHA = 3, 12
+
+
+def tiny_transformer() -> SD3Transformer2DModel:
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=6,
+        caption_projection_dim=8,
+        pooled_projection_dim=5,
+        out_channels=4,
+        pos_embed_max_size=4,
+    ).requires_grad_(False)
+
+
+@pytest.fixture
+def base() -> SD3Transformer2DModel:
+    return tiny_transformer()
+
+
+@pytest.fixture
+def transformer(base) -> SD3Transformer2DModel:
+    return copy.deepcopy(base)
+
+
+@pytest.fixture
+def policy(transformer) -> Policy:
+    """Adapters with random weights, another set each."""
+    policy = Policy(
+        transformer, targets=LORA_TARGETS, rank=RANK, alpha=ALPHA, seed=1, dtype=torch.float32
+    )
+    for number, name in enumerate(ADAPTERS):
+        g = torch.Generator().manual_seed(number)
+        state = {k: torch.randn(v.shape, generator=g) for k, v in policy.state(name).items()}
+        policy.load(name, state, others=False)
+    return policy
+
+
+def predict(transformer) -> torch.Tensor:
+    g = torch.Generator().manual_seed(7)
+    return transformer(
+        hidden_states=torch.randn(2, 4, 4, 4, generator=g),
+        timestep=torch.tensor([100.0, 700.5]),
+        encoder_hidden_states=torch.randn(2, 3, 6, generator=g),
+        pooled_projections=torch.randn(2, 5, generator=g),
+        return_dict=False,
+    )[0]
+
+
+def merged(base, state: dict[str, torch.Tensor]) -> SD3Transformer2DModel:
+    """``base`` with W + alpha / rank B A written into its weights: LoRA by its definition."""
+    model = copy.deepcopy(base)
+    for key, a in state.items():
+        if key.endswith(".lora_A.weight"):
+            name = key.removesuffix(".lora_A.weight")
+            b = state[f"{name}.lora_B.weight"]
+            model.get_submodule(name).weight.add_(ALPHA / RANK * b @ a)
+    return model
+
+
+def test_a_fresh_policy_is_the_base_and_equal_on_every_rank(base, transformer):
+    options = dict(targets=LORA_TARGETS, rank=RANK, alpha=ALPHA, dtype=torch.float32)
+    policy = Policy(transformer, seed=5, **options)
+    for name in (*ADAPTERS, "reference"):
+        with policy.using(name):
+            assert torch.equal(predict(transformer), predict(base))
+    torch.manual_seed(99)
+    other = Policy(copy.deepcopy(base), seed=5, **options)
+    states = policy.state("current"), other.state("old")
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    a = torch.cat([v.flatten() for k, v in states[0].items() if "lora_A" in k])
+    assert float(a.std()) == pytest.approx(1 / RANK, rel=0.1)
+    third = Policy(copy.deepcopy(base), seed=6, **options).state("current")
+    assert not torch.equal(next(iter(third.values())), next(iter(states[0].values())))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_each_adapter_is_the_base_plus_its_own_low_rank_product(base, transformer, policy, name):
+    with policy.using(name):
+        ours = predict(transformer)
+    expected = predict(merged(base, policy.state(name)))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ours, predict(base), atol=1e-2)
+
+
+def test_one_linear_layer_by_hand(transformer, policy):
+    name = "transformer_blocks.1.attn.to_add_out"
+    if f"{name}.lora_A.weight" not in policy.state("old"):
+        name = "transformer_blocks.0.attn.to_add_out"
+    layer = transformer.get_submodule(name)
+    state = policy.state("old")
+    x = torch.randn(5, layer.in_features)
+    with policy.using("old"):
+        ours = layer(x)
+    a, b = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
+    base = x @ layer.base_layer.weight.T + layer.base_layer.bias
+    torch.testing.assert_close(ours, base + ALPHA / RANK * (x @ a.T) @ b.T)
+
+
+def test_the_reference_is_the_base_to_the_last_bit(base, transformer, policy):
+    with policy.using("reference"):
+        assert torch.equal(predict(transformer), predict(base))
+
+
+def test_lora_lies_on_the_attention_projections_alone(policy):
+    modules = {key.split(".attn")[0] for key in policy.state("current")}
+    assert modules == {"transformer_blocks.0", "transformer_blocks.1"}
+    assert not any(".ff" in key or "attn2" in key for key in policy.state("current"))
+
+
+@pytest.mark.parametrize("name", [*ADAPTERS, "reference"])
+def test_using_restores_also_after_an_exception_and_when_nested(transformer, policy, name):
+    before = predict(transformer)
+    with pytest.raises(RuntimeError, match="boom"), policy.using(name):
+        inside = predict(transformer)
+        with policy.using("old"), policy.using("reference"):
+            pass
+        assert torch.equal(predict(transformer), inside)
+        raise RuntimeError("boom")
+    assert torch.equal(predict(transformer), before)
+    with policy.using("current"):
+        assert torch.equal(predict(transformer), before)
+
+
+@torch.no_grad()
+def test_switching_equals_pefts_own(transformer, policy):
+    for name in ADAPTERS:
+        with policy.using(name):
+            ours = predict(transformer)
+        transformer.set_adapter(name)
+        assert torch.equal(predict(transformer), ours)
+    transformer.disable_adapters()
+    theirs = predict(transformer)
+    transformer.enable_adapters()
+    with policy.using("reference"):
+        assert torch.equal(predict(transformer), theirs)
+
+
+def test_only_the_current_policy_receives_gradients(transformer, policy):
+    for name in ("old", "ema", "reference"):
+        with policy.using(name):
+            assert not predict(transformer).requires_grad
+    predict(transformer).square().sum().backward()
+    with_gradient = {n for n, p in transformer.named_parameters() if p.grad is not None}
+    # The last block gives up its text stream, so its projections of the text have none.
+    assert with_gradient and all(".current." in name for name in with_gradient)
+    assert {n for n, p in transformer.named_parameters() if p.requires_grad} >= with_gradient
+    assert sum(p.requires_grad for p in transformer.parameters()) == len(policy.parameters())
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.25, 0.999, 1.0])
+def test_blend_moves_one_adapter_towards_the_current_one(policy, decay):
+    before = {n: {k: v.clone() for k, v in policy.state(n).items()} for n in ADAPTERS}
+    policy.blend("old", decay)
+    for key, value in policy.state("old").items():
+        expected = decay * before["old"][key] + (1 - decay) * before["current"][key]
+        torch.testing.assert_close(value, expected)
+        if decay == 0:
+            assert torch.equal(value, before["current"][key])
+    for name in ("current", "ema"):
+        assert all(torch.equal(v, before[name][k]) for k, v in policy.state(name).items())
+
+
+def test_load_sets_all_or_one_and_refuses_what_does_not_fit(policy):
+    state = {key: torch.full_like(value, 0.5) for key, value in policy.state("ema").items()}
+    policy.load("ema", state, others=False)
+    assert not torch.equal(policy.parameters("old")[0], policy.parameters("ema")[0])
+    policy.load("current", state)
+    for name in ADAPTERS:
+        assert all((value == 0.5).all() for value in policy.state(name).values())
+    key = next(iter(state))
+    for wrong in (
+        {k: v for k, v in state.items() if k != key},
+        state | {"other.lora_A.weight": state[key]},
+        state | {key: torch.zeros(1, 1)},
+    ):
+        with pytest.raises(ValueError, match="does not fit"):
+            policy.load("current", wrong)
+
+
+def test_weights_take_the_dtype_asked_for(base):
+    policy = Policy(
+        base.to(torch.bfloat16), targets=LORA_TARGETS, rank=2, alpha=2, seed=0, dtype=torch.float32
+    )
+    assert {p.dtype for name in ADAPTERS for p in policy.parameters(name)} == {torch.float32}
+    assert base.proj_out.weight.dtype == torch.bfloat16

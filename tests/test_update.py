@@ -1,0 +1,370 @@
+"""The update on a linear model whose gradient autograd gives in one batch, and its failures."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffusion_nft.algorithms.nft import NFT
+from diffusion_nft.data import shard
+from diffusion_nft.distributed import Distributed
+from diffusion_nft.models.embeddings import Conditioning
+from diffusion_nft.precision import Precision
+from diffusion_nft.rewards.combine import Scores
+from diffusion_nft.rollout import Samples
+from diffusion_nft.update import Updater
+from tests.launch import smoke
+
+CPU = torch.device("cpu")
+SHAPE = (2, 3, 3)
+GROUPS, SIZE = 3, 4
+NUM = GROUPS * SIZE
+
+
+class LinearPolicy:
+    """v = theta * xt + sigma * phi, with the three sets of weights of a Policy."""
+
+    def __init__(self):
+        g = torch.Generator().manual_seed(0)
+        self.weights = {
+            name: [
+                torch.randn(SHAPE, generator=g, dtype=torch.float64).requires_grad_(
+                    name == "current"
+                )
+                for _ in range(2)
+            ]
+            for name in ("current", "old", "ema", "reference")
+        }
+        self.active = "current"
+        self.blends: list[tuple[str, float]] = []
+
+    def parameters(self, name: str = "current") -> list[torch.Tensor]:
+        return self.weights[name]
+
+    def using(self, name: str):
+        policy = self
+
+        class Switch:
+            def __enter__(self):
+                self.before, policy.active = policy.active, name
+
+            def __exit__(self, *details):
+                policy.active = self.before
+
+        return Switch()
+
+    @torch.no_grad()
+    def blend(self, name: str, decay: float) -> None:
+        self.blends.append((name, decay))
+        for own, current in zip(self.weights[name], self.weights["current"], strict=True):
+            own.copy_(decay * own + (1 - decay) * current)
+
+
+@dataclass(frozen=True)
+class Counted(Distributed):
+    """A rank that counts its collectives and keeps what it would have reduced."""
+
+    reduced: list = field(default_factory=list)
+
+    def all_reduce_sum(self, tensors):
+        self.reduced.append([t.clone() for t in tensors])
+
+    def gather_objects(self, value):
+        return [value, {"pairs": 1.0}] if not value else [value]
+
+
+class Recording(NFT):
+    """NFT that keeps the batches it saw."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.batches = []
+
+    def loss(self, velocity, batch):
+        self.batches.append(batch)
+        return super().loss(velocity, batch)
+
+
+def make_samples(rank: int = 0, world_size: int = 1) -> Samples:
+    g = torch.Generator().manual_seed(5)
+    x0 = torch.randn(NUM, *SHAPE, generator=g, dtype=torch.float64)
+    indices = shard(NUM, rank, world_size)
+    n = len(indices)
+    return Samples(
+        scores=Scores(torch.zeros(NUM), {}),
+        diversity=0.0,
+        x0_rms=1.0,
+        indices=indices,
+        x0=x0[indices.start : indices.stop],
+        cond=Conditioning(torch.zeros(max(n, 1), 1, 1), torch.zeros(max(n, 1), 1)),
+        cond_rows=torch.arange(n),
+        sigmas=torch.tensor([1.0, 0.8, 0.5, 0.2], dtype=torch.float64) if n else torch.zeros(0),
+        pictures=torch.zeros(0, 3, 1, 1),
+    )
+
+
+def make_updater(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> Updater:
+    settings = {
+        "train.gradient_step_per_epoch": 1,
+        "train.batch_size": 5,
+        "train.learning_rate": 3e-4,
+        "nft.beta": 0.5,
+        "nft.kl_weight": 0.1,
+        "nft.old_policy_decay": "linear_to_half",
+    }
+    config = smoke(tmp_path, settings | {k.replace("__", "."): v for k, v in overrides.items()})
+    policy = LinearPolicy()
+
+    def velocity(xt, sigma, cond):
+        theta, phi = policy.weights[policy.active]
+        return theta * xt + sigma.reshape(-1, 1, 1, 1) * phi
+
+    return Updater(
+        config,
+        dist=Counted(rank, world_size, rank, CPU),
+        precision=Precision("fp64", CPU),
+        model=SimpleNamespace(latent_shape=SHAPE, velocity=velocity),
+        policy=policy,
+        algorithm=Recording(config),
+    )
+
+
+def copies(updater: Updater) -> dict[str, list[torch.Tensor]]:
+    return {
+        name: [weight.detach().clone() for weight in weights]
+        for name, weights in updater.policy.weights.items()
+    }
+
+
+R = torch.linspace(0.05, 0.95, NUM, dtype=torch.float64)
+
+
+def expected_gradient(updater: Updater, weights, batches) -> list[torch.Tensor]:
+    """Autograd of the mean over all pairs at once: formulas of the algorithm, written again."""
+    joined = {
+        name: torch.cat([getattr(batch, name) for batch in batches])
+        for name in ("x0", "noise", "xt", "sigma", "optimality")
+    }
+    s = joined["sigma"].reshape(-1, 1, 1, 1)
+    theta = [w.requires_grad_() for w in weights["current"]]
+
+    def v(pair):
+        return pair[0] * joined["xt"] + s * pair[1]
+
+    v_now, v_old = v(theta), v(weights["old"])
+    v_ref = v(weights["reference"])
+    beta, clip = updater.config.nft.beta, updater.config.train.adv_clip_max
+
+    def branch(velocity):
+        error = joined["xt"] - s * velocity - joined["x0"]
+        mean_abs = error.detach().abs().mean((1, 2, 3)).clamp(min=1e-5)
+        return error.square().mean((1, 2, 3)) / mean_abs
+
+    positive = branch((1 - beta) * v_old + beta * v_now)
+    negative = branch((1 + beta) * v_old - beta * v_now)
+    r = joined["optimality"]
+    kl = (v_now - v_ref).square().mean((1, 2, 3))
+    loss = (clip * (r * positive + (1 - r) * negative) / beta + 0.1 * kl).mean()
+    loss.backward()
+    return [w.grad for w in theta]
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.99, 1.0])
+def test_the_gradient_is_autograds_of_the_mean_over_all_pairs(tmp_path, fraction):
+    updater = make_updater(tmp_path, train__timestep_fraction=fraction)
+    before = copies(updater)
+    updater.train_epoch(make_samples(), R, epoch=0)
+    expected = expected_gradient(updater, before, updater.algorithm.batches)
+    (ours,) = updater.dist.reduced
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_every_sample_counts_once_at_distinct_sigmas_of_the_sampler(tmp_path):
+    updater = make_updater(tmp_path, train__timestep_fraction=0.99)
+    samples = make_samples()
+    updater.train_epoch(samples, R, epoch=0)
+    seen: dict[int, list[float]] = {}
+    for batch in updater.algorithm.batches:
+        torch.testing.assert_close(
+            batch.xt,
+            (1 - batch.sigma.reshape(-1, 1, 1, 1)) * batch.x0
+            + batch.sigma.reshape(-1, 1, 1, 1) * batch.noise,
+        )
+        for x0, sigma, r in zip(batch.x0, batch.sigma, batch.optimality, strict=True):
+            index = next(i for i in range(NUM) if torch.equal(samples.x0[i], x0))
+            assert r == R[index]
+            seen.setdefault(index, []).append(float(sigma))
+    # int(4 * 0.99) = 3 of the four sigmas, another one dropped from sample to sample.
+    assert sorted(seen) == list(range(NUM))
+    assert all(len(sigmas) == len(set(sigmas)) == 3 for sigmas in seen.values())
+    assert len({frozenset(sigmas) for sigmas in seen.values()}) > 1
+    noise = torch.cat([batch.noise for batch in updater.algorithm.batches]).flatten(1)
+    assert len({tuple(row.tolist()) for row in noise}) == NUM * 3
+
+
+def test_optimizer_steps_share_every_group_and_reduce_once_each(tmp_path):
+    updater = make_updater(
+        tmp_path,
+        train__gradient_step_per_epoch=2,
+        train__num_inner_epochs=2,
+        train__timestep_fraction=1.0,
+        train__batch_size=1,
+    )
+    samples = make_samples()
+    updater.train_epoch(samples, R, epoch=0)
+    assert len(updater.dist.reduced) == updater.step == 4
+    split = updater._split(NUM, (0, 0)).reshape(GROUPS, SIZE)
+    assert (split == 0).sum(1).tolist() == [2, 2, 2]
+    batches = updater.algorithm.batches
+    assert len(batches) == 2 * NUM * 4
+    # Fresh noise in the second pass.
+    first, second = batches[: NUM * 4], batches[NUM * 4 :]
+    assert not {tuple(b.noise.flatten().tolist()) for b in first} & {
+        tuple(b.noise.flatten().tolist()) for b in second
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, 13])
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_the_ranks_gradients_sum_to_the_one_process_gradient(tmp_path, world_size, batch_size):
+    one = make_updater(tmp_path)
+    one.train_epoch(make_samples(), R, epoch=3)
+    sums = [torch.zeros(SHAPE, dtype=torch.float64) for _ in range(2)]
+    for rank in range(world_size):
+        updater = make_updater(tmp_path, rank, world_size, train__batch_size=batch_size)
+        updater.train_epoch(make_samples(rank, world_size), R, epoch=3)
+        (part,) = updater.dist.reduced
+        sums = [total + value for total, value in zip(sums, part, strict=True)]
+    for total, expected in zip(sums, one.dist.reduced[0], strict=True):
+        torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_adamw_ema_and_old_policy_by_hand(tmp_path):
+    updater = make_updater(tmp_path, train__max_grad_norm=1e9)
+    start = copies(updater)
+    values = updater.train_epoch(make_samples(), R, epoch=0)
+    gradients = updater.dist.reduced[0]
+    lr, decay = 3e-4, 1e-4
+    for i, gradient in enumerate(gradients):
+        # After the first step both of Adam's corrected moments are the gradient's own.
+        expected = start["current"][i] * (1 - lr * decay)
+        expected = expected - lr * gradient / (gradient.abs() + 1e-8)
+        now = updater.policy.weights["current"][i].detach()
+        torch.testing.assert_close(now, expected, rtol=1e-9, atol=1e-12)
+        ema = 2 / 11 * start["ema"][i] + 9 / 11 * now
+        torch.testing.assert_close(updater.policy.weights["ema"][i], ema)
+        old = 0.001 * start["old"][i] + 0.999 * now
+        torch.testing.assert_close(updater.policy.weights["old"][i], old)
+    norm = torch.cat([g.flatten() for g in gradients]).norm()
+    assert values["optim/grad_norm"] == pytest.approx(float(norm))
+    assert values["optim/old_policy_decay"] == 0.001
+    total = values["loss/policy"] + 0.1 * values["loss/kl"]
+    assert values["loss/total"] == pytest.approx(total)
+
+
+def test_the_gradient_norm_is_clipped(tmp_path):
+    updater = make_updater(tmp_path, train__max_grad_norm=1e-3, train__adam_beta1=0.0)
+    updater.train_epoch(make_samples(), R, epoch=0)
+    moments = [entry["exp_avg"] for entry in updater.optimizer.state.values()]
+    norm = torch.cat([m.flatten() for m in moments]).norm()
+    assert float(norm) == pytest.approx(1e-3, rel=1e-4)
+
+
+def poisoned() -> Samples:
+    samples = make_samples()
+    samples.x0[4, 0, 0, 0] = torch.nan
+    return samples
+
+
+def test_a_nan_skips_the_update_and_is_counted(tmp_path):
+    updater = make_updater(tmp_path)
+    before = copies(updater)
+    values = updater.train_epoch(poisoned(), R, epoch=0)
+    assert updater.step == 0 and updater.policy.blends == []
+    assert values["optim/skipped_steps"] == 1
+    for name, weights in updater.policy.weights.items():
+        assert all(torch.equal(a, b) for a, b in zip(weights, before[name], strict=True))
+    assert not updater.optimizer.state
+    updater.train_epoch(make_samples(), R, epoch=1)
+    assert updater.step == 1 and updater.skipped == 1 and updater.skipped_in_row == 0
+    assert [name for name, _ in updater.policy.blends] == ["ema", "old"]
+
+
+def test_one_skipped_step_of_two_advances_by_one(tmp_path):
+    updater = make_updater(tmp_path, train__gradient_step_per_epoch=2)
+    updater.train_epoch(poisoned(), R, epoch=0)
+    assert (updater.step, updater.skipped) == (1, 1)
+    assert sorted(name for name, _ in updater.policy.blends) == ["ema", "old"]
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
+    updater = make_updater(tmp_path, train__max_skipped_steps=2)
+    updater.train_epoch(poisoned(), R, epoch=0)
+    updater.train_epoch(make_samples(), R, epoch=1)  # a good one: the count starts again
+    updater.train_epoch(poisoned(), R, epoch=2)
+    updater.train_epoch(poisoned(), R, epoch=3)
+    with pytest.raises(FloatingPointError, match="max_skipped_steps = 2"):
+        updater.train_epoch(poisoned(), R, epoch=4)
+
+
+def test_the_fp16_scaler_skips_an_overflow_and_halves_its_scale(tmp_path):
+    updater = make_updater(tmp_path)
+    for name, weights in updater.policy.weights.items():
+        updater.policy.weights[name] = [
+            w.detach().float().requires_grad_(name == "current") for w in weights
+        ]
+    updater.precision = Precision("fp16", CPU)
+    updater.optimizer = torch.optim.AdamW(updater.policy.parameters(), lr=1e-3)
+    scale = updater.precision.scaler.get_scale()
+    assert scale == 65536
+    overflow = make_samples()
+    overflow = Samples(**{**vars(overflow), "x0": (overflow.x0 * 1e36).float()})
+    updater.train_epoch(overflow, R, epoch=0)
+    assert updater.step == 0 and updater.skipped == 1 and updater.policy.blends == []
+    assert updater.precision.scaler.get_scale() == scale / 2
+    fine = make_samples()
+    fine = Samples(**{**vars(fine), "x0": fine.x0.float()})
+    updater.train_epoch(fine, R, epoch=1)
+    assert updater.step == 1
+    # Unscaled before it is clipped: the norm is that of the plain gradient.
+    plain = make_updater(tmp_path)
+    plain_norm = plain.train_epoch(make_samples(), R, epoch=1)["optim/grad_norm"]
+    again = make_updater(tmp_path)
+    for name, weights in again.policy.weights.items():
+        again.policy.weights[name] = [
+            w.detach().float().requires_grad_(name == "current") for w in weights
+        ]
+    again.precision = Precision("fp16", CPU)
+    again.optimizer = torch.optim.AdamW(again.policy.parameters(), lr=1e-3)
+    assert again.train_epoch(fine, R, epoch=1)["optim/grad_norm"] == pytest.approx(
+        plain_norm, rel=1e-4
+    )
+
+
+def test_state_returns_through_json(tmp_path):
+    import json
+
+    updater = make_updater(tmp_path)
+    updater.train_epoch(make_samples(), R, epoch=0)
+    tensors, state = updater.state_dict()
+    other = make_updater(tmp_path)
+    other.load_state_dict(
+        {key: value.clone() for key, value in tensors.items()}, json.loads(json.dumps(state))
+    )
+    with torch.no_grad():
+        for mine, theirs in zip(
+            other.policy.parameters(), updater.policy.parameters(), strict=True
+        ):
+            mine.copy_(theirs)
+        for name in ("old", "ema"):
+            for mine, theirs in zip(
+                other.policy.weights[name], updater.policy.weights[name], strict=True
+            ):
+                mine.copy_(theirs)
+    for each in (updater, other):
+        each.train_epoch(make_samples(), R, epoch=1)
+    assert other.step == updater.step == 2
+    for mine, theirs in zip(other.policy.parameters(), updater.policy.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
