@@ -133,7 +133,7 @@ def shapes() -> ml_collections.ConfigDict:
     config.train.learning_rate = 5e-4
     config.train.timestep_fraction = 0.3
     config.train.gradient_step_per_epoch = 2
-    config.nft.kl_weight = 0.02
+    config.nft.kl_weight = 0.1
     config.num_epochs = 80
     config.save_freq = 10
     config.eval_freq = 20

@@ -101,9 +101,7 @@ def train_here(save_dir: Path, overrides: dict[str, Any] | None = None) -> Any:
     from diffusion_nft.trainer import Trainer
 
     with one_thread():
-        trainer = Trainer(
-            smoke(save_dir, overrides), Distributed(0, 1, 0, torch.device("cpu"))
-        )
+        trainer = Trainer(smoke(save_dir, overrides), Distributed(0, 1, 0, torch.device("cpu")))
         trainer.run()
     return trainer
 

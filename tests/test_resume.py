@@ -15,13 +15,15 @@ from diffusion_nft.metrics import read_metrics
 from tests.launch import ROOT, environment, run, train, train_command, train_here
 
 # Three epochs of two optimizer steps.
-OVERRIDES = ("num_epochs=3", "log.num_images=2", "eval.at_start=False", "eval.num_prompts=4")
 SETTINGS = {
     "num_epochs": 3,
+    "train.learning_rate": 0.0005,
+    "nft.kl_weight": 0.01,
     "log.num_images": 2,
     "eval.at_start": False,
     "eval.num_prompts": 4,
 }
+OVERRIDES = tuple(f"{key}={value}" for key, value in SETTINGS.items())
 START_S = 120
 
 
@@ -108,10 +110,10 @@ def test_a_finished_run_prints_its_result_and_exits_with_0(copy):
 @pytest.mark.multiproc
 def test_a_config_that_changes_the_numbers_is_refused_with_a_diff(copy):
     before = snapshot(copy)
-    done = run(train_command(copy, *OVERRIDES, "train.learning_rate=0.001", "nft.beta=0.5"))
+    done = run(train_command(copy, *OVERRIDES, "train.learning_rate=0.001", "nft.kl_weight=0.02"))
     assert done.returncode != 0
-    assert "train.learning_rate: 0.0003 -> 0.001" in done.stderr
-    assert "nft.beta: 1.0 -> 0.5" in done.stderr
+    assert "train.learning_rate: 0.0005 -> 0.001" in done.stderr
+    assert "nft.kl_weight: 0.01 -> 0.02" in done.stderr
     assert "Traceback" not in done.stderr
     assert snapshot(copy) == before
 
@@ -157,3 +159,10 @@ def test_another_run_begins_from_resume_from(finished, tmp_path, four_epochs):
     train_here(run_dir, SETTINGS | {"num_epochs": 4, "resume_from": str(finished)})
     assert_same_state(run_dir, four_epochs)
     assert [r["epoch"] for r in read_metrics(run_dir / "metrics.jsonl")] == [4, 4]
+
+
+@pytest.mark.xfail(strict=True, reason="the checkpoint's rate replaces the config's")
+def test_resume_from_trains_at_the_new_learning_rate(finished, tmp_path):
+    changes = {"train.learning_rate": 0.002, "num_epochs": 4, "resume_from": str(finished)}
+    trainer = train_here(tmp_path / "run", SETTINGS | changes)
+    assert trainer.updater.optimizer.param_groups[0]["lr"] == 0.002

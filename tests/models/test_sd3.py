@@ -1,0 +1,99 @@
+"""The SD3 family against plain diffusers on the embedded pipeline."""
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from diffusion_nft.distributed import Distributed
+from diffusion_nft.hub import fetch_lora, fetch_pipeline
+from diffusion_nft.models import build_model
+from diffusion_nft.precision import Precision
+from diffusion_nft.randomness import generator
+from diffusion_nft.rollout import Sampler
+from diffusion_nft.shapes.model import PIPELINE_DIR
+
+CPU = torch.device("cpu")
+TEXTS = ["a red circle", "two blue squares", "a green triangle"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = StableDiffusion3Pipeline.from_pretrained(PIPELINE_DIR, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_pictures_are_those_of_the_plain_pipeline(shapes_model, pipe):
+    cond = shapes_model.encode(TEXTS)
+    keys = [generator("same", i) for i in range(3)]
+    x0, _ = Sampler("flow", 6, 1.0)(shapes_model, cond, keys)
+    ours = shapes_model.decode(x0)
+    start = torch.stack(
+        [torch.randn(shapes_model.latent_shape, generator=generator("same", i)) for i in range(3)]
+    )
+    theirs = pipe(
+        prompt=TEXTS,
+        num_inference_steps=6,
+        guidance_scale=1.0,
+        latents=start,
+        height=48,
+        width=48,
+        max_sequence_length=8,
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
+
+
+def test_sigmas_are_the_schedulers_with_its_shift(shapes_model):
+    sigmas = shapes_model.sigmas(5)
+    assert sigmas[0] == 1 and sigmas[-1] == 0 and len(sigmas) == 6
+    assert bool((sigmas.diff() < 0).all())
+    assert shapes_model.shift == shapes_model.pipe.scheduler.config.shift
+    assert torch.equal(shapes_model.sigmas(5), sigmas)
+
+
+def test_a_texts_embedding_does_not_depend_on_its_neighbours(shapes_model):
+    together = shapes_model.encode(TEXTS)
+    shapes_model.encode_cached._items.clear()
+    shapes_model.encode_cached._bytes = 0
+    alone = shapes_model.encode(TEXTS[1:2])
+    assert torch.equal(alone.tokens[0], together.tokens[1])
+    assert torch.equal(alone.pooled[0], together.pooled[1])
+    assert not torch.allclose(together.pooled[0], together.pooled[1])
+
+
+def test_pictures_lie_in_range_and_slices_change_nothing(shapes_model):
+    x0 = 3 * torch.randn(5, *shapes_model.latent_shape)
+    pictures = shapes_model.decode(x0)
+    assert pictures.shape == (5, 3, 48, 48) and pictures.dtype == torch.float32
+    assert float(pictures.min()) >= 0 and float(pictures.max()) <= 1
+    each = torch.cat([shapes_model.decode(row[None]) for row in x0])
+    torch.testing.assert_close(pictures, each, rtol=0, atol=1e-5)
+
+
+def test_offloading_and_checkpointing_give_the_same_numbers(shapes_model):
+    other = build_model(
+        "sd3",
+        name=str(PIPELINE_DIR),
+        max_sequence_length=8,
+        resolution=48,
+        dist=Distributed(0, 1, 0, CPU),
+        precision=Precision("no", CPU),
+        offload_text_encoders=True,
+        gradient_checkpointing=True,
+        vae_batch_size=1,
+        embed_cache_gb=0.0,
+    )
+    ours, theirs = other.encode(TEXTS), shapes_model.encode(TEXTS)
+    assert torch.equal(ours.tokens, theirs.tokens)
+    x, sigma = torch.ones(3, *other.latent_shape), torch.full((3,), 0.3)
+    with torch.no_grad():
+        assert torch.equal(other.velocity(x, sigma, ours), shapes_model.velocity(x, sigma, theirs))
+    assert not any(p.requires_grad for p in other.transformer.parameters())
+
+
+def test_a_model_out_of_reach_names_the_remedy(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for fetch in (fetch_pipeline, fetch_lora):
+        with pytest.raises(OSError, match=r"nobody/nothing.*hf auth login"):
+            fetch("nobody/nothing")

@@ -1,0 +1,135 @@
+"""The evaluation command against the evaluation in training."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch import ROOT, insist, one_thread, run, torchrun, train_here
+
+
+def evaluation(*flags: object) -> None:
+    """``scripts/evaluation.py`` in this process."""
+    spec = importlib.util.spec_from_file_location("evaluation", ROOT / "scripts/evaluation.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before, sys.argv = sys.argv, ["evaluation.py", *map(str, flags)]
+    try:
+        with one_thread():
+            module.main()
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    # A learning rate at which the LoRA shows.
+    settings = {"eval.num_prompts": 6, "eval.batch_size": 4, "eval.num_steps": 5}
+    train_here(folder, settings | {"train.learning_rate": 0.01, "eval.solver": "dpm2"})
+    return folder
+
+
+def averages(folder: Path) -> dict:
+    return json.loads((folder / "average_scores.json").read_text())
+
+
+def scores(folder: Path) -> list[dict]:
+    lines = (folder / "evaluation_results.jsonl").read_text().splitlines()
+    return [json.loads(line)["scores"] for line in lines]
+
+
+def test_a_run_directory_gives_the_numbers_of_training(run_dir, tmp_path):
+    evaluation("--checkpoint_path", run_dir, "--output_dir", tmp_path, "--limit", 6)
+    trained = run_dir / "eval" / "epoch-000002"
+    assert scores(tmp_path) == scores(trained)
+    assert averages(tmp_path)["mean"] == averages(trained)["mean"]
+    assert averages(tmp_path)["tags"] == averages(trained)["tags"]
+
+
+def test_without_the_lora_the_numbers_are_the_base_models(run_dir, tmp_path):
+    flags = "--pretrained shapes --dataset shapes --resolution 48 --max_sequence_length 8"
+    flags += " --mixed_precision no --num_inference_steps 5 --solver dpm2 --batch_size 4 --limit 6"
+    evaluation(*flags.split(), "--output_dir", tmp_path)
+    assert scores(tmp_path) == scores(run_dir / "eval" / "epoch-000000")
+    assert averages(tmp_path)["diversity"] != averages(run_dir / "eval" / "epoch-000002")
+
+
+def test_another_seed_draws_other_pictures(run_dir, tmp_path):
+    checkpoint = run_dir / "checkpoints" / "checkpoint-4"
+    flags = ("--checkpoint_path", checkpoint, "--limit", 6, "--reward", "jpeg_compressibility")
+    evaluation(*flags, "--output_dir", tmp_path / "a")
+    evaluation(*flags, "--output_dir", tmp_path / "b", "--seed", 7)
+    assert scores(tmp_path / "a") != scores(tmp_path / "b")
+
+
+def test_saved_pictures_can_be_scored_later(run_dir, tmp_path, monkeypatch):
+    rewards = ("--reward", "shapes,jpeg_compressibility")
+    here = ("--checkpoint_path", run_dir, "--output_dir", tmp_path, "--limit", 3)
+    evaluation(*here, *rewards, "--save_images")
+    first = scores(tmp_path)
+    assert len(first) == 3 and len(list((tmp_path / "images").iterdir())) == 3
+    rows = (tmp_path / "evaluation_results.jsonl").read_text().splitlines()
+    assert (tmp_path / json.loads(rows[2])["image_path"]).is_file()
+    evaluation(*here, "--rescore", *rewards, "--skip_rewards", "shapes")
+    again = scores(tmp_path)
+    assert [row.keys() for row in again] == [{"total", "jpeg_compressibility"}] * 3
+    for row, expected in zip(again, first, strict=True):
+        value = expected["jpeg_compressibility"]
+        assert row["jpeg_compressibility"] == pytest.approx(value, abs=1e-4)
+
+
+@pytest.mark.multiproc
+def test_two_processes_write_the_same_bytes(run_dir, tmp_path):
+    flags = ["--checkpoint_path", str(run_dir), "--limit", "6", "--output_dir"]
+    insist(run(torchrun(2, "scripts/evaluation.py", *flags, str(tmp_path / "two"))))
+    evaluation(*flags, tmp_path / "one")
+    assert (tmp_path / "two" / "evaluation_results.jsonl").read_bytes() == (
+        tmp_path / "one" / "evaluation_results.jsonl"
+    ).read_bytes()
+    assert averages(tmp_path / "two")["mean"] == averages(tmp_path / "one")["mean"]
+
+
+UNCHECKED = pytest.mark.xfail(strict=True, reason="the flag is not checked")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--dataset", "nowhere", "--reward", "shapes"), "nowhere"),
+        (("--dataset", "nowhere"), "nowhere"),
+        (("--dataset", "shapes", "--reward", "pikscore"), "pikscore"),
+        (("--dataset", "shapes", "--checkpoint_path", "/nowhere"), "/nowhere"),
+        (("--dataset", "shapes", "--solver", "dmp2", "--pretrained", "shapes"), "dmp2"),
+        pytest.param(
+            ("--dataset", "shapes", "--limit", "0", "--pretrained", "shapes"),
+            "limit",
+            marks=UNCHECKED,
+        ),
+        pytest.param(
+            ("--dataset", "shapes", "--batch_size", "0", "--pretrained", "shapes"),
+            "batch_size",
+            marks=UNCHECKED,
+        ),
+        (("--dataset", "shapes", "--rescore"), "000000.png"),
+        ((), "--dataset"),
+    ],
+)
+def test_mistakes_are_named(flags, words, tmp_path, capsys):
+    small = ("--resolution", 48, "--max_sequence_length", 8, "--mixed_precision", "no")
+    # SystemExit is argparse's; the others become one line of the command.
+    with pytest.raises((SystemExit, ValueError, OSError)) as caught:
+        evaluation(*flags, *small, "--output_dir", tmp_path)
+    assert words in str(caught.value) + capsys.readouterr().err
+    assert not (tmp_path / "average_scores.json").exists()
+
+
+@pytest.mark.multiproc
+def test_a_mistake_costs_one_line():
+    done = run([sys.executable, str(ROOT / "scripts/evaluation.py"), "--dataset", "nowhere",
+                "--reward", "shapes"])  # fmt: skip
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "nowhere" in done.stderr.splitlines()[-1]

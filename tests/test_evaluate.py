@@ -1,0 +1,207 @@
+"""Evaluation: standard errors by hand, line order, padding-free chunks, saved pictures."""
+
+import contextlib
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion_nft.data import Prompt, load_prompts
+from diffusion_nft.distributed import Distributed
+from diffusion_nft.evaluate import (
+    Evaluation,
+    evaluate,
+    mean_and_error,
+    picture_path,
+    read_picture,
+    rescore,
+    save_pictures,
+    write_results,
+)
+from diffusion_nft.rewards.combine import RewardSet
+from diffusion_nft.rollout import Sampler
+
+CPU = torch.device("cpu")
+ONE = Distributed(0, 1, 0, CPU)
+
+
+def test_the_error_is_clustered_by_prompt():
+    values = [1.0, 3.0, 2.0, 2.0, 7.0, math.nan]
+    clusters = ["a", "a", "b", "b", "c", "c"]
+    # Mean 3; residuals a: -2 + 0, b: -1 - 1, c: 4; G = 3, n = 5.
+    expected = math.sqrt(3 / 2 * (4 + 4 + 16)) / 5
+    assert mean_and_error(values, clusters) == pytest.approx(
+        {"mean": 3.0, "stderr": expected, "count": 5}
+    )
+
+
+def test_without_repeats_the_error_is_the_usual_one():
+    values = np.random.default_rng(0).random(20)
+    result = mean_and_error(values.tolist(), [str(i) for i in range(20)])
+    assert result["stderr"] == pytest.approx(values.std(ddof=1) / math.sqrt(20))
+    # Exact repeats add no information: 20 prompts x 3 have the error of 20.
+    thrice = mean_and_error(
+        values.repeat(3).tolist(), [str(i) for i in range(20) for _ in range(3)]
+    )
+    assert thrice["stderr"] == pytest.approx(result["stderr"])
+
+
+def test_edge_cases_of_the_error():
+    assert math.isnan(mean_and_error([1.0, 2.0], ["a", "a"])["stderr"])
+    assert mean_and_error([math.nan], ["a"])["count"] == 0
+
+
+def test_averages_per_tag_and_over_tags():
+    prompts = [Prompt(text, {"tag": tag}) for text, tag in ("ax", "bx", "cy", "dy", "ey")]
+    scores = {"total": [1.0, 3.0, 0.0, 3.0, 6.0], "part": [math.nan] * 2 + [1.0, 2.0, 3.0]}
+    result = Evaluation(prompts, scores, 0.5, torch.zeros(0), []).averages()
+    assert result["num_samples"] == result["num_prompts"] == 5
+    assert result["mean"]["total"]["mean"] == pytest.approx(13 / 5)
+    assert result["mean"]["part"]["count"] == 3
+    assert result["tags"]["x"]["total"]["mean"] == 2 and "part" not in result["tags"]["x"]
+    assert result["tags"]["y"]["total"]["mean"] == 3
+    over = result["mean_over_tags"]
+    errors = [result["tags"][tag]["total"]["stderr"] for tag in "xy"]
+    assert over["total"] == pytest.approx({"mean": 2.5, "stderr": math.hypot(*errors) / 2})
+    assert over["part"]["mean"] == 2
+    json.dumps(result)
+
+
+@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="mean over no tags")
+def test_a_component_that_applies_to_no_sample_is_left_out():
+    prompts = [Prompt("a", {"tag": "x"}), Prompt("b", {"tag": "y"})]
+    scores = {"total": [1.0, 3.0], "part": [math.nan, math.nan]}
+    result = Evaluation(prompts, scores, 0.5, torch.zeros(0), []).averages()
+    assert "part" not in result["mean"] and "part" not in result["mean_over_tags"]
+
+
+def test_untagged_sets_have_no_tags():
+    result = Evaluation([Prompt("a")], {"total": [1.0]}, math.nan, torch.zeros(0), []).averages()
+    assert "tags" not in result and math.isnan(result["diversity"])
+
+
+@dataclass(frozen=True)
+class Rank(Distributed):
+    """A rank that hands over its own part, to be put together by the test."""
+
+    parts: tuple = ()
+
+    def gather_objects(self, value):
+        return [*self.parts[: self.rank], value, *self.parts[self.rank + 1 :]]
+
+
+def rewards() -> RewardSet:
+    return RewardSet({"jpeg_compressibility": 1.0, "shapes": 2.0}, CPU)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    """Seven lines, of which two repeat a prompt."""
+    lines = load_prompts("shapes", "test")
+    return [lines[0], lines[1], lines[0], lines[2], lines[1], lines[3], lines[4]]
+
+
+@pytest.fixture(scope="module")
+def whole(shapes_model, prompts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    result = evaluate(
+        shapes_model,
+        prompts,
+        rewards(),
+        Sampler("flow", 3, 1.0),
+        seed=1,
+        batch_size=2,
+        dist=ONE,
+        num_pictures=3,
+        image_dir=folder,
+    )
+    return result, folder
+
+
+def test_every_line_is_a_sample_with_its_own_noise(whole, prompts):
+    result, folder = whole
+    assert all(len(values) == 7 for values in result.scores.values())
+    pictures = [read_picture(picture_path(folder, line)) for line in range(7)]
+    assert len(list(folder.iterdir())) == 7
+    # Lines 0 and 2 share a prompt, not a picture.
+    assert float((pictures[0] - pictures[2]).abs().max()) > 0.05
+    assert result.picture_lines == [0, 1, 2]
+    for line in range(3):
+        assert float((result.pictures[line] - pictures[line]).abs().max()) <= 0.5 / 255 + 1e-6
+    for line, picture in enumerate(pictures):
+        alone = rewards()(picture[None], [prompts[line].text], [prompts[line].metadata])
+        ours = {name: values[line] for name, values in result.scores.items()}
+        # Eight bits a channel move a JPEG by a few bytes.
+        assert ours["jpeg_compressibility"] == pytest.approx(
+            float(alone.parts["jpeg_compressibility"]), abs=1e-4
+        )
+        assert ours["total"] == ours["jpeg_compressibility"] + 2 * ours["shapes"]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_any_number_of_ranks_gives_the_same_numbers(whole, shapes_model, prompts, world_size):
+    sent = []
+
+    class Listening(Rank):
+        def gather_objects(self, value):
+            sent.append(value)
+            return [value]
+
+    def on(dist):
+        return evaluate(
+            shapes_model,
+            prompts,
+            rewards(),
+            Sampler("flow", 3, 1.0),
+            seed=1,
+            batch_size=2,
+            dist=dist,
+        )
+
+    # First every rank alone, to hear what it sends (the order cannot be restored from its own part,
+    # which may be an error), then rank 0 with what the others sent.
+    for rank in range(world_size):
+        with contextlib.suppress(IndexError, RuntimeError):
+            on(Listening(rank, world_size, rank, CPU))
+    assert len(sent) == world_size
+    result = on(Rank(0, world_size, 0, CPU, parts=tuple(sent)))
+    assert result.scores == whole[0].scores
+    # As text, where NaN equals NaN.
+    assert json.dumps(result.averages()) == json.dumps(whole[0].averages())
+
+
+def test_rescoring_saved_pictures_needs_no_model(whole, prompts):
+    result, folder = whole
+    again = rescore(prompts, rewards(), folder, batch_size=3, dist=ONE)
+    assert again.scores["shapes"] == pytest.approx(result.scores["shapes"])
+    assert again.diversity == pytest.approx(result.diversity, abs=2e-3)
+    with pytest.raises(FileNotFoundError):
+        rescore([*prompts, prompts[0]], rewards(), folder, batch_size=3, dist=ONE)
+
+
+def test_results_on_disk(whole, prompts, tmp_path):
+    result, _ = whole
+    save_pictures(torch.rand(7, 3, 4, 4), range(7), tmp_path / "images")
+    write_results(result, tmp_path, image_dir=tmp_path / "images", settings={"seed": 1})
+    lines = (tmp_path / "evaluation_results.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["sample_id"] for row in rows] == list(range(7))
+    assert [row["prompt"] for row in rows] == [p.text for p in prompts]
+    assert rows[3]["metadata"] == prompts[3].metadata
+    assert rows[3]["scores"]["shapes"] == result.scores["shapes"][3]
+    assert (tmp_path / rows[6]["image_path"]).is_file()
+    averages = json.loads((tmp_path / "average_scores.json").read_text())
+    assert averages["num_samples"] == 7 and averages["num_prompts"] == 5
+    mean = math.fsum(result.scores["total"]) / 7
+    assert averages["mean"]["total"]["mean"] == mean
+
+
+def test_saved_pictures_return_to_the_nearest_of_256_levels(tmp_path):
+    images = torch.rand(2, 3, 5, 6)
+    save_pictures(images, [3, 4], tmp_path)
+    for image, line in zip(images, (3, 4), strict=True):
+        back = read_picture(picture_path(tmp_path, line))
+        assert float((back - image).abs().max()) <= 0.5 / 255 + 1e-6

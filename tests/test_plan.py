@@ -1,0 +1,48 @@
+"""The plan of a run: forwards counted by hand, memory by counting parameters."""
+
+import pytest
+import torch
+
+from diffusion_nft.models.sd3 import LORA_TARGETS
+from diffusion_nft.plan import forwards_per_sample, memory
+from diffusion_nft.policy import Policy
+from tests.launch import smoke
+
+
+def test_forwards_per_sample(tmp_path):
+    config = smoke(
+        tmp_path,
+        {"sample.num_steps": 10, "train.timestep_fraction": 0.99, "nft.kl_weight": 0.1},
+    )
+    # 10 to sample; at 9 sigmas: old, reference, and current with its backward as three.
+    assert forwards_per_sample(config) == 10 + 9 * 5
+    config.nft.kl_weight = 0.0
+    config.sample.guidance_scale = 2.0
+    assert forwards_per_sample(config) == 20 + 9 * 4
+
+
+def test_memory_is_the_bytes_of_the_parameters():
+    from diffusion_nft.distributed import Distributed
+    from diffusion_nft.models import build_model
+    from diffusion_nft.precision import Precision
+
+    device = torch.device("cpu")
+    model = build_model(
+        "sd3",
+        name="shapes",
+        max_sequence_length=8,
+        resolution=48,
+        dist=Distributed(0, 1, 0, device),
+        precision=Precision("no", device),
+    )
+    frozen = sum(p.numel() * 4 for p in model.transformer.parameters())
+    policy = Policy(
+        model.transformer, targets=LORA_TARGETS, rank=4, alpha=4, seed=0, dtype=torch.float32
+    )
+    one = sum(p.numel() * 4 for p in policy.parameters())
+    plan = dict(memory(model, policy, 10))
+    assert plan["frozen transformer"] * 1e9 == pytest.approx(frozen)
+    (lora,) = (value for what, value in plan.items() if what.startswith("LoRA"))
+    assert lora * 1e9 == pytest.approx(6 * one)
+    c, h, w = model.latent_shape
+    assert plan["an epoch's latents"] * 1e9 == pytest.approx(10 * c * h * w * 4)

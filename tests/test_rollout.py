@@ -1,0 +1,172 @@
+"""The rollout: variety by hand, failing rewards on every rank, what the log holds."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion_nft.data import load_prompts
+from diffusion_nft.distributed import Distributed
+from diffusion_nft.randomness import generator
+from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores
+from diffusion_nft.rollout import (
+    Sampler,
+    Samples,
+    collect,
+    diversity,
+    gather_scores,
+    summarise,
+    thumbnails,
+)
+from tests.launch import smoke
+
+CPU = torch.device("cpu")
+
+
+def test_diversity_is_the_rms_distance_of_pairs_averaged_over_groups():
+    g = np.random.default_rng(1)
+    thumbs = g.random((7, 5))
+    groups = ["a", "b", "a", "b", "a", "c", "b"]
+    expected = []
+    for key in "ab":
+        rows = [thumbs[i] for i in range(7) if groups[i] == key]
+        squares = [np.mean((x - y) ** 2) for x, y in itertools.combinations(rows, 2)]
+        expected.append(np.sqrt(np.mean(squares)))
+    assert diversity(torch.from_numpy(thumbs), groups) == pytest.approx(np.mean(expected))
+    assert diversity(torch.ones(4, 3), [0, 0, 1, 1]) == 0
+    assert math.isnan(diversity(torch.ones(2, 3), ["x", "y"]))
+
+
+def test_thumbnails_are_area_averages():
+    images = torch.rand(2, 3, 48, 48)
+    expected = images.numpy().reshape(2, 3, 8, 6, 8, 6).mean((3, 5)).reshape(2, -1)
+    np.testing.assert_allclose(thumbnails(images).numpy(), expected, rtol=1e-5)
+
+
+@dataclass(frozen=True)
+class Peer(Distributed):
+    """Rank 0 of two; ``other`` is what rank 1 sends."""
+
+    other: tuple = ()
+
+    def gather_objects(self, value):
+        return [value, self.other]
+
+
+def scores(*values: float) -> Scores:
+    total = torch.tensor(values, dtype=torch.float64)
+    return Scores(total, {"x": total})
+
+
+def failing() -> list[Scores]:
+    raise RewardError("reward 'x' failed: OSError: disk")
+
+
+def test_scores_of_all_ranks_come_in_rank_order():
+    dist = Peer(0, 2, 0, CPU, other=(scores(3.0), torch.full((1, 4), 3.0), ""))
+    ours, thumbs = gather_scores(dist, lambda: [scores(1.0), scores(2.0)], torch.zeros(2, 4))
+    assert ours.total.tolist() == ours.parts["x"].tolist() == [1, 2, 3]
+    assert thumbs[:, 0].tolist() == [0, 0, 3]
+
+
+def test_a_reward_that_fails_here_or_there_fails_everywhere():
+    fine = Peer(0, 2, 0, CPU, other=(scores(3.0), torch.zeros(1, 4), ""))
+    with pytest.raises(RewardError, match=r"disk \(on rank 0\)") as caught:
+        gather_scores(fine, failing, torch.zeros(1, 4))
+    assert isinstance(caught.value.__cause__, RewardError)
+    broken = Peer(0, 2, 0, CPU, other=(Scores.concatenate([]), torch.zeros(1, 4), "there"))
+    with pytest.raises(RewardError, match="there"):
+        gather_scores(broken, lambda: [scores(1.0)], torch.zeros(1, 4))
+
+
+class Keeping(RewardSet):
+    """Rewards that keep what they were asked."""
+
+    def __init__(self):
+        super().__init__({"shapes": 1.0}, CPU)
+        self.asked: list[tuple[str, dict]] = []
+
+    def __call__(self, images, prompts, metadata):
+        self.asked += zip(prompts, metadata, strict=True)
+        return super().__call__(images, prompts, metadata)
+
+
+def test_every_sample_is_scored_against_its_own_prompt(shapes_model, tmp_path):
+    config = smoke(tmp_path, {"sample.batch_size": 5})
+    prompts = load_prompts("shapes", "train")[:3]
+    rewards = Keeping()
+    samples = collect(
+        shapes_model,
+        prompts,
+        rewards,
+        config,
+        epoch=0,
+        dist=Distributed(0, 1, 0, CPU),
+        num_pictures=7,
+    )
+    expected = [(p.text, p.metadata) for p in prompts for _ in range(4)]
+    assert rewards.asked == expected
+    # The conditioning of each sample is that of its prompt, each prompt's there once.
+    alone = shapes_model.encode([p.text for p in prompts])
+    assert torch.equal(samples.cond.tokens, alone.tokens)
+    assert samples.cond_rows.tolist() == [i // 4 for i in range(12)]
+    assert len(samples.pictures) == 7
+    images = shapes_model.decode(samples.x0)
+    assert torch.allclose(samples.pictures, images[:7], atol=1e-5)
+    assert samples.x0_rms == pytest.approx(float(samples.x0.square().mean().sqrt()), rel=1e-5)
+    again = rewards(images, [t for t, _ in expected], [m for _, m in expected])
+    assert torch.equal(samples.scores.total, again.total)
+    # Distinct, non-zero, from the scheduler (shift 3): s = 3u / (1 + 2u).
+    assert samples.sigmas[0] == 1 and float(samples.sigmas.min()) > 0
+    assert len(samples.sigmas) == 4
+
+
+def test_guidance_mixes_two_velocities(shapes_model):
+    texts = ["a red circle", "two blue squares"]
+    cond, empty = shapes_model.encode(texts), shapes_model.encode(["", ""])
+    x = torch.randn(2, *shapes_model.latent_shape)
+    sigma = torch.tensor([0.7, 0.3])
+    guided = Sampler("flow", 4, 3.0)._velocity(shapes_model, cond)
+    plain = Sampler("flow", 4, 1.0)._velocity(shapes_model, cond)
+    with torch.no_grad():
+        with_prompt = shapes_model.velocity(x, sigma, cond)
+        without = shapes_model.velocity(x, sigma, empty)
+        torch.testing.assert_close(plain(x, sigma), with_prompt)
+        expected = 3 * with_prompt - 2 * without
+        torch.testing.assert_close(guided(x, sigma), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_one_euler_step_is_the_formula(shapes_model):
+    cond = shapes_model.encode(["a red circle"])
+    x0, sigmas = Sampler("flow", 1, 1.0)(shapes_model, cond, [generator("k")])
+    start = torch.randn(shapes_model.latent_shape, generator=generator("k"))[None]
+    with torch.no_grad():
+        v = shapes_model.velocity(start, torch.ones(1), cond)
+    torch.testing.assert_close(x0, start - v, rtol=1e-5, atol=1e-5)
+    assert sigmas.tolist() == [1.0]
+
+
+def test_the_summary_by_hand():
+    total = torch.tensor([0.0, 1.0, 2.0, 2.0], dtype=torch.float64)
+    part = torch.tensor([1.0, math.nan, 3.0, math.nan], dtype=torch.float64)
+    samples = Samples(
+        scores=Scores(total, {"a": total, "a/part": part}),
+        diversity=0.5,
+        x0_rms=2.0,
+        indices=range(0),
+        x0=torch.zeros(0),
+        cond=None,  # pyright: ignore[reportArgumentType]
+        cond_rows=torch.zeros(0),
+        sigmas=torch.zeros(0),
+        pictures=torch.zeros(0),
+    )
+    values = summarise(samples, torch.tensor([0.0, 0.55, 0.58, 1.0]), 2)
+    assert values["reward/mean"] == values["reward/a"] == 1.25
+    assert values["reward/std"] == pytest.approx(np.std([0, 1, 2, 2]))
+    assert values["reward/zero_std_groups"] == 0.5
+    assert values["reward/a/part"] == 2
+    assert values["reward/optimality_0.0"] == values["reward/optimality_0.9"] == 0.25
+    assert values["reward/optimality_0.5"] == 0.5

@@ -1,0 +1,77 @@
+"""Which changes of the configuration a run directory accepts."""
+
+import json
+
+import pytest
+
+from diffusion_nft.run_dir import RunDirError, check_run_dir, differences, flatten, write_config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_epochs", 99),
+        ("save_freq", 7),
+        ("eval_freq", 7),
+        ("sample.batch_size", 3),
+        ("train.batch_size", 3),
+        ("eval.num_steps", 3),
+        ("perf.vae_batch_size", 1),
+        ("log.num_images", 1),
+        ("checkpoint.keep", 1),
+        ("distributed.timeout_minutes", 1.0),
+        ("run_name", "other"),
+    ],
+)
+def test_knobs_may_change(smoke_config, key, value):
+    write_config(smoke_config)
+    smoke_config.update_from_flattened_dict({key: value})
+    check_run_dir(smoke_config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 1),
+        ("dataset", "other"),
+        ("mixed_precision", "fp64"),
+        ("resolution", 64),
+        ("pretrained.model", "other/model"),
+        ("pretrained.revision", "v2"),
+        ("reward_fn.shapes", 2.0),
+        ("sample.num_groups", 5),
+        ("sample.num_image_per_prompt", 5),
+        ("sample.num_steps", 5),
+        ("sample.solver", "heun"),
+        ("train.learning_rate", 1.0),
+        ("train.gradient_step_per_epoch", 3),
+        ("train.lora_rank", 3),
+        ("nft.beta", 0.7),
+        ("nft.old_policy_decay", "on_policy"),
+    ],
+)
+def test_what_changes_the_numbers_is_refused_by_name(smoke_config, key, value):
+    write_config(smoke_config)
+    before = flatten(smoke_config)[key]
+    smoke_config.update_from_flattened_dict({key: value})
+    with pytest.raises(RunDirError) as caught:
+        check_run_dir(smoke_config)
+    assert f"{key}: {before!r} -> {value!r}" in str(caught.value)
+
+
+def test_added_and_removed_rewards_are_differences():
+    old, new = {"reward_fn.a": 1.0, "seed": 1}, {"reward_fn.b": 1.0, "seed": 1.0}
+    assert differences(old, new) == [
+        "reward_fn.a: 1.0 -> '(absent)'",
+        "reward_fn.b: '(absent)' -> 1.0",
+    ]
+
+
+def test_the_file_is_the_flat_configuration(smoke_config, tmp_path):
+    check_run_dir(smoke_config)  # nothing there yet
+    write_config(smoke_config)
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["train.learning_rate"] == smoke_config.train.learning_rate
+    assert written["reward_fn.shapes"] == 1.0
+    assert differences(written, flatten(smoke_config)) == []
+    assert not list((tmp_path / "run").glob("*.tmp"))
