@@ -31,8 +31,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.mixed_precision = "fp16"
     # TF32 matrix products on GPUs that have them.
     config.allow_tf32 = True
-    # Begin from the state of another run (a checkpoint, or a run directory: its latest); a run
-    # directory that already holds checkpoints continues from those instead.
+    # Begin with the policies of another run (a checkpoint or a run directory); counters
+    # and optimizer start anew.  Where save_dir already holds checkpoints, those continue instead.
     config.resume_from = ""
 
     config.pretrained = pretrained = ml_collections.ConfigDict()

@@ -87,9 +87,10 @@ def distributed(timeout_minutes: float) -> Iterator[Distributed]:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=datetime.timedelta(minutes=timeout_minutes),
+            device_id=device if device.type == "cuda" else None,
         )
-    try:
-        yield Distributed(rank, world_size, local_rank, device)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+    yield Distributed(rank, world_size, local_rank, device)
+    # Not after an error: leaving the group waits for ranks that wait for this one, and the process
+    # could not end to tell torchrun of its failure.
+    if world_size > 1:
+        dist.destroy_process_group()

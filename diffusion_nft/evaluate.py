@@ -8,7 +8,6 @@ taken in float64 in line order.
 import json
 import math
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,15 @@ from diffusion_nft.data import Prompt
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.pictures import to_pil
 from diffusion_nft.randomness import generator
-from diffusion_nft.rewards.combine import RewardSet
-from diffusion_nft.rollout import THUMBNAIL, Sampler, diversity, gather_scores, thumbnails
+from diffusion_nft.rewards.combine import RewardSet, Scores
+from diffusion_nft.rollout import (
+    THUMBNAIL,
+    Background,
+    Sampler,
+    diversity,
+    gather_scores,
+    thumbnails,
+)
 
 _MODEL_BASED = ("imagereward", "pickscore", "aesthetic", "unifiedreward", "clipscore", "hpsv2")
 
@@ -179,25 +185,26 @@ def _score_lines(
         for start in range(0, len(prompts), batch_size)
     ]
     mine = chunks[dist.rank :: dist.world_size]
-    scoring, saving, thumbs, kept, kept_lines = [], [], [], [], []
-    with ThreadPoolExecutor(1) as background:
+    thumbs, kept, kept_lines = [], [], []
+
+    def score(images: Tensor, lines: range) -> Scores:
+        if image_dir is not None:
+            save_pictures(images, lines, image_dir)
+        texts = [prompts[line].text for line in lines]
+        return rewards(images, texts, [prompts[line].metadata for line in lines])
+
+    with Background(dist.device) as background:
         for chunk in tqdm(mine, desc="evaluate", disable=not dist.is_main, leave=False):
             images = pictures_of(chunk)
-            texts = [prompts[line].text for line in chunk]
-            metadata = [prompts[line].metadata for line in chunk]
-            scoring.append(background.submit(rewards, images, texts, metadata))
-            if image_dir is not None:
-                saving.append(background.submit(save_pictures, images, chunk, image_dir))
+            background.submit(score, images, chunk)
             thumbs.append(thumbnails(images))
             first = max(0, min(num_pictures - chunk.start, len(chunk)))
             kept.append(images[:first].cpu())
             kept_lines += chunk[:first]
         no_thumbs = torch.zeros(0, 3 * THUMBNAIL**2)
         scores, all_thumbs = gather_scores(
-            dist, lambda: [future.result() for future in scoring], torch.cat([no_thumbs, *thumbs])
+            dist, background.results, torch.cat([no_thumbs, *thumbs])
         )
-        for future in saving:
-            future.result()
     by_rank = (chunks[rank :: dist.world_size] for rank in range(dist.world_size))
     order = torch.tensor([line for part in by_rank for chunk in part for line in chunk]).argsort()
     named = {"total": scores.total, **scores.parts}

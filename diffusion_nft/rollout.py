@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,42 @@ from diffusion_nft.randomness import generator, normal
 from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores
 from diffusion_nft.solvers import solve
 
+# Batches of pictures that may wait for their scores.
+QUEUE_LENGTH = 4
 # Side of the thumbnails by which the variety of pictures is measured.
 THUMBNAIL = 8
 # Bins of the optimality histogram in the log.
 OPTIMALITY_BINS = 10
+
+
+class Background:
+    """One worker thread with a bounded queue: scoring while the next pictures are drawn."""
+
+    def __init__(self, device: torch.device):
+        self._pool = ThreadPoolExecutor(1, initializer=_bind, initargs=(device,))
+        self._pending: list[Future[Any]] = []
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Queues a call; waits first while QUEUE_LENGTH of them are unfinished."""
+        if len(self._pending) >= QUEUE_LENGTH:
+            wait([self._pending[-QUEUE_LENGTH]])
+        self._pending.append(self._pool.submit(function, *arguments))
+
+    def results(self) -> list[Any]:
+        """What the calls returned, in order; raises what the first failing one raised."""
+        return [future.result() for future in self._pending]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _bind(device: torch.device) -> None:
+    """A thread has a current CUDA device of its own."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 @dataclass(frozen=True)
@@ -175,8 +207,8 @@ def collect(
     mine = prompts[first : -(-indices.stop // size)] if indices else []
     cond = model.encode([prompt.text for prompt in mine])
     cond_rows = torch.tensor([i // size - first for i in indices], device=model.device).long()
-    latents, thumbs, kept, pending, sigmas = [], [], [], [], torch.zeros(0)
-    with ThreadPoolExecutor(1) as scorer:
+    latents, thumbs, kept, sigmas = [], [], [], torch.zeros(0)
+    with Background(dist.device) as background:
         for start in range(0, len(indices), config.sample.batch_size):
             rows = indices[start : start + config.sample.batch_size]
             batch = [prompts[i // size] for i in rows]
@@ -185,17 +217,13 @@ def collect(
             here = cond.select(cond_rows[start : start + len(rows)])
             x0, sigmas = sampler(model, here, generators)
             images = model.decode(x0)
-            pending.append(
-                scorer.submit(rewards, images, texts, [prompt.metadata for prompt in batch])
-            )
+            background.submit(rewards, images, texts, [prompt.metadata for prompt in batch])
             latents.append(x0)
             thumbs.append(thumbnails(images))
             if start < num_pictures:
                 kept.append(images[: num_pictures - start].cpu())
         empty = torch.zeros(0, 3 * THUMBNAIL**2)
-        scores, all_thumbs = gather_scores(
-            dist, lambda: [future.result() for future in pending], torch.cat([empty, *thumbs])
-        )
+        scores, all_thumbs = gather_scores(dist, background.results, torch.cat([empty, *thumbs]))
     x0 = torch.cat(latents) if latents else torch.zeros(0, *model.latent_shape)
     squares = dist.gather_objects(float(x0.double().square().sum()))
     num_values = len(prompts) * size * math.prod(model.latent_shape)

@@ -80,9 +80,13 @@ class Trainer:
         )
         self.timer = Timer(dist.device)
         self.epoch = 0
+        self.evaluated = False  # this epoch
+        self.trained = False  # by this process
         self.best_score: float | None = None
         if start is not None:
             self._restore(start)
+        elif config.resume_from:
+            self._start_from_run(Path(config.resume_from))
         elif config.train.lora_path:
             self.policy.load_lora(Path(config.train.lora_path))
         if dist.is_main:
@@ -101,17 +105,19 @@ class Trainer:
         except RewardError:
             self.dist.say(f"a reward failed; the state of epoch {self.epoch} is being saved")
             self.save()
+            self.metrics.close(failed=True)
             raise
-        finally:
-            self.metrics.close(failed=self.epoch < self.config.num_epochs)
         self._report()
+        self.metrics.close()
 
     def _train(self) -> None:
         config = self.config
         if self.epoch < config.num_epochs:
             self.dist.say(describe(config, self.model, self.policy, self.dist))
-        if self.epoch == 0 and config.eval.at_start:
-            self._evaluate_and_log()
+        # At epoch 0, or where a failing reward left one out.
+        best = self._evaluate_if_due()
+        if best is not None and self.epoch:
+            self.save(best=best)
         with tqdm(
             total=config.num_epochs,
             initial=self.epoch,
@@ -122,8 +128,8 @@ class Trainer:
             while self.epoch < config.num_epochs:
                 values = self._run_epoch()
                 self.metrics.log(values, step=self.updater.step, epoch=self.epoch)
+                best = bool(self._evaluate_if_due())
                 last = self.epoch == config.num_epochs
-                best = (last or _due(self.epoch, config.eval_freq)) and self._evaluate_and_log()
                 if best or last or _due(self.epoch, config.save_freq):
                     self.save(best=best)
                 progress.update()
@@ -142,6 +148,7 @@ class Trainer:
         with self.timer.phase("train"):
             values = self.updater.train_epoch(samples, r, epoch=self.epoch)
         self.epoch += 1
+        self.evaluated, self.trained = False, True
         if _due(self.epoch, config.log.image_freq):
             self._log_samples(samples)
         seconds = time.perf_counter() - started
@@ -154,11 +161,21 @@ class Trainer:
         return values
 
     def _starting_point(self) -> Checkpoint | None:
-        """The newest sound checkpoint of this run, else the one that ``resume_from`` names."""
+        """The newest sound checkpoint of this run, the same one on every rank."""
         own = self.checkpointer.load_latest()
-        if own is None and self.config.resume_from:
-            return load_checkpoint(resolve_checkpoint(Path(self.config.resume_from)))
+        found = self.dist.gather_objects(own and own.path.name)
+        if len(set(found)) > 1:
+            raise OSError(
+                f"ranks see different checkpoints in {self.run_dir} ({found}): save_dir must lie "
+                "on a file system that all nodes share"
+            )
         return own
+
+    def _start_from_run(self, path: Path) -> None:
+        """The policies of another run; counters, optimizer and best score start anew."""
+        tensors = load_checkpoint(resolve_checkpoint(path)).tensors
+        for name in ADAPTERS:
+            self.policy.load(name, tensors[name], others=False)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         tensors, state = checkpoint.tensors, checkpoint.state
@@ -166,6 +183,7 @@ class Trainer:
             self.policy.load(name, tensors[name], others=False)
         self.updater.load_state_dict(tensors["optimizer"], state["updater"])
         self.epoch, self.best_score = state["epoch"], state["best_score"]
+        self.evaluated = state["evaluated"]
         self.dist.say(f"continuing from {checkpoint.path} (epoch {self.epoch})")
 
     def _sample(self) -> Samples:
@@ -211,8 +229,13 @@ class Trainer:
             num_pictures=config.log.num_images,
         )
 
-    def _evaluate_and_log(self) -> bool:
-        """Evaluates the EMA weights; True if they are the best so far."""
+    def _evaluate_if_due(self) -> bool | None:
+        """Evaluates the EMA weights where this epoch asks for it: True if they are the best so far,
+        False if not, None if no evaluation is due."""
+        config, epoch = self.config, self.epoch
+        due = epoch == config.num_epochs or _due(epoch, config.eval_freq)
+        if self.evaluated or not (due if epoch else config.eval.at_start):
+            return None
         with self.timer.phase("eval"), self.policy.using("ema"):
             result = self.evaluate()
         values = result.metrics() | self.timer.pop()
@@ -225,6 +248,7 @@ class Trainer:
         best = self.best_score is None or score > self.best_score
         if best:
             self.best_score = score
+        self.evaluated = True
         return best
 
     def save(self, *, best: bool = False) -> None:
@@ -238,6 +262,7 @@ class Trainer:
                 state={
                     "epoch": self.epoch,
                     "best_score": self.best_score,
+                    "evaluated": self.evaluated,
                     "updater": state,
                     "config": flatten(self.config),
                 },
@@ -263,7 +288,8 @@ class Trainer:
         """
         path = self.run_dir / "before_after.png"
         count = self.config.log.num_images
-        if count and not path.exists():
+        drawn = self.dist.gather_objects(path.exists())[0]
+        if count and (self.trained or not drawn):
             with self.policy.using("reference"):
                 before = self.evaluate(count)
             with self.policy.using("ema"):

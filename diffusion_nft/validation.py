@@ -282,7 +282,8 @@ def _noise_level_fits(solver: str, noise_level: float) -> str | None:
 
 def _metadata_is_there(reward_fn: Mapping[str, float], dataset: str) -> str | None:
     blind = [name for name in METADATA_REWARDS if name in reward_fn]
-    if not blind or data.split_file(dataset, "train").suffix == ".jsonl":
+    suffixes = {data.split_file(dataset, split).suffix for split in data.SPLITS}
+    if not blind or suffixes == {".jsonl"}:
         return None
     return (
         f"reward {blind[0]!r} reads the metadata of each prompt; the prompt set needs "

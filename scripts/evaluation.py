@@ -28,6 +28,7 @@ from diffusion_nft.precision import COMPUTE_DTYPES, Precision
 from diffusion_nft.rewards import check_prompts
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.rollout import Sampler
+from diffusion_nft.solvers import check_solver
 
 
 def parse_flags() -> argparse.Namespace:
@@ -80,8 +81,17 @@ def parse_flags() -> argparse.Namespace:
     if args.dataset is None:
         parser.error("--dataset is needed without --checkpoint_path")
     name = Path(args.dataset).name
-    what = args.checkpoint_path or args.lora_hf_path or args.pretrained
-    args.output_dir = Path(args.output_dir or Path("evaluations", name, Path(what).name))
+    what = Path(args.checkpoint_path or args.lora_hf_path or args.pretrained).name
+    if args.checkpoint_path:
+        what = f"{args.checkpoint_path.resolve().parent.parent.name}-{what}"
+    args.output_dir = Path(args.output_dir or Path("evaluations", name, what))
+    for flag in ("batch_size", "num_inference_steps", "limit"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"--{flag} must be at least 1, not {getattr(args, flag)}")
+    check_solver(args.solver)
+    args.revision = run.get("pretrained.revision", "")
+    args.offload_text_encoders = run.get("perf.offload_text_encoders", False)
+    args.vae_batch_size = run.get("perf.vae_batch_size", 8)
     chosen = args.reward.split(",") if args.reward else list(DEFAULT_REWARDS.get(name, ()))
     skipped = args.skip_rewards.split(",") if args.skip_rewards else []
     if unknown := [reward for reward in skipped if reward not in chosen]:
@@ -98,6 +108,9 @@ def load_model(args: argparse.Namespace, dist: Distributed) -> Any:
     model = build_model(
         args.model_type,
         name=args.pretrained,
+        revision=args.revision,
+        offload_text_encoders=args.offload_text_encoders,
+        vae_batch_size=args.vae_batch_size,
         max_sequence_length=args.max_sequence_length,
         resolution=args.resolution,
         dist=dist,

@@ -29,7 +29,11 @@ def parse_flags(argv: list[str]) -> list[str]:
             sys.exit(f"--config.{key} {unknown_key(key)}")
     try:
         return flags.FLAGS(argv)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, flags.Error) as error:
+    except KeyError as error:
+        sys.exit(
+            f"--config.reward_fn.{error.args[0]} is no reward of this preset; write one (README)"
+        )
+    except (ValueError, TypeError, AttributeError, OSError, flags.Error) as error:
         sys.exit(str(error).splitlines()[0])
 
 

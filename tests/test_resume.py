@@ -134,6 +134,13 @@ def test_more_epochs_and_other_memory_knobs_continue_a_run(copy, four_epochs):
     assert_same_state(copy, four_epochs)
 
 
+@pytest.mark.xfail(strict=True, reason="a picture that is there is never drawn again")
+def test_more_epochs_draw_a_new_before_and_after_picture(copy):
+    before = (copy / "before_after.png").read_bytes()
+    train_here(copy, SETTINGS | {"num_epochs": 4, "eval.num_steps": 2})
+    assert (copy / "before_after.png").read_bytes() != before
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, copy, damage):
     newest = copy / "checkpoints" / "checkpoint-6"

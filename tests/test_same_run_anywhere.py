@@ -30,6 +30,7 @@ def settings(precision: str) -> dict[str, object]:
         "checkpoint.keep": 0,
         # 12 test lines in chunks of 5, 5 and 2.
         "eval.batch_size": 5,
+        "eval.num_steps": 3,
         "eval_freq": 0,
     }
 

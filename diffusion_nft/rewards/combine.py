@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion_nft.rewards import Reward, build_reward
+from diffusion_nft.rewards import Reward, RewardOutput, build_reward
 
 
 class RewardError(RuntimeError):
@@ -26,6 +26,9 @@ class Scores:
         """Scores of consecutive batches as one; no items give no rows."""
         if not items:
             return Scores(torch.zeros(0, dtype=torch.float64), {})
+        names = {frozenset(item.parts) for item in items}
+        if len(names) > 1:
+            raise RewardError(f"components differ between batches: {sorted(map(sorted, names))}")
         parts = {key: torch.cat([item.parts[key] for item in items]) for key in items[0].parts}
         return Scores(torch.cat([item.total for item in items]), parts)
 
@@ -55,6 +58,10 @@ class RewardSet:
                 raise RewardError(
                     f"reward {name!r} failed: {type(error).__name__}: {error}"
                 ) from error
+            if not isinstance(output, RewardOutput):
+                raise RewardError(
+                    f"reward {name!r} returned {type(output).__name__}, no RewardOutput"
+                )
             values = {name: output.scores}
             values |= {f"{name}/{key}": value for key, value in output.components.items()}
             for key, value in values.items():

@@ -26,7 +26,9 @@ class Length:
         del device
 
     def __call__(self, images, prompts, metadata):
-        return RewardOutput(torch.tensor([len(p) + m["extra"] for p, m in zip(prompts, metadata)]))
+        return RewardOutput(
+            torch.tensor([len(p) + m["extra"] for p, m in zip(prompts, metadata, strict=True)])
+        )
 
 
 class Raises(Length):
