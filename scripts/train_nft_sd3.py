@@ -34,7 +34,8 @@ def parse_flags(argv: list[str]) -> list[str]:
             f"--config.reward_fn.{error.args[0]} is no reward of this preset; write one (README)"
         )
     except (ValueError, TypeError, AttributeError, OSError, flags.Error) as error:
-        sys.exit(str(error).splitlines()[0])
+        # absl puts its own line before the preset's message.
+        sys.exit(str(error).splitlines()[-1])
 
 
 def main(argv: list[str]) -> None:

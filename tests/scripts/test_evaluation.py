@@ -93,9 +93,6 @@ def test_two_processes_write_the_same_bytes(run_dir, tmp_path):
     assert averages(tmp_path / "two")["mean"] == averages(tmp_path / "one")["mean"]
 
 
-UNCHECKED = pytest.mark.xfail(strict=True, reason="the flag is not checked")
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -104,16 +101,8 @@ UNCHECKED = pytest.mark.xfail(strict=True, reason="the flag is not checked")
         (("--dataset", "shapes", "--reward", "pikscore"), "pikscore"),
         (("--dataset", "shapes", "--checkpoint_path", "/nowhere"), "/nowhere"),
         (("--dataset", "shapes", "--solver", "dmp2", "--pretrained", "shapes"), "dmp2"),
-        pytest.param(
-            ("--dataset", "shapes", "--limit", "0", "--pretrained", "shapes"),
-            "limit",
-            marks=UNCHECKED,
-        ),
-        pytest.param(
-            ("--dataset", "shapes", "--batch_size", "0", "--pretrained", "shapes"),
-            "batch_size",
-            marks=UNCHECKED,
-        ),
+        (("--dataset", "shapes", "--limit", "0", "--pretrained", "shapes"), "limit"),
+        (("--dataset", "shapes", "--batch_size", "0", "--pretrained", "shapes"), "batch_size"),
         (("--dataset", "shapes", "--rescore"), "000000.png"),
         ((), "--dataset"),
     ],

@@ -36,7 +36,6 @@ def test_a_mistake_costs_one_line(name, tmp_path):
 
 
 @pytest.mark.multiproc
-@pytest.mark.xfail(strict=True, reason="only the first line of the message is said")
 def test_an_unknown_preset_costs_one_line(tmp_path):
     done = run(train_command(tmp_path / "run", preset="shapez"))
     assert_one_line_error(done, "shapez", "shapes_smoke")
