@@ -70,7 +70,7 @@ class Evaluation:
                 name: _mean_over_tags(
                     [tag[name] for tag in summary["tags"].values() if name in tag]
                 )
-                for name in self.scores
+                for name in summary["mean"]
             }
         return summary
 

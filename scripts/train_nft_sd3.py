@@ -29,13 +29,14 @@ def parse_flags(argv: list[str]) -> list[str]:
             sys.exit(f"--config.{key} {unknown_key(key)}")
     try:
         return flags.FLAGS(argv)
-    except KeyError as error:
-        sys.exit(
-            f"--config.reward_fn.{error.args[0]} is no reward of this preset; write one (README)"
-        )
-    except (ValueError, TypeError, AttributeError, OSError, flags.Error) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OSError, flags.Error) as error:
         # absl puts its own line before the preset's message.
-        sys.exit(str(error).splitlines()[-1])
+        message = str(error).splitlines()[-1]
+        for argument in argv:
+            name = argument.partition("=")[0].removeprefix("--config.reward_fn.")
+            if message.strip("'\"") == name:
+                message = f"reward {name!r} is not in this preset: another set takes a preset"
+        sys.exit(message)
 
 
 def main(argv: list[str]) -> None:
