@@ -72,7 +72,7 @@ class Evaluation:
                 )
                 for name in summary["mean"]
             }
-        return summary
+        return _without_nan(summary)
 
     def _means(self, rows: Iterable[int]) -> dict[str, dict[str, float]]:
         rows = list(rows)
@@ -261,5 +261,5 @@ def write_results(
                 else None,
             }
             file.write(json.dumps(row) + "\n")
-    text = json.dumps({"settings": settings, **_without_nan(evaluation.averages())}, indent=2)
+    text = json.dumps({"settings": settings, **evaluation.averages()}, indent=2)
     (folder / "average_scores.json").write_text(text + "\n", encoding="utf-8")

@@ -13,6 +13,8 @@ from torch import Tensor
 
 def generator(*key: int | str) -> torch.Generator:
     """A CPU generator seeded by a hash of ``key``; equal keys give equal streams."""
+    # repr(numpy.int64(3)) is not repr(3): another type would silently be another stream.
+    assert all(type(part) in (int, str) for part in key), key
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 

@@ -184,6 +184,9 @@ class Trainer:
         self.updater.load_state_dict(tensors["optimizer"], state["updater"])
         self.epoch, self.best_score = state["epoch"], state["best_score"]
         self.evaluated = state["evaluated"]
+        now = flatten(self.config)
+        if any(now.get(k) != v for k, v in state["config"].items() if k.startswith("eval.")):
+            self.best_score = None  # other settings: the scores do not compare
         self.dist.say(f"continuing from {checkpoint.path} (epoch {self.epoch})")
 
     def _sample(self) -> Samples:
@@ -206,7 +209,7 @@ class Trainer:
     def _log_samples(self, samples: Samples) -> None:
         size = self.config.sample.num_image_per_prompt
         rows = samples.indices[: len(samples.pictures)]
-        if rows:
+        if rows and self.dist.is_main:
             grid = image_grid(
                 samples.pictures,
                 [self.epoch_prompts[i // size].text for i in rows],

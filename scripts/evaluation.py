@@ -96,7 +96,10 @@ def parse_flags() -> argparse.Namespace:
     skipped = args.skip_rewards.split(",") if args.skip_rewards else []
     if unknown := [reward for reward in skipped if reward not in chosen]:
         parser.error(f"--skip_rewards {unknown[0]!r} is not among {', '.join(chosen)}")
-    args.rewards = [reward for reward in chosen if reward not in skipped]
+    # The run's own weights, so that "total" is what training logged.
+    args.rewards = {
+        reward: run.get(f"reward_fn.{reward}", 1.0) for reward in chosen if reward not in skipped
+    }
     if not args.rewards:
         parser.error(f"dataset {args.dataset!r} has no usual rewards: choose with --reward")
     return args
@@ -142,7 +145,7 @@ def main() -> None:
         key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
     }
     with distributed(timeout_minutes=60) as dist:
-        rewards = RewardSet(dict.fromkeys(args.rewards, 1.0), dist.device)
+        rewards = RewardSet(args.rewards, dist.device)
         if args.rescore:
             result = rescore(prompts, rewards, image_dir, batch_size=args.batch_size, dist=dist)
         else:
