@@ -55,7 +55,7 @@ class Evaluation:
     picture_lines: list[int]
 
     def averages(self) -> dict[str, Any]:
-        """What ``average_scores.json`` holds: means with standard errors, also per tag; None for NaN."""
+        """What ``average_scores.json`` holds: means and standard errors, also per tag; no NaN."""
         tags = [str(prompt.metadata.get("tag", "")) for prompt in self.prompts]
         summary: dict[str, Any] = {
             "num_samples": len(self.prompts),
