@@ -149,7 +149,7 @@ def shapes() -> ml_collections.ConfigDict:
 def shapes_demo() -> ml_collections.ConfigDict:
     """The embedded model in a few minutes on 2 CPU cores: what ``make demo`` runs.
 
-    Measured: 24 epochs of 6 to 8 s undisturbed; strict held-out accuracy .479 to .729, .404 to .656
+    Measured: 174 s for the 24 epochs; strict held-out accuracy .479 to .729, .404 to .656
     and .456 to .696 for seeds 42, 43 and 44 (docs/experiments.md).
 
     ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:shapes_demo``
