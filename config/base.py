@@ -80,6 +80,8 @@ def get_config() -> ml_collections.ConfigDict:
     # int(num_steps * timestep_fraction), at least 1.
     train.timestep_fraction = 0.99
     train.learning_rate = 3e-4
+    # Epochs in which the learning rate halves, again and again; 0: it is constant.
+    train.lr_half_life = 0.0
     train.adam_beta1 = 0.9
     train.adam_beta2 = 0.999
     train.adam_weight_decay = 1e-4

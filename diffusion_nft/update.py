@@ -23,6 +23,11 @@ from diffusion_nft.randomness import generator, normal
 from diffusion_nft.rollout import Samples
 
 
+def learning_rate(initial: float, half_life: float, epoch: int) -> float:
+    """The rate of ``epoch``: it halves every ``half_life`` epochs, or is constant if that is 0."""
+    return initial * 0.5 ** (epoch / half_life) if half_life else initial
+
+
 class Updater:
     """Optimizer, loss scaling, EMA and the counters of optimizer steps."""
 
@@ -76,6 +81,9 @@ class Updater:
         ``train.max_skipped_steps`` skipped updates in a row.
         """
         config = self.config.train
+        rate = learning_rate(config.learning_rate, config.lr_half_life, epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         sums: dict[str, Tensor] = {}
         norms: list[float] = []
         before = self.step
@@ -97,7 +105,7 @@ class Updater:
         pairs = totals.pop("pairs", 0.0)
         return {key: value / pairs for key, value in totals.items()} | {
             "optim/grad_norm": sum(norms) / len(norms) if norms else math.nan,
-            "optim/learning_rate": config.learning_rate,
+            "optim/learning_rate": rate,
             "optim/old_policy_decay": decay,
             "optim/skipped_steps": self.skipped,
             "optim/loss_scale": self.precision.scaler.get_scale(),

@@ -201,6 +201,7 @@ SCHEMA: dict[str, Check] = {
     "train.num_inner_epochs": _integer(1),
     "train.timestep_fraction": _number("(0, 1]"),
     "train.learning_rate": _number("(0, inf)"),
+    "train.lr_half_life": _number("[0, inf)"),
     "train.adam_beta1": _number("[0, 1)"),
     "train.adam_beta2": _number("[0, 1)"),
     "train.adam_weight_decay": _number("[0, inf)"),

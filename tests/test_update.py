@@ -264,6 +264,21 @@ def test_adamw_ema_and_old_policy_by_hand(tmp_path):
     assert values["loss/total"] == pytest.approx(total)
 
 
+@pytest.mark.parametrize(
+    ("half_life", "epoch", "expected"),
+    [(0.0, 50, 3e-4), (10.0, 0, 3e-4), (10.0, 10, 1.5e-4), (10.0, 30, 3e-4 / 8), (0.5, 1, 7.5e-5)],
+)
+def test_the_learning_rate_halves_every_half_life(tmp_path, half_life, epoch, expected):
+    updater = make_updater(tmp_path, train__lr_half_life=half_life)
+    before = copies(updater)
+    values = updater.train_epoch(make_samples(), R, epoch=epoch)
+    assert values["optim/learning_rate"] == pytest.approx(expected, rel=1e-12)
+    # Adam's first step is the learning rate times the gradient's sign (and eps and decay).
+    for old, new in zip(before["current"], updater.policy.weights["current"], strict=True):
+        change = (new - old).detach().abs()
+        torch.testing.assert_close(change, torch.full_like(change, expected), rtol=1e-3, atol=0)
+
+
 def test_the_gradient_norm_is_clipped(tmp_path):
     updater = make_updater(tmp_path, train__max_grad_norm=1e-3, train__adam_beta1=0.0)
     updater.train_epoch(make_samples(), R, epoch=0)

@@ -141,6 +141,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("train.learning_rate", math.inf, POSITIVE),
     ("train.learning_rate", True, POSITIVE),
     ("train.learning_rate", "3e-4", POSITIVE),
+    ("train.lr_half_life", -1.0, "[0, inf)"),
     ("train.adam_beta1", 1.0, BELOW_ONE),
     ("train.adam_beta2", -0.1, BELOW_ONE),
     ("train.adam_weight_decay", -1e-4, NOT_NEGATIVE),
