@@ -98,12 +98,8 @@ class Checkpointer:
         path = self._folder / BEST
         if not path.is_file():
             return None
-        best = self._folder / str(_read_json(path).get("checkpoint"))
+        best = self._folder / str(read_json(path).get("checkpoint"))
         return best if best.is_dir() else None
-
-    def load(self, path: Path) -> Checkpoint:
-        """``load_checkpoint(path)``."""
-        return load_checkpoint(path)
 
     def load_latest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies; None if there are no checkpoints.
@@ -206,7 +202,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises CheckpointError naming the folder and the file if one is missing, of another size or of
     other content than the manifest says.
     """
-    manifest = _read_json(path / MANIFEST)
+    manifest = read_json(path / MANIFEST)
     for name, expected in manifest["files"].items():
         file = path / name
         with _disk_errors(f"checkpoint {path}: {name} cannot be read"):
@@ -221,7 +217,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} {problem}")
     load = safetensors.torch.load_file
     tensors = {name: load(path / f"{name}.safetensors") for name in manifest["tensors"]}
-    return Checkpoint(tensors, _read_json(path / STATE), path)
+    return Checkpoint(tensors, read_json(path / STATE), path)
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -239,7 +235,8 @@ def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the file ``path`` of a checkpoint; CheckpointError if it cannot be had."""
     with _disk_errors(f"{path} cannot be read"):
         data = path.read_bytes()
     try:

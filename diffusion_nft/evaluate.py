@@ -7,7 +7,7 @@ taken in float64 in line order.
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,26 @@ DEFAULT_REWARDS: dict[str, tuple[str, ...]] = {
     "drawbench": _MODEL_BASED,
     "shapes": ("shapes",),
 }
+
+
+def choose_rewards(
+    dataset: str, chosen: str, skipped: str, run: Mapping[str, Any]
+) -> dict[str, float]:
+    """Reward -> weight of a stand-alone evaluation of ``dataset``.
+
+    ``chosen`` and ``skipped`` are comma-separated names; none chosen: the usual ones.  Weights are
+    those of the flat configuration ``run`` where it has them, so that "total" is what training
+    logged, else 1.  Raises ValueError if nothing is left or a skipped one is not there.
+    """
+    name = Path(dataset).name
+    names = chosen.split(",") if chosen else list(DEFAULT_REWARDS.get(name, ()))
+    without = skipped.split(",") if skipped else []
+    if unknown := [reward for reward in without if reward not in names]:
+        raise ValueError(f"--skip_rewards {unknown[0]!r} is not among {', '.join(names)}")
+    weights = {n: run.get(f"reward_fn.{n}", 1.0) for n in names if n not in without}
+    if not weights:
+        raise ValueError(f"dataset {dataset!r} has no usual rewards: choose with --reward")
+    return weights
 
 
 @dataclass(frozen=True)

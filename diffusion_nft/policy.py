@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -16,6 +17,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from diffusion_nft.checkpoint import load_lora
+from diffusion_nft.distributed import Distributed
+from diffusion_nft.hub import fetch_lora
 from diffusion_nft.randomness import generator
 
 ADAPTERS = ("current", "old", "ema")
@@ -39,8 +42,8 @@ class Policy:
         seed: int,
         dtype: torch.dtype,
     ):
-        self.rank, self.alpha = rank, alpha
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
+        self.rank, self.alpha, self.targets = rank, alpha, list(targets)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=self.targets)
         with warnings.catch_warnings():
             # PEFT warns of a second adapter on one model, which is what this class is for.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -147,3 +150,23 @@ class Policy:
         finally:
             if self._active != before:
                 self._activate(before)
+
+
+def policy_of_lora(model: Any, name: str, dist: Distributed) -> Policy:
+    """A policy on ``model``'s transformer, of the LoRA ``name`` (local path or hub name), active.
+
+    Rank and scaling are the LoRA's own.  Raises OSError if it cannot be had, ValueError if it does
+    not fit.
+    """
+    with dist.main_first():
+        state, lora = load_lora(fetch_lora(name))
+    policy = Policy(
+        model.transformer,
+        targets=model.lora_targets,
+        rank=lora.r,
+        alpha=lora.lora_alpha,
+        seed=0,  # of the initial weights, which the LoRA's replace
+        dtype=model.precision.trained_dtype,
+    )
+    policy.load("current", state)
+    return policy

@@ -49,10 +49,12 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         sys.exit(str(error))
     # Loading the model libraries takes seconds: a wrong configuration should not have to wait.
-    from diffusion_nft.trainer import Trainer
+    from diffusion_nft.trainer import Trainer, say_if_finished
 
     with distributed(config.distributed.timeout_minutes) as dist:
         try:
+            if say_if_finished(config, dist):
+                return
             trainer = Trainer(config, dist)
         except (ValueError, OSError, ImportError) as error:
             sys.exit(f"{type(error).__name__}: {error}")

@@ -34,6 +34,7 @@ FLOORS = {
     "diffusion_nft.update": 4,
     "diffusion_nft.plan": 4,
     "diffusion_nft.report": 4,
+    "diffusion_nft.run_state": 5,
     "diffusion_nft.trainer": 5,
 }
 # Rooms that must not know certain packages or rooms.

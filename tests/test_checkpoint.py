@@ -193,7 +193,7 @@ def test_damage_is_seen_and_an_older_checkpoint_serves(tmp_path, damage, message
     save(Checkpointer(tmp_path, keep=2), 4)
     damage(tmp_path / "checkpoints" / "checkpoint-4")
     with pytest.raises(CheckpointError, match=f"checkpoint-4.*{message}"):
-        checkpointer.load(tmp_path / "checkpoints" / "checkpoint-4")
+        load_checkpoint(tmp_path / "checkpoints" / "checkpoint-4")
     with pytest.warns(UserWarning, match=f"checkpoint-4.*{message}.*checkpoint-2"):
         assert_is_step(tmp_path, 2)
     # A later save prunes neither itself nor, by mistaking the damaged one for the newest, all else.

@@ -131,7 +131,7 @@ def test_a_failing_reward_ends_the_run_and_its_state_is_saved(fails, tmp_path, m
     real = getattr(trainer, target)
 
     def then_fail(*args):
-        if trainer.epoch == 2:
+        if trainer.state.epoch == 2:
             Fails.failing = True
         return real(*args)
 

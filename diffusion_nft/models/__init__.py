@@ -1,7 +1,11 @@
 """Base models by family: loading, encoding prompts, predicting velocities, decoding latents."""
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
+
+from diffusion_nft.distributed import Distributed
+from diffusion_nft.precision import Precision
 
 # pretrained.model_type -> "module:Class".
 MODELS: dict[str, str] = {
@@ -13,3 +17,21 @@ def build_model(model_type: str, **options: Any) -> Any:
     """The model of family ``model_type`` (a key of MODELS), loaded with ``options``."""
     module, _, cls = MODELS[model_type].partition(":")
     return getattr(importlib.import_module(module), cls)(**options)
+
+
+def load_model(settings: Mapping[str, Any], dist: Distributed) -> Any:
+    """The model of a flat configuration: ``pretrained.*``, ``resolution``, ``mixed_precision``,
+    ``allow_tf32`` and whatever of ``perf.*`` is there."""
+    perf = {k.removeprefix("perf."): v for k, v in settings.items() if k.startswith("perf.")}
+    return build_model(
+        settings["pretrained.model_type"],
+        name=settings["pretrained.model"],
+        revision=settings["pretrained.revision"],
+        max_sequence_length=settings["pretrained.max_sequence_length"],
+        resolution=settings["resolution"],
+        dist=dist,
+        precision=Precision(
+            settings["mixed_precision"], dist.device, allow_tf32=settings["allow_tf32"]
+        ),
+        **perf,
+    )
