@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from ml_collections import ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.policy import ADAPTERS, Policy
+from diffusion_nft.solvers import solve
 
 # Forward-equivalents of training on one (sample, sigma) pair: the current policy's forward and its
 # backward through activations and LoRA weights (about two forwards more).
@@ -34,10 +35,25 @@ def describe(config: ConfigDict, model: Any, policy: Policy, dist: Distributed) 
 def forwards_per_sample(config: ConfigDict) -> float:
     """Forward-equivalents of one sample in an epoch: sampling, then training at its sigmas."""
     guided = 2 if config.sample.guidance_scale > 1 else 1
-    sigmas = max(1, int(config.sample.num_steps * config.train.timestep_fraction))
+    calls, visited = _solver_calls(config.sample.solver, config.sample.num_steps)
+    sigmas = max(1, int(visited * config.train.timestep_fraction))
     no_grad = 2 if config.nft.kl_weight else 1  # the old policy, and the reference
     training = sigmas * (no_grad + CURRENT_FORWARDS) * config.train.num_inner_epochs
-    return config.sample.num_steps * guided + training
+    return calls * guided + training
+
+
+def _solver_calls(name: str, num_steps: int) -> tuple[int, int]:
+    """How often a solver asks for a velocity, and at how many sigmas: counted on one number."""
+    calls = 0
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.zeros_like(x)
+
+    sigmas = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    _, visited = solve(name, velocity, torch.zeros(1, 1, 1, 1), sigmas, shift=1.0)
+    return calls, len(visited)
 
 
 def memory(model: Any, policy: Policy, num_samples: int) -> list[tuple[str, float]]:
