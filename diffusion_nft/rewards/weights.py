@@ -1,8 +1,8 @@
-"""Reward weights that are fetched by hand: where they lie, where they come from, safe loading.
+"""Reward weights: where they come from, where they lie, safe loading.
 
 Files lie in ``reward_ckpts/`` at the root of the repository, or in the folder that the environment
-variable DIFFUSION_NFT_REWARD_CKPTS names.  Models that the Hugging Face hub serves as whole
-repositories do not pass here: their rewards use ``from_pretrained``.
+variable DIFFUSION_NFT_REWARD_CKPTS names.  Models of the Hugging Face hub lie in the hub's own
+cache, where ``from_pretrained`` and open_clip find them.  ``scripts/download.py`` fetches both.
 """
 
 import os
@@ -21,10 +21,22 @@ DEFAULT_ROOT = Path(__file__).resolve().parents[2] / "reward_ckpts"
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A file's name in ``reward_ckpts/`` and the address that serves it."""
+    """A file's name in ``reward_ckpts/`` and the address that serves it.
+
+    ``sha256``: the published hash or its first digits; None: none is published.
+    """
 
     file_name: str
     url: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """What a reward reads of a hub repository; ``parts``: keys of ``download.HUB_PARTS``."""
+
+    repo: str
+    parts: tuple[str, ...]
 
 
 # reward -> its file, as the published set-up names it.
@@ -39,11 +51,40 @@ WEIGHT_FILES: dict[str, WeightFile] = {
         "https://download.openmmlab.com/mmdetection/v2.0/mask2former/"
         "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/"
         "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth",
+        sha256="743b7d99",
     ),
     "hpsv2": WeightFile(
         "HPS_v2.1_compressed.pt",
         "https://huggingface.co/xswu/HPSv2/resolve/main/HPS_v2.1_compressed.pt",
     ),
+    "imagereward": WeightFile(
+        "ImageReward.pt",
+        "https://huggingface.co/THUDM/ImageReward/resolve/main/ImageReward.pt",
+    ),
+}
+
+_CLIP_L = HubModel("openai/clip-vit-large-patch14", ("model", "tokenizer", "images"))
+
+# reward -> its models on the hub.
+HUB_MODELS: dict[str, tuple[HubModel, ...]] = {
+    "aesthetic": (_CLIP_L,),
+    "clipscore": (_CLIP_L,),
+    # Where open_clip takes its "openai" weights of ViT-L-14-quickgelu from.
+    "geneval": (HubModel("timm/vit_large_patch14_clip_224.openai", ("open_clip",)),),
+    "imagereward": (HubModel("bert-base-uncased", ("tokenizer",)),),
+    "pickscore": (
+        HubModel("yuvalkirstain/PickScore_v1", ("model",)),
+        HubModel("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ("tokenizer", "images")),
+    ),
+}
+
+# reward -> why there is nothing to fetch.
+NOTHING_TO_FETCH: dict[str, str] = {
+    "ocr": "the models are inside the package rapidocr",
+    "shapes": "reads pixels, no model",
+    "jpeg_compressibility": "no model",
+    "jpeg_incompressibility": "no model",
+    "unifiedreward": "a server that you start has the model",
 }
 
 
@@ -55,7 +96,7 @@ def weights_root() -> Path:
 def weight_file(name: str) -> Path:
     """The weight file of the reward ``name``.
 
-    Raises FileNotFoundError that says what to fetch and where to put it, and ValueError for a
+    Raises FileNotFoundError that says how to fetch it and where it belongs, and ValueError for a
     reward that has no such file.
     """
     if name not in WEIGHT_FILES:
@@ -64,8 +105,9 @@ def weight_file(name: str) -> Path:
     path = weights_root() / wanted.file_name
     if not path.is_file():
         raise FileNotFoundError(
-            f"the {name} reward needs {wanted.file_name}: download {wanted.url} into reward_ckpts/ "
-            f"(looked for {path}; {ROOT_VARIABLE} names another folder)"
+            f"the {name} reward needs {path}, which does not exist: run "
+            f"`python scripts/download.py {name}`, or put {wanted.url} into reward_ckpts/ "
+            f"({ROOT_VARIABLE} names another folder)"
         )
     return path
 

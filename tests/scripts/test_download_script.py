@@ -1,0 +1,154 @@
+"""The download command against a server on the loopback interface."""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+from diffusion_nft.rewards.weights import HUB_MODELS, WEIGHT_FILES, WeightFile
+from tests.launch import ROOT
+from tests.local_server import Page, hub_pages, serving
+
+CONTENT = b"weights" * 1000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def server():
+    with serving() as server:
+        server.pages["/detector.pth"] = Page(CONTENT)
+        server.pages["/mlp.pth"] = Page(b"affine")
+        yield server
+
+
+@pytest.fixture
+def ckpts(server, tmp_path, monkeypatch):
+    """The folder of weight files; two rewards need a file of ``server`` each, and nothing else."""
+    monkeypatch.setenv("DIFFUSION_NFT_REWARD_CKPTS", str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    files = {
+        "geneval": WeightFile("detector.pth", f"{server.url}/detector.pth", SHA256[:8]),
+        "aesthetic": WeightFile("mlp.pth", f"{server.url}/mlp.pth"),
+    }
+    for name, file in files.items():
+        monkeypatch.setitem(WEIGHT_FILES, name, file)
+        monkeypatch.delitem(HUB_MODELS, name)
+    return tmp_path
+
+
+def download(*flags: str) -> int:
+    """``scripts/download.py`` in this process; its exit status."""
+    spec = importlib.util.spec_from_file_location("download", ROOT / "scripts/download.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before, sys.argv = sys.argv, ["download.py", *flags]
+    try:
+        return module.main()
+    finally:
+        sys.argv = before
+
+
+def test_files_are_fetched_and_the_output_says_how_they_were_checked(ckpts, capsys):
+    assert download("geneval", "aesthetic", "shapes") == 0
+    geneval, aesthetic, shapes = capsys.readouterr().out.splitlines()
+    assert geneval == (
+        f"geneval: {ckpts}/detector.pth downloaded, 7,000 bytes, SHA-256 {SHA256} (as published)"
+    )
+    assert aesthetic.startswith(f"aesthetic: {ckpts}/mlp.pth downloaded, 6 bytes, SHA-256 ")
+    assert aesthetic.endswith(
+        "(no hash is published; recorded in checksums.json and checked from now on)"
+    )
+    assert shapes == "shapes: nothing to fetch, reads pixels, no model"
+    assert (ckpts / "detector.pth").read_bytes() == CONTENT
+
+    assert download("geneval", "aesthetic") == 0
+    geneval, aesthetic = capsys.readouterr().out.splitlines()
+    assert "already there" in geneval and geneval.endswith("(as published)")
+    assert aesthetic.endswith("(as recorded in checksums.json at the first download)")
+
+
+def test_one_failure_does_not_keep_the_others(ckpts, server, capsys):
+    server.pages["/detector.pth"].content = b"damaged"
+    assert download("geneval", "aesthetic") == 1
+    output = capsys.readouterr()
+    assert output.out.startswith("aesthetic: ") and (ckpts / "mlp.pth").is_file()
+    (error,) = output.err.splitlines()
+    for part in ("geneval: error: detector.pth", f"{server.url}/detector.pth", str(ckpts)):
+        assert part in error
+    assert not (ckpts / "detector.pth").exists()
+
+
+def test_a_changed_file_is_noticed(ckpts, capsys):
+    assert download("aesthetic") == 0
+    (ckpts / "mlp.pth").write_bytes(b"change")
+    assert download("aesthetic") == 1
+    assert "entry in checksums.json" in capsys.readouterr().err
+
+
+def test_names_are_checked_before_anything_is_fetched(ckpts, server, capsys):
+    for flags, complaint in ((["aesthetic", "nosuch"], "nosuch named"), ([], "nothing named")):
+        with pytest.raises(SystemExit) as caught:
+            download(*flags)
+        assert caught.value.code == 2
+        assert f"{complaint}; choose from rewards, all, aesthetic" in capsys.readouterr().err
+    assert server.requests == []
+
+
+def test_all_is_every_reward(ckpts, server, capsys, monkeypatch):
+    for name in ("hpsv2", "imagereward"):
+        monkeypatch.setitem(WEIGHT_FILES, name, WEIGHT_FILES["aesthetic"])
+    for name in [*HUB_MODELS]:
+        monkeypatch.delitem(HUB_MODELS, name)
+    for word in ("rewards", "all"):
+        assert download(word) == 0
+        rewards = {line.partition(":")[0] for line in capsys.readouterr().out.splitlines()}
+        assert {"aesthetic", "geneval", "hpsv2", "imagereward", "ocr", "shapes"} < rewards
+
+
+def table(output: str) -> dict[str, list[str]]:
+    """What each line of --list says is present, by reward."""
+    said: dict[str, list[str]] = {}
+    for line in output.splitlines()[1:-1]:
+        said.setdefault(line.split()[0], []).append(line.split()[-1])
+    return said
+
+
+def test_the_hubs_rewards_from_a_mirror(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DIFFUSION_NFT_REWARD_CKPTS", str(tmp_path / "ckpts"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert download("--list") == 0
+    before = table(capsys.readouterr().out)
+    assert before["hpsv2"] == ["no"] and before["aesthetic"] == ["no", "no"]
+    assert before["ocr"] == ["rapidocr"]
+
+    server.pages["/xswu/HPSv2/resolve/main/HPS_v2.1_compressed.pt"] = Page(CONTENT)
+    files = {"model.safetensors": b"", "vocab.json": b"{}", "preprocessor_config.json": b"{}"}
+    server.pages |= hub_pages("openai/clip-vit-large-patch14", files)
+    env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/download.py"), "hpsv2", "clipscore", "pickscore"],
+        env=os.environ | env | {"NO_PROXY": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    hpsv2, clipscore = done.stdout.splitlines()
+    assert hpsv2.startswith(f"hpsv2: {tmp_path}/ckpts/HPS_v2.1_compressed.pt downloaded")
+    assert clipscore.startswith(
+        f"clipscore: model, tokenizer, images of openai/clip-vit-large-patch14 in {tmp_path}/hub/"
+    )
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert [error.split(" could not")[0] for error in errors] == [
+        "pickscore: error: yuvalkirstain/PickScore_v1",
+        "pickscore: error: laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    ]
+
+    assert download("--list") == 0
+    after = table(capsys.readouterr().out)
+    assert after["hpsv2"] == ["yes"] and after["aesthetic"] == ["no", "yes"]
+    assert after["clipscore"] == ["yes"] and after["pickscore"] == ["no", "no"]
