@@ -1,0 +1,248 @@
+"""UnifiedReward: a vision-language model marks pictures from 1 to 5 (arXiv 2503.05236).
+
+The model runs behind a server with OpenAI's API, such as sglang or vLLM, which every rank asks.
+"""
+
+import base64
+import io
+import json
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusion_nft.pictures import to_pil
+from diffusion_nft.rewards import RewardOutput
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+URL_VARIABLE = "UNIFIEDREWARD_BASE_URL"
+KEY_VARIABLE = "UNIFIEDREWARD_API_KEY"
+MODEL_VARIABLE = "UNIFIEDREWARD_MODEL"
+DEFAULT_URL = "http://127.0.0.1:17140/v1"
+DEFAULT_KEY = "flowgrpo"
+DEFAULT_MODEL = "UnifiedReward-7b-v1.5"
+START_COMMAND = (
+    "python -m sglang.launch_server --model-path CodeGoat24/UnifiedReward-7b-v1.5 "
+    "--api-key flowgrpo --port 17140 --chat-template chatml-llava"
+)
+
+SIDE = 512
+HIGHEST = 5.0
+# What the model was trained to be asked: the wording is part of the score.
+QUESTION = (
+    "<image>\n"
+    "You are given a text caption and a generated image based on that caption. Your task is to "
+    "evaluate this image based on two key criteria:\n"
+    "1. Alignment with the Caption: Assess how well this image aligns with the provided caption. "
+    "Consider the accuracy of depicted objects, their relationships, and attributes as described "
+    "in the caption.\n"
+    "2. Overall Image Quality: Examine the visual quality of this image, including clarity, detail "
+    "preservation, color accuracy, and overall aesthetic appeal.\n"
+    "Based on the above criteria, assign a score from 1 to 5 after 'Final Score:'.\n"
+    "Your task is provided as follows:\n"
+    "Text Caption: [{prompt}]"
+)
+# The published pattern, which without its last part takes "10" for a 1.
+SCORE = re.compile(r"Final Score:\s*([1-5](?:\.\d+)?)(?!\d)")
+
+# Seconds for what a living server does at once: accept a connection, list its models.
+QUICK_REPLY = 10.0
+# Seconds that a batch may take before it shows a progress bar.
+BAR_DELAY = 10.0
+MAX_QUOTED = 500
+
+
+def score_of(answer: str) -> float | None:
+    """The mark in [1, 5] after ``Final Score:`` in the model's ``answer``; None without one."""
+    match = SCORE.search(answer)
+    mark = float(match[1]) if match else 0.0
+    return mark if 1 <= mark <= HIGHEST else None
+
+
+class UnifiedRewardReward:
+    """The mark that UnifiedReward gives a picture for its prompt, divided by 5.
+
+    ``base_url``, ``api_key``, ``model``: of the server; else the environment variables
+    UNIFIEDREWARD_BASE_URL, UNIFIEDREWARD_API_KEY and UNIFIEDREWARD_MODEL, else the published
+    set-up's.  ``model`` may be the end of a listed path: sglang lists the path it was started with.
+    At most ``concurrency`` requests are in flight during a call.  ``timeout``: seconds a try.
+    Time-outs, lost connections, 408, 409, 429 and 5xx are tried again up to ``max_retries`` times,
+    after a pause that doubles from 0.5 to 8 s or that the server asks for.  ``max_unparsable``: so
+    many answers without a mark to one picture are an error.
+
+    Raises ImportError without openai, ConnectionError if the server cannot be reached, ValueError
+    if it refuses the key, lacks the model or has no such API, or for an option out of range.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        model: str | None = None,
+        concurrency: int = 32,
+        timeout: float = 120.0,
+        max_retries: int = 5,
+        max_unparsable: int = 3,
+    ):
+        del device  # the server has the model
+        try:
+            import openai  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                'the unifiedreward reward needs: pip install -e ".[unifiedreward]"'
+            ) from error
+        if min(concurrency, max_unparsable) < 1 or max_retries < 0 or not timeout > 0:
+            raise ValueError(
+                "concurrency and max_unparsable must be at least 1, max_retries at least 0 and "
+                f"timeout positive, not {concurrency}, {max_unparsable}, {max_retries}, {timeout}"
+            )
+        self.base_url = base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
+        address = urlsplit(self.base_url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise ValueError(f"base_url must be like {DEFAULT_URL}, not {self.base_url!r}")
+        # A proxy of the environment cannot reach this machine's own addresses.
+        self._use_proxy = address.hostname not in ("127.0.0.1", "localhost", "::1")
+        self._api_key = api_key or os.environ.get(KEY_VARIABLE) or DEFAULT_KEY
+        if not all("!" <= char <= "~" for char in self._api_key):
+            # Left to the HTTP library, this would be an error that prints the key.
+            raise ValueError(
+                f"the API key (api_key or {KEY_VARIABLE}) may hold printable ASCII only, no spaces "
+                "and no line ends"
+            )
+        self.concurrency, self.timeout = concurrency, timeout
+        self.max_retries, self.max_unparsable = max_retries, max_unparsable
+        self.model = self._listed(model or os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL)
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
+        """Scores ``[B]`` in [0.2, 1], float64 on the CPU, of ``images: [B, 3, H, W]`` in [0, 1].
+
+        Raises ConnectionError if the server fails, ValueError if it refuses a request or for
+        another number of prompts than B, RuntimeError for a picture it gives no mark.
+        """
+        from tqdm import tqdm
+
+        del metadata
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} pictures but {len(prompts)} prompts")
+        pictures = to_pil(images)
+        # Threads and connections end with the call.  The client is safe to share among threads.
+        with self._client(self.timeout) as client, ThreadPoolExecutor(self.concurrency) as pool:
+            # The first error ends ``map``, which then cancels what has not begun.
+            marks = pool.map(
+                lambda pair: self._mark(client, *pair), zip(pictures, prompts, strict=True)
+            )
+            bar = tqdm(
+                marks,
+                desc="unifiedreward",
+                total=len(prompts),
+                delay=BAR_DELAY,
+                leave=False,
+                disable=os.environ.get("RANK", "0") != "0",
+            )
+            scores = [mark / HIGHEST for mark in bar]
+        return RewardOutput(torch.tensor(scores, dtype=torch.float64))
+
+    def _mark(self, client: "OpenAI", picture: Image.Image, prompt: str) -> float:
+        """The mark in [1, 5] of one picture."""
+        png = io.BytesIO()
+        picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(png, format="PNG")
+        url = f"data:image;base64,{base64.b64encode(png.getvalue()).decode('ascii')}"
+        answer = ""
+        for _ in range(self.max_unparsable):
+            body = self._body(
+                lambda: client.chat.completions.with_raw_response.create(
+                    model=self.model,
+                    messages=[
+                        {
+                            "role": "user",
+                            "content": [
+                                {"type": "image_url", "image_url": {"url": url}},
+                                {"type": "text", "text": QUESTION.format(prompt=prompt)},
+                            ],
+                        }
+                    ],
+                    temperature=0,
+                )
+            )
+            try:
+                answer = str(json.loads(body)["choices"][0]["message"]["content"])
+            except (ValueError, KeyError, IndexError, TypeError):
+                answer = body  # no chat completion: to be quoted, not to be searched for a mark
+                continue
+            mark = score_of(answer)
+            if mark is not None:
+                return mark
+        raise RuntimeError(
+            f"{self.model} at {self.base_url} gave no mark from 1 to 5 after 'Final Score:' in "
+            f"{self.max_unparsable} answers for the prompt {prompt!r}; the last one was "
+            f"{self._quoted(answer)}"
+        )
+
+    def _listed(self, model: str) -> str:
+        """The name under which the server lists ``model``."""
+        with self._client(min(self.timeout, QUICK_REPLY)) as client:
+            body = self._body(client.models.with_raw_response.list)
+        try:
+            names = [str(entry["id"]) for entry in json.loads(body)["data"]]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{self.base_url} does not serve OpenAI's API (does it end in /v1?): it answers "
+                f"/models by {self._quoted(body)}"
+            ) from None
+        if model in names:
+            return model
+        for name in names:
+            if name.rstrip("/").endswith(f"/{model}"):
+                return name
+        raise ValueError(
+            f"the server at {self.base_url} has {', '.join(names) or 'no model'} and no {model}: "
+            f"name another by model or {MODEL_VARIABLE}, or start the server by: {START_COMMAND}"
+        )
+
+    def _client(self, timeout: float) -> "OpenAI":
+        from openai import DefaultHttpxClient, OpenAI, Timeout
+
+        return OpenAI(
+            base_url=self.base_url,
+            api_key=self._api_key,
+            timeout=Timeout(timeout, connect=min(timeout, QUICK_REPLY)),
+            max_retries=self.max_retries,
+            http_client=DefaultHttpxClient(trust_env=self._use_proxy),
+        )
+
+    def _body(self, request: Callable[[], Any]) -> str:
+        """The body of the answer to ``request``, a raw-response call of the client."""
+        from openai import APIConnectionError, APIStatusError, APITimeoutError
+
+        # Errors of older clients quote the server, which may quote the key: they are not chained.
+        try:
+            return request().http_response.text
+        except APIStatusError as error:
+            reason = f"answers {error.status_code}, {self._quoted(error.response.text)}"
+            if 400 <= error.status_code < 500 and error.status_code not in (408, 409, 429):
+                raise ValueError(
+                    f"the server at {self.base_url} {reason}: check base_url, api_key and model, "
+                    f"or {URL_VARIABLE}, {KEY_VARIABLE} and {MODEL_VARIABLE}"
+                ) from None
+        except APITimeoutError:
+            reason = "does not answer in time"
+        except APIConnectionError as error:
+            reason = f"cannot be reached, {self._quoted(str(error.__cause__ or error))}"
+        raise ConnectionError(
+            f"the server at {self.base_url} {reason} (up to {self.max_retries + 1} tries): name "
+            f"another by base_url or {URL_VARIABLE}, or start one by: {START_COMMAND}"
+        )
+
+    def _quoted(self, text: str) -> str:
+        """The beginning of ``text`` in quotes, without the API key."""
+        return repr(text.replace(self._api_key, "***")[:MAX_QUOTED])
