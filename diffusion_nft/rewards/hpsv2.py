@@ -5,26 +5,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion_nft.pictures import to_pil
+from diffusion_nft.pictures import to_pil, to_uint8
 from diffusion_nft.rewards import RewardOutput
 from diffusion_nft.rewards.clip_common import score_in_batches
 from diffusion_nft.rewards.weights import load_checkpoint, load_weights, weight_file
 
 if TYPE_CHECKING:
     from open_clip import CLIP
-    from PIL.Image import Image
+
+BACKENDS = ("open_clip", "hpsv2x")
 
 
 class HPSv2Reward:
     """cos(image, text) with no scale; about 0.2 to 0.35 in practice.
 
-    Pictures of 8 bits, long side resized to 224 (Pillow, bicubic), padded with black, OpenAI's
-    mean and std.  The published code computes in float16 autocast; float32 here moves scores by
-    rounding only.  ``model_name``: an architecture of open_clip; ``weights``: its checkpoint, None
-    for the one in reward_ckpts.  Raises ImportError without open_clip, FileNotFoundError without
-    the checkpoint and ValueError if the two do not fit.
+    Pictures of 8 bits; as published, their values in [0, 1] are resized to a long side of 224 in
+    floating point (bicubic, antialiased, neither rounded nor clamped), padded with black and
+    normalised by OpenAI's mean and std.  The published code computes in float16 autocast; float32
+    here moves scores by rounding only.
+
+    ``backend``: "open_clip", or "hpsv2x" for that package's own model, tokenizer and preprocessing,
+    which needs an environment of its own.  ``model_name``: an architecture of the backend;
+    ``weights``: its checkpoint, None for the one in reward_ckpts.  Raises ImportError without the
+    backend's package, FileNotFoundError without the checkpoint and ValueError for an unknown
+    backend or if checkpoint and architecture do not fit.
     """
 
     def __init__(
@@ -33,26 +40,20 @@ class HPSv2Reward:
         *,
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
+        backend: str = "open_clip",
         model_name: str = "ViT-H-14",
         weights: Path | None = None,
     ):
-        try:
-            import open_clip
-        except ImportError as error:
-            raise ImportError('the hpsv2 reward needs: pip install -e ".[hpsv2]"') from error
+        if backend not in BACKENDS:
+            raise ValueError(f"backend {backend!r} is unknown; choose from {', '.join(BACKENDS)}")
         path = weights or weight_file("hpsv2")
+        build = _hpsv2x if backend == "hpsv2x" else _open_clip
+        model, self.tokenizer, self.preprocess = build(model_name)
         checkpoint = load_checkpoint(path)
         if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
             raise ValueError(f'{path} has no "state_dict"')
-        model = cast("CLIP", open_clip.create_model(model_name))
         load_weights(model, checkpoint["state_dict"], path)
         self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        size = cast("tuple[int, int]", model.visual.image_size)
-        transform = open_clip.image_transform(
-            size, is_train=False, resize_mode="longest", fill_color=0
-        )
-        self.preprocess = cast("Callable[[Image], Tensor]", transform)
-        self.tokenizer = open_clip.get_tokenizer(model_name)
         self.device, self.dtype, self.batch_size = device, dtype, batch_size
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
@@ -61,8 +62,55 @@ class HPSv2Reward:
         return RewardOutput(score_in_batches(self._score, images, prompts, self.batch_size))
 
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        pixels = torch.stack([self.preprocess(picture) for picture in to_pil(images)])
+        pixels = self.preprocess(images.to(self.device)).to(self.device, self.dtype)
         tokens = self.tokenizer(prompts).to(self.device)
-        image = self.model.encode_image(pixels.to(self.device, self.dtype), normalize=True)
+        image = self.model.encode_image(pixels, normalize=True)
         text = self.model.encode_text(tokens, normalize=True)
         return (image.float() * text.float()).sum(-1)
+
+
+# A model, its tokenizer, and what makes its input of pictures [B, 3, H, W] in [0, 1].
+_Parts = tuple["CLIP", Callable[[list[str]], Tensor], Callable[[Tensor], Tensor]]
+
+
+def _open_clip(model_name: str) -> _Parts:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError('the hpsv2 reward needs: pip install -e ".[hpsv2]"') from error
+    model = cast("CLIP", open_clip.create_model(model_name))
+    side = cast("tuple[int, int]", model.visual.image_size)[0]
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).reshape(3, 1, 1)
+    std = torch.tensor(open_clip.OPENAI_DATASET_STD).reshape(3, 1, 1)
+
+    def preprocess(images: Tensor) -> Tensor:
+        square = fit_in_square(to_uint8(images) / 255, side)
+        return (square - mean.to(square)) / std.to(square)
+
+    return model, open_clip.get_tokenizer(model_name), preprocess
+
+
+def fit_in_square(images: Tensor, side: int) -> Tensor:
+    """``images: [B, 3, H, W]`` -> ``[B, 3, side, side]``, resized and centred on zeros."""
+    height, width = images.shape[-2:]
+    scale = side / max(height, width)
+    size = (round(height * scale), round(width * scale))
+    resized = F.interpolate(images, size, mode="bicubic", antialias=True)
+    below, right = side - size[0], side - size[1]
+    return F.pad(resized, (right // 2, right - right // 2, below // 2, below - below // 2))
+
+
+def _hpsv2x(model_name: str) -> _Parts:
+    try:
+        from hpsv2.src import open_clip  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError(
+            "the hpsv2x backend needs an environment of its own with: pip install hpsv2x==1.2.0"
+        ) from error
+    # "light augmentation" is what chooses the published preprocessing.
+    model, _, transform = open_clip.create_model_and_transforms(model_name, light_augmentation=True)
+
+    def preprocess(images: Tensor) -> Tensor:
+        return torch.stack([transform(picture) for picture in to_pil(images)])
+
+    return model, open_clip.get_tokenizer(model_name), preprocess

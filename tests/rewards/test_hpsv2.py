@@ -1,15 +1,31 @@
+"""HPSv2.1 against open_clip's features and hpsv2x's scores (recorded by golden/make_hpsv2x.py)."""
+
 import json
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
-from rewards.conftest import CPU, PROMPTS, eight_bit, normalized, smooth_pictures
+from rewards.conftest import (
+    CPU,
+    OPENAI_MEAN,
+    OPENAI_STD,
+    PROMPTS,
+    eight_bit,
+    smooth_pictures,
+)
+from safetensors.torch import load_file
+from torch import Tensor
 
 from diffusion_nft.rewards.hpsv2 import HPSv2Reward
 
 TINY = "tiny-hpsv2"
 CHECKPOINT = "HPS_v2.1_compressed.pt"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+RECORD = json.loads((GOLDEN / "hpsv2x.json").read_text())
+TENSORS = load_file(GOLDEN / "hpsv2x.safetensors")
+PICTURES = range(len(RECORD["scores"]))
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +59,18 @@ def reward(ckpts, tiny_model):
     return HPSv2Reward(device=CPU, model_name=TINY)
 
 
-def long_side_224(picture: Image.Image) -> Image.Image:
-    """The long side resized to 224 (bicubic), in the middle of a black square, by Pillow alone."""
-    scale = 224 / max(picture.size)
-    width, height = (round(side * scale) for side in picture.size)
-    square = Image.new("RGB", (224, 224))
-    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
-    square.paste(resized, ((224 - width) // 2, (224 - height) // 2))
-    return square
+def network_input(image: Tensor) -> Tensor:
+    """A picture as the package prepares it, by torchvision: ``[1, 3, 224, 224]``."""
+    from torchvision.transforms import InterpolationMode, functional
+
+    pixels = functional.to_tensor(eight_bit(image))
+    scale = 224 / max(pixels.shape[1:])
+    height, width = (round(side * scale) for side in pixels.shape[1:])
+    pixels = functional.resize(pixels, [height, width], InterpolationMode.BICUBIC, antialias=True)
+    square = torch.zeros(3, 224, 224)
+    top, left = (224 - height) // 2, (224 - width) // 2
+    square[:, top : top + height, left : left + width] = pixels
+    return functional.normalize(square, OPENAI_MEAN.tolist(), OPENAI_STD.tolist())[None]
 
 
 @pytest.mark.parametrize("size", [(512, 512), (224, 224), (240, 361), (300, 201), (64, 32)])
@@ -59,8 +79,7 @@ def test_the_score_is_the_cosine_of_open_clips_features(reward, tiny_model, size
     import open_clip
 
     images = smooth_pictures(4, *size)
-    pixels = torch.cat([normalized(long_side_224(eight_bit(image))) for image in images])
-    image = tiny_model.encode_image(pixels)
+    image = tiny_model.encode_image(torch.cat([network_input(image) for image in images]))
     text = tiny_model.encode_text(open_clip.tokenize(PROMPTS))
     expected = torch.cosine_similarity(image, text)
 
@@ -68,6 +87,75 @@ def test_the_score_is_the_cosine_of_open_clips_features(reward, tiny_model, size
 
     assert expected.std() > 0.01
     assert torch.allclose(scores, expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """The recorded model's architecture, in a file named like it, and its published checkpoint."""
+    folder = tmp_path_factory.mktemp("recorded")
+    (folder / "small-hpsv2x.json").write_text(json.dumps(RECORD["config"]))
+    weights = {
+        name.removeprefix("weights/"): tensor.float()
+        for name, tensor in TENSORS.items()
+        if name.startswith("weights/")
+    }
+    text = RECORD["config"]["text_cfg"]
+    embedding = torch.zeros(text["vocab_size"], text["width"])
+    embedding[TENSORS["token_ids"]] = TENSORS["token_rows"].float()
+    weights["token_embedding.weight"] = embedding
+    torch.save({"state_dict": weights}, folder / CHECKPOINT)
+    return folder
+
+
+def check_recorded(reward: HPSv2Reward, picture: int) -> None:
+    image = TENSORS[f"pictures/{picture}"].permute(2, 0, 1)[None] / 255
+    prompts = RECORD["prompts"]
+    images = image.expand(len(prompts), -1, -1, -1)
+    scores = reward(images, prompts, [{}] * len(prompts)).scores
+    assert torch.allclose(scores, torch.tensor(RECORD["scores"][picture]), rtol=0, atol=2e-6)
+
+
+@pytest.fixture(scope="module")
+def recorded_reward(recorded):
+    open_clip = pytest.importorskip("open_clip")
+    open_clip.add_model_config(recorded / "small-hpsv2x.json")
+    return HPSv2Reward(CPU, model_name="small-hpsv2x", weights=recorded / CHECKPOINT)
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_the_scores_are_hpsv2xs(recorded_reward, picture):
+    check_recorded(recorded_reward, picture)
+
+
+def test_the_recorded_scores_tell_pictures_and_prompts_apart():
+    scores = np.array(RECORD["scores"])
+    assert min(scores.std(0).min(), scores.std(1).min()) > 0.05
+
+
+def test_the_tokens_are_hpsv2xs():
+    open_clip = pytest.importorskip("open_clip")
+    tokens = open_clip.get_tokenizer("ViT-H-14")(RECORD["prompts"])
+    assert tokens.tolist() == RECORD["tokens"]
+
+
+def test_the_published_architecture_has_hpsv2xs_names_and_shapes():
+    open_clip = pytest.importorskip("open_clip")
+    with torch.device("meta"):
+        model = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert shapes == RECORD["published_shapes"]
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_the_package_scores_as_recorded(recorded, picture):
+    pytest.importorskip("hpsv2", reason="runs where make_hpsv2x.py does")
+    from hpsv2.src.open_clip import add_model_config
+
+    add_model_config(recorded / "small-hpsv2x.json")
+    path = recorded / CHECKPOINT
+    check_recorded(
+        HPSv2Reward(CPU, backend="hpsv2x", model_name="small-hpsv2x", weights=path), picture
+    )
 
 
 def test_the_default_architecture_is_vit_h_14_at_224_pixels():
@@ -138,4 +226,15 @@ def test_wrong_weights_are_refused(tiny_model, tmp_path):
 def test_without_open_clip_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ImportError, match=r'pip install -e "\.\[hpsv2\]"'):
-        HPSv2Reward(device=CPU)
+        HPSv2Reward(device=CPU, weights=Path(CHECKPOINT))
+
+
+def test_without_hpsv2x_the_error_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hpsv2.src", None)
+    with pytest.raises(ImportError, match=r"environment of its own.*pip install hpsv2x==1\.2\.0"):
+        HPSv2Reward(device=CPU, backend="hpsv2x", weights=Path(CHECKPOINT))
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="'clip' is unknown; choose from open_clip, hpsv2x"):
+        HPSv2Reward(device=CPU, backend="clip")

@@ -1,0 +1,258 @@
+"""ImageReward against the package's scores, which golden/make_imagereward.py recorded."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rewards.conftest import CPU, smooth_pictures
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import BlipConfig
+
+from diffusion_nft.rewards import imagereward
+from diffusion_nft.rewards.imagereward import (
+    ImageRewardModel,
+    ImageRewardReward,
+    convert,
+    published_config,
+)
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+RECORD = json.loads((GOLDEN / "imagereward.json").read_text())
+PROMPTS = RECORD["prompts"]
+TEXT_NAMES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "layer_norm_eps",
+)
+
+
+def recorded(prefix: str) -> dict[str, Tensor]:
+    tensors = load_file(GOLDEN / "imagereward.safetensors")
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+PICTURES = {int(n): t.permute(2, 0, 1) / 255 for n, t in recorded("pictures/").items()}
+
+
+def golden_config() -> BlipConfig:
+    vision = RECORD["vision_config"]
+    return BlipConfig(
+        vision_config={
+            "hidden_size": vision["embed_dim"],
+            "intermediate_size": 4 * vision["embed_dim"],
+            "num_hidden_layers": vision["depth"],
+            "num_attention_heads": vision["num_heads"],
+            "image_size": 224,
+            "layer_norm_eps": 1e-6,
+        },
+        text_config={
+            **{name: RECORD["text_config"][name] for name in TEXT_NAMES},
+            "bos_token_id": len(RECORD["vocabulary"]),
+            "sep_token_id": 3,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    """The recorded state dict as the package saved it: under its names, in float32."""
+    state = recorded("weights/")
+    return {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, weights):
+    """ImageReward.pt and a folder named bert, like the published ones."""
+    root = tmp_path_factory.mktemp("imagereward")
+    torch.save(weights, root / "ImageReward.pt")
+    (root / "bert").mkdir()
+    (root / "bert" / "vocab.txt").write_text("\n".join(RECORD["vocabulary"]) + "\n")
+    settings = {"do_lower_case": True, "model_max_length": 512}
+    (root / "bert" / "tokenizer_config.json").write_text(json.dumps(settings))
+    return root
+
+
+def build(folder: Path, **options) -> ImageRewardReward:
+    options = {"weights": folder / "ImageReward.pt", "config": golden_config()} | options
+    return ImageRewardReward(CPU, tokenizer=str(folder / "bert"), **options)
+
+
+@pytest.fixture(scope="module")
+def reward(folder):
+    return build(folder)
+
+
+def build_with(weights, folder: Path, tmp_path: Path) -> None:
+    torch.save(weights, tmp_path / "changed.pt")
+    build(folder, weights=tmp_path / "changed.pt")
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_the_scores_are_the_packages(reward, picture):
+    images = PICTURES[picture][None].expand(len(PROMPTS), -1, -1, -1)
+    scores = reward(images, PROMPTS, [{}] * len(PROMPTS)).scores
+    assert torch.allclose(scores, torch.tensor(RECORD["scores"][picture]), rtol=0, atol=5e-6)
+
+
+def test_the_package_scores_as_recorded(folder, tmp_path, monkeypatch):
+    pytest.importorskip("ImageReward", reason="runs where make_imagereward.py does")
+    from golden import make_imagereward
+    from ImageReward.models.BLIP import blip_pretrain
+
+    published_mlp = make_imagereward.package.MLP
+    width = RECORD["text_config"]["hidden_size"]
+    monkeypatch.setattr(blip_pretrain, "create_vit", make_imagereward.small_vision)
+    monkeypatch.setattr(make_imagereward.package, "MLP", lambda _: published_mlp(width))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bert-base-uncased").symlink_to(folder / "bert")
+    (folder / "med_config.json").write_text(json.dumps(RECORD["text_config"]))
+    reward = ImageRewardReward(
+        CPU, backend="image-reward", weights=folder / "ImageReward.pt", batch_size=4
+    )
+    images = PICTURES[3][None].expand(len(PROMPTS), -1, -1, -1)
+    scores = reward(images, PROMPTS, [{}] * len(PROMPTS)).scores
+    assert torch.allclose(scores, torch.tensor(RECORD["scores"][3]), rtol=0, atol=5e-6)
+
+
+def test_the_recorded_scores_tell_pictures_and_prompts_apart():
+    scores = torch.tensor(RECORD["scores"])
+    assert scores.std(0).min() > 0.1 and scores.std(1).min() > 0.05
+
+
+def test_the_tokens_are_the_packages(folder):
+    tokenizer = imagereward._load_tokenizer(str(folder / "bert"))
+    tokens = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=35)
+    assert tokens["input_ids"] == RECORD["tokens"]
+
+
+def test_mean_and_deviation_are_the_packages():
+    assert (RECORD["mean"], RECORD["std"]) == (imagereward.MEAN, imagereward.STD)
+
+
+def test_the_published_architecture_takes_every_published_tensor():
+    with torch.device("meta"):
+        model = ImageRewardModel(published_config())
+        published = {n: torch.empty(shape) for n, shape in RECORD["published_shapes"].items()}
+    target = model.state_dict()
+    converted = convert(published, target, Path("ImageReward.pt"))
+    assert {n: t.shape for n, t in converted.items()} == {n: t.shape for n, t in target.items()}
+    # Neither the heads nor the numbers below show in the shapes.
+    assert published_config().vision_config.num_attention_heads == 16
+    assert published_config().vision_config.layer_norm_eps == 1e-6
+    text = published_config().text_config
+    assert {n: getattr(text, n) for n in TEXT_NAMES} == {
+        n: RECORD["published_text_config"][n] for n in TEXT_NAMES
+    }
+
+
+def test_each_picture_meets_its_own_prompt_alone(reward):
+    """Two rows for two pairs, not four."""
+    rows = []
+    hook = reward._score.model.text.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    images = torch.stack([PICTURES[2], PICTURES[3]])
+    pair = reward(images, PROMPTS[:2], [{}] * 2).scores
+    hook.remove()
+    assert rows == [2]
+    assert torch.allclose(
+        pair, torch.tensor([RECORD["scores"][2][0], RECORD["scores"][3][1]]), atol=1e-5
+    )
+
+
+def test_scores_do_not_depend_on_the_batch(reward):
+    images = smooth_pictures(6, 40, 56)
+    together = reward(images, PROMPTS, [{}] * 6).scores
+    for size in (1, 4):
+        reward.batch_size = size
+        assert torch.allclose(reward(images, PROMPTS, [{}] * 6).scores, together, atol=1e-5)
+    reward.batch_size = 32
+
+
+def test_bfloat16_scores_are_near(reward, folder):
+    rough = build(folder, dtype=torch.bfloat16)
+    images = smooth_pictures(6, 40, 56)
+    exact, near = (r(images, PROMPTS, [{}] * 6).scores for r in (reward, rough))
+    assert near.dtype == torch.float32
+    assert rough._score.model.vision.dtype == rough._score.model.text.dtype == torch.bfloat16
+    assert torch.allclose(near, exact, atol=0.1)
+
+
+def test_pictures_and_prompts_must_be_as_many(reward):
+    with pytest.raises(ValueError, match="2 pictures but 3 prompts"):
+        reward(smooth_pictures(2, 32, 32), PROMPTS[:3], [{}] * 3)
+
+
+def test_missing_unexpected_and_misshapen_weights_are_refused(weights, folder, tmp_path):
+    key = "blip.visual_encoder.blocks.1.attn.qkv.bias"
+    with pytest.raises(ValueError, match=rf"(?s)changed\.pt does not fit.*{key} is missing"):
+        build_with({n: t for n, t in weights.items() if n != key}, folder, tmp_path)
+    with pytest.raises(ValueError, match=r"(?s)does not fit.*blip\.itm_head\.bias is left over"):
+        build_with({**weights, "blip.itm_head.bias": torch.zeros(2)}, folder, tmp_path)
+    with pytest.raises(ValueError, match=r"(?s)does not fit.*size mismatch for mlp\.4\.weight"):
+        build_with({**weights, "mlp.layers.7.weight": torch.zeros(1, 15)}, folder, tmp_path)
+    with pytest.raises(ValueError, match="holds a list where a state dict should be"):
+        build_with([1], folder, tmp_path)
+
+
+def test_what_does_not_touch_the_score_may_be_absent(weights, folder, tmp_path):
+    unused = {"blip.text_encoder.embeddings.position_ids", "blip.text_proj.bias"}
+    assert unused <= weights.keys()
+    build_with({n: t for n, t in weights.items() if n not in unused}, folder, tmp_path)
+
+
+def test_a_name_that_transformers_changed_is_an_error(weights):
+    with pytest.raises(ValueError, match=r"vision\.encoder\.stage\.0\.weight has no known"):
+        convert(weights, ["vision.encoder.stage.0.weight"], Path("ImageReward.pt"))
+
+
+def test_a_truncated_file_is_refused(folder, tmp_path):
+    content = (folder / "ImageReward.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"cut\.pt is not a PyTorch checkpoint"):
+        build(folder, weights=tmp_path / "cut.pt")
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(folder, tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(RECORD["vocabulary"][:-1]) + "\n")
+    count = len(RECORD["vocabulary"]) + 1
+    with pytest.raises(ValueError, match=f"knows {count} tokens with .* the model {count + 1}"):
+        ImageRewardReward(
+            CPU,
+            tokenizer=str(tmp_path),
+            weights=folder / "ImageReward.pt",
+            config=golden_config(),
+        )
+
+
+def test_a_missing_file_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_NFT_REWARD_CKPTS", str(tmp_path))
+    with pytest.raises(FileNotFoundError) as caught:
+        ImageRewardReward(CPU)
+    address = "https://huggingface.co/THUDM/ImageReward/resolve/main/ImageReward.pt"
+    for part in ("ImageReward.pt", address, "reward_ckpts/", str(tmp_path)):
+        assert part in str(caught.value)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="'blip' is unknown; choose from transformers, image-rew"):
+        ImageRewardReward(CPU, backend="blip")
+
+
+def test_without_the_package_the_error_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ImageReward", None)
+    with pytest.raises(ImportError, match=r"pip install image-reward==1\.5 transformers==4\."):
+        ImageRewardReward(CPU, backend="image-reward")
+
+
+def test_the_package_has_no_half_precision():
+    with pytest.raises(ValueError, match=r"computes in float32, not torch\.bfloat16"):
+        ImageRewardReward(CPU, backend="image-reward", dtype=torch.bfloat16)
