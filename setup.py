@@ -11,6 +11,7 @@ CORE = [
     "accelerate>=1.0",
     "ml_collections>=1.0",
     "absl-py",
+    "httpx",
     "numpy",
     "pillow>=10.1",
     "safetensors",
@@ -23,8 +24,20 @@ CORE = [
 HPSV2 = ["open_clip_torch>=3.3"]
 GENEVAL = ["open_clip_torch>=3.3"]
 OCR = ["rapidocr>=3.10", "onnxruntime"]
-REWARDS = [*HPSV2, *OCR]
-TEST = [*REWARDS, "pytest>=8", "pytest-timeout", "hypothesis", "ruff", "pyright", "tensorboard"]
+UNIFIEDREWARD = ["openai>=1.109"]
+REWARDS = [*HPSV2, *OCR, *UNIFIEDREWARD]
+# Serving rewards to runs elsewhere.
+SERVER = ["fastapi", "uvicorn"]
+TEST = [
+    *REWARDS,
+    *SERVER,
+    "pytest>=8",
+    "pytest-timeout",
+    "hypothesis",
+    "ruff",
+    "pyright",
+    "tensorboard",
+]
 
 setup(
     name="diffusion-nft",
@@ -40,7 +53,9 @@ setup(
         "hpsv2": HPSV2,
         "ocr": OCR,
         "rewards": REWARDS,
+        "server": SERVER,
         "tensorboard": ["tensorboard"],
         "test": TEST,
+        "unifiedreward": UNIFIEDREWARD,
     },
 )

@@ -51,6 +51,18 @@ def get_config() -> ml_collections.ConfigDict:
     config.dataset = ""
     # Reward name -> weight; the total is the weighted sum.  Names: diffusion_nft.rewards.REWARDS.
     config.reward_fn = ml_collections.ConfigDict({}, allow_dotted_keys=True)
+    # Reward name -> addresses of its servers (scripts/reward_server.py), which share the load; a
+    # reward without addresses is scored here.  In a preset, as for the options below:
+    #     with config.remote.unlocked():
+    #         config.remote.geneval = ("http://gpu7:8000", "http://gpu8:8000")
+    # On the command line: --config.remote="{'geneval': ('http://gpu7:8000',)}".  The environment
+    # variable REWARD_SERVER_TOKEN holds the servers' token.
+    config.remote = ml_collections.ConfigDict({}, allow_dotted_keys=True)
+    # Seconds that a server may take for a batch, waiting for its turn included.
+    config.remote_timeout_seconds = 300.0
+    # Reward name -> arguments of its class, such as {"ocr": {"backend": "paddleocr"}}.  "device"
+    # ("cpu", "cuda:1") moves the reward there; "dtype" is fp32, fp16 or bf16.
+    config.reward_options = ml_collections.ConfigDict({}, allow_dotted_keys=True)
 
     config.sample = sample = ml_collections.ConfigDict()
     # Prompts per epoch, and images per prompt.  Their product is the epoch's batch, on any number
@@ -68,6 +80,9 @@ def get_config() -> ml_collections.ConfigDict:
     sample.guidance_scale = 1.0
     # Standard deviation of the advantage over the whole epoch (True) or over each group (False).
     sample.global_std = True
+    # With several rewards: standardise each in its group before the weighted sum, so that a weight
+    # counts deviations of its reward, whatever the reward's scale.
+    sample.standardize_rewards = False
 
     config.train = train = ml_collections.ConfigDict()
     # (sample, sigma) pairs in one forward/backward on a rank: a memory knob.
@@ -117,6 +132,8 @@ def get_config() -> ml_collections.ConfigDict:
     nft.old_policy_decay = "linear_to_half"
 
     config.eval = evaluation = ml_collections.ConfigDict()
+    # Rewards that are only evaluated, never trained on: held-out judges of what is gained.
+    evaluation.rewards = ()
     # Lines of the test set to use; 0: all.
     evaluation.num_prompts = 0
     evaluation.num_steps = 40

@@ -3,6 +3,7 @@
 Paper: arXiv 2509.16117, section 3.2 (optimality probability r) and appendix (practical choices).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,23 @@ def group_advantages(rewards: Tensor, group_size: int, *, global_std: bool) -> T
     else:
         std = grouped.std(dim=1, keepdim=True, correction=0)
     return (centred / (std + STD_EPSILON)).reshape(-1)
+
+
+def standardized_total(
+    parts: Mapping[str, Tensor], weights: Mapping[str, float], group_size: int
+) -> Tensor:
+    """Weighted sum of rewards that are each standardised in their own groups first.
+
+    ``parts[name]: [num_groups * group_size]`` for each name of ``weights``, a group's samples side
+    by side.  Each is centred on its group's mean and divided by its group's population deviation
+    plus 1e-4, so that a weight counts deviations of its reward and the widest reward does not
+    drown the others.  Returns float64 ``[num_groups * group_size]``.
+    """
+    advantages = [
+        weight * group_advantages(parts[name], group_size, global_std=False)
+        for name, weight in weights.items()
+    ]
+    return torch.stack(advantages).sum(dim=0)
 
 
 def optimality(advantages: Tensor, *, adv_clip_max: float, adv_mode: str) -> Tensor:

@@ -34,6 +34,8 @@ from diffusion_nft.rollout import (
 
 _MODEL_BASED = ("imagereward", "pickscore", "aesthetic", "unifiedreward", "clipscore", "hpsv2")
 
+RESULTS_FILE = "evaluation_results.jsonl"
+
 # What a test set is usually scored by.
 DEFAULT_REWARDS: dict[str, tuple[str, ...]] = {
     "geneval": ("geneval",),
@@ -49,16 +51,23 @@ def choose_rewards(
 ) -> dict[str, float]:
     """Reward -> weight of a stand-alone evaluation of ``dataset``.
 
-    ``chosen`` and ``skipped`` are comma-separated names; none chosen: the usual ones.  Weights are
-    those of the flat configuration ``run`` where it has them, so that "total" is what training
-    logged, else 1.  Raises ValueError if nothing is left or a skipped one is not there.
+    ``chosen`` and ``skipped`` are comma-separated names; none chosen: the usual ones of the data
+    set, else those of the flat configuration ``run``.  Weights are the run's where it has them (0
+    for what it held out), so that "total" is what training logged, else 1.  Raises ValueError if
+    nothing is left or a skipped one is not there.
     """
-    name = Path(dataset).name
-    names = chosen.split(",") if chosen else list(DEFAULT_REWARDS.get(name, ()))
+    held_out = run.get("eval.rewards", ())
+    trained = [key.removeprefix("reward_fn.") for key in run if key.startswith("reward_fn.")]
+    usual = DEFAULT_REWARDS.get(Path(dataset).name, (*trained, *held_out))
+    names = chosen.split(",") if chosen else usual
     without = skipped.split(",") if skipped else []
     if unknown := [reward for reward in without if reward not in names]:
         raise ValueError(f"--skip_rewards {unknown[0]!r} is not among {', '.join(names)}")
-    weights = {n: run.get(f"reward_fn.{n}", 1.0) for n in names if n not in without}
+    weights = {
+        name: run.get(f"reward_fn.{name}", 0.0 if name in held_out else 1.0)
+        for name in names
+        if name not in without
+    }
     if not weights:
         raise ValueError(f"dataset {dataset!r} has no usual rewards: choose with --reward")
     return weights
@@ -179,7 +188,7 @@ def rescore(
     batch_size: int,
     dist: Distributed,
 ) -> Evaluation:
-    """Scores the pictures that an earlier ``evaluate`` wrote into ``image_dir`` (8 bits a channel).
+    """Scores the pictures that an earlier ``evaluate`` wrote into ``image_dir``.
 
     Raises FileNotFoundError if the picture of a line is missing.
     """
@@ -188,6 +197,21 @@ def rescore(
         return torch.stack([read_picture(picture_path(image_dir, line)) for line in lines])
 
     return _score_lines(read, prompts, rewards, batch_size, dist, num_pictures=0, image_dir=None)
+
+
+def earlier_scores(folder: Path, prompts: list[Prompt]) -> dict[str, list[float]]:
+    """The scores that ``write_results`` left in ``folder``; ValueError if not of ``prompts``."""
+    lines = (folder / RESULTS_FILE).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    if [row["prompt"] for row in rows] != [prompt.text for prompt in prompts]:
+        raise ValueError(
+            f"{folder} holds results of {len(rows)} other prompts than the {len(prompts)} lines to "
+            "score: give the same data set and --limit as when they were drawn"
+        )
+    return {
+        name: [math.nan if row["scores"][name] is None else row["scores"][name] for row in rows]
+        for name in rows[0]["scores"]
+    }
 
 
 def _score_lines(
@@ -268,7 +292,7 @@ def write_results(
 ) -> None:
     """Writes ``evaluation_results.jsonl`` (one object a sample) and ``average_scores.json``."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "evaluation_results.jsonl", "w", encoding="utf-8") as file:
+    with open(folder / RESULTS_FILE, "w", encoding="utf-8") as file:
         for line, prompt in enumerate(evaluation.prompts):
             values = {name: numbers[line] for name, numbers in evaluation.scores.items()}
             row = {

@@ -17,6 +17,8 @@ MAY_CHANGE = (
     "save_freq",
     "eval_freq",
     "resume_from",
+    "remote.",
+    "remote_timeout_seconds",
     "sample.batch_size",
     "train.batch_size",
     "train.max_skipped_steps",
@@ -33,14 +35,29 @@ class RunDirError(ValueError):
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
-    """``{"train.learning_rate": 3e-4, ...}``: the leaves of a configuration by dotted key."""
+    """``{"train.learning_rate": 3e-4, ...}``: the leaves of a configuration by dotted key, with
+    lists for tuples, as JSON gives them back.
+    """
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, (ConfigDict, dict)):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def section(flat: dict[str, Any], name: str) -> dict[str, Any]:
+    """The section ``name`` of a flattened configuration as it was before: nested mappings."""
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        first, *path = key.split(".")
+        if first == name and path:
+            branch = tree
+            for part in path[:-1]:
+                branch = branch.setdefault(part, {})
+            branch[path[-1]] = value
+    return tree
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

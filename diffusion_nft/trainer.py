@@ -7,7 +7,7 @@ import torch
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffusion_nft.advantages import group_advantages, optimality
+from diffusion_nft.advantages import group_advantages, optimality, standardized_total
 from diffusion_nft.algorithms import build_algorithm
 from diffusion_nft.data import epoch_prompts, load_prompts
 from diffusion_nft.distributed import Distributed
@@ -19,7 +19,7 @@ from diffusion_nft.plan import describe
 from diffusion_nft.policy import Policy
 from diffusion_nft.report import compare_pictures, result_table
 from diffusion_nft.rewards import check_prompts
-from diffusion_nft.rewards.combine import RewardError, RewardSet
+from diffusion_nft.rewards.combine import RewardError, RewardSet, build_rewards
 from diffusion_nft.rollout import Sampler, Samples, collect, summarise
 from diffusion_nft.run_dir import check_run_dir, flatten, write_config
 from diffusion_nft.run_state import RunState, is_finished, newest_checkpoint
@@ -57,10 +57,19 @@ class Trainer:
         check_run_dir(config)
         self.train_prompts = load_prompts(config.dataset, "train")
         self.test_prompts = load_prompts(config.dataset, "test")[: config.eval.num_prompts or None]
-        for prompts in (self.train_prompts, self.test_prompts):
-            check_prompts(config.reward_fn, [prompt.text for prompt in prompts])
+        trained = config.reward_fn.to_dict()
+        evaluated = trained | dict.fromkeys(config.eval.rewards, 0.0)
+        check_prompts(trained, [prompt.text for prompt in self.train_prompts])
+        check_prompts(evaluated, [prompt.text for prompt in self.test_prompts])
         start = newest_checkpoint(config, dist)
-        self.rewards = RewardSet(config.reward_fn.to_dict(), dist.device)
+        built = build_rewards(
+            evaluated,
+            dist.device,
+            options=config.reward_options.to_dict(),
+            remote=config.remote.to_dict(),
+            timeout=config.remote_timeout_seconds,
+        )
+        self.rewards, self.eval_rewards = RewardSet(trained, built), RewardSet(evaluated, built)
         self.model = load_model(flatten(config), dist)
         precision = self.model.precision
         self.policy = Policy(
@@ -133,9 +142,10 @@ class Trainer:
         config, started = self.config, time.perf_counter()
         samples = self._sample()
         size = config.sample.num_image_per_prompt
-        advantages = group_advantages(
-            samples.scores.total, size, global_std=config.sample.global_std
-        )
+        total = samples.scores.total
+        if config.sample.standardize_rewards:
+            total = standardized_total(samples.scores.parts, self.rewards.weights, size)
+        advantages = group_advantages(total, size, global_std=config.sample.global_std)
         r = optimality(
             advantages, adv_clip_max=config.train.adv_clip_max, adv_mode=config.train.adv_mode
         )
@@ -192,7 +202,7 @@ class Trainer:
         return evaluate(
             self.model,
             self.test_prompts[:limit],
-            self.rewards,
+            self.eval_rewards,
             Sampler(config.eval.solver, config.eval.num_steps, config.eval.guidance_scale),
             seed=config.seed,
             batch_size=config.eval.batch_size,

@@ -6,28 +6,22 @@ every problem at once, one a line: the key, its value, and what would be valid.
 """
 
 import difflib
-import math
-import numbers
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from diffusion_nft import data
+from diffusion_nft import checks, data
 from diffusion_nft.advantages import ADV_MODES
 from diffusion_nft.algorithms import ALGORITHMS
 from diffusion_nft.algorithms.nft import OLD_POLICY_DECAYS, WEIGHTINGS
+from diffusion_nft.checks import EMBEDDED_MODEL, Check, is_section
 from diffusion_nft.models import MODELS
 from diffusion_nft.precision import COMPUTE_DTYPES
-from diffusion_nft.rewards import REWARDS
-from diffusion_nft.solvers import SOLVERS, check_solver
+from diffusion_nft.solvers import check_solver
 
-# Returns what is wrong with a value and what would be valid; None if it is fine.
-Check = Callable[[Any], str | None]
-
-EMBEDDED_MODEL = "shapes"
 EMBEDDED_RESOLUTION = 48
 # SD3: its VAE makes a latent of 8 x 8 pixels, its transformer a token of 2 x 2 latents.
 PIXELS_PER_TOKEN = 16
@@ -44,198 +38,78 @@ class ConfigError(ValueError):
         super().__init__("\n  ".join((f"{count} in the configuration:", *problems)))
 
 
-def _is_finite_number(value: Any) -> bool:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_number and (isinstance(value, numbers.Integral) or math.isfinite(value))
-
-
-def _did_you_mean(name: Any, choices: Collection[str]) -> str:
-    close = difflib.get_close_matches(str(name), choices, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _integer(low: int, high: int | None = None) -> Check:
-    valid = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
-
-    def check(value: Any) -> str | None:
-        fits = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        fits = fits and low <= int(value) and (high is None or int(value) <= high)
-        return None if fits else f"must be {valid}"
-
-    return check
-
-
-def _number(interval: str) -> Check:
-    """A finite number in ``interval``, written as in mathematics: ``[0, 1)``, ``(0, inf)``."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
-
-    def check(value: Any) -> str | None:
-        fits = _is_finite_number(value) and low <= value <= high
-        fits = fits and (value != low or interval[0] == "[")
-        fits = fits and (value != high or interval[-1] == "]")
-        return None if fits else f"must be a finite number in {interval}"
-
-    return check
-
-
-def _one_of(choices: Collection[str]) -> Check:
-    def check(value: Any) -> str | None:
-        if isinstance(value, str) and value in choices:
-            return None
-        return f"choose from {', '.join(choices)}{_did_you_mean(value, choices)}"
-
-    return check
-
-
-def _flag(value: Any) -> str | None:
-    return None if isinstance(value, bool) else "must be True or False"
-
-
-def _text(value: Any) -> str | None:
-    return None if isinstance(value, str) else "must be text"
-
-
-def _name(value: Any) -> str | None:
-    return None if isinstance(value, str) and value.strip() else "must be text, not empty"
-
-
-def _new_folder(value: Any) -> str | None:
-    if not isinstance(value, str) or not value.strip():
-        return "must be the path of the run directory, not empty"
-    if value.startswith("~"):
-        return "must be a path without '~', which nothing expands here"
-    if Path(value).is_file():
-        return "is a file; must be a folder, which is created if need be"
-    return None
-
-
-def _folder_or_empty(value: Any) -> str | None:
-    if isinstance(value, str) and (not value or Path(value).is_dir()):
-        return None
-    return "must be the path of a folder that exists, or empty for none"
-
-
-def _lora_or_empty(value: Any) -> str | None:
-    if _folder_or_empty(value) or (value and not Path(value, "adapter_config.json").is_file()):
-        return "must be a PEFT folder that exists (it holds adapter_config.json), or empty for none"
-    return None
-
-
-def _model(value: Any) -> str | None:
-    if isinstance(value, str):
-        parts = value.split("/")
-        hub = len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~")
-        if value == EMBEDDED_MODEL or hub or (value and Path(value).is_dir()):
-            return None
-    return (
-        f"must be a diffusers folder that exists, a hub name (owner/name), or {EMBEDDED_MODEL!r}"
-        f"{_did_you_mean(value, (EMBEDDED_MODEL,))}"
-    )
-
-
-def _solver(value: Any) -> str | None:
-    if not isinstance(value, str):
-        return "must be the name of a solver"
-    try:
-        check_solver(value)
-    except ValueError as error:
-        return f"{error}{_did_you_mean(value, SOLVERS)}"
-    return None
-
-
-def _dataset(value: Any) -> str | None:
-    if not isinstance(value, str):
-        return "must be the name of a prompt set, or the path of a folder"
-    try:
-        for split in data.SPLITS:
-            data.split_file(value, split)
-    except ValueError as error:
-        return str(error).removeprefix(f"dataset = {value!r}: ")
-    return None
-
-
-def _rewards(value: Any) -> str | None:
-    if not _is_section(value):
-        return "must map reward names to weights"
-    if not value:
-        return f"needs at least one reward; choose from {', '.join(REWARDS)}"
-    unknown = [str(name) for name in value if name not in REWARDS]
-    complaints = [f"{name!r} is unknown{_did_you_mean(name, REWARDS)}" for name in unknown]
-    if unknown:
-        complaints.append(f"choose from {', '.join(REWARDS)}")
-    for name, weight in value.items():
-        if not _is_finite_number(weight) or weight == 0:
-            complaints.append(f"the weight of {name!r} must be a finite number other than 0")
-    return "; ".join(complaints) or None
-
-
 SCHEMA: dict[str, Check] = {
-    "run_name": _text,
-    "save_dir": _new_folder,
-    "seed": _integer(0),
-    "algorithm": _one_of(ALGORITHMS),
-    "num_epochs": _integer(1),
-    "save_freq": _integer(0),
-    "eval_freq": _integer(0),
-    "mixed_precision": _one_of(COMPUTE_DTYPES),
-    "allow_tf32": _flag,
-    "resume_from": _folder_or_empty,
-    "pretrained.model": _model,
-    "pretrained.revision": _text,
-    "pretrained.model_type": _one_of(MODELS),
-    "pretrained.max_sequence_length": _integer(1, 512),
-    "resolution": _integer(PIXELS_PER_TOKEN),
-    "dataset": _dataset,
-    "reward_fn": _rewards,
-    "sample.num_groups": _integer(1),
+    "run_name": checks.text,
+    "save_dir": checks.new_folder,
+    "seed": checks.integer(0),
+    "algorithm": checks.one_of(ALGORITHMS),
+    "num_epochs": checks.integer(1),
+    "save_freq": checks.integer(0),
+    "eval_freq": checks.integer(0),
+    "mixed_precision": checks.one_of(COMPUTE_DTYPES),
+    "allow_tf32": checks.flag,
+    "resume_from": checks.folder_or_empty,
+    "pretrained.model": checks.model,
+    "pretrained.revision": checks.text,
+    "pretrained.model_type": checks.one_of(MODELS),
+    "pretrained.max_sequence_length": checks.integer(1, 512),
+    "resolution": checks.integer(PIXELS_PER_TOKEN),
+    "dataset": checks.dataset,
+    "reward_fn": checks.reward_weights,
+    "remote": checks.reward_addresses,
+    "remote_timeout_seconds": checks.number("(0, inf)"),
+    "reward_options": checks.reward_options,
+    "sample.num_groups": checks.integer(1),
     # An image alone in its group is its own mean: its advantage is 0, and nothing is learnt.
-    "sample.num_image_per_prompt": _integer(2),
-    "sample.batch_size": _integer(1),
-    "sample.solver": _solver,
-    "sample.num_steps": _integer(1),
-    "sample.noise_level": _number("[0, inf)"),
-    "sample.guidance_scale": _number("[1, inf)"),
-    "sample.global_std": _flag,
-    "train.batch_size": _integer(1),
-    "train.gradient_step_per_epoch": _integer(1),
-    "train.num_inner_epochs": _integer(1),
-    "train.timestep_fraction": _number("(0, 1]"),
-    "train.learning_rate": _number("(0, inf)"),
-    "train.lr_half_life": _number("[0, inf)"),
-    "train.adam_beta1": _number("[0, 1)"),
-    "train.adam_beta2": _number("[0, 1)"),
-    "train.adam_weight_decay": _number("[0, inf)"),
-    "train.adam_epsilon": _number("(0, inf)"),
-    "train.max_grad_norm": _number("(0, inf)"),
-    "train.adv_clip_max": _number("(0, inf)"),
-    "train.adv_mode": _one_of(ADV_MODES),
-    "train.lora_rank": _integer(1),
-    "train.lora_alpha": _integer(1),
-    "train.lora_path": _lora_or_empty,
-    "train.ema_decay": _number("[0, 1)"),
-    "train.max_skipped_steps": _integer(0),
-    "nft.beta": _number("(0, inf)"),
-    "nft.kl_weight": _number("[0, inf)"),
-    "nft.weighting": _one_of(WEIGHTINGS),
-    "nft.negative_branch": _flag,
-    "nft.old_policy_decay": _one_of(OLD_POLICY_DECAYS),
-    "eval.num_prompts": _integer(0),
-    "eval.num_steps": _integer(1),
-    "eval.solver": _solver,
-    "eval.guidance_scale": _number("[1, inf)"),
-    "eval.batch_size": _integer(1),
-    "eval.at_start": _flag,
-    "checkpoint.keep": _integer(0),
-    "perf.embed_cache_gb": _number("[0, inf)"),
-    "perf.offload_text_encoders": _flag,
-    "perf.vae_batch_size": _integer(1),
-    "perf.gradient_checkpointing": _flag,
-    "log.wandb": _one_of(("online", "offline", "off")),
-    "log.wandb_project": _name,
-    "log.tensorboard": _flag,
-    "log.num_images": _integer(0),
-    "log.image_freq": _integer(0),
-    "distributed.timeout_minutes": _number("(0, inf)"),
+    "sample.num_image_per_prompt": checks.integer(2),
+    "sample.batch_size": checks.integer(1),
+    "sample.solver": checks.solver,
+    "sample.num_steps": checks.integer(1),
+    "sample.noise_level": checks.number("[0, inf)"),
+    "sample.guidance_scale": checks.number("[1, inf)"),
+    "sample.global_std": checks.flag,
+    "sample.standardize_rewards": checks.flag,
+    "train.batch_size": checks.integer(1),
+    "train.gradient_step_per_epoch": checks.integer(1),
+    "train.num_inner_epochs": checks.integer(1),
+    "train.timestep_fraction": checks.number("(0, 1]"),
+    "train.learning_rate": checks.number("(0, inf)"),
+    "train.lr_half_life": checks.number("[0, inf)"),
+    "train.adam_beta1": checks.number("[0, 1)"),
+    "train.adam_beta2": checks.number("[0, 1)"),
+    "train.adam_weight_decay": checks.number("[0, inf)"),
+    "train.adam_epsilon": checks.number("(0, inf)"),
+    "train.max_grad_norm": checks.number("(0, inf)"),
+    "train.adv_clip_max": checks.number("(0, inf)"),
+    "train.adv_mode": checks.one_of(ADV_MODES),
+    "train.lora_rank": checks.integer(1),
+    "train.lora_alpha": checks.integer(1),
+    "train.lora_path": checks.lora_or_empty,
+    "train.ema_decay": checks.number("[0, 1)"),
+    "train.max_skipped_steps": checks.integer(0),
+    "nft.beta": checks.number("(0, inf)"),
+    "nft.kl_weight": checks.number("[0, inf)"),
+    "nft.weighting": checks.one_of(WEIGHTINGS),
+    "nft.negative_branch": checks.flag,
+    "nft.old_policy_decay": checks.one_of(OLD_POLICY_DECAYS),
+    "eval.rewards": checks.reward_names,
+    "eval.num_prompts": checks.integer(0),
+    "eval.num_steps": checks.integer(1),
+    "eval.solver": checks.solver,
+    "eval.guidance_scale": checks.number("[1, inf)"),
+    "eval.batch_size": checks.integer(1),
+    "eval.at_start": checks.flag,
+    "checkpoint.keep": checks.integer(0),
+    "perf.embed_cache_gb": checks.number("[0, inf)"),
+    "perf.offload_text_encoders": checks.flag,
+    "perf.vae_batch_size": checks.integer(1),
+    "perf.gradient_checkpointing": checks.flag,
+    "log.wandb": checks.one_of(("online", "offline", "off")),
+    "log.wandb_project": checks.filled_text,
+    "log.tensorboard": checks.flag,
+    "log.num_images": checks.integer(0),
+    "log.image_freq": checks.integer(0),
+    "distributed.timeout_minutes": checks.number("(0, inf)"),
 }
 SECTIONS = frozenset(key.rpartition(".")[0] for key in SCHEMA) - {""}
 
@@ -281,15 +155,32 @@ def _noise_level_fits(solver: str, noise_level: float) -> str | None:
     return None
 
 
-def _metadata_is_there(reward_fn: Mapping[str, float], dataset: str) -> str | None:
-    blind = [name for name in METADATA_REWARDS if name in reward_fn]
-    suffixes = {data.split_file(dataset, split).suffix for split in data.SPLITS}
+def _metadata_is_there(
+    splits: Collection[str], rewards: Collection[str], dataset: str
+) -> str | None:
+    blind = [name for name in METADATA_REWARDS if name in rewards]
+    suffixes = {data.split_file(dataset, split).suffix for split in splits}
     if not blind or suffixes == {".jsonl"}:
         return None
-    return (
-        f"reward {blind[0]!r} reads the metadata of each prompt; the prompt set needs "
-        "train_metadata.jsonl and test_metadata.jsonl"
-    )
+    files = " and ".join(f"{split}_metadata.jsonl" for split in splits)
+    return f"reward {blind[0]!r} reads the metadata of each prompt; the prompt set needs {files}"
+
+
+def _held_out(reward_fn: Collection[str], rewards: Collection[str]) -> str | None:
+    trained = [name for name in rewards if name in reward_fn]
+    return f"{trained[0]!r} is trained on, and so evaluated anyway" if trained else None
+
+
+def _in_use(
+    chosen: Collection[str], reward_fn: Collection[str], rewards: Collection[str]
+) -> str | None:
+    idle = [name for name in chosen if name not in reward_fn and name not in rewards]
+    return f"{idle[0]!r} is neither in reward_fn nor in eval.rewards" if idle else None
+
+
+def _options_are_local(options: Collection[str], remote: Collection[str]) -> str | None:
+    served = [name for name in options if name in remote]
+    return f"{served[0]!r} is served: its options go to its server" if served else None
 
 
 COMBINATIONS = (
@@ -299,7 +190,12 @@ COMBINATIONS = (
     ),
     Combination(("resolution", "pretrained.model"), _resolution_fits),
     Combination(("sample.solver", "sample.noise_level"), _noise_level_fits),
-    Combination(("reward_fn", "dataset"), _metadata_is_there),
+    Combination(("reward_fn", "dataset"), partial(_metadata_is_there, data.SPLITS)),
+    Combination(("eval.rewards", "dataset"), partial(_metadata_is_there, ("test",))),
+    Combination(("reward_fn", "eval.rewards"), _held_out),
+    Combination(("remote", "reward_fn", "eval.rewards"), _in_use),
+    Combination(("reward_options", "reward_fn", "eval.rewards"), _in_use),
+    Combination(("reward_options", "remote"), _options_are_local),
 )
 
 # Key of the published code -> (our key, what differs); an empty key: there is nothing to set.
@@ -364,15 +260,11 @@ def validate(config: ConfigDict, *, world_size: int = 1) -> None:
         raise ConfigError([*problems.values(), *combined])
 
 
-def _is_section(value: Any) -> bool:
-    return isinstance(value, Mapping | ConfigDict)
-
-
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every value; a mapping that is itself a key, or empty, is a value."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if _is_section(value) and key not in SCHEMA and (len(value) or key in SECTIONS):
+        if is_section(value) and key not in SCHEMA and (len(value) or key in SECTIONS):
             yield from _leaves(value, f"{key}.")
         else:
             yield key, value

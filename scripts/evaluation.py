@@ -14,19 +14,28 @@ at 512.
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffusion_nft.checkpoint import load_checkpoint, resolve_checkpoint
+from diffusion_nft.checks import reward_addresses
 from diffusion_nft.data import load_prompts
 from diffusion_nft.distributed import distributed
-from diffusion_nft.evaluate import choose_rewards, evaluate, rescore, write_results
+from diffusion_nft.evaluate import (
+    choose_rewards,
+    earlier_scores,
+    evaluate,
+    rescore,
+    write_results,
+)
 from diffusion_nft.models import MODELS, load_model
 from diffusion_nft.policy import policy_of_lora
 from diffusion_nft.precision import COMPUTE_DTYPES
 from diffusion_nft.rewards import check_prompts
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.rollout import Sampler
+from diffusion_nft.run_dir import section
 from diffusion_nft.solvers import check_solver
 
 # Settings without a checkpoint; with one, those of its run.
@@ -38,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "resolution": 512,
     "mixed_precision": "fp16",
     "allow_tf32": True,
+    "remote_timeout_seconds": 300.0,
     "seed": 42,
     "eval.num_steps": 40,
     "eval.solver": "flow",
@@ -51,6 +61,14 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
     return int(text)
+
+
+def served(text: str) -> tuple[str, tuple[str, ...]]:
+    """argparse's type of a served reward: NAME=URL, with commas between several addresses."""
+    name, _, addresses = text.partition("=")
+    if complaint := reward_addresses({name: tuple(addresses.split(","))}):
+        raise argparse.ArgumentTypeError(complaint)
+    return name, tuple(addresses.split(","))
 
 
 def parse_flags() -> argparse.Namespace:
@@ -76,6 +94,7 @@ def parse_flags() -> argparse.Namespace:
     add("--limit", type=positive, help="only the first lines of the test set")
     add("--reward", default="", help="comma-separated; default: the usual ones of the data set")
     add("--skip_rewards", default="", help="comma-separated")
+    add("--remote", type=served, nargs="*", default=[], metavar="NAME=URL", help="served rewards")
     add("--save_images", action="store_true")
     add("--rescore", action="store_true", help="score --output_dir's saved pictures")
     args = parser.parse_args()
@@ -87,6 +106,7 @@ def parse_flags() -> argparse.Namespace:
         args.checkpoint_path = resolve_checkpoint(args.checkpoint_path)
         run = load_checkpoint(args.checkpoint_path).state["config"]
         name = f"{args.checkpoint_path.resolve().parents[1].name}-{args.checkpoint_path.name}"
+    args.remote = dict(args.remote)
     given = {key: value for key, value in vars(args).items() if value is not None}
     args.settings = DEFAULTS | run | given
     if "dataset" not in args.settings:
@@ -106,10 +126,20 @@ def main() -> None:
     check_prompts(args.rewards, [prompt.text for prompt in prompts])
     image_dir = args.output_dir / "images" if args.save_images or args.rescore else None
     with distributed(timeout_minutes=60) as dist:
-        rewards = RewardSet(args.rewards, dist.device)
+        remote = section(settings, "remote") | args.remote
+        options = section(settings, "reward_options")
+        rewards = RewardSet.build(
+            args.rewards,
+            dist.device,
+            options={name: given for name, given in options.items() if name not in remote},
+            remote=remote,
+            timeout=settings["remote_timeout_seconds"],
+        )
         how = {"batch_size": settings["eval.batch_size"], "image_dir": image_dir, "dist": dist}
         if args.rescore:
+            kept = earlier_scores(args.output_dir, prompts)
             result = rescore(prompts, rewards, **how)
+            result = replace(result, scores=kept | result.scores)
         else:
             model = load_model(settings, dist)
             if lora := args.checkpoint_path or args.lora_hf_path:

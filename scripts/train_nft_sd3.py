@@ -24,7 +24,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Reads preset and overrides; a wrong one ends the program with one line."""
     for argument in argv:
         key = argument.lstrip("-").partition("=")[0].removeprefix("config.")
-        known = key in SCHEMA or key.startswith("reward_fn.")
+        known = key in SCHEMA or key.startswith(("reward_fn.", "remote.", "reward_options."))
         if argument.startswith("--config.") and not known:
             sys.exit(f"--config.{key} {unknown_key(key)}")
     try:

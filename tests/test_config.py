@@ -2,15 +2,20 @@
 
 import importlib.util
 import inspect
+import json
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import absl.flags
 import pytest
+from ml_collections import config_flags
 
 from diffusion_nft import data
 from diffusion_nft.rewards import REWARDS
+from diffusion_nft.run_dir import flatten
 from diffusion_nft.validation import ConfigError, validate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,10 +55,10 @@ def prompt_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value; ``reward_fn`` is one value."""
+    """Dotted key -> value; a mapping by reward is one value."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        inner = isinstance(value, dict) and name != "reward_fn"
+        inner = isinstance(value, dict) and name not in ("reward_fn", "remote", "reward_options")
         flat |= leaves(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
     return flat
 
@@ -127,7 +132,10 @@ def test_values_shared_by_the_published_presets(name: str) -> None:
         "sample.solver": "dpm2",
         "sample.noise_level": 0.7,
         "sample.guidance_scale": 1.0,
+        "remote": {},
+        "reward_options": {},
         "sample.global_std": True,
+        "sample.standardize_rewards": False,
         "train.num_inner_epochs": 1,
         "train.timestep_fraction": 0.99,
         "train.learning_rate": 3e-4,
@@ -145,6 +153,7 @@ def test_values_shared_by_the_published_presets(name: str) -> None:
         "nft.kl_weight": 1e-4,
         "nft.weighting": "adaptive",
         "nft.negative_branch": True,
+        "eval.rewards": (),
         "eval.num_prompts": 0,
         "eval.num_steps": 40,
         "eval.solver": "flow",
@@ -184,3 +193,39 @@ def test_base_config_lacks_only_what_a_preset_gives() -> None:
         validate(BASE.get_config())
     keys = [problem.split(" = ")[0] for problem in caught.value.problems]
     assert sorted(keys) == ["dataset", "reward_fn", "save_dir"]
+
+
+def test_a_preset_serves_rewards_gives_options_and_holds_out() -> None:
+    config = PRESETS.get_config("sd3_geneval")
+    # As config/base.py tells.
+    with config.remote.unlocked():
+        config.remote.geneval = ("http://gpu7:8000", "http://gpu8:8000")
+    with config.reward_options.unlocked():
+        config.reward_options.aesthetic = {"device": "cuda:1", "dtype": "bf16", "batch_size": 8}
+    config.eval.rewards = ("aesthetic",)
+    assert config.is_locked and config.remote.is_locked
+    validate(config)
+    flat = flatten(config)
+    assert flat["remote.geneval"] == ["http://gpu7:8000", "http://gpu8:8000"]
+    assert flat["reward_options.aesthetic.dtype"] == "bf16"
+    assert json.loads(json.dumps(flat)) == flat
+
+
+def test_the_command_line_sets_what_is_given_by_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [
+        "train_nft_sd3.py",
+        f"--config={ROOT}/config/nft.py:shapes_smoke",
+        "--config.remote={'shapes': ('http://gpu7:8000',)}",
+        "--config.reward_options={'ocr': {'backend': 'paddleocr'}}",
+        "--config.eval.rewards=('ocr',)",
+    ]
+    # ml_collections looks for the overrides there.
+    monkeypatch.setattr(sys, "argv", command)
+    values = absl.flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    values(command)
+    config = holder.value
+    assert config.remote.to_dict() == {"shapes": ("http://gpu7:8000",)}
+    assert config.reward_options.to_dict() == {"ocr": {"backend": "paddleocr"}}
+    assert config.eval.rewards == ("ocr",)
+    validate(config)

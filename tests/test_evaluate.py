@@ -93,7 +93,7 @@ class Rank(Distributed):
 
 
 def rewards() -> RewardSet:
-    return RewardSet({"jpeg_compressibility": 1.0, "shapes": 2.0}, CPU)
+    return RewardSet.build({"jpeg_compressibility": 1.0, "shapes": 2.0}, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +133,8 @@ def test_every_line_is_a_sample_with_its_own_noise(whole, prompts):
     for line, picture in enumerate(pictures):
         alone = rewards()(picture[None], [prompts[line].text], [prompts[line].metadata])
         ours = {name: values[line] for name, values in result.scores.items()}
-        # Eight bits a channel move a JPEG by a few bytes.
-        assert ours["jpeg_compressibility"] == pytest.approx(
-            float(alone.parts["jpeg_compressibility"]), abs=1e-4
-        )
+        # The picture was scored as it was saved, in 8 bits a channel.
+        assert ours["jpeg_compressibility"] == float(alone.parts["jpeg_compressibility"])
         assert ours["total"] == ours["jpeg_compressibility"] + 2 * ours["shapes"]
 
 
@@ -175,7 +173,8 @@ def test_any_number_of_ranks_gives_the_same_numbers(whole, shapes_model, prompts
 def test_rescoring_saved_pictures_needs_no_model(whole, prompts):
     result, folder = whole
     again = rescore(prompts, rewards(), folder, batch_size=3, dist=ONE)
-    assert again.scores["shapes"] == pytest.approx(result.scores["shapes"])
+    # As text, where NaN equals NaN.
+    assert json.dumps(again.scores) == json.dumps(result.scores)
     assert again.diversity == pytest.approx(result.diversity, abs=2e-3)
     with pytest.raises(FileNotFoundError):
         rescore([*prompts, prompts[0]], rewards(), folder, batch_size=3, dist=ONE)

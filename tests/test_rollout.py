@@ -11,7 +11,7 @@ import torch
 from diffusion_nft.data import load_prompts
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.randomness import generator
-from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores
+from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores, build_rewards
 from diffusion_nft.rollout import (
     Sampler,
     Samples,
@@ -86,7 +86,7 @@ class Keeping(RewardSet):
     """Rewards that keep what they were asked."""
 
     def __init__(self):
-        super().__init__({"shapes": 1.0}, CPU)
+        super().__init__({"shapes": 1.0}, build_rewards(["shapes"], CPU))
         self.asked: list[tuple[str, dict]] = []
 
     def __call__(self, images, prompts, metadata):

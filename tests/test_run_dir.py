@@ -21,6 +21,8 @@ from diffusion_nft.run_dir import RunDirError, check_run_dir, differences, flatt
         ("checkpoint.keep", 1),
         ("distributed.timeout_minutes", 1.0),
         ("run_name", "other"),
+        ("remote_timeout_seconds", 1.0),
+        ("eval.rewards", ("jpeg_compressibility",)),
     ],
 )
 def test_knobs_may_change(smoke_config, key, value):
@@ -39,6 +41,7 @@ def test_knobs_may_change(smoke_config, key, value):
         ("pretrained.model", "other/model"),
         ("pretrained.revision", "v2"),
         ("reward_fn.shapes", 2.0),
+        ("sample.standardize_rewards", True),
         ("sample.num_groups", 5),
         ("sample.num_image_per_prompt", 5),
         ("sample.num_steps", 5),
@@ -65,6 +68,31 @@ def test_added_and_removed_rewards_are_differences():
         "reward_fn.a: 1.0 -> '(absent)'",
         "reward_fn.b: '(absent)' -> 1.0",
     ]
+
+
+def test_a_reward_may_move_to_a_server_and_back_but_not_change_its_options(smoke_config):
+    write_config(smoke_config)
+    with smoke_config.remote.unlocked():
+        smoke_config.remote.shapes = ("http://gpu7:8000",)
+    check_run_dir(smoke_config)
+    write_config(smoke_config)
+    with smoke_config.remote.unlocked():
+        del smoke_config.remote.shapes
+    check_run_dir(smoke_config)
+    with smoke_config.reward_options.unlocked():
+        smoke_config.reward_options.shapes = {"device": "cuda:1"}
+    with pytest.raises(
+        RunDirError, match=r"reward_options.shapes.device: '\(absent\)' -> 'cuda:1'"
+    ):
+        check_run_dir(smoke_config)
+
+
+def test_tuples_come_back_from_the_file_as_they_went(smoke_config, tmp_path):
+    smoke_config.eval.rewards = ("ocr",)
+    write_config(smoke_config)
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written == flatten(smoke_config)
+    assert written["eval.rewards"] == ["ocr"]
 
 
 def test_the_file_is_the_flat_configuration(smoke_config, tmp_path):

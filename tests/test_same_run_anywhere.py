@@ -138,7 +138,7 @@ class Alone(Distributed):
 def test_pictures_do_not_depend_on_ranks_and_micro_batches(solver, shapes_model, tmp_path):
     config = smoke(tmp_path, {"sample.solver": solver, "sample.noise_level": 0.7})
     prompts = load_prompts("shapes", "train")[:3]
-    rewards = RewardSet({"shapes": 1.0}, torch.device("cpu"))
+    rewards = RewardSet.build({"shapes": 1.0}, torch.device("cpu"))
 
     def epoch(world_size: int, batch_size: int):
         config.sample.batch_size = batch_size
@@ -177,7 +177,7 @@ def test_pictures_do_not_depend_on_ranks_and_micro_batches(solver, shapes_model,
 def test_another_epoch_or_seed_draws_other_noise(shapes_model, tmp_path):
     config = smoke(tmp_path)
     prompts = load_prompts("shapes", "train")[:1]
-    rewards = RewardSet({"shapes": 1.0}, torch.device("cpu"))
+    rewards = RewardSet.build({"shapes": 1.0}, torch.device("cpu"))
     config.sample.num_image_per_prompt = 2
 
     def x0(**changes):

@@ -213,3 +213,44 @@ def test_evaluation_settings_may_change_and_the_result_says_which_epoch(tmp_path
     train_here(tmp_path, TINY | {"num_epochs": 2, "eval.at_start": False, "eval.num_prompts": 3})
     folder = tmp_path / "eval" / "epoch-000002"
     assert json.loads((folder / "average_scores.json").read_text())["num_samples"] == 3
+
+
+def test_a_held_out_reward_is_evaluated_and_never_trained_on(tmp_path):
+    overrides = TINY | {"num_epochs": 1}
+    train_here(tmp_path / "without", overrides)
+    train_here(tmp_path / "with", overrides | {"eval.rewards": ("jpeg_compressibility",)})
+    ours, theirs = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("with", "without"))
+    for mine, expected in zip(ours, theirs, strict=True):
+        new = mine.keys() - expected.keys()
+        judged = {"eval/jpeg_compressibility"} if "eval/total" in mine else set()
+        assert {key for key in new if not key.startswith("eval/tag/")} == judged
+        for key in expected.keys() - {k for k in expected if k.startswith("time/")}:
+            assert mine[key] == expected[key], key
+
+
+def test_standardized_rewards_count_deviations_of_their_group(tmp_path, monkeypatch):
+    config = smoke(tmp_path, {"sample.standardize_rewards": True, "num_epochs": 1})
+    config.eval.at_start = False
+    with config.unlocked(), config.reward_fn.unlocked():
+        config.reward_fn.jpeg_compressibility = 2.0
+    trainer = Trainer(config, CPU)
+    seen = {}
+    real_sample, real_update = trainer._sample, trainer.updater.train_epoch
+    monkeypatch.setattr(trainer, "_sample", lambda: seen.setdefault("samples", real_sample()))
+
+    def update(samples, r, *, epoch):
+        seen["r"] = r
+        return real_update(samples, r, epoch=epoch)
+
+    monkeypatch.setattr(trainer.updater, "train_epoch", update)
+    trainer.run()
+
+    def z(scores):
+        groups = scores.numpy().reshape(-1, config.sample.num_image_per_prompt)
+        return (groups - groups.mean(1, keepdims=True)) / (groups.std(1, keepdims=True) + 1e-4)
+
+    parts = seen["samples"].scores.parts
+    total = z(parts["shapes"]) + 2 * z(parts["jpeg_compressibility"])
+    advantage = (total - total.mean(1, keepdims=True)) / (total.std() + 1e-4)
+    expected = advantage.clip(-5, 5) / 10 + 0.5
+    torch.testing.assert_close(seen["r"], torch.from_numpy(expected.reshape(-1)))

@@ -72,7 +72,8 @@ def only_problem(changes: dict[str, Any]) -> str:
 
 def test_schema_covers_every_key_of_the_base_config() -> None:
     tree = BASE.get_config().to_dict()
-    keys = {name for name, value in tree.items() if not isinstance(value, dict)} | {"reward_fn"}
+    mappings = {"reward_fn", "remote", "reward_options"}
+    keys = {name for name, value in tree.items() if not isinstance(value, dict)} | mappings
     for name in tree.keys() - keys:
         keys |= {f"{name}.{key}" for key in tree[name]}
     assert set(SCHEMA) == keys
@@ -120,6 +121,35 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("reward_fn", {"shapes": math.inf}, "a finite number other than 0"),
     ("reward_fn", {"shapes": True}, "a finite number other than 0"),
     ("reward_fn", {"shapes": "1"}, "a finite number other than 0"),
+    ("remote", ("http://host:8000",), "map reward names to addresses"),
+    ("remote", {"shapse": ("http://host:8000",)}, "did you mean 'shapes'?"),
+    ("remote", {"shapes": "http://host:8000"}, "'shapes' needs a tuple of addresses"),
+    ("remote", {"shapes": ()}, "'shapes' needs a tuple of addresses"),
+    *(
+        ("remote", {"shapes": ("http://fine:1", address)}, f"{address!r} is no address")
+        for address in (
+            "host:8000",
+            "ftp://host:8000",
+            "http://",
+            "http://:8000",
+            "http://host:8000/score",
+            "http://host:8000/",
+            "http://host:8000?a=1",
+            "http://host:port",
+            "http://host:0",
+            "http://host:99999",
+            "http://user:secret@host:8000",
+            "http://host:8000 ",
+            "http://ho st:8000",
+            8000,
+        )
+    ),
+    ("remote_timeout_seconds", 0.0, POSITIVE),
+    ("reward_options", "shapes", "map reward names to options"),
+    ("reward_options", {"shapse": {}}, "did you mean 'shapes'?"),
+    ("reward_options", {"shapes": 3}, "'shapes' needs a mapping of options"),
+    ("reward_options", {"shapes": {"size": 3}}, "no option 'size'; choose from device"),
+    ("reward_options", {"shapes": {"device": "gpu"}}, "such as 'cpu' or 'cuda:1'"),
     ("sample.num_groups", 0, COUNT),
     ("sample.num_image_per_prompt", 1, "an integer >= 2"),
     ("sample.batch_size", 0, COUNT),
@@ -131,6 +161,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("sample.noise_level", -0.1, NOT_NEGATIVE),
     ("sample.guidance_scale", 0.5, "a finite number in [1, inf)"),
     ("sample.global_std", "yes", FLAG),
+    ("sample.standardize_rewards", 1, FLAG),
     ("train.batch_size", 0, COUNT),
     ("train.gradient_step_per_epoch", 0, COUNT),
     ("train.num_inner_epochs", 0, COUNT),
@@ -165,6 +196,10 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("nft.negative_branch", 0, FLAG),
     ("nft.old_policy_decay", 1, "linear_to_half"),
     ("nft.old_policy_decay", "linear_to_haf", "did you mean 'linear_to_half'?"),
+    ("eval.rewards", "aesthetic", "a tuple of reward names"),
+    ("eval.rewards", (3,), "a tuple of reward names"),
+    ("eval.rewards", ("asthetic",), "did you mean 'aesthetic'?"),
+    ("eval.rewards", ("aesthetic", "aesthetic"), "comes twice"),
     ("eval.num_prompts", -1, COUNT_OR_NONE),
     ("eval.num_steps", 0, COUNT),
     ("eval.solver", "euler", "choose from flow, dance, ddim, dpm1, dpm2"),
@@ -217,6 +252,10 @@ ACCEPTED: list[tuple[str, Any]] = [
     ("dataset", "dataset/geneval"),
     ("reward_fn", {"shapes": -2}),
     ("reward_fn", {"shapes": 1, "jpeg_compressibility": 0.1}),
+    ("eval.rewards", ("aesthetic",)),
+    ("eval.rewards", ["jpeg_compressibility", "geneval"]),
+    ("remote", {"shapes": ("http://localhost:8000", "https://rewards.example", "http://[::1]:1")}),
+    ("reward_options", {"shapes": {"device": "cuda:1"}}),
 ]
 
 
@@ -339,6 +378,33 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
         {"reward_fn": {"shapes": 1.0}, "dataset": "ocr"},
         "train_metadata.jsonl and test_metadata.jsonl",
     ),
+    (
+        {"reward_fn": {"shapes": 1.0}, "eval.rewards": ("ocr", "shapes")},
+        "'shapes' is trained on",
+    ),
+    (
+        {
+            "remote": {"ocr": ("http://a",), "shapes": ("http://a",)},
+            "reward_fn": {"shapes": 1.0},
+            "eval.rewards": ("aesthetic",),
+        },
+        "'ocr' is neither in reward_fn nor in eval.rewards",
+    ),
+    (
+        {
+            "reward_options": {"aesthetic": {"batch_size": 1}, "ocr": {"threads": 1}},
+            "reward_fn": {"shapes": 1.0},
+            "eval.rewards": ("aesthetic",),
+        },
+        "'ocr' is neither in reward_fn nor in eval.rewards",
+    ),
+    (
+        {
+            "reward_options": {"shapes": {"device": "cpu"}},
+            "remote": {"shapes": ("http://a",)},
+        },
+        "'shapes' is served",
+    ),
 ]
 
 
@@ -350,6 +416,17 @@ def test_impossible_combination(changes: dict[str, Any], valid: str) -> None:
     assert valid in line
 
 
+def test_a_held_out_reward_reads_the_metadata_of_the_test_split_alone(tmp_path: Path) -> None:
+    for name in ("train.txt", "test.txt"):
+        (tmp_path / name).touch()
+    changes = {"reward_fn": {"ocr": 1.0}, "eval.rewards": ("geneval",), "dataset": str(tmp_path)}
+    line = only_problem(changes)
+    assert line.startswith(f"eval.rewards = ('geneval',), dataset = {str(tmp_path)!r}: ")
+    assert "the prompt set needs test_metadata.jsonl" in line
+    (tmp_path / "test.txt").rename(tmp_path / "test_metadata.jsonl")
+    validate(changed(changes))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -357,6 +434,8 @@ def test_impossible_combination(changes: dict[str, Any], valid: str) -> None:
         {"train.gradient_step_per_epoch": 4, "sample.num_image_per_prompt": 4},
         {"sample.solver": "ddim", "sample.noise_level": 1.0},
         {"sample.solver": "flow", "sample.noise_level": 1.5},
+        {"eval.rewards": ("ocr",), "remote": {"ocr": ("http://a",), "shapes": ("http://a",)}},
+        {"eval.rewards": ("ocr",), "reward_options": {"ocr": {"threads": 1, "device": "cpu"}}},
     ],
 )
 def test_combination_at_the_edge(changes: dict[str, Any]) -> None:

@@ -3,18 +3,24 @@
 A reward is a callable class built once per process::
 
     class MyReward:
-        def __init__(self, device: torch.device): ...
+        def __init__(self, device: torch.device, *, batch_size: int = 16): ...
         def __call__(self, images, prompts, metadata) -> RewardOutput: ...
 
 ``images: float [B, 3, H, W] in [0, 1]`` on any device, ``prompts: list[str]``, ``metadata:
 list[dict]`` (the lines of the data set).  Add one line to REWARDS to register it.  A reward that
 cannot score raises; it never returns a silent zero.
+
+A reward whose packages cannot live beside those of training runs behind ``server.py``, in an
+environment with no more than numpy, pillow, torch, fastapi and uvicorn: this package and the
+modules of REWARDS import nothing else of weight before their reward is built.
 """
 
 import importlib
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +33,8 @@ REWARDS: dict[str, str] = {
     "clipscore": "diffusion_nft.rewards.clipscore:ClipScoreReward",
     "hpsv2": "diffusion_nft.rewards.hpsv2:HPSv2Reward",
     "aesthetic": "diffusion_nft.rewards.aesthetic:AestheticReward",
+    "imagereward": "diffusion_nft.rewards.imagereward:ImageRewardReward",
+    "unifiedreward": "diffusion_nft.rewards.unifiedreward:UnifiedRewardReward",
     "shapes": "diffusion_nft.rewards.shapes:ShapesReward",
     "jpeg_compressibility": "diffusion_nft.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "diffusion_nft.rewards.jpeg:JpegIncompressibility",
@@ -59,14 +67,70 @@ class Reward(Protocol):
         ...
 
 
-def build_reward(name: str, device: torch.device) -> Reward:
-    """The reward ``name``, ready to score.  Raises ValueError for an unknown name.
+# How the options of a configuration write a torch dtype.
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-    A missing package or weight file is the reward's own ImportError or FileNotFoundError.
+# Seconds that a served reward may take for one request, waiting for its turn included.
+REMOTE_TIMEOUT = 300.0
+
+
+def build_reward(
+    name: str,
+    device: torch.device,
+    options: Mapping[str, Any] | None = None,
+    remote: Sequence[str] = (),
+    *,
+    timeout: float = REMOTE_TIMEOUT,
+) -> Reward:
+    """The reward ``name``, ready to score: in this process, or at the addresses ``remote``.
+
+    ``options``: keyword arguments of its class as plain values (``check_options``); a served reward
+    takes none, its server has them.  ``timeout``: seconds a request of a served one.  Raises
+    ValueError for an unknown name or option; a missing package, weight file or server is the
+    reward's own ImportError or OSError.
     """
+    options = dict(options or {})
+    check_options(name, options)
+    if remote:
+        if options:
+            raise ValueError(f"reward {name!r} is served: its options belong to its server")
+        from diffusion_nft.rewards.remote import RemoteReward
+
+        return RemoteReward(name, remote, timeout=timeout)
+    cls = reward_class(name)
+    if "device" in options:
+        device = torch.device(options.pop("device"))
+    if "dtype" in options:
+        options["dtype"] = DTYPES[options["dtype"]]
+    for key, parameter in inspect.signature(cls).parameters.items():
+        if isinstance(options.get(key), str) and Path in get_args(parameter.annotation):
+            options[key] = Path(options[key])
+    return cls(device=device, **options)
+
+
+def reward_class(name: str) -> Any:
+    """The class of the reward ``name``; ValueError if there is none."""
     if name not in REWARDS:
         raise ValueError(f"reward {name!r} is unknown; choose from {', '.join(REWARDS)}")
-    return _named(REWARDS[name])(device=device)
+    return _named(REWARDS[name])
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the reward ``name`` takes ``options``.
+
+    They are the keyword arguments of its class, as values that a configuration can hold: "device"
+    is text such as "cuda:1", "dtype" one of DTYPES, a path is text.
+    """
+    known = inspect.signature(reward_class(name)).parameters
+    for key in options:
+        if key not in known:
+            raise ValueError(f"{name} has no option {key!r}; choose from {', '.join(known)}")
+    if str(options.get("dtype", "fp32")) not in DTYPES:
+        raise ValueError(f"the dtype of {name} must be one of {', '.join(DTYPES)}")
+    try:
+        torch.device(str(options.get("device", "cpu")))
+    except RuntimeError as error:
+        raise ValueError(f"the device of {name} must be such as 'cpu' or 'cuda:1'") from error
 
 
 def check_prompts(names: Iterable[str], prompts: Sequence[str]) -> None:

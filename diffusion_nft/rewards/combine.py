@@ -1,12 +1,18 @@
 """Several rewards as one: the weighted sum, and every reward's own scores and components."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from diffusion_nft.rewards import Reward, RewardOutput, build_reward
+from diffusion_nft.pictures import to_uint8
+from diffusion_nft.rewards import REMOTE_TIMEOUT, Reward, RewardOutput, build_reward
+
+# The value of each of the 256 levels.  Divided on the CPU: CUDA multiplies by 1/255 instead, which
+# is another float for some of them.
+LEVELS = torch.arange(256, dtype=torch.float32) / 255
 
 
 class RewardError(RuntimeError):
@@ -33,22 +39,69 @@ class Scores:
         return Scores(torch.cat([item.total for item in items]), parts)
 
 
-class RewardSet:
-    """The rewards of a run, each built once: name -> weight."""
+def build_rewards(
+    names: Iterable[str],
+    device: torch.device,
+    *,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    remote: Mapping[str, Sequence[str]] | None = None,
+    timeout: float = REMOTE_TIMEOUT,
+) -> dict[str, Reward]:
+    """The rewards ``names``, each built once, by name: served where ``remote`` has addresses for
+    it, else in this process with its ``options``.  Raises what ``build_reward`` raises.
+    """
+    options, remote = options or {}, remote or {}
+    return {
+        name: build_reward(name, device, options.get(name), remote.get(name, ()), timeout=timeout)
+        for name in dict.fromkeys(names)
+    }
 
-    def __init__(self, weights: Mapping[str, float], device: torch.device):
+
+def quantized(images: Tensor) -> Tensor:
+    """``images``, clamped to [0, 1] and rounded to 8 bits a channel: the float32 values k/255 that
+    the same pictures have after a PNG, on the same device.
+    """
+    return LEVELS.to(images.device)[to_uint8(images).int()]
+
+
+class RewardSet:
+    """The weighted sum of ``rewards``, and the scores of each.
+
+    ``weights``: reward name -> weight; 0 holds a reward out: it is scored and logged, and is no
+    part of the total.  ``rewards`` may hold more than the weights name: sets of different weights
+    share them.
+
+    Pictures are rounded to 8 bits a channel before any reward sees them.  What is scored is then
+    what is saved as PNG or sent to a server, and a score does not depend on where or when it is
+    made.
+    """
+
+    def __init__(self, weights: Mapping[str, float], rewards: Mapping[str, Reward]):
         self.weights = dict(weights)
-        self._rewards: dict[str, Reward] = {
-            name: build_reward(name, device) for name in self.weights
-        }
+        self._rewards = {name: rewards[name] for name in self.weights}
+
+    @classmethod
+    def build(
+        cls,
+        weights: Mapping[str, float],
+        device: torch.device,
+        *,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        remote: Mapping[str, Sequence[str]] | None = None,
+        timeout: float = REMOTE_TIMEOUT,
+    ) -> Self:
+        """A set of its own rewards; the arguments are those of ``build_rewards``."""
+        rewards = build_rewards(weights, device, options=options, remote=remote, timeout=timeout)
+        return cls(weights, rewards)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Scores:
-        """Scores ``images: [B, 3, H, W]`` in [0, 1].
+        """Scores ``images: [B, 3, H, W]`` in [0, 1], on any device.
 
         Raises RewardError, naming the reward, if one raises, returns another number of scores than
         B, or a score that is not finite.
         """
+        images = quantized(images)
         total = torch.zeros(len(prompts), dtype=torch.float64)
         parts: dict[str, Tensor] = {}
         for name, reward in self._rewards.items():

@@ -74,12 +74,17 @@ def test_saved_pictures_can_be_scored_later(run_dir, tmp_path, monkeypatch):
     assert len(first) == 3 and len(list((tmp_path / "images").iterdir())) == 3
     rows = (tmp_path / "evaluation_results.jsonl").read_text().splitlines()
     assert (tmp_path / json.loads(rows[2])["image_path"]).is_file()
-    evaluation(*here, "--rescore", *rewards, "--skip_rewards", "shapes")
-    again = scores(tmp_path)
-    assert [row.keys() for row in again] == [{"total", "jpeg_compressibility"}] * 3
-    for row, expected in zip(again, first, strict=True):
-        value = expected["jpeg_compressibility"]
-        assert row["jpeg_compressibility"] == pytest.approx(value, abs=1e-4)
+    evaluation(*here, "--rescore", "--reward", "jpeg_incompressibility")
+    # The earlier scores stay; "total" is of the rewards just scored.
+    for row, expected in zip(scores(tmp_path), first, strict=True):
+        assert row.keys() == expected.keys() | {"jpeg_incompressibility"}
+        assert row["shapes"] == expected["shapes"]
+        # What was scored is what was saved.
+        assert row["total"] == row["jpeg_incompressibility"] == -expected["jpeg_compressibility"]
+    evaluation(*here, "--rescore", *rewards, "--skip_rewards", "jpeg_compressibility")
+    assert [row["shapes"] for row in scores(tmp_path)] == [row["shapes"] for row in first]
+    with pytest.raises(ValueError, match="3 other prompts than the 2 lines"):
+        evaluation(*here[:-1], 2, "--rescore", *rewards)
 
 
 @pytest.mark.multiproc
@@ -103,7 +108,7 @@ def test_two_processes_write_the_same_bytes(run_dir, tmp_path):
         (("--dataset", "shapes", "--solver", "dmp2", "--pretrained", "shapes"), "dmp2"),
         (("--dataset", "shapes", "--limit", "0", "--pretrained", "shapes"), "limit"),
         (("--dataset", "shapes", "--batch_size", "0", "--pretrained", "shapes"), "batch_size"),
-        (("--dataset", "shapes", "--rescore"), "000000.png"),
+        (("--dataset", "shapes", "--rescore"), "evaluation_results.jsonl"),
         ((), "--dataset"),
     ],
 )

@@ -1,0 +1,233 @@
+"""What one key of a configuration may hold, whatever the other keys hold.
+
+Each check takes a value and returns what is wrong with it and what would be valid, or None.
+"""
+
+import difflib
+import math
+import numbers
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ml_collections import ConfigDict
+
+from diffusion_nft import data
+from diffusion_nft.rewards import REWARDS, check_options
+from diffusion_nft.solvers import SOLVERS, check_solver
+
+Check = Callable[[Any], str | None]
+
+EMBEDDED_MODEL = "shapes"
+
+
+def is_finite_number(value: Any) -> bool:
+    """True for a finite number that is no bool; numpy's are numbers too."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and (isinstance(value, numbers.Integral) or math.isfinite(value))
+
+
+def is_section(value: Any) -> bool:
+    """True for a mapping, a ConfigDict included."""
+    return isinstance(value, Mapping | ConfigDict)
+
+
+def did_you_mean(name: Any, choices: Collection[str]) -> str:
+    """``" (did you mean 'x'?)"`` for the choice that ``name`` comes close to, else empty."""
+    close = difflib.get_close_matches(str(name), choices, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def integer(low: int, high: int | None = None) -> Check:
+    """An integer from ``low`` to ``high``, both included."""
+    valid = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+
+    def check(value: Any) -> str | None:
+        fits = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        fits = fits and low <= int(value) and (high is None or int(value) <= high)
+        return None if fits else f"must be {valid}"
+
+    return check
+
+
+def number(interval: str) -> Check:
+    """A finite number in ``interval``, written as in mathematics: ``[0, 1)``, ``(0, inf)``."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+
+    def check(value: Any) -> str | None:
+        fits = is_finite_number(value) and low <= value <= high
+        fits = fits and (value != low or interval[0] == "[")
+        fits = fits and (value != high or interval[-1] == "]")
+        return None if fits else f"must be a finite number in {interval}"
+
+    return check
+
+
+def one_of(choices: Collection[str]) -> Check:
+    """One of the ``choices``."""
+
+    def check(value: Any) -> str | None:
+        if isinstance(value, str) and value in choices:
+            return None
+        return f"choose from {', '.join(choices)}{did_you_mean(value, choices)}"
+
+    return check
+
+
+def flag(value: Any) -> str | None:
+    """A bool."""
+    return None if isinstance(value, bool) else "must be True or False"
+
+
+def text(value: Any) -> str | None:
+    """Text, which may be empty."""
+    return None if isinstance(value, str) else "must be text"
+
+
+def filled_text(value: Any) -> str | None:
+    """Text with more than spaces."""
+    return None if isinstance(value, str) and value.strip() else "must be text, not empty"
+
+
+def new_folder(value: Any) -> str | None:
+    """The path of a folder that may not exist yet."""
+    if not isinstance(value, str) or not value.strip():
+        return "must be the path of the run directory, not empty"
+    if value.startswith("~"):
+        return "must be a path without '~', which nothing expands here"
+    if Path(value).is_file():
+        return "is a file; must be a folder, which is created if need be"
+    return None
+
+
+def folder_or_empty(value: Any) -> str | None:
+    """The path of a folder, or empty text."""
+    if isinstance(value, str) and (not value or Path(value).is_dir()):
+        return None
+    return "must be the path of a folder that exists, or empty for none"
+
+
+def lora_or_empty(value: Any) -> str | None:
+    """The path of a PEFT folder, or empty text."""
+    if folder_or_empty(value) or (value and not Path(value, "adapter_config.json").is_file()):
+        return "must be a PEFT folder that exists (it holds adapter_config.json), or empty for none"
+    return None
+
+
+def model(value: Any) -> str | None:
+    """A base model: a folder, a name on the hub, the embedded one."""
+    if isinstance(value, str):
+        parts = value.split("/")
+        hub = len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~")
+        if value == EMBEDDED_MODEL or hub or (value and Path(value).is_dir()):
+            return None
+    return (
+        f"must be a diffusers folder that exists, a hub name (owner/name), or {EMBEDDED_MODEL!r}"
+        f"{did_you_mean(value, (EMBEDDED_MODEL,))}"
+    )
+
+
+def solver(value: Any) -> str | None:
+    """A solver of ours or of diffusers."""
+    if not isinstance(value, str):
+        return "must be the name of a solver"
+    try:
+        check_solver(value)
+    except ValueError as error:
+        return f"{error}{did_you_mean(value, SOLVERS)}"
+    return None
+
+
+def dataset(value: Any) -> str | None:
+    """A prompt set with both splits."""
+    if not isinstance(value, str):
+        return "must be the name of a prompt set, or the path of a folder"
+    try:
+        for split in data.SPLITS:
+            data.split_file(value, split)
+    except ValueError as error:
+        return str(error).removeprefix(f"dataset = {value!r}: ")
+    return None
+
+
+def _unknown_rewards(names: Iterable[Any]) -> list[str]:
+    unknown = [name for name in names if name not in REWARDS]
+    complaints = [f"{name!r} is unknown{did_you_mean(name, REWARDS)}" for name in unknown]
+    return [*complaints, f"choose from {', '.join(REWARDS)}"] if unknown else []
+
+
+def reward_weights(value: Any) -> str | None:
+    """Reward name -> weight, at least one."""
+    if not is_section(value):
+        return "must map reward names to weights"
+    if not value:
+        return f"needs at least one reward; choose from {', '.join(REWARDS)}"
+    complaints = _unknown_rewards(value)
+    for name, weight in value.items():
+        if not is_finite_number(weight) or weight == 0:
+            complaints.append(f"the weight of {name!r} must be a finite number other than 0")
+    return "; ".join(complaints) or None
+
+
+def reward_names(value: Any) -> str | None:
+    """Any number of different reward names."""
+    if not isinstance(value, tuple | list) or not all(isinstance(name, str) for name in value):
+        return "must be a tuple of reward names, such as ('aesthetic', 'ocr')"
+    complaints = _unknown_rewards(value)
+    if len(set(value)) < len(value):
+        complaints.append("a name comes twice")
+    return "; ".join(complaints) or None
+
+
+def reward_addresses(value: Any) -> str | None:
+    """Reward name -> the addresses of its servers, at least one."""
+    if not is_section(value):
+        return "must map reward names to addresses, as in {'geneval': ('http://host:8000',)}"
+    complaints = _unknown_rewards(value)
+    for name, addresses in value.items():
+        if not isinstance(addresses, tuple | list) or not addresses:
+            complaints.append(f"{name!r} needs a tuple of addresses, as ('http://host:8000',)")
+            continue
+        complaints += [
+            f"{address!r} is no address: it takes http or https, a host and a port, as in "
+            "http://host:8000"
+            for address in addresses
+            if not _is_address(address)
+        ]
+    return "; ".join(complaints) or None
+
+
+def _is_address(value: Any) -> bool:
+    """An http(s) URL of a host and maybe a port, without user, path and query."""
+    if not isinstance(value, str) or value.split() != [value] or "@" in value:
+        return False
+    try:
+        url = urlsplit(value)
+        return (
+            url.port != 0
+            and bool(url.hostname)
+            and value
+            in (
+                f"http://{url.netloc}",
+                f"https://{url.netloc}",
+            )
+        )
+    except ValueError:
+        return False
+
+
+def reward_options(value: Any) -> str | None:
+    """Reward name -> option -> value."""
+    if not is_section(value):
+        return "must map reward names to options, as in {'ocr': {'backend': 'paddleocr'}}"
+    complaints = _unknown_rewards(value)
+    for name, options in value.items():
+        if not is_section(options):
+            complaints.append(f"{name!r} needs a mapping of options, as {{'batch_size': 8}}")
+        elif name in REWARDS:
+            try:
+                check_options(name, dict(options.items()))
+            except ValueError as error:
+                complaints.append(str(error))
+    return "; ".join(complaints) or None

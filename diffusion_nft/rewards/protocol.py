@@ -1,0 +1,158 @@
+"""What travels between a run and a reward server: JSON with PNGs, over HTTP.
+
+A PNG keeps 8 bits a channel exactly and JSON's numbers are the shortest decimals that name their
+float64, so a served score is the local one to the last bit.  Nothing is pickled.
+"""
+
+import base64
+import binascii
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusion_nft.pictures import to_pil
+from diffusion_nft.rewards import RewardOutput
+
+# Raised with every change that an older server or run would misread.
+PROTOCOL = 1
+# Environment variable of the shared secret that a server asks for, on both sides.
+TOKEN_VARIABLE = "REWARD_SERVER_TOKEN"
+# Of all pictures of a request: a PNG of a few kilobytes can unfold to gigabytes.
+MAX_PIXELS = 256 * 1024 * 1024
+# Zlib's fastest: the network is faster than its best.
+COMPRESS_LEVEL = 1
+
+
+class TooLarge(Exception):
+    """A request beyond the limits of a server."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``images: float32 [B, 3, H, W]`` in [0, 1] on the CPU, and a prompt and a line for each."""
+
+    images: Tensor
+    prompts: list[str]
+    metadata: list[dict]
+
+
+def encode_pictures(images: Tensor) -> list[str]:
+    """Base64 PNGs of ``images: [B, 3, H, W]`` in [0, 1], rounded to 8 bits a channel."""
+    encoded = []
+    for picture in to_pil(images):
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG", compress_level=COMPRESS_LEVEL)
+        encoded.append(base64.b64encode(buffer.getvalue()).decode("ascii"))
+    return encoded
+
+
+def encode_batch(
+    reward: str, pictures: list[str], prompts: list[str], metadata: list[dict]
+) -> dict[str, Any]:
+    """The request, for ``json``."""
+    return {
+        "protocol": PROTOCOL,
+        "reward": reward,
+        "pictures": pictures,
+        "prompts": prompts,
+        "metadata": metadata,
+    }
+
+
+def decode_batch(request: Any, reward: str, max_images: int) -> Batch:
+    """The batch of a request to a server of ``reward``.
+
+    Raises ValueError that says what is wrong with it, TooLarge for more than ``max_images``
+    pictures or MAX_PIXELS pixels.
+    """
+    if not isinstance(request, dict):
+        raise ValueError(f"a JSON object is needed, not {type(request).__name__}")
+    for key, ours in (("protocol", PROTOCOL), ("reward", reward)):
+        if request.get(key) != ours:
+            raise ValueError(f"{key} {request.get(key)!r} is asked for; this server has {ours!r}")
+    pictures = _items(request, "pictures", str)
+    prompts = _items(request, "prompts", str)
+    metadata = _items(request, "metadata", dict)
+    count = len(pictures)
+    if not count == len(prompts) == len(metadata) or not count:
+        raise ValueError(
+            f"{count} pictures, {len(prompts)} prompts and {len(metadata)} metadata: as many of "
+            "each are needed, at least one"
+        )
+    if count > max_images:
+        raise TooLarge(f"{count} pictures in one request; this server takes {max_images}")
+    arrays = [_decode_picture(text, i, MAX_PIXELS // count) for i, text in enumerate(pictures)]
+    if len({array.shape for array in arrays}) > 1:
+        raise ValueError("the pictures differ in size")
+    images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(torch.float32) / 255
+    return Batch(images, prompts, metadata)
+
+
+def _items(request: dict[str, Any], key: str, kind: type) -> list[Any]:
+    values = request.get(key)
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise ValueError(f"{key!r} must be a list of {'objects' if kind is dict else 'texts'}")
+    return values
+
+
+def _decode_picture(text: str, number: int, max_pixels: int) -> np.ndarray:
+    """RGB values ``[H, W, 3]``, uint8."""
+    try:
+        data = base64.b64decode(text, validate=True)
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            if picture.width * picture.height > max_pixels:
+                raise TooLarge(f"picture {number} has more than {max_pixels} pixels")
+            if picture.mode != "RGB":
+                raise ValueError(f"its mode is {picture.mode}, not RGB of 8 bits")
+            return np.array(picture)
+    except Image.DecompressionBombError as error:
+        raise TooLarge(f"picture {number}: {error}") from error
+    except (binascii.Error, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"picture {number} is no base64 PNG that can be read: {error}") from error
+
+
+def encode_output(output: RewardOutput) -> dict[str, Any]:
+    """The answer, for ``json``: a component that does not apply (NaN) is null.
+
+    Raises ValueError for an infinite number or a score that is NaN: JSON has neither.
+    """
+    components = {
+        key: [None if math.isnan(value) else value for value in values.double().tolist()]
+        for key, values in output.components.items()
+    }
+    scores = output.scores.double().tolist()
+    for key, values in {"scores": scores, **components}.items():
+        if not all(value is None or math.isfinite(value) for value in values):
+            raise ValueError(f"the reward returned {key} that are not finite: {values}")
+    return {"scores": scores, "components": components}
+
+
+def decode_output(answer: Any, count: int) -> RewardOutput:
+    """Scores and components ``[count]``, float64, of an answer; ValueError for anything else."""
+    if not isinstance(answer, dict) or not isinstance(answer.get("components"), dict):
+        raise ValueError("the answer holds no scores and components")
+    scores = _numbers("scores", answer.get("scores"), count)
+    if not scores.isfinite().all():
+        raise ValueError("the answer has a score that is no finite number")
+    components: Mapping[str, Any] = answer["components"]
+    return RewardOutput(
+        scores, {key: _numbers(key, values, count) for key, values in components.items()}
+    )
+
+
+def _numbers(key: str, values: Any, count: int) -> Tensor:
+    if not isinstance(values, list) or len(values) != count:
+        found = f"{len(values)} of them" if isinstance(values, list) else "no list"
+        raise ValueError(f"the answer's {key} are {found}, for {count} pictures")
+    if not all(value is None or type(value) in (int, float) for value in values):
+        raise ValueError(f"the answer's {key} are not all numbers")
+    return torch.tensor(
+        [math.nan if value is None else value for value in values], dtype=torch.float64
+    )

@@ -1,0 +1,174 @@
+"""Is every reward installed, are its weights there, does it load, does it score?
+
+    python scripts/check_rewards.py
+    python scripts/check_rewards.py --reward geneval,ocr --device cuda
+    python scripts/check_rewards.py --config config/nft.py:sd3_multi_reward
+
+Builds each reward as training does and lets it score two drawn pictures, twice.  Prints a table of
+what holds, the time per picture of the second call and the memory that the reward took, and for
+each failure the command that mends it.  With --config, the rewards of that preset with its options
+and servers.  Exits with 1 if anything failed.
+"""
+
+import argparse
+import gc
+import resource
+import runpy
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from diffusion_nft.rewards import REWARDS, build_reward
+from diffusion_nft.rewards.combine import RewardSet
+
+SIDE = 512
+PROMPTS = ['a white poster that says "HELLO"', 'a white poster that says "WORLD"']
+# The extra that installs a reward's packages, where it is not called as the reward.
+EXTRAS = {"pickscore": "", "clipscore": "", "aesthetic": "", "imagereward": ""}
+STAGES = ("installed", "found", "loads", "scores")
+
+
+@dataclass
+class Finding:
+    """What holds of a reward: as many of STAGES as it passed, or why the next one failed."""
+
+    name: str
+    passed: int = 0
+    seconds: float = 0.0
+    gigabytes: float = 0.0
+    problem: str = ""
+    remedy: str = ""
+    scores: list[float] = field(default_factory=list)
+
+    def row(self) -> tuple[str, ...]:
+        """Its line of the table."""
+        marks = ["yes" if i < self.passed else "NO" if i == self.passed else "" for i in range(4)]
+        cost = (f"{self.seconds:.3f}", f"{self.gigabytes:.2f}") if self.passed == 4 else ("", "")
+        return (self.name, *marks, *cost, " ".join(f"{score:.3f}" for score in self.scores))
+
+
+def pictures(name: str) -> tuple[torch.Tensor, list[str], list[dict]]:
+    """Two pictures ``[2, 3, H, W]`` in [0, 1] with prompts and metadata that ``name`` can score."""
+    if name == "shapes":
+        from diffusion_nft.shapes.captions import metadata_lines, sample_scene
+        from diffusion_nft.shapes.scene import render_batch
+
+        lines = metadata_lines("test")[:2]
+        rng = np.random.default_rng(0)
+        drawn = torch.from_numpy(render_batch([sample_scene(line, rng) for line in lines]))
+        return drawn, [line["prompt"] for line in lines], lines
+    arrays = []
+    for word in ("HELLO", "WORLD"):
+        poster = Image.new("RGB", (SIDE, SIDE), "white")
+        font = ImageFont.load_default(size=96)
+        ImageDraw.Draw(poster).text((SIDE / 2, SIDE / 2), word, "black", font, anchor="mm")
+        arrays.append(np.asarray(poster, dtype=np.float32) / 255)
+    include = [{"class": "bench", "count": 1}]
+    metadata = [{"tag": "single_object", "include": include, "prompt": p} for p in PROMPTS]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2), PROMPTS, metadata
+
+
+def check(
+    name: str, device: torch.device, options: Mapping[str, Any], remote: Sequence[str]
+) -> Finding:
+    """Builds the reward ``name`` and lets it score; never raises."""
+    finding = Finding(name)
+    before = memory(device)
+    try:
+        rewards = {name: build_reward(name, device, options, remote)}
+        finding.passed = 3
+        images, prompts, metadata = pictures(name)
+        score = RewardSet({name: 1.0}, rewards)
+        for _ in range(2):
+            started = time.perf_counter()
+            finding.scores = score(images.to(device), prompts, metadata).total.tolist()
+            finding.seconds = (time.perf_counter() - started) / len(prompts)
+        finding.passed = 4
+        finding.gigabytes = memory(device) - before
+    # Whatever a broken installation raises is what this command is there to show.
+    except Exception as error:
+        if not finding.passed:
+            finding.passed = 0 if isinstance(error, ImportError) else 1
+            finding.passed += not isinstance(error, (ImportError, OSError))
+        finding.problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        finding.remedy = remedy(name, error, remote)
+    gc.collect()
+    return finding
+
+
+def memory(device: torch.device) -> float:
+    """Peak GB so far: of the GPU's allocator, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def remedy(name: str, error: Exception, remote: Sequence[str]) -> str:
+    """The command that mends ``error``; empty where there is no single one."""
+    if remote:
+        return f"python scripts/reward_server.py --reward {name} --port {remote[0].split(':')[-1]}"
+    if isinstance(error, ImportError):
+        extra = EXTRAS.get(name, name)
+        return f'pip install -e ".[{extra}]"' if extra else "pip install -e ."
+    if isinstance(error, ConnectionError) and name == "unifiedreward":
+        return (
+            "python -m sglang.launch_server --model-path CodeGoat24/UnifiedReward-7b-v1.5 "
+            "--api-key flowgrpo --port 17140 --chat-template chatml-llava"
+        )
+    return f"python scripts/download.py {name}" if isinstance(error, OSError) else ""
+
+
+def wanted(args: argparse.Namespace) -> tuple[list[str], Mapping[str, Any], Mapping[str, Any]]:
+    """Names, options and addresses of the rewards to check."""
+    if not args.config:
+        names = args.reward.split(",") if args.reward else list(REWARDS)
+        if unknown := [name for name in names if name not in REWARDS]:
+            raise ValueError(f"reward {unknown[0]!r} is unknown; choose from {', '.join(REWARDS)}")
+        return names, {}, {}
+    path, _, preset = args.config.partition(":")
+    config = runpy.run_path(path)["get_config"](preset)
+    names = [*config.reward_fn, *config.eval.rewards]
+    return names, config.reward_options.to_dict(), config.remote.to_dict()
+
+
+def main() -> None:
+    """Checks one reward after the other."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--reward", default="", help="comma-separated; default: all")
+    parser.add_argument("--config", default="", help="path:preset, for the rewards of a preset")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    names, options, remote = wanted(args)
+    device = torch.device(args.device)
+    findings = []
+    for name in names:
+        print(f"checking {name} ...", file=sys.stderr, flush=True)
+        findings.append(check(name, device, options.get(name, {}), remote.get(name, ())))
+    header = ("reward", *STAGES, "s/picture", "GB", "scores of the two pictures")
+    table = [header, *(finding.row() for finding in findings)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+    failed = [finding for finding in findings if finding.problem]
+    for finding in failed:
+        print(f"\n{finding.name}: {finding.problem}")
+        if finding.remedy:
+            print(f"    {finding.remedy}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, KeyError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

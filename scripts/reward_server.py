@@ -1,0 +1,120 @@
+"""Serves one reward to runs in other environments or on other machines.
+
+    python scripts/reward_server.py --reward geneval --port 8000
+    python scripts/reward_server.py --reward ocr --port 8001 --option backend=paddleocr
+
+A run uses it by --config.remote="{'geneval': ('http://HOST:8000',)}".  Without a token only this
+machine is served; REWARD_SERVER_TOKEN in the environment of server and run is the token.  Beside
+the reward's own packages the environment needs numpy, pillow, torch, fastapi and uvicorn, and
+this project: pip install --no-deps -e .
+"""
+
+import argparse
+import ast
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+import torch
+
+from diffusion_nft.rewards import REWARDS, build_reward
+from diffusion_nft.rewards.protocol import TOKEN_VARIABLE
+
+
+def parse_flags() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--reward", required=True, choices=list(REWARDS))
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine")
+    parser.add_argument("--port", type=int, required=True, help="0: any that is free")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        type=_option,
+        metavar="KEY=VALUE",
+        help="an argument of the reward's class; may be given several times",
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=_device, default=device, help="default: %(default)s")
+    parser.add_argument("--max_images", type=int, default=256, help="in one request")
+    parser.add_argument("--max_megabytes", type=float, default=512, help="in one request")
+    return parser.parse_args()
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """A key and its value: a Python literal, or else text."""
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def bind(host: str, port: int, token: str) -> socket.socket:
+    """A socket bound to ``host``; ValueError if others could reach it and there is no token."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    if not token and not ipaddress.ip_address(address[0]).is_loopback:
+        raise ValueError(
+            f"--host {host} opens the server to other machines: set {TOKEN_VARIABLE} to a secret, "
+            "here and for the run, or bind to 127.0.0.1 and connect through an ssh tunnel"
+        )
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(address)
+    return bound
+
+
+def main() -> None:
+    """Binds, loads the reward, serves until SIGTERM or SIGINT."""
+    # Also uvicorn's last act, when it has answered what was in flight.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    args = parse_flags()
+    try:
+        import uvicorn
+
+        from diffusion_nft.rewards.server import create_app
+    except ImportError as error:
+        raise ImportError(
+            f"a reward server needs: pip install fastapi uvicorn ({error})"
+        ) from error
+    token, options = os.environ.get(TOKEN_VARIABLE, ""), dict(args.option)
+    # Before the reward loads, which may take minutes: a port in use should show at once.
+    bound = bind(args.host, args.port, token)
+    app = create_app(
+        args.reward,
+        build_reward(args.reward, args.device, options),
+        args.device,
+        options=options,
+        token=token,
+        max_images=args.max_images,
+        max_megabytes=args.max_megabytes,
+    )
+    # Whoever connects from here on is answered.
+    bound.listen()
+    host, port = bound.getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    print(f"serving {args.reward} at {address}", flush=True)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[bound])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

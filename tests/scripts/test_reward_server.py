@@ -1,0 +1,194 @@
+"""The reward server as users start it, and how little it needs around it."""
+
+import argparse
+import importlib.util
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import httpx
+import pytest
+import torch
+
+from diffusion_nft.rewards.combine import RewardSet
+from diffusion_nft.rewards.remote import RemoteReward
+from tests.launch import ROOT, environment, run
+
+CPU = torch.device("cpu")
+SCRIPT = ROOT / "scripts/reward_server.py"
+WAIT_S = 60
+
+
+@contextmanager
+def server(
+    *flags: str, command: tuple[str, ...] = (str(SCRIPT),), port: str = "0", token: str = ""
+) -> Iterator[tuple[subprocess.Popen, str]]:
+    """The process and its address."""
+    with subprocess.Popen(
+        [sys.executable, *command, "--port", port, *flags],
+        cwd=ROOT,
+        env=environment() | {"REWARD_SERVER_TOKEN": token},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            line = process.stdout.readline()
+            assert line.startswith("serving "), line + process.stderr.read()
+            yield process, line.split()[-1]
+        finally:
+            process.kill()
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_serves_until_it_is_told_to_stop(number, monkeypatch):
+    monkeypatch.setenv("REWARD_SERVER_TOKEN", "secret")
+    images = torch.rand(3, 3, 16, 16)
+    with server("--reward", "jpeg_compressibility", token="secret") as (process, address):
+        health = httpx.get(f"{address}/health", headers={"Authorization": "Bearer secret"}).json()
+        assert health["reward"] == "jpeg_compressibility" and health["options"] == {}
+        rewards = {"jpeg_compressibility": RemoteReward("jpeg_compressibility", [address])}
+        weights = {"jpeg_compressibility": 1.0}
+        ours = RewardSet(weights, rewards)(images, [""] * 3, [{}] * 3)
+        theirs = RewardSet.build(weights, CPU)(images, [""] * 3, [{}] * 3)
+        assert torch.equal(ours.total, theirs.total)
+        assert httpx.get(f"{address}/health").status_code == 401
+        process.send_signal(number)
+        assert process.wait(WAIT_S) == 0
+        assert process.stderr is not None and process.stderr.read() == ""
+
+
+# Runs the script in its arguments where the packages of training cannot be imported.  All rewards'
+# modules must import there, and one more reward, which takes its time, is registered.
+SLIM = """
+import importlib.abc, sys, time
+
+BLOCKED = {
+    "absl", "accelerate", "diffusers", "httpx", "huggingface_hub", "ml_collections", "open_clip",
+    "onnxruntime", "openai", "peft", "rapidocr", "safetensors", "sentencepiece", "torchvision",
+    "tqdm", "transformers", "wandb",
+}
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocker())
+sys.path.insert(0, ".")
+
+from diffusion_nft.rewards import REWARDS, RewardOutput, reward_class
+
+class Slow:
+    def __init__(self, device):
+        import torch
+        self.zeros = torch.zeros
+
+    def __call__(self, images, prompts, metadata):
+        print("scoring", flush=True)
+        time.sleep(1)
+        return RewardOutput(self.zeros(len(prompts)))
+
+for name in REWARDS:
+    reward_class(name)
+REWARDS["slow"] = "__main__:Slow"
+sys.argv = sys.argv[1:]
+exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"))
+"""
+
+
+@pytest.mark.multiproc
+def test_it_runs_without_the_packages_of_training_and_ends_what_it_began():
+    with server("--reward", "slow", command=("-c", SLIM, str(SCRIPT))) as (process, address):
+        reward = RemoteReward("slow", [address], rounds=1)
+        outputs = []
+        asking = threading.Thread(
+            target=lambda: outputs.append(reward(torch.rand(2, 3, 8, 8), ["", ""], [{}, {}]))
+        )
+        asking.start()
+        assert process.stdout is not None and process.stdout.readline() == "scoring\n"
+        process.send_signal(signal.SIGTERM)
+        asking.join(WAIT_S)
+        assert outputs and outputs[0].scores.tolist() == [0.0, 0.0]
+        assert process.wait(WAIT_S) == 0
+
+
+@pytest.mark.multiproc
+def test_a_mistake_costs_one_line():
+    flags = ["--reward", "jpeg_compressibility", "--port", "0", "--host", "0.0.0.0"]
+    done = run([sys.executable, str(SCRIPT), *flags])
+    assert done.returncode != 0 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "0.0.0.0" in line and "REWARD_SERVER_TOKEN" in line and "ssh" in line
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reward_server", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_only_a_token_opens_the_server_to_others(script):
+    for host in ("127.0.0.1", "localhost"):
+        with script.bind(host, 0, "") as bound:
+            assert bound.getsockname()[0] == "127.0.0.1"
+    for host in ("0.0.0.0", "192.0.2.1"):
+        with pytest.raises(ValueError, match="other machines"):
+            script.bind(host, 0, "")
+    with script.bind("0.0.0.0", 0, "secret") as bound:
+        assert bound.getsockname()[0] == "0.0.0.0"
+
+
+def test_a_port_in_use_shows_before_the_reward_loads(script, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        monkeypatch.setattr(sys, "argv", ["x", "--reward", "aesthetic", "--port", port])
+        monkeypatch.setattr(script.signal, "signal", lambda *_: None)
+        with pytest.raises(OSError, match="in use"):
+            script.main()
+
+
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        ("batch_size=8", ("batch_size", 8)),
+        ("backend=paddleocr", ("backend", "paddleocr")),
+        ("model=owner/name=x", ("model", "owner/name=x")),
+        ("detector_sha256=None", ("detector_sha256", None)),
+        ("model='8'", ("model", "8")),
+    ],
+)
+def test_options_are_literals_or_text(script, text, option):
+    assert script._option(text) == option
+
+
+def test_an_option_needs_a_value(script):
+    with pytest.raises(argparse.ArgumentTypeError, match="KEY=VALUE"):
+        script._option("batch_size")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--reward", "pikscore", "--port", "0"], "pickscore"),
+        (["--reward", "ocr", "--port", "0", "--device", "gpu"], "device"),
+        (["--reward", "ocr", "--port", "0", "--option", "backnd=x"], "backend, threads"),
+        (["--reward", "ocr", "--port", "0", "--option", "backend=x"], "rapidocr, paddleocr"),
+    ],
+)
+def test_mistakes_are_named(script, monkeypatch, capsys, flags, words):
+    monkeypatch.setattr(sys, "argv", ["reward_server.py", *flags])
+    monkeypatch.setattr(script.signal, "signal", lambda *_: None)
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        script.main()
+    assert words in str(caught.value) + capsys.readouterr().err
