@@ -33,6 +33,7 @@ TEST = [
     *SERVER,
     "pytest>=8",
     "pytest-timeout",
+    "scipy",  # transformers' own Mask2Former, which the detector is compared with
     "hypothesis",
     "ruff",
     "pyright",

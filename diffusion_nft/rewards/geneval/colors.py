@@ -38,16 +38,20 @@ class ColorClassifier:
         preprocess: Callable[[Image.Image], Tensor],
         tokenize: Callable[[list[str]], Tensor],
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ):
-        self.clip = clip.to(device).eval()
+        self.clip = clip.to(device=device, dtype=dtype).eval()
         self.preprocess = preprocess
         self.tokenize = tokenize
-        self.device = device
+        self.device, self.dtype = device, dtype
         self._text_features: dict[str, Tensor] = {}
 
     @staticmethod
     def load(
-        device: torch.device, weights: str = "openai", architecture: str = ARCHITECTURE
+        device: torch.device,
+        weights: str = "openai",
+        architecture: str = ARCHITECTURE,
+        dtype: torch.dtype = torch.float32,
     ) -> "ColorClassifier":
         """OpenCLIP's ``architecture`` with ``weights``: a name that open_clip fetches, or a file.
 
@@ -68,7 +72,7 @@ class ColorClassifier:
         )
         clip, _, preprocess = parts
         tokenize = open_clip.get_tokenizer(architecture)
-        return ColorClassifier(clip.requires_grad_(False), preprocess, tokenize, device)
+        return ColorClassifier(clip.requires_grad_(False), preprocess, tokenize, device, dtype)
 
     @torch.no_grad()
     def __call__(self, crops: Sequence[Image.Image], labels: Sequence[str]) -> list[str]:
@@ -76,7 +80,7 @@ class ColorClassifier:
         if not crops:
             return []
         self._remember(labels)
-        pixels = torch.stack([self.preprocess(crop) for crop in crops]).to(self.device)
+        pixels = torch.stack([self.preprocess(crop) for crop in crops]).to(self.device, self.dtype)
         features = F.normalize(self.clip.encode_image(pixels).float(), dim=-1)
         texts = torch.stack([self._text_features[label] for label in labels])
         best = torch.einsum("nd,ncd->nc", features, texts).argmax(-1)

@@ -18,6 +18,8 @@ SHORT_SIDE, LONG_SIDE = 800, 1333
 SIZE_DIVISOR = 32
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
+# What the published configuration of mmdet 2.x pads with, before it normalises.
+PADDING = 128
 MAX_CANDIDATES = 100
 
 # "swapped": the network sees blue, green, red, as it does in the published trainers' reward, which
@@ -32,7 +34,7 @@ class Detector:
 
     ``network``: normalised pixels ``[B, 3, H, W]`` -> class logits ``[B, Q, classes + 1]`` and mask
     logits ``[B, Q, h, w]``.  Objects scoring at most ``min_score`` are left out (0.3, the lowest
-    threshold of GenEval).
+    threshold of GenEval).  ``dtype`` below float32: the network runs under autocast.
     """
 
     def __init__(
@@ -41,16 +43,14 @@ class Detector:
         device: torch.device,
         *,
         channel_order: ChannelOrder = "swapped",
+        dtype: torch.dtype = torch.float32,
         min_score: float = SCORE_THRESHOLD,
         short_side: int = SHORT_SIDE,
         long_side: int = LONG_SIDE,
     ):
-        if channel_order not in CHANNEL_ORDERS:
-            raise ValueError(
-                f"channel order {channel_order!r} is unknown; choose from {CHANNEL_ORDERS}"
-            )
+        check_channel_order(channel_order)
         self.network = network.to(device).eval()
-        self.device = device
+        self.device, self.dtype = device, dtype
         self.channel_order: ChannelOrder = channel_order
         self.min_score = min_score
         self.sides = (short_side, long_side)
@@ -61,7 +61,9 @@ class Detector:
         height, width = images.shape[-2:]
         resized = resized_size(height, width, *self.sides)
         pixels = prepare(images.to(self.device), resized, self.channel_order)
-        class_logits, mask_logits = self.network(pixels)
+        # Not a cast: bfloat16 cannot tell neighbouring sampling points of wide pictures apart.
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            class_logits, mask_logits = self.network(pixels)
         return [
             read_detections(
                 classes,
@@ -73,6 +75,13 @@ class Detector:
             )
             for classes, masks in zip(class_logits, mask_logits, strict=True)
         ]
+
+
+def check_channel_order(order: str) -> None:
+    """Raises ValueError, naming the choices, if ``order`` is no ChannelOrder."""
+    if order not in CHANNEL_ORDERS:
+        known = ", ".join(CHANNEL_ORDERS)
+        raise ValueError(f"channel order {order!r} is unknown; choose from {known}")
 
 
 def resized_size(
@@ -89,18 +98,20 @@ def resized_size(
 def prepare(images: Tensor, resized: tuple[int, int], channel_order: ChannelOrder) -> Tensor:
     """``images: [B, 3, H, W] in [0, 1]`` -> the network's input, at ``resized`` plus padding.
 
-    8 bits, bilinear without antialiasing, rounded, (x - mean) / std in 0..255, then zeros to the
-    right and at the bottom up to multiples of 32.
+    8 bits, bilinear without antialiasing, rounded, grey of 128 to the right and at the bottom up to
+    multiples of 32, then (x - mean) / std in 0..255.  Source: ``test_pipeline`` of mmdet 2.28's
+    mask2former_r50_lsj_8x2_50e_coco.py, which the published configuration inherits.  OpenCV's
+    resizing there rounds some values to the other neighbour.
     """
     pixels = to_uint8(images).float()
     pixels = F.interpolate(pixels, size=resized, mode="bilinear", align_corners=False).round()
     if channel_order == "swapped":
         pixels = pixels.flip(1)
-    pixels = (pixels - pixels.new_tensor(MEAN)[:, None, None]) / pixels.new_tensor(STD)[
-        :, None, None
-    ]
     height, width = resized
-    return F.pad(pixels, (0, -width % SIZE_DIVISOR, 0, -height % SIZE_DIVISOR))
+    missing = (0, -width % SIZE_DIVISOR, 0, -height % SIZE_DIVISOR)
+    pixels = F.pad(pixels, missing, value=PADDING)
+    mean, std = pixels.new_tensor(MEAN), pixels.new_tensor(STD)
+    return (pixels - mean[:, None, None]) / std[:, None, None]
 
 
 def read_detections(

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The start of the published file's sha256, which is also in its name.
-PUBLISHED_SHA256 = "743b7d99"
+from diffusion_nft.rewards.weights import WEIGHT_FILES
+
+# The start of the published file's sha256.
+PUBLISHED_SHA256 = WEIGHT_FILES["geneval"].sha256
 
 _SWIN = r"model\.pixel_level_module\.encoder\.swin\."
 _BLOCK = _SWIN + r"encoder\.layers\.(\d+)\.blocks\.(\d+)\."

@@ -11,8 +11,9 @@ from torch import Tensor
 from diffusion_nft.pictures import to_pil
 from diffusion_nft.rewards import RewardOutput
 from diffusion_nft.rewards.geneval.colors import ColorClassifier, object_crop
-from diffusion_nft.rewards.geneval.detector import ChannelOrder, Detector
+from diffusion_nft.rewards.geneval.detector import ChannelOrder, Detector, check_channel_order
 from diffusion_nft.rewards.geneval.mask2former_weights import PUBLISHED_SHA256
+from diffusion_nft.rewards.geneval.mmdet_detector import MmdetDetector
 from diffusion_nft.rewards.geneval.verdict import (
     GRADINGS,
     Colors,
@@ -26,27 +27,26 @@ from diffusion_nft.rewards.geneval.verdict import (
 from diffusion_nft.rewards.geneval.vocabulary import TAGS, check_metadata
 from diffusion_nft.rewards.weights import weight_file
 
+# Pictures [B, 3, H, W] in [0, 1] -> the objects of each.
+Detect = Callable[[Tensor], list[list[Detection]]]
+
 
 class GenEvalScorer:
     """GenEval's graded score with any detector and any classifier of colours.
 
-    ``detect``: pictures ``[B, 3, H, W]`` in [0, 1] -> the objects of each; ``classify_colors``:
-    crops and their class names -> colours.  Each is called at most once per ``batch_size``
-    pictures.
+    ``detect``: pictures -> the objects of each; ``classify_colors``: crops and their class names ->
+    colours.  Each is called at most once per ``batch_size`` pictures.
     """
 
     def __init__(
         self,
-        detect: Callable[[Tensor], list[list[Detection]]],
+        detect: Detect,
         classify_colors: Callable[[Sequence[Image.Image], Sequence[str]], list[str]],
         *,
         grading: Grading = "published",
         batch_size: int = 16,
     ):
-        if grading not in GRADINGS:
-            raise ValueError(f"grading {grading!r} is unknown; choose from {', '.join(GRADINGS)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size} must be at least 1")
+        _check_options(grading, batch_size)
         self.detect = detect
         self.classify_colors = classify_colors
         self.grading: Grading = grading
@@ -112,13 +112,22 @@ class GenEvalScorer:
         return dict(zip(crops, colors, strict=True))
 
 
+def _check_options(grading: str, batch_size: int) -> None:
+    if grading not in GRADINGS:
+        raise ValueError(f"grading {grading!r} is unknown; choose from {', '.join(GRADINGS)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be at least 1")
+
+
 class GenEvalReward(GenEvalScorer):
     """GenEval's graded score with the benchmark's models: Mask2Former Swin-S and CLIP ViT-L/14.
 
+    ``backend``: what runs the detector, "transformers", or "mmdet" in an environment that has it.
     ``detector_weights``: mmdet's checkpoint (None: the file in reward_ckpts), whose sha256 must
     start with ``detector_sha256`` (None: anything); ``clip_weights``: a name or file for open_clip;
     ``channel_order`` "swapped" is what published rewards were trained with, "rgb" what the
     benchmark's own script sees; ``grading`` "bounded" keeps every term of the score in [0, 1].
+    ``dtype`` is both models', float32 as published; mmdet has no other.
     Raises FileNotFoundError, ImportError or ValueError for absent or wrong files and packages.
     """
 
@@ -126,21 +135,48 @@ class GenEvalReward(GenEvalScorer):
         self,
         device: torch.device,
         *,
+        backend: str = "transformers",
         detector_weights: Path | None = None,
         detector_sha256: str | None = PUBLISHED_SHA256,
         clip_weights: str = "openai",
         channel_order: ChannelOrder = "swapped",
         grading: Grading = "published",
+        dtype: torch.dtype = torch.float32,
         batch_size: int = 16,
     ):
-        # transformers only here, so that the module imports in a slim environment.
-        from diffusion_nft.rewards.geneval.mask2former import load_mask2former
-
+        if backend not in BACKENDS:
+            known = ", ".join(BACKENDS)
+            raise ValueError(f"GenEval backend {backend!r} is unknown; choose from {known}")
+        check_channel_order(channel_order)
+        _check_options(grading, batch_size)
         path = weight_file("geneval") if detector_weights is None else detector_weights
-        network = load_mask2former(path, detector_sha256)
         super().__init__(
-            Detector(network, device, channel_order=channel_order),
-            ColorClassifier.load(device, clip_weights),
+            BACKENDS[backend](
+                path, device, sha256=detector_sha256, channel_order=channel_order, dtype=dtype
+            ),
+            ColorClassifier.load(device, clip_weights, dtype=dtype),
             grading=grading,
             batch_size=batch_size,
         )
+
+
+def _transformers_detector(
+    weights: Path,
+    device: torch.device,
+    *,
+    sha256: str | None,
+    channel_order: ChannelOrder,
+    dtype: torch.dtype,
+) -> Detector:
+    # transformers only here, so that the module imports in a slim environment.
+    from diffusion_nft.rewards.geneval.mask2former import load_mask2former
+
+    network = load_mask2former(weights, sha256)
+    return Detector(network, device, channel_order=channel_order, dtype=dtype)
+
+
+# backend -> what builds its detector.
+BACKENDS: dict[str, Callable[..., Detect]] = {
+    "transformers": _transformers_detector,
+    "mmdet": MmdetDetector,
+}

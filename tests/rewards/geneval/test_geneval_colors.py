@@ -69,6 +69,16 @@ def test_same_as_clip_prompt_by_prompt(tiny_colors: ColorClassifier) -> None:
     assert len(set(got)) > 1
 
 
+def test_lower_precision(tiny_clip: tuple[str, str], tiny_colors: ColorClassifier) -> None:
+    name, weights = tiny_clip
+    half = ColorClassifier.load(CPU, weights, name, torch.bfloat16)
+    assert {p.dtype for p in half.clip.parameters()} == {torch.bfloat16}
+    crops, labels = pictures(24), ["cat", "traffic light", "cup"] * 8
+    same = [a == b for a, b in zip(half(crops, labels), tiny_colors(crops, labels), strict=True)]
+    # Measured: all 24.
+    assert sum(same) >= 22
+
+
 def test_preparation_is_clips(tiny_colors: ColorClassifier) -> None:
     """Short side bicubic, centre crop, OpenAI's mean and deviation."""
     crop = Image.new("RGB", (64, 32), (255, 0, 51))

@@ -115,7 +115,7 @@ def test_one_pass_of_each_model_a_micro_batch(
     score = GenEvalScorer(Detector(network, CPU, short_side=32), tiny_colors, batch_size=16)
     # Two of three lines ask for a colour: 42 of 64.
     lines = [line("colors", color=COLORS[i % 10]) if i % 3 else line("counting") for i in range(64)]
-    output = score(torch.rand(64, 3, SIDE, SIDE), [""] * 64, lines)
+    output = score(torch.rand(64, 3, 1, 1).expand(-1, -1, 512, 512), [""] * 64, lines)
     assert network.batches == [16] * 4
     assert len(crops) == 4
     assert sum(crops) == sum(i % 3 > 0 for i in range(64)) == 42
@@ -198,8 +198,29 @@ def test_the_reward_from_its_weights(
     assert all(math.isfinite(score) for score in output.scores.tolist())
     assert reward.detect.sides == (800, 1333)
     assert reward.detect.channel_order == "swapped"
-    explicit = GenEvalReward(CPU, detector_weights=tiny_weights[0], channel_order="rgb", **options)
+    assert reward.detect.dtype == reward.classify_colors.dtype == torch.float32
+    explicit = GenEvalReward(
+        CPU,
+        detector_weights=tiny_weights[0],
+        channel_order="rgb",
+        dtype=torch.bfloat16,
+        batch_size=3,
+        **options,
+    )
     assert explicit.detect.channel_order == "rgb"
+    assert explicit.detect.dtype == explicit.classify_colors.dtype == torch.bfloat16
+    assert explicit.batch_size == 3
+
+
+def test_wrong_options_are_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    for wrong, message in (
+        ({"backend": "jax"}, "backend 'jax' is unknown; choose from transformers, mmdet"),
+        ({"channel_order": "bgr"}, "channel order 'bgr' is unknown; choose from swapped, rgb"),
+        ({"grading": "kind"}, "grading 'kind' is unknown; choose from published, bounded"),
+        ({"batch_size": 0}, "batch_size 0 must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GenEvalReward(CPU, detector_weights=tmp_path / "absent.pth", **wrong)
 
 
 def test_wrong_or_absent_detector(tiny_weights: tuple[Path, str]) -> None:
