@@ -52,13 +52,7 @@ class Clip:
 
     def text_features(self, prompts: list[str]) -> Tensor:
         """Unit vectors ``[B, D]``, float32; prompts are cut after 77 tokens."""
-        tokens = self.tokenizer(
-            prompts,
-            padding="max_length",
-            truncation=True,
-            max_length=MAX_TOKENS,
-            return_tensors="pt",
-        ).to(self.device)
+        tokens = tokenize(self.tokenizer, prompts, MAX_TOKENS).to(self.device)
         output = self.model.get_text_features(
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
         )
@@ -67,6 +61,13 @@ class Clip:
     def cosine(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         """Cosine ``[B]`` in [-1, 1] of each picture and its own prompt."""
         return (self.image_features(pixels) * self.text_features(prompts)).sum(-1)
+
+
+def tokenize(tokenizer: Any, prompts: list[str], length: int) -> Any:
+    """``input_ids`` and ``attention_mask`` ``[B, length]``: prompts cut or padded to ``length``."""
+    return tokenizer(
+        prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    )
 
 
 def _from_pretrained(cls: Any, name: str, **options: Any) -> Any:

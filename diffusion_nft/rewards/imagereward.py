@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffusion_nft.pictures import to_pil
 from diffusion_nft.rewards import RewardOutput
-from diffusion_nft.rewards.clip_common import score_in_batches
+from diffusion_nft.rewards.clip_common import score_in_batches, tokenize
 from diffusion_nft.rewards.weights import load_checkpoint, load_weights, weight_file
 
 if TYPE_CHECKING:
@@ -208,13 +208,7 @@ class _Blip:
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         pixels = torch.stack([self.preprocess(picture) for picture in to_pil(images)])
-        tokens = self.tokenizer(
-            prompts,
-            padding="max_length",
-            truncation=True,
-            max_length=MAX_TOKENS,
-            return_tensors="pt",
-        ).to(self.device)
+        tokens = tokenize(self.tokenizer, prompts, MAX_TOKENS).to(self.device)
         return self.model(
             pixels.to(self.device, self.dtype), tokens["input_ids"], tokens["attention_mask"]
         )
