@@ -18,12 +18,38 @@ DATASET_ROOT = Path(__file__).resolve().parent.parent / "dataset"
 SPLITS = ("train", "test")
 SOURCE = "github.com/NVlabs/DiffusionNFT (folder dataset/)"
 
-# The published prompt sets, which are not part of this repository, and their files.
-PUBLISHED_FILES = {
-    "geneval": ("train_metadata.jsonl", "test_metadata.jsonl"),
-    "ocr": ("train.txt", "test.txt"),
-    "pickscore": ("train.txt", "test.txt"),
-    "drawbench": ("test.txt",),
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A file of a published prompt set; ``size`` in bytes, None where only the blob id is known."""
+
+    split: str
+    name: str
+    git_blob: str
+    size: int | None = None
+
+
+# The published prompt sets, which are not part of this repository; scripts/prepare_data.py fetches
+# them from this commit.  The git blob ids are those of its tree.
+PUBLISHED_URL = "https://github.com/NVlabs/DiffusionNFT/raw/24af555/dataset"
+PUBLISHED_FILES: dict[str, tuple[PublishedFile, ...]] = {
+    "geneval": (
+        PublishedFile("train", "train_metadata.jsonl", "0b97e8a6802c08fc7537cd00c76ae79c851bddcb"),
+        PublishedFile(
+            "test", "test_metadata.jsonl", "27cdaf5cc1356fe15aeadbb8df55682ca74228f0", 340_835
+        ),
+    ),
+    "ocr": (
+        PublishedFile("train", "train.txt", "3ce0521b77b0a9031191d66ecc36ebaaf27a3922"),
+        PublishedFile("test", "test.txt", "8deb4f8d8f2e863f45353354243669b3c991a6a2", 217_565),
+    ),
+    "pickscore": (
+        PublishedFile("train", "train.txt", "a437bd921c03fbc00c4e7ce148ae2d28fcd6e49b", 2_906_730),
+        PublishedFile("test", "test.txt", "45f05231b969fb5f74c8debd606b22cd3be27f8e", 239_891),
+    ),
+    "drawbench": (
+        PublishedFile("test", "test.txt", "8d96e7cf7017ce6ce299a6eec96e21467a2ac7aa", 65_164),
+    ),
 }
 
 
@@ -57,26 +83,44 @@ def _missing(given: str, folder: Path) -> str:
     if not given:
         return f"no prompt set is chosen; {choices}"
     if given in PUBLISHED_FILES:
-        files = ", ".join(PUBLISHED_FILES[given])
-        return f"{folder} is not there; it takes {files} of {SOURCE}; {choices}"
+        files = ", ".join(file.name for file in PUBLISHED_FILES[given])
+        return (
+            f"{folder} is not there; `python scripts/prepare_data.py {given}` fetches {files} of "
+            f"{SOURCE}; {choices}"
+        )
     hint = f" (a folder here is ./{given})" if _is_name(given) and Path(given).is_dir() else ""
     return f"{folder} is not a folder; {choices}{hint}"
 
 
+def files_of(folder: Path, split: str) -> list[Path]:
+    """The files of ``split`` (train | test) in ``folder``: one in a sound prompt set."""
+    assert split in SPLITS, split
+    names = (f"{split}.txt", f"{split}_metadata.jsonl")
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
 def split_file(dataset: str | Path, split: str) -> Path:
     """The file of ``split`` (train | test) in a prompt set; ValueError if it has none, or two."""
-    assert split in SPLITS, split
     folder = resolve_dataset(dataset)
-    names = (f"{split}.txt", f"{split}_metadata.jsonl")
-    found = [folder / name for name in names if (folder / name).is_file()]
+    found = files_of(folder, split)
     if len(found) == 1:
         return found[0]
-    wrong = "holds both" if found else "holds neither"
-    source = f"; {folder.name} comes from {SOURCE}" if folder.name in PUBLISHED_FILES else ""
+    which = "both {} and {}" if found else "neither {} nor {}"
+    which = which.format(f"{split}.txt", f"{split}_metadata.jsonl")
+    hint = "" if found else _hint(folder.name, split)
     raise ValueError(
-        f"dataset = {str(dataset)!r}: {folder} {wrong} {names[0]} {'and' if found else 'nor'} "
-        f"{names[1]}; the {split} split needs one of them{source}"
+        f"dataset = {str(dataset)!r}: {folder} holds {which}; the {split} split needs one of "
+        f"them{hint}"
     )
+
+
+def _hint(name: str, split: str) -> str:
+    """How to come by a split that is not there, if ``name`` is a published prompt set."""
+    if name not in PUBLISHED_FILES:
+        return ""
+    if split not in {file.split for file in PUBLISHED_FILES[name]}:
+        return f"; {name} is published without one"
+    return f"; `python scripts/prepare_data.py {name}` fetches it"
 
 
 def load_prompts(dataset: str | Path, split: str) -> list[Prompt]:

@@ -30,18 +30,26 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
     """Raises ValueError, quoting the line, if ``metadata`` cannot be judged."""
     try:
         _check_choice("tag", metadata.get("tag"), TAGS)
-        if not metadata.get("include"):
+        included = _clauses(metadata, "include")
+        if not included:
             raise ValueError('"include" must name at least one object')
-        for index, clause in enumerate(metadata["include"]):
+        for index, clause in enumerate(included):
             _check_clause(clause)
             if "color" in clause:
                 _check_choice("color", clause["color"], COLORS)
             if "position" in clause:
                 _check_position(clause["position"], index)
-        for clause in metadata.get("exclude", []):
+        for clause in _clauses(metadata, "exclude"):
             _check_clause(clause)
     except ValueError as error:
         raise ValueError(f"no GenEval metadata: {error}; in {dict(metadata)}") from None
+
+
+def _clauses(metadata: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    clauses = metadata.get(key, [])
+    if not isinstance(clauses, list) or not all(isinstance(c, Mapping) for c in clauses):
+        raise ValueError(f'"{key}" must be a list of objects, not {clauses!r}')
+    return clauses
 
 
 def _check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:

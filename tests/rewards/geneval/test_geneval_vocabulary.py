@@ -50,6 +50,9 @@ def test_good_metadata_passes() -> None:
     [
         (["tag"], "colour", "tag 'colour' is unknown; choose from single_object, two_object"),
         (["include"], [], "at least one object"),
+        (["include"], "a cat", '"include" must be a list of objects'),
+        (["include", 1], "a dog", '"include" must be a list of objects'),
+        (["exclude"], {"class": "cat"}, '"exclude" must be a list of objects'),
         (["include", 0, "class"], "kat", "class 'kat' is unknown"),
         (["include", 0, "count"], 0, "count 0 must be a whole number from 1"),
         (["include", 0, "count"], "2", "count '2' must be"),
