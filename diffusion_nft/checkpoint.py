@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment, and the LoRA files that users load.
+"""Checkpoints that survive a kill at any moment.
 
 A checkpoint is a folder of safetensors and JSON, written under a temporary name, fsynced and
 renamed, with a manifest of every file's size and SHA-256.  Nothing is ever pickled or unpickled.
@@ -17,20 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 FOLDER, STATE, MANIFEST, BEST = "checkpoints", "state.json", "manifest.json", "best.json"
 # A checkpoint that is being written or deleted, and one that waits to be replaced by its successor.
 TEMPORARY, REPLACED = ".tmp-", ".replaced-"
-
-PEFT_FOLDER, PEFT_PREFIX = "lora", "base_model.model."
-PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-DIFFUSERS_WEIGHTS, DIFFUSERS_PREFIX = "pytorch_lora_weights.safetensors", "transformer."
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# "<module>.lora_A.weight", with or without the name of an adapter before "weight".
-LORA_KEY = re.compile(r"(?P<module>.+)\.(?P<matrix>lora_[AB])(\.[^.]+)?\.weight")
 
 
 class CheckpointError(OSError):
@@ -293,91 +285,3 @@ def unflatten_optimizer(tensors: dict[str, Tensor], state: dict[str, Any]) -> di
     # JSON knows no tuples; betas is the one that Adam has.
     groups = [group | {"betas": tuple(group["betas"])} for group in state["param_groups"]]
     return {"state": entries, "param_groups": groups}
-
-
-def export_lora(
-    path: Path,
-    state: dict[str, Tensor],
-    *,
-    rank: int,
-    alpha: float,
-    target_modules: list[str],
-    base_model: str,
-) -> None:
-    """Writes the LoRA ``state`` (``"<module>.lora_A.weight": ...``) into ``path`` in both layouts.
-
-    ``path/lora/`` is for PEFT; ``path/pytorch_lora_weights.safetensors`` is for
-    ``pipe.load_lora_weights(path)``, with alpha in its metadata (diffusers' default is the rank).
-    """
-    from diffusers.loaders import SD3LoraLoaderMixin
-
-    plain: dict[str, Any] = {key: v.detach().cpu().contiguous() for key, v in state.items()}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  (declared int, used as a factor)
-        target_modules=target_modules,
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-    )
-    config.save_pretrained(str(path / PEFT_FOLDER))
-    safetensors.torch.save_file(
-        {f"{PEFT_PREFIX}{key}": value for key, value in plain.items()},
-        path / PEFT_FOLDER / PEFT_WEIGHTS,
-        metadata={"format": "pt"},
-    )
-    SD3LoraLoaderMixin.save_lora_weights(
-        path,
-        transformer_lora_layers=plain,
-        weight_name=DIFFUSERS_WEIGHTS,
-        transformer_lora_adapter_metadata={
-            "r": rank,
-            "lora_alpha": alpha,
-            "target_modules": sorted(target_modules),
-        },
-    )
-
-
-def load_lora(path: Path) -> tuple[dict[str, Tensor], LoraConfig]:
-    """``{"<module>.lora_A.weight": ...}`` on the CPU, and rank and alpha as a LoraConfig.
-
-    ``path``: a PEFT folder, a folder with one in ``lora/`` (a checkpoint), or a diffusers file or
-    its folder.  Raises ValueError if there is none, or it is a pickle, or more than plain LoRA.
-    """
-    file = _lora_file(Path(path))
-    is_peft = file.name == PEFT_WEIGHTS
-    prefix = PEFT_PREFIX if is_peft else DIFFUSERS_PREFIX
-    state: dict[str, Tensor] = {}
-    with safe_open(file, "pt") as opened:
-        described = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        for key in opened.keys():  # noqa: SIM118  (not a mapping)
-            match = LORA_KEY.fullmatch(key.removeprefix(prefix))
-            if match is None or not key.startswith(prefix):
-                raise ValueError(f"{file} is not a plain LoRA of a transformer: it holds {key}")
-            state[f"{match['module']}.{match['matrix']}.weight"] = opened.get_tensor(key)
-    if not state:
-        raise ValueError(f"{file} holds no LoRA weights")
-    if is_peft:
-        config = LoraConfig.from_pretrained(str(file.parent))
-    else:
-        rank = next(value.shape[0] for key, value in state.items() if ".lora_A." in key)
-        # Where alpha is not written, diffusers takes the rank.
-        options: dict[str, Any] = {"r": rank, "lora_alpha": rank}
-        options |= {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in described.items()}
-        config = LoraConfig(**options)
-    assert isinstance(config, LoraConfig)
-    if config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern:
-        raise ValueError(f"{file} is not a plain LoRA: one rank and one alpha for all are expected")
-    return state, config
-
-
-def _lora_file(path: Path) -> Path:
-    """The safetensors file that ``path`` means; ValueError if there is none."""
-    if path.is_file() and path.suffix == ".safetensors":
-        return path
-    for file in (PEFT_WEIGHTS, f"{PEFT_FOLDER}/{PEFT_WEIGHTS}", DIFFUSERS_WEIGHTS):
-        if (path / file).is_file():
-            return path / file
-    files = [path, *path.glob("*")] if path.exists() else []
-    if pickles := [str(file) for file in files if file.suffix in PICKLES]:
-        raise ValueError(f"{pickles[0]} is a pickle, which can run code; save it as safetensors")
-    raise ValueError(f"{path} holds no LoRA ({PEFT_WEIGHTS} or {DIFFUSERS_WEIGHTS})")

@@ -16,9 +16,9 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from diffusion_nft.checkpoint import load_lora
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.hub import fetch_lora
+from diffusion_nft.lora import load_lora
 from diffusion_nft.randomness import generator
 
 ADAPTERS = ("current", "old", "ema")

@@ -14,53 +14,25 @@ at 512.
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from diffusion_nft.checkpoint import load_checkpoint, resolve_checkpoint
 from diffusion_nft.checks import reward_addresses
-from diffusion_nft.data import load_prompts
+from diffusion_nft.data import load_prompts, split_file
 from diffusion_nft.distributed import distributed
 from diffusion_nft.evaluate import (
+    beside,
     choose_rewards,
-    earlier_scores,
     evaluate,
+    read_results,
     rescore,
     write_results,
 )
-from diffusion_nft.models import MODELS, load_model
-from diffusion_nft.policy import policy_of_lora
-from diffusion_nft.precision import COMPUTE_DTYPES
+from diffusion_nft.models import load_model
 from diffusion_nft.rewards import check_prompts
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.rollout import Sampler
 from diffusion_nft.run_dir import section
-from diffusion_nft.solvers import check_solver
-
-# Settings without a checkpoint; with one, those of its run.
-DEFAULTS: dict[str, Any] = {
-    "pretrained.model_type": "sd3",
-    "pretrained.model": "stabilityai/stable-diffusion-3.5-medium",
-    "pretrained.revision": "",
-    "pretrained.max_sequence_length": 128,
-    "resolution": 512,
-    "mixed_precision": "fp16",
-    "allow_tf32": True,
-    "remote_timeout_seconds": 300.0,
-    "seed": 42,
-    "eval.num_steps": 40,
-    "eval.solver": "flow",
-    "eval.guidance_scale": 1.0,
-    "eval.batch_size": 16,
-}
-
-
-def positive(text: str) -> int:
-    """argparse's type of a count."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return int(text)
+from diffusion_nft.settings import add_model_flags, positive, resolve
 
 
 def served(text: str) -> tuple[str, tuple[str, ...]]:
@@ -72,58 +44,50 @@ def served(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def parse_flags() -> argparse.Namespace:
-    """The command line; ``settings`` joins it with the checkpoint's run and DEFAULTS."""
+    """The command line; ``choice`` joins it with the checkpoint's run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_model_flags(parser)
     add = parser.add_argument
-    add("--checkpoint_path", type=Path, help="a checkpoint or a run directory (its latest)")
-    add("--lora_hf_path", help="a LoRA on the hub, or a local PEFT folder")
-    add("--pretrained", dest="pretrained.model", help="base: folder, hub name, or 'shapes'")
-    add("--model_type", dest="pretrained.model_type", choices=sorted(MODELS))
     add("--dataset", help="a name under dataset/, or a folder")
     add("--output_dir", type=Path, help="default: evaluations/<dataset>/<model>")
-    add("--num_inference_steps", dest="eval.num_steps", type=positive)
-    add("--solver", dest="eval.solver")
-    add("--guidance_scale", dest="eval.guidance_scale", type=float)
-    add("--resolution", type=positive)
-    add("--max_sequence_length", dest="pretrained.max_sequence_length", type=positive)
-    add("--mixed_precision", choices=sorted(COMPUTE_DTYPES))
     add("--seed", type=int)
     add("--batch_size", dest="eval.batch_size", type=positive)
     add("--limit", type=positive, help="only the first lines of the test set")
     add("--reward", default="", help="comma-separated; default: the usual ones of the data set")
     add("--skip_rewards", default="", help="comma-separated")
-    add("--remote", type=served, nargs="*", default=[], metavar="NAME=URL", help="served rewards")
+    add(
+        "--remote",
+        type=served,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=URL",
+        help="served rewards",
+    )
     add("--save_images", action="store_true")
     add("--rescore", action="store_true", help="score --output_dir's saved pictures")
     args = parser.parse_args()
-    if args.checkpoint_path and args.lora_hf_path:
-        parser.error("give --checkpoint_path or --lora_hf_path, not both")
-    run: dict[str, Any] = {}
-    name = Path(args.lora_hf_path or getattr(args, "pretrained.model") or "base").name
-    if args.checkpoint_path:
-        args.checkpoint_path = resolve_checkpoint(args.checkpoint_path)
-        run = load_checkpoint(args.checkpoint_path).state["config"]
-        name = f"{args.checkpoint_path.resolve().parents[1].name}-{args.checkpoint_path.name}"
     args.remote = dict(args.remote)
-    given = {key: value for key, value in vars(args).items() if value is not None}
-    args.settings = DEFAULTS | run | given
-    if "dataset" not in args.settings:
+    args.choice = choice = resolve(args)
+    if "dataset" not in choice.settings:
         parser.error("--dataset is needed without --checkpoint_path")
-    dataset = args.settings["dataset"]
-    check_solver(args.settings["eval.solver"])
-    args.rewards = choose_rewards(dataset, args.reward, args.skip_rewards, run)
-    args.output_dir = args.output_dir or Path("evaluations", Path(dataset).name, name)
+    dataset = choice.settings["dataset"]
+    split_file(dataset, "test")
+    args.rewards = choose_rewards(dataset, args.reward, args.skip_rewards, choice.run)
+    if idle := [name for name in args.remote if name not in args.rewards]:
+        parser.error(f"--remote {idle[0]} is not among the rewards {', '.join(args.rewards)}")
+    args.output_dir = args.output_dir or Path("evaluations", Path(dataset).name, choice.name)
     return args
 
 
 def main() -> None:
     """Parses, loads, samples, scores, writes."""
     args = parse_flags()
-    settings = args.settings
+    settings = args.choice.settings | {"rewards": args.rewards}
     prompts = load_prompts(settings["dataset"], "test")[: args.limit]
-    check_prompts(args.rewards, [prompt.text for prompt in prompts])
+    check_prompts(args.rewards, [p.text for p in prompts], [p.metadata for p in prompts])
     image_dir = args.output_dir / "images" if args.save_images or args.rescore else None
     with distributed(timeout_minutes=60) as dist:
         remote = section(settings, "remote") | args.remote
@@ -137,13 +101,11 @@ def main() -> None:
         )
         how = {"batch_size": settings["eval.batch_size"], "image_dir": image_dir, "dist": dist}
         if args.rescore:
-            kept = earlier_scores(args.output_dir, prompts)
-            result = rescore(prompts, rewards, **how)
-            result = replace(result, scores=kept | result.scores)
+            earlier = read_results(args.output_dir, prompts)
+            result, settings = beside(rescore(prompts, rewards, **how), args.rewards, *earlier)
         else:
             model = load_model(settings, dist)
-            if lora := args.checkpoint_path or args.lora_hf_path:
-                policy_of_lora(model, str(lora), dist)
+            args.choice.policy(model, dist)
             sampler = Sampler(
                 settings["eval.solver"], settings["eval.num_steps"], settings["eval.guidance_scale"]
             )

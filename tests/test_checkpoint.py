@@ -1,24 +1,18 @@
-"""Checkpoints against kills and damage; LoRA files against diffusers and PEFT themselves."""
+"""Checkpoints against kills and damage."""
 
 import json
 import os
-import shutil
 import warnings
-from functools import partial
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 from diffusion_nft.checkpoint import (
     Checkpointer,
     CheckpointError,
-    export_lora,
     flatten_optimizer,
     load_checkpoint,
-    load_lora,
     resolve_checkpoint,
     unflatten_optimizer,
 )
@@ -272,129 +266,3 @@ def test_optimizer_continues_bitwise(tmp_path):
         step(weights, optimizer, seed)
         step(copies, fresh, seed)
     assert all(map(torch.equal, copies, weights))
-
-
-RANK, ALPHA = 2, 4
-TARGETS = ["attn.to_q", "attn.to_k", "attn.to_out.0", "attn.add_q_proj", "attn.to_add_out"]
-
-
-def tiny_transformer():
-    from diffusers import SD3Transformer2DModel
-
-    torch.manual_seed(0)
-    return SD3Transformer2DModel(
-        sample_size=8,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        caption_projection_dim=16,
-        pooled_projection_dim=8,
-        pos_embed_max_size=8,
-        qk_norm="rms_norm",
-        dual_attention_layers=(0,),
-    ).eval()
-
-
-@torch.no_grad()
-def output(transformer) -> torch.Tensor:
-    g = torch.Generator().manual_seed(1)
-    return transformer(
-        hidden_states=torch.randn(2, 16, 8, 8, generator=g),
-        encoder_hidden_states=torch.randn(2, 5, 16, generator=g),
-        pooled_projections=torch.randn(2, 8, generator=g),
-        timestep=torch.tensor([500.0, 900.0]),
-        return_dict=False,
-    )[0]
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A checkpoint with an exported LoRA, its state, and the wrapped model's output."""
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights=False)
-    wrapped = get_peft_model(tiny_transformer(), config)
-    state = {
-        key.removeprefix("base_model.model."): value
-        for key, value in get_peft_model_state_dict(wrapped).items()
-    }
-    # 5 modules in 2 blocks; the last block of SD3 has no to_add_out.  A and B each.
-    assert len(state) == 2 * (5 + 4)
-    run_dir = tmp_path_factory.mktemp("run")
-
-    about = {"alpha": ALPHA, "target_modules": TARGETS, "base_model": "stabilityai/x"}
-    export = partial(export_lora, state=state, rank=RANK, **about)
-    path = save(Checkpointer(run_dir), 30, write_extra=export)
-    return path, state, output(wrapped)
-
-
-def test_diffusers_pipeline_loads_the_checkpoint_folder(exported):
-    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-
-    path, _, expected = exported
-    transformer = tiny_transformer()
-    assert (output(transformer) - expected).abs().max() > 1e-2
-    encoders = [f"{kind}{i}" for kind in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")]
-    pipe = StableDiffusion3Pipeline(
-        transformer, FlowMatchEulerDiscreteScheduler(), vae=None, **dict.fromkeys(encoders)
-    )
-    pipe.load_lora_weights(path)
-    assert (output(pipe.transformer) - expected).abs().max() <= 1e-5
-    plain = tiny_transformer()
-    plain.load_lora_adapter(path, weight_name="pytorch_lora_weights.safetensors")
-    assert (output(plain) - expected).abs().max() <= 1e-5
-
-
-def test_peft_loads_the_peft_folder(exported):
-    path, _, expected = exported
-    loaded = PeftModel.from_pretrained(tiny_transformer(), str(path / "lora"))
-    assert (output(loaded) - expected).abs().max() <= 1e-5
-    described = json.loads((path / "lora" / "adapter_config.json").read_text())
-    assert described["base_model_name_or_path"] == "stabilityai/x"
-    assert described["inference_mode"] is True
-
-
-@pytest.mark.parametrize("where", ["", "lora", "pytorch_lora_weights.safetensors"])
-def test_load_lora_reads_every_layout(exported, where):
-    path, state, _ = exported
-    loaded, config = load_lora(path / where)
-    assert (config.r, config.lora_alpha) == (RANK, ALPHA)
-    assert set(config.target_modules) == set(TARGETS)
-    assert loaded.keys() == state.keys()
-    assert all(torch.equal(loaded[key], state[key]) for key in state)
-
-
-def test_load_lora_reads_files_of_others(exported, tmp_path):
-    path, state, _ = exported
-    named = {
-        f"base_model.model.{key}".replace(".weight", ".default.weight"): value
-        for key, value in state.items()
-    }
-    shutil.copy(path / "lora" / "adapter_config.json", tmp_path)
-    safetensors.torch.save_file(named, tmp_path / "adapter_model.safetensors")
-    loaded, config = load_lora(tmp_path)
-    assert loaded.keys() == state.keys() and config.lora_alpha == ALPHA
-    # diffusers without metadata: alpha is the rank.
-    bare = {f"transformer.{key}": value for key, value in state.items()}
-    safetensors.torch.save_file(bare, tmp_path / "bare.safetensors")
-    loaded, config = load_lora(tmp_path / "bare.safetensors")
-    assert loaded.keys() == state.keys() and (config.r, config.lora_alpha) == (RANK, RANK)
-
-
-def test_load_lora_refuses_pickles_and_what_is_not_plain_lora(exported, tmp_path):
-    _, state, _ = exported
-    with pytest.raises(ValueError, match="holds no LoRA"):
-        load_lora(tmp_path)
-    (tmp_path / "adapter_model.bin").write_bytes(b"")
-    for path in (tmp_path, tmp_path / "adapter_model.bin"):
-        with pytest.raises(ValueError, match=r"adapter_model.bin is a pickle"):
-            load_lora(path)
-    file = tmp_path / "pytorch_lora_weights.safetensors"
-    foreign = {"text_encoder.x.lora_A.weight": torch.zeros(2, 2)}
-    safetensors.torch.save_file(foreign, file)
-    with pytest.raises(ValueError, match=r"not a plain LoRA.*text_encoder"):
-        load_lora(tmp_path)
-    LoraConfig(r=RANK, use_rslora=True, target_modules=TARGETS).save_pretrained(str(tmp_path))
-    full = {f"base_model.model.{key}": value for key, value in state.items()}
-    safetensors.torch.save_file(full, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="one rank and one alpha"):
-        load_lora(tmp_path)

@@ -1,0 +1,242 @@
+"""Makes a folder to share out of a checkpoint's LoRA, or of a LoRA in another layout.
+
+    python scripts/export_lora.py --checkpoint_path logs/nft/sd3/geneval --output_dir shared
+    python scripts/export_lora.py --lora_hf_path OWNER/NAME --merge --output_dir shared
+
+Writes lora/ (PEFT), pytorch_lora_weights.safetensors (diffusers) and README.md, a model card.
+--merge adds the base pipeline with the LoRA in the transformer's weights, stored in
+--mixed_precision. Nothing leaves this machine without --push.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoModel
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
+from peft import LoraConfig
+from torch import Tensor
+
+from diffusion_nft.checkpoint import STATE, read_json
+from diffusion_nft.distributed import distributed
+from diffusion_nft.hub import EMBEDDED, fetch_pipeline
+from diffusion_nft.lora import DIFFUSERS_WEIGHTS, PEFT_FOLDER, export_lora, load_lora, merge_lora
+from diffusion_nft.metrics import METRICS_FILE, read_metrics
+from diffusion_nft.precision import COMPUTE_DTYPES
+from diffusion_nft.settings import Choice, add_model_flags, resolve
+
+PIPELINE_INDEX, TRANSFORMER = "model_index.json", "transformer"
+CARD, SAMPLES = "README.md", "samples.png"
+# The base and the trained model's pictures, which a run leaves at its end.
+RUN_PICTURES = "before_after.png"
+# Keys and sections of a run's configuration that say nothing of the weights, but of a machine.
+UNSHARED = (
+    "run_name",
+    "save_dir",
+    "resume_from",
+    "train.lora_path",
+    "reward_options.",
+    "remote.",
+    "remote_timeout_seconds",
+    "checkpoint.",
+    "perf.",
+    "log.",
+    "distributed.",
+)
+# These are local paths or public names.
+PLACES = ("dataset", "pretrained.model")
+
+
+def parse_flags() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_flags(parser, lora_required=True)
+    add = parser.add_argument
+    add("--output_dir", type=Path, required=True, help="a new or empty folder")
+    add("--merge", action="store_true", help="also write a pipeline with the LoRA merged")
+    add("--push", metavar="OWNER/NAME", help="upload the folder to the hub under this name")
+    args = parser.parse_args()
+    if args.push is not None:
+        validate_repo_id(args.push)
+        if "/" not in args.push:
+            parser.error(f"--push takes OWNER/NAME, not {args.push}")
+    if args.output_dir.exists() and any(args.output_dir.iterdir()):
+        parser.error(f"--output_dir {args.output_dir} is not empty")
+    return args
+
+
+def main() -> None:
+    """Reads the LoRA, writes the folder, and pushes it where that is asked for."""
+    args = parse_flags()
+    choice = resolve(args)
+    with distributed(timeout_minutes=60) as dist:
+        state, lora = load_lora(choice.fetch(dist))
+    given = getattr(args, "pretrained.model")
+    if not (choice.run or given) and lora.base_model_name_or_path:
+        choice.settings["pretrained.model"] = lora.base_model_name_or_path
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.merge:
+        merge(choice.settings, state, lora, args.output_dir)
+    export_lora(
+        args.output_dir,
+        state,
+        rank=lora.r,
+        alpha=lora.lora_alpha,
+        target_modules=list(lora.target_modules or ()),
+        base_model=public_name(choice.settings["pretrained.model"]),
+    )
+    write_card(choice, lora, args.output_dir, repo=args.push, merged=args.merge)
+    if args.push:
+        api = HfApi()
+        api.create_repo(args.push, exist_ok=True)
+        url = api.upload_folder(repo_id=args.push, folder_path=args.output_dir)
+        print(f"pushed: {url}")
+    print(f"exported: {args.output_dir}")
+
+
+def merge(settings: dict[str, Any], state: dict[str, Tensor], lora: LoraConfig, to: Path) -> None:
+    """Writes the base pipeline into ``to``, the LoRA in its transformer; the rest as it is."""
+    base = fetch_pipeline(settings["pretrained.model"], settings["pretrained.revision"])
+    stored = COMPUTE_DTYPES[settings["mixed_precision"]]
+    # A sum in half precision would lose most of the small change that a LoRA is.
+    exact = torch.promote_types(stored, torch.float32)
+    transformer: Any = AutoModel.from_pretrained(str(base), subfolder=TRANSFORMER, dtype=exact)
+    merged: Any = merge_lora(transformer, state, lora)
+    merged.to(stored).save_pretrained(to / TRANSFORMER)
+    parts = json.loads((base / PIPELINE_INDEX).read_text(encoding="utf-8"))
+    shutil.copyfile(base / PIPELINE_INDEX, to / PIPELINE_INDEX)
+    for folder in base.iterdir():
+        if folder.is_dir() and folder.name in parts and folder.name != TRANSFORMER:
+            shutil.copytree(folder, to / folder.name)
+
+
+def public_name(path: str) -> str:
+    """A hub name as it is, of a local path the last part: a card names no folders of a machine."""
+    return Path(path).name if Path(path).exists() or Path(path).is_absolute() else path
+
+
+def write_card(
+    choice: Choice, lora: LoraConfig, folder: Path, *, repo: str | None, merged: bool
+) -> None:
+    """Writes README.md, and beside it the run's before and after where it has left them."""
+    base = public_name(choice.settings["pretrained.model"])
+    head = ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:", "- lora"]
+    if "/" in base:
+        relation = "finetune" if merged else "adapter"
+        head += [f"base_model: {base}", f"base_model_relation: {relation}"]
+    about, results = [], []
+    if choice.checkpoint:
+        state = read_json(choice.checkpoint / STATE)
+        run_dir = choice.checkpoint.resolve().parents[1]
+        about = training(choice.run, state)
+        results = evaluations(run_dir / METRICS_FILE, state["epoch"])
+        # Of an earlier checkpoint than the run's last, the pictures would show other weights.
+        if state["epoch"] >= choice.run["num_epochs"] and (run_dir / RUN_PICTURES).is_file():
+            shutil.copyfile(run_dir / RUN_PICTURES, folder / SAMPLES)
+            results += [f"![Test prompts before and after training, with scores]({SAMPLES})", ""]
+        results += ["## Configuration", "", "```json", shared_json(choice.run), "```", ""]
+    lines = [
+        *("---", *head, "---", f"# {repo or choice.name}", ""),
+        *(f"A LoRA of `{base}`: rank {lora.r}, alpha {lora.lora_alpha:g}.", ""),
+        *about,
+        *("## Use", "", *snippet(choice.settings, base, repo or ".", merged), ""),
+        *(f"The LoRA alone: `{DIFFUSERS_WEIGHTS}` for diffusers, `{PEFT_FOLDER}/` for PEFT.", ""),
+        *results,
+    ]
+    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def training(run: dict[str, Any], state: dict[str, Any]) -> list[str]:
+    """What the weights were trained on."""
+    rewards = [(k.split(".", 1)[1], v) for k, v in run.items() if k.startswith("reward_fn.")]
+    return [
+        f"Trained by online reinforcement learning, DiffusionNFT "
+        f"([arXiv 2509.16117](https://arxiv.org/abs/2509.16117)), for {state['epoch']} epochs "
+        f"({state['updater']['step']} optimizer steps) on the prompts of "
+        f"`{public_name(run['dataset'])}`. The weights are an average over the last steps (EMA).",
+        "",
+        *table(("reward", "weight"), [(name, f"{weight:g}") for name, weight in rewards]),
+        "",
+    ]
+
+
+def evaluations(path: Path, epoch: int) -> list[str]:
+    """The run's first evaluation and its last one up to ``epoch``; nothing if there is none."""
+    rows = [r for r in read_metrics(path) if "eval/total" in r and r["epoch"] <= epoch]
+    if not rows:
+        return []
+    first, last = rows[0], rows[-1]
+    names = [key for key, value in last.items() if key.startswith("eval/") and value is not None]
+    shown = [
+        (name.removeprefix("eval/"), *(_number(row.get(name)) for row in (first, last)))
+        for name in sorted(names, key=lambda name: (name.startswith("eval/tag/"), name))
+    ]
+    columns = ("mean over the test prompts", f"epoch {first['epoch']}", f"epoch {last['epoch']}")
+    return ["## Evaluation", "", *table(columns, shown), ""]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines of a Markdown table."""
+    ruler = "|".join(["---", *["---:"] * (len(columns) - 1)])
+    return [f"| {' | '.join(columns)} |", f"|{ruler}|", *(f"| {' | '.join(r)} |" for r in rows)]
+
+
+def shared_json(run: dict[str, Any]) -> str:
+    """The run's configuration without what is this machine's business."""
+    sections = tuple(name for name in UNSHARED if name.endswith("."))
+    kept = {
+        key: public_name(value) if key in PLACES else value
+        for key, value in sorted(run.items())
+        if key not in UNSHARED and not key.startswith(sections)
+    }
+    return json.dumps(kept, indent=1)
+
+
+def snippet(settings: dict[str, Any], base: str, where: str, merged: bool) -> list[str]:
+    """A program that draws a picture with plain diffusers."""
+    dtype = COMPUTE_DTYPES[settings["mixed_precision"]]
+    lines = ["import torch", "from diffusers import StableDiffusion3Pipeline"]
+    # JSON's quoting, as the names may be a stranger's.
+    source = json.dumps(where if merged else base)
+    if base == EMBEDDED and not merged:
+        lines += ["from diffusion_nft.shapes.model import PIPELINE_DIR"]
+        source = "PIPELINE_DIR"
+    lines += [
+        "",
+        'device = "cuda" if torch.cuda.is_available() else "cpu"',
+        f"pipe = StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype={dtype})",
+    ]
+    if not merged:
+        lines += [f'pipe.load_lora_weights("{where}", weight_name="{DIFFUSERS_WEIGHTS}")']
+    lines += [
+        "image = pipe.to(device)(",
+        '    "a red circle above a blue square",',
+        f"    num_inference_steps={settings['eval.num_steps']},",
+        f"    guidance_scale={settings['eval.guidance_scale']},",
+        f"    height={settings['resolution']},",
+        f"    width={settings['resolution']},",
+        f"    max_sequence_length={settings['pretrained.max_sequence_length']},",
+        "    generator=torch.Generator().manual_seed(0),",
+        ").images[0]",
+        'image.save("picture.png")',
+    ]
+    here = [] if where != "." else ["In this folder:", ""]
+    return [*here, "```python", *lines, "```"]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

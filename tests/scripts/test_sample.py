@@ -1,0 +1,133 @@
+"""The sampling command: which pictures it draws, and what they depend on."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+from diffusion_nft.lora import export_lora
+from diffusion_nft.models.sd3 import LORA_TARGETS
+from diffusion_nft.shapes.model import load_pipeline
+from tests.scripts.in_process import call, script
+
+sample = script("sample")
+PROMPTS = ("a red circle", "a blue square")
+BASE = "--pretrained shapes --resolution 48 --max_sequence_length 8 --mixed_precision no"
+BASE = (*BASE.split(), "--num_inference_steps", "4")
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory) -> Path:
+    """A random LoRA of the embedded model, large enough to show."""
+    g = torch.Generator().manual_seed(0)
+    state = {}
+    for name, module in load_pipeline().transformer.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.endswith(LORA_TARGETS):
+            state[f"{name}.lora_A.weight"] = torch.randn(4, module.in_features, generator=g) / 8
+            state[f"{name}.lora_B.weight"] = torch.randn(module.out_features, 4, generator=g) / 8
+    path = tmp_path_factory.mktemp("lora")
+    modules = list(LORA_TARGETS)
+    export_lora(path, state, rank=4, alpha=8, target_modules=modules, base_model="shapes")
+    return path
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.array(picture)
+
+
+def draw(folder: Path, *flags: object) -> dict[str, np.ndarray]:
+    """Name -> picture of what the command writes."""
+    call(sample, *BASE, *flags, "--output_dir", folder)
+    return {path.stem: pixels(path) for path in folder.glob("*.png")}
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_alone(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a blue square\n\na red circle\n a blue square \n")
+    both = draw(tmp_path / "both", "--prompts_file", prompts, "--seeds", 0, 1)
+    assert sorted(both) == [
+        "000-a-blue-square-seed0",
+        "000-a-blue-square-seed1",
+        "001-a-red-circle-seed0",
+        "001-a-red-circle-seed1",
+        "grid",
+    ]
+    alone = draw(tmp_path / "alone", "--prompt", "a red circle", "--seeds", 1)
+    same = both["001-a-red-circle-seed1"]
+    assert same.shape == (48, 48, 3)
+    assert np.array_equal(alone["000-a-red-circle-seed1"], same)
+    assert not np.array_equal(both["001-a-red-circle-seed0"], same)
+
+
+def test_the_base_beside_the_lora(tmp_path, lora):
+    asked = [flag for prompt in PROMPTS for flag in ("--prompt", prompt)]
+    pairs = draw(tmp_path / "pairs", *asked, "--lora_hf_path", lora, "--compare")
+    base = draw(tmp_path / "base", *asked)
+    with_lora = draw(tmp_path / "lora", *asked, "--lora_hf_path", lora)
+    for name in ("000-a-red-circle-seed0", "001-a-blue-square-seed0"):
+        assert np.array_equal(pairs[f"{name}-base"], base[name])
+        assert np.array_equal(pairs[name], with_lora[name])
+        assert not np.array_equal(base[name], with_lora[name])
+    assert len(pairs) == 2 * len(PROMPTS) + 1
+    # The grid shows both, enlarged by repeating pixels; a title or captions may lie above or below.
+    for name in ("000-a-red-circle-seed0-base", "000-a-red-circle-seed0"):
+        assert holds(pairs["grid"], np.kron(pairs[name], np.ones((3, 3, 1), np.uint8))), name
+
+
+def holds(sheet: np.ndarray, picture: np.ndarray) -> bool:
+    """Whether ``picture`` occurs in ``sheet`` as it is."""
+    height, width, _ = picture.shape
+    rows, columns = (sheet.shape[i] - picture.shape[i] + 1 for i in (0, 1))
+    corners = np.argwhere((sheet[:rows, :columns] == picture[0, 0]).all(-1))
+    return any(np.array_equal(sheet[y : y + height, x : x + width], picture) for y, x in corners)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((), "--prompt"),
+        (("--prompt", " "), "--prompt"),
+        (("--prompt", "x", "--compare"), "--compare needs"),
+        (("--prompt", "x", "--lora_hf_path", "a", "--checkpoint_path", "b"), "not allowed with"),
+        (("--prompts_file", "/nowhere"), "/nowhere"),
+        (("--prompt", "x", "--solver", "dmp2"), "dmp2"),
+    ],
+)
+def test_mistakes_are_named(flags, words, tmp_path, capsys):
+    with pytest.raises((SystemExit, ValueError, OSError)) as caught:
+        draw(tmp_path, *flags)
+    assert words in str(caught.value) + capsys.readouterr().err
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_the_lora_of_another_model_is_one_clear_line(tmp_path):
+    key = "single_transformer_blocks.0.attn.to_q.lora_{}.weight"
+    state = {key.format("A"): torch.zeros(4, 8), key.format("B"): torch.zeros(8, 4)}
+    export_lora(tmp_path, state, rank=4, alpha=4, target_modules=["to_q"], base_model="other")
+    with pytest.raises(ValueError) as caught:
+        draw(tmp_path / "out", "--prompt", "x", "--lora_hf_path", tmp_path)
+    said = str(caught.value)
+    assert "\n" not in said and str(tmp_path) in said and "base model shapes" in said
+    assert "does not fit this model" in said
+
+
+def test_either_adapter_of_a_published_checkpoint(tmp_path):
+    """PEFT's own save of two adapters, as the published code makes it."""
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=list(LORA_TARGETS), init_lora_weights=False
+    )
+    wrapped = get_peft_model(load_pipeline().transformer, config)
+    wrapped.add_adapter("old", config)
+    wrapped.save_pretrained(str(tmp_path / "checkpoint-30" / "lora"))
+    folder = tmp_path / "checkpoint-30"
+    asked = ("--prompt", PROMPTS[0], "--lora_hf_path")
+    default = draw(tmp_path / "default", *asked, folder)
+    old = draw(tmp_path / "old", *asked, folder, "--adapter", "old")
+    by_path = draw(tmp_path / "path", *asked, folder / "lora" / "old")
+    name = "000-a-red-circle-seed0"
+    assert np.array_equal(old[name], by_path[name])
+    assert not np.array_equal(old[name], default[name])

@@ -1,0 +1,247 @@
+"""LoRA files against diffusers and PEFT themselves."""
+
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+from diffusers.loaders import SD3LoraLoaderMixin
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+
+from diffusion_nft.hub import fetch_lora
+from diffusion_nft.lora import export_lora, load_lora, lora_file, merge_lora
+
+RANK, ALPHA = 2, 4
+TARGETS = ["attn.to_q", "attn.to_k", "attn.to_out.0", "attn.add_q_proj", "attn.to_add_out"]
+
+
+def tiny_transformer():
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=8,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    ).eval()
+
+
+@torch.no_grad()
+def output(transformer) -> torch.Tensor:
+    g = torch.Generator().manual_seed(1)
+    return transformer(
+        hidden_states=torch.randn(2, 16, 8, 8, generator=g),
+        encoder_hidden_states=torch.randn(2, 5, 16, generator=g),
+        pooled_projections=torch.randn(2, 8, generator=g),
+        timestep=torch.tensor([500.0, 900.0]),
+        return_dict=False,
+    )[0]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with an exported LoRA, its state, and the wrapped model's output."""
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights=False)
+    wrapped = get_peft_model(tiny_transformer(), config)
+    state = {
+        key.removeprefix("base_model.model."): value
+        for key, value in get_peft_model_state_dict(wrapped).items()
+    }
+    # 5 modules in 2 blocks; the last block of SD3 has no to_add_out.  A and B each.
+    assert len(state) == 2 * (5 + 4)
+    path = tmp_path_factory.mktemp("checkpoint")
+    about = {"alpha": ALPHA, "target_modules": TARGETS, "base_model": "stabilityai/x"}
+    export_lora(path, state, rank=RANK, **about)
+    return path, state, output(wrapped)
+
+
+def test_diffusers_pipeline_loads_the_checkpoint_folder(exported):
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    path, _, expected = exported
+    transformer = tiny_transformer()
+    assert (output(transformer) - expected).abs().max() > 1e-2
+    encoders = [f"{kind}{i}" for kind in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")]
+    pipe = StableDiffusion3Pipeline(
+        transformer, FlowMatchEulerDiscreteScheduler(), vae=None, **dict.fromkeys(encoders)
+    )
+    pipe.load_lora_weights(path)
+    assert (output(pipe.transformer) - expected).abs().max() <= 1e-5
+    plain = tiny_transformer()
+    plain.load_lora_adapter(path, weight_name="pytorch_lora_weights.safetensors")
+    assert (output(plain) - expected).abs().max() <= 1e-5
+
+
+def test_peft_loads_the_peft_folder(exported):
+    path, _, expected = exported
+    loaded = PeftModel.from_pretrained(tiny_transformer(), str(path / "lora"))
+    assert (output(loaded) - expected).abs().max() <= 1e-5
+    described = json.loads((path / "lora" / "adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == "stabilityai/x"
+    assert described["inference_mode"] is True
+
+
+@pytest.mark.parametrize("where", ["", "lora", "pytorch_lora_weights.safetensors"])
+def test_load_lora_reads_every_layout(exported, where):
+    path, state, _ = exported
+    loaded, config = load_lora(path / where)
+    assert (config.r, config.lora_alpha) == (RANK, ALPHA)
+    assert set(config.target_modules) == set(TARGETS)
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+def test_load_lora_reads_files_of_others(exported, tmp_path):
+    path, state, _ = exported
+    named = {
+        f"base_model.model.{key}".replace(".weight", ".default.weight"): value
+        for key, value in state.items()
+    }
+    shutil.copy(path / "lora" / "adapter_config.json", tmp_path)
+    safetensors.torch.save_file(named, tmp_path / "adapter_model.safetensors")
+    loaded, config = load_lora(tmp_path)
+    assert loaded.keys() == state.keys() and config.lora_alpha == ALPHA
+    # diffusers without metadata: alpha is the rank, the modules are those that have weights.
+    bare = {f"transformer.{key}": value for key, value in state.items()}
+    safetensors.torch.save_file(bare, tmp_path / "bare.safetensors")
+    loaded, config = load_lora(tmp_path / "bare.safetensors")
+    assert loaded.keys() == state.keys() and (config.r, config.lora_alpha) == (RANK, RANK)
+    assert config.target_modules == sorted({key.rsplit(".lora", 1)[0] for key in state})
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"no adapter_config.json"):
+        load_lora(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    assert lora_file(tmp_path) == tmp_path / "bare.safetensors", "the only file of the folder"
+
+
+def test_load_lora_reads_a_whole_description(exported, tmp_path):
+    """diffusers' training scripts write all that PEFT knows of an adapter into the metadata."""
+    _, state, _ = exported
+    transformer = tiny_transformer()
+    transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS))
+    metadata = _collate_lora_metadata({"transformer": transformer})
+    SD3LoraLoaderMixin.save_lora_weights(tmp_path, state, **metadata)
+    loaded, config = load_lora(tmp_path)
+    assert loaded.keys() == state.keys()
+    assert (config.r, config.lora_alpha) == (RANK, ALPHA)
+
+
+def test_load_lora_refuses_pickles_and_what_is_not_plain_lora(exported, tmp_path):
+    _, state, _ = exported
+    with pytest.raises(ValueError, match="holds no LoRA"):
+        load_lora(tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    for path in (tmp_path, tmp_path / "adapter_model.bin"):
+        with pytest.raises(ValueError, match=r"adapter_model.bin is a pickle"):
+            load_lora(path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    foreign = {"text_encoder.x.lora_A.weight": torch.zeros(2, 2)}
+    safetensors.torch.save_file(foreign, file)
+    with pytest.raises(ValueError, match=r"not a plain LoRA.*text_encoder"):
+        load_lora(tmp_path)
+    LoraConfig(r=RANK, use_rslora=True, target_modules=TARGETS).save_pretrained(str(tmp_path))
+    full = {f"base_model.model.{key}": value for key, value in state.items()}
+    safetensors.torch.save_file(full, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="one rank and one alpha"):
+        load_lora(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """What the published code leaves: PEFT's own save of the adapters ``default`` and ``old``."""
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights=False)
+    wrapped = get_peft_model(tiny_transformer(), config)
+    wrapped.add_adapter("old", config)
+    wrapped.set_adapter("default")
+    folder = tmp_path_factory.mktemp("hub")
+    wrapped.save_pretrained(str(folder / "checkpoint-30" / "lora"))
+    outputs = {}
+    for name in ("default", "old"):
+        wrapped.set_adapter(name)
+        outputs[name] = output(wrapped)
+    assert (outputs["default"] - outputs["old"]).abs().max() > 1e-3
+    return folder, outputs
+
+
+@pytest.mark.parametrize("where", ["checkpoint-30", "checkpoint-30/lora"])
+@pytest.mark.parametrize("adapter", ["default", "old"])
+def test_the_published_layout_holds_two_adapters(published, where, adapter):
+    folder, outputs = published
+    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*.safetensors")}
+    assert files == {f"checkpoint-30/lora/{a}adapter_model.safetensors" for a in ("", "old/")}
+    state, config = load_lora(lora_file(folder / where, adapter))
+    assert (config.r, config.lora_alpha) == (RANK, ALPHA)
+    merged = merge_lora(tiny_transformer(), state, config)
+    # The sum of the weights rounds elsewhere than the sum of the outputs.
+    assert (output(merged) - outputs[adapter]).abs().max() <= 1e-5
+    assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+
+
+def test_a_hub_repository(published, monkeypatch):
+    folder, _ = published
+    asked = {}
+
+    def snapshot(name, allow_patterns):
+        asked[name] = allow_patterns
+        return str(folder)
+
+    monkeypatch.setattr("diffusion_nft.hub.snapshot_download", snapshot)
+    assert fetch_lora("owner/name") == folder
+    assert asked == {"owner/name": ["*.safetensors", "*.json"]}
+    names = r"checkpoint-30/lora, checkpoint-30/lora/old do: give one of them"
+    with pytest.raises(ValueError, match=names):
+        lora_file(folder)
+    with pytest.raises(ValueError, match=r"holds no LoRA \(adapter 'new'"):
+        lora_file(folder / "checkpoint-30", "new")
+
+
+def test_files_with_several_adapters_ranks_or_alphas_are_refused(exported, tmp_path):
+    _, state, _ = exported
+    file = tmp_path / "x.safetensors"
+    plain = {f"transformer.{key}": value for key, value in state.items()}
+    renamed = {
+        key.replace(".weight", f".{name}.weight"): value.clone()
+        for key, value in plain.items()
+        for name in ("default", "old")
+    }
+    safetensors.torch.save_file(renamed, file)
+    with pytest.raises(ValueError, match="several adapters"):
+        load_lora(file)
+    first = next(key for key in plain if "lora_A" in key)
+    # diffusers ignores such a number for SD3; its author did not.
+    number = {first.replace("lora_A.weight", "alpha"): torch.tensor(4.0)}
+    safetensors.torch.save_file(plain | number, file)
+    with pytest.raises(ValueError, match=r"not a plain LoRA.*\.alpha"):
+        load_lora(file)
+    safetensors.torch.save_file(plain | {first: torch.zeros(RANK + 1, 16)}, file)
+    with pytest.raises(ValueError, match="one rank"):
+        load_lora(file)
+
+
+def test_dora_as_peft_writes_it_is_refused(tmp_path):
+    config = LoraConfig(r=RANK, target_modules=TARGETS, use_dora=True)
+    get_peft_model(tiny_transformer(), config).save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=r"not a plain LoRA.*magnitude"):
+        load_lora(tmp_path)
+
+
+def test_merging_the_lora_of_another_model_names_what_differs(exported):
+    path, state, _ = exported
+    _, config = load_lora(path)
+    key = "transformer_blocks.0.attn.to_q.lora_A.weight"
+    foreign = {f"single_{key}": state[key], f"single_{key}".replace("_A.", "_B."): state[key]}
+    with pytest.raises(ValueError, match=r"does not fit.*no single_transformer_blocks"):
+        merge_lora(tiny_transformer(), foreign, config)
+    for wrong in ({key: torch.zeros(RANK, 7)}, {key: None}):
+        changed = {k: v for k, v in (state | wrong).items() if v is not None}
+        with pytest.raises(ValueError, match=r"does not fit.*0\.attn\.to_q\.lora_A"):
+            merge_lora(tiny_transformer(), changed, config)
