@@ -14,6 +14,7 @@ CORE = [
     "httpx",
     "numpy",
     "pillow>=10.1",
+    "psutil",
     "safetensors",
     "sentencepiece",
     "protobuf",

@@ -203,7 +203,7 @@ PRESETS = {
 }
 
 
-def get_config(name: str) -> ml_collections.ConfigDict:
+def get_config(name: str = "") -> ml_collections.ConfigDict:
     """The preset ``name``, locked.  Raises ValueError for an unknown name."""
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")

@@ -8,7 +8,7 @@ taken in float64 in line order.
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ from diffusion_nft.rollout import (
 
 _MODEL_BASED = ("imagereward", "pickscore", "aesthetic", "unifiedreward", "clipscore", "hpsv2")
 
-RESULTS_FILE = "evaluation_results.jsonl"
+# The metric that tells how many lines an evaluation had.
+NUM_SAMPLES = "eval/num_samples"
+RESULTS_FILE, AVERAGES_FILE = "evaluation_results.jsonl", "average_scores.json"
 
 # What a test set is usually scored by.
 DEFAULT_REWARDS: dict[str, tuple[str, ...]] = {
@@ -69,7 +71,11 @@ def choose_rewards(
         if name not in without
     }
     if not weights:
-        raise ValueError(f"dataset {dataset!r} has no usual rewards: choose with --reward")
+        raise ValueError(
+            "--skip_rewards leaves no reward"
+            if names
+            else f"dataset {dataset!r} has no usual rewards: choose with --reward"
+        )
     return weights
 
 
@@ -120,6 +126,7 @@ class Evaluation:
             parts = {name: value for name, value in means.items() if name != "total"}
             flat |= {f"eval/tag/{tag}/{name}": value["mean"] for name, value in parts.items()}
         flat["eval/diversity"] = self.diversity
+        flat[NUM_SAMPLES] = len(self.prompts)
         return flat
 
 
@@ -172,9 +179,16 @@ def evaluate(
     if a reward fails on any.
     """
 
+    # All at once, kept on the host: offloaded text encoders come to the device only once.
+    mine = _chunks(len(prompts), batch_size, dist)[dist.rank]
+    texts = dict.fromkeys(prompts[line].text for chunk in mine for line in chunk)
+    row = {text: i for i, text in enumerate(texts)}
+    embedded = model.encode_cached(list(row))
+
     def draw(lines: range) -> Tensor:
         generators = [generator(seed, "eval", line) for line in lines]
-        cond = model.encode([prompts[line].text for line in lines])
+        rows = torch.tensor([row[prompts[line].text] for line in lines])
+        cond = embedded.select(rows).to(model.device)
         return model.decode(sampler(model, cond, generators)[0])
 
     return _score_lines(draw, prompts, rewards, batch_size, dist, num_pictures, image_dir)
@@ -199,8 +213,17 @@ def rescore(
     return _score_lines(read, prompts, rewards, batch_size, dist, num_pictures=0, image_dir=None)
 
 
-def earlier_scores(folder: Path, prompts: list[Prompt]) -> dict[str, list[float]]:
-    """The scores that ``write_results`` left in ``folder``; ValueError if not of ``prompts``."""
+def read_results(
+    folder: Path, prompts: list[Prompt]
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Scores and settings that ``write_results`` left in ``folder``.
+
+    Raises FileNotFoundError if it left none, ValueError if they are not of ``prompts``.
+    """
+    if not (folder / RESULTS_FILE).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {RESULTS_FILE}: evaluate with --save_images first"
+        )
     lines = (folder / RESULTS_FILE).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     if [row["prompt"] for row in rows] != [prompt.text for prompt in prompts]:
@@ -208,10 +231,36 @@ def earlier_scores(folder: Path, prompts: list[Prompt]) -> dict[str, list[float]
             f"{folder} holds results of {len(rows)} other prompts than the {len(prompts)} lines to "
             "score: give the same data set and --limit as when they were drawn"
         )
-    return {
+    scores = {
         name: [math.nan if row["scores"][name] is None else row["scores"][name] for row in rows]
         for name in rows[0]["scores"]
     }
+    averages = json.loads((folder / AVERAGES_FILE).read_text(encoding="utf-8"))
+    return scores, averages["settings"]
+
+
+def beside(
+    new: Evaluation,
+    weights: Mapping[str, float],
+    scores: dict[str, list[float]],
+    settings: dict[str, Any],
+) -> tuple[Evaluation, dict[str, Any]]:
+    """``new``, scored with ``weights``, joined with the earlier ``scores`` of the same pictures.
+
+    Returns the joined evaluation, whose total is of all rewards, and the settings that the pictures
+    were drawn with.
+    """
+    weights = settings["rewards"] | dict(weights)
+    joined = scores | new.scores
+    lines = range(len(new.prompts))
+    joined["total"] = [sum(w * joined[name][line] for name, w in weights.items()) for line in lines]
+    return replace(new, scores=joined), settings | {"rewards": weights}
+
+
+def _chunks(num_lines: int, size: int, dist: Distributed) -> list[list[range]]:
+    """The fixed chunks of lines, dealt to the ranks: a list for each."""
+    chunks = [range(start, min(start + size, num_lines)) for start in range(0, num_lines, size)]
+    return [chunks[rank :: dist.world_size] for rank in range(dist.world_size)]
 
 
 def _score_lines(
@@ -224,11 +273,8 @@ def _score_lines(
     image_dir: Path | None,
 ) -> Evaluation:
     """Deals fixed chunks of lines to the ranks, scores in the background, restores the order."""
-    chunks = [
-        range(start, min(start + batch_size, len(prompts)))
-        for start in range(0, len(prompts), batch_size)
-    ]
-    mine = chunks[dist.rank :: dist.world_size]
+    by_rank = _chunks(len(prompts), batch_size, dist)
+    mine = by_rank[dist.rank]
     thumbs, kept, kept_lines = [], [], []
 
     def score(images: Tensor, lines: range) -> Scores:
@@ -240,7 +286,8 @@ def _score_lines(
     with Background(dist.device) as background:
         for chunk in tqdm(mine, desc="evaluate", disable=not dist.is_main, leave=False):
             images = pictures_of(chunk)
-            background.submit(score, images, chunk)
+            if not background.submit(score, images, chunk):
+                break
             thumbs.append(thumbnails(images))
             first = max(0, min(num_pictures - chunk.start, len(chunk)))
             kept.append(images[:first].cpu())
@@ -249,7 +296,6 @@ def _score_lines(
         scores, all_thumbs = gather_scores(
             dist, background.results, torch.cat([no_thumbs, *thumbs])
         )
-    by_rank = (chunks[rank :: dist.world_size] for rank in range(dist.world_size))
     order = torch.tensor([line for part in by_rank for chunk in part for line in chunk]).argsort()
     named = {"total": scores.total, **scores.parts}
     return Evaluation(
@@ -306,4 +352,4 @@ def write_results(
             }
             file.write(json.dumps(row) + "\n")
     text = json.dumps({"settings": settings, **evaluation.averages()}, indent=2)
-    (folder / "average_scores.json").write_text(text + "\n", encoding="utf-8")
+    (folder / AVERAGES_FILE).write_text(text + "\n", encoding="utf-8")

@@ -4,23 +4,29 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from diffusion_nft.evaluate import Evaluation
+from diffusion_nft.evaluate import NUM_SAMPLES, Evaluation
 from diffusion_nft.metrics import METRICS_FILE, read_metrics
 from diffusion_nft.pictures import side_by_side
 
 
 def result_table(run_dir: Path) -> str:
-    """The run's first and last evaluation, a row per metric and tag; says so if there was none."""
+    """The run's first and last evaluation, a row per metric and tag; says so if there was none.
+
+    Evaluations of another number of lines than the last do not compare, and are left out.
+    """
     path = run_dir / METRICS_FILE
     rows = [row for row in read_metrics(path) if "eval/total" in row] if path.exists() else []
     if not rows:
         return f"{run_dir}: no evaluation yet"
-    first, last = rows[0], rows[-1]
+    last = rows[-1]
+    rows = [row for row in rows if row.get(NUM_SAMPLES) == last.get(NUM_SAMPLES)]
+    first = rows[0]
     best = max(rows, key=lambda row: row["eval/total"])
     table = [("", f"epoch {first['epoch']}", f"epoch {last['epoch']}", "gain")]
-    for key in sorted(last, key=lambda key: (key.startswith("eval/tag/"), key)):
+    names = [key for key in last if key.startswith("eval/") and key != NUM_SAMPLES]
+    for key in sorted(names, key=lambda key: (key.startswith("eval/tag/"), key)):
         before, after = first.get(key), last[key]
-        if key.startswith("eval/") and before is not None and after is not None:
+        if before is not None and after is not None:
             table.append(
                 (
                     key.removeprefix("eval/"),

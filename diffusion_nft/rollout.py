@@ -16,7 +16,7 @@ from diffusion_nft.data import Prompt, shard
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.randomness import generator, normal
-from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores
+from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores, quantized
 from diffusion_nft.solvers import solve
 
 # Batches of pictures that may wait for their scores.
@@ -34,11 +34,15 @@ class Background:
         self._pool = ThreadPoolExecutor(1, initializer=_bind, initargs=(device,))
         self._pending: list[Future[Any]] = []
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Queues a call; waits first while QUEUE_LENGTH of them are unfinished."""
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> bool:
+        """Queues a call; waits first while QUEUE_LENGTH of them are unfinished.
+
+        False if an earlier call has failed: more of them would be in vain.
+        """
         if len(self._pending) >= QUEUE_LENGTH:
             wait([self._pending[-QUEUE_LENGTH]])
         self._pending.append(self._pool.submit(function, *arguments))
+        return not any(future.done() and future.exception() for future in self._pending)
 
     def results(self) -> list[Any]:
         """What the calls returned, in order; raises what the first failing one raised."""
@@ -103,8 +107,10 @@ class Sampler:
 
 
 def thumbnails(images: Tensor) -> Tensor:
-    """``[B, 3, H, W]`` -> ``[B, 192]`` on the CPU: 8 x 8 area averages, to compare layouts."""
-    return F.adaptive_avg_pool2d(images.float(), THUMBNAIL).flatten(1).cpu()
+    """``[B, 3, H, W]`` in [0, 1] -> ``[B, 192]`` on the CPU: 8 x 8 area averages of the pictures as
+    they are scored and saved, to compare layouts.
+    """
+    return F.adaptive_avg_pool2d(quantized(images), THUMBNAIL).flatten(1).cpu()
 
 
 def diversity(thumbs: Tensor, groups: Sequence[Any]) -> float:
@@ -217,7 +223,9 @@ def collect(
             here = cond.select(cond_rows[start : start + len(rows)])
             x0, sigmas = sampler(model, here, generators)
             images = model.decode(x0)
-            background.submit(rewards, images, texts, [prompt.metadata for prompt in batch])
+            metadata = [prompt.metadata for prompt in batch]
+            if not background.submit(rewards, images, texts, metadata):
+                break
             latents.append(x0)
             thumbs.append(thumbnails(images))
             if start < num_pictures:

@@ -8,15 +8,25 @@ from diffusion_nft.checkpoint import (
     STATE,
     Checkpoint,
     Checkpointer,
-    export_lora,
+    CheckpointError,
     load_checkpoint,
     read_json,
     resolve_checkpoint,
 )
 from diffusion_nft.distributed import Distributed
+from diffusion_nft.lora import export_lora
 from diffusion_nft.policy import ADAPTERS, Policy
 from diffusion_nft.run_dir import flatten
 from diffusion_nft.update import Updater
+
+# What a LoRA's numbers mean depends on these.
+SOURCE_KEYS = (
+    "pretrained.model",
+    "pretrained.revision",
+    "pretrained.model_type",
+    "train.lora_rank",
+    "train.lora_alpha",
+)
 
 
 def newest_checkpoint(config: ConfigDict, dist: Distributed) -> Checkpoint | None:
@@ -39,7 +49,10 @@ def is_finished(config: ConfigDict) -> bool:
     latest = Checkpointer(Path(config.save_dir)).latest()
     if latest is None:
         return False
-    state = read_json(latest / STATE)
+    try:
+        state = read_json(latest / STATE)
+    except CheckpointError:  # damaged: an older one will be looked for
+        return False
     return state["epoch"] >= config.num_epochs and state["evaluated"]
 
 
@@ -59,9 +72,24 @@ class RunState:
             self._restore(checkpoint)
         elif self.config.resume_from:
             source = load_checkpoint(resolve_checkpoint(Path(self.config.resume_from)))
+            self._check_source(source)
             self._load_policies(source)
         elif self.config.train.lora_path:
             self.policy.load_lora(Path(self.config.train.lora_path))
+
+    def _check_source(self, source: Checkpoint) -> None:
+        """ValueError if the policies of ``source`` mean something else in this configuration."""
+        ours, theirs = flatten(self.config), source.state["config"]
+        wrong = [
+            f"{key} = {ours[key]!r}, there {theirs.get(key)!r}"
+            for key in SOURCE_KEYS
+            if ours[key] != theirs.get(key)
+        ]
+        if wrong:
+            raise ValueError(
+                f"resume_from = {self.config.resume_from!r}: the policies of {source.path} do not "
+                f"fit this run: {'; '.join(wrong)}"
+            )
 
     def _load_policies(self, checkpoint: Checkpoint) -> None:
         for name in ADAPTERS:
@@ -74,7 +102,9 @@ class RunState:
         self.epoch, self.evaluated = state["epoch"], state["evaluated"]
         now = flatten(self.config)
         # Under other evaluation settings the scores do not compare.
-        same = all(now.get(k) == v for k, v in state["config"].items() if k.startswith("eval."))
+        settings = [key for key in state["config"] if key.startswith("eval.")]
+        settings.remove("eval.batch_size")
+        same = all(now.get(key) == state["config"][key] for key in settings)
         self.best_score = state["best_score"] if same else None
         self.dist.say(f"continuing from {checkpoint.path} (epoch {self.epoch})")
 

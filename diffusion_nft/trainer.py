@@ -59,8 +59,8 @@ class Trainer:
         self.test_prompts = load_prompts(config.dataset, "test")[: config.eval.num_prompts or None]
         trained = config.reward_fn.to_dict()
         evaluated = trained | dict.fromkeys(config.eval.rewards, 0.0)
-        check_prompts(trained, [prompt.text for prompt in self.train_prompts])
-        check_prompts(evaluated, [prompt.text for prompt in self.test_prompts])
+        for names, prompts in ((trained, self.train_prompts), (evaluated, self.test_prompts)):
+            check_prompts(names, [p.text for p in prompts], [p.metadata for p in prompts])
         start = newest_checkpoint(config, dist)
         built = build_rewards(
             evaluated,

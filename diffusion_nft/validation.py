@@ -6,7 +6,7 @@ every problem at once, one a line: the key, its value, and what would be valid.
 """
 
 import difflib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from diffusion_nft.models import MODELS
 from diffusion_nft.precision import COMPUTE_DTYPES
 from diffusion_nft.solvers import check_solver
 
-EMBEDDED_RESOLUTION = 48
+EMBEDDED_RESOLUTION, EMBEDDED_LENGTH = 48, 8
 # SD3: its VAE makes a latent of 8 x 8 pixels, its transformer a token of 2 x 2 latents.
 PIXELS_PER_TOKEN = 16
 # Rewards that read the metadata of a prompt, not only its text.
@@ -147,6 +147,16 @@ def _resolution_fits(resolution: int, model: str) -> str | None:
     return f"resolution must be a multiple of 16, such as {below} or {below + PIXELS_PER_TOKEN}"
 
 
+def _length_fits(length: int, model: str) -> str | None:
+    if model != EMBEDDED_MODEL or length == EMBEDDED_LENGTH:
+        return None
+    return f"the embedded model was trained at {EMBEDDED_LENGTH} tokens"
+
+
+def _one_start(resume_from: str, lora_path: str) -> str | None:
+    return "a run begins from one of them" if resume_from and lora_path else None
+
+
 def _noise_level_fits(solver: str, noise_level: float) -> str | None:
     try:
         check_solver(solver, noise_level)
@@ -189,6 +199,8 @@ COMBINATIONS = (
         ("train.gradient_step_per_epoch", "sample.num_image_per_prompt"), _steps_share_groups
     ),
     Combination(("resolution", "pretrained.model"), _resolution_fits),
+    Combination(("pretrained.max_sequence_length", "pretrained.model"), _length_fits),
+    Combination(("resume_from", "train.lora_path"), _one_start),
     Combination(("sample.solver", "sample.noise_level"), _noise_level_fits),
     Combination(("reward_fn", "dataset"), partial(_metadata_is_there, data.SPLITS)),
     Combination(("eval.rewards", "dataset"), partial(_metadata_is_there, ("test",))),
@@ -250,6 +262,20 @@ def validate(config: ConfigDict, *, world_size: int = 1) -> None:
     for key, check in SCHEMA.items():
         if key not in values and key.rpartition(".")[0] not in values:
             problems[key] = f"{key} is missing: {check(None)}"
+    _refuse(problems, values)
+
+
+def validate_settings(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless those keys of a configuration that ``values`` has can go together.
+
+    For scripts that need a part of a configuration; keys that no configuration has are ignored.
+    """
+    complaints = {key: SCHEMA[key](value) for key, value in values.items() if key in SCHEMA}
+    _refuse({k: f"{k} = {_show(values[k])}: {c}" for k, c in complaints.items() if c}, values)
+
+
+def _refuse(problems: Mapping[str, str], values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for ``problems`` of single keys and for combinations of the other ones."""
     combined = []
     for combination in COMBINATIONS:
         if all(key in values and key not in problems for key in combination.keys):

@@ -5,27 +5,30 @@
     python scripts/check_rewards.py --config config/nft.py:sd3_multi_reward
 
 Builds each reward as training does and lets it score two drawn pictures, twice.  Prints a table of
-what holds, the time per picture of the second call and the memory that the reward took, and for
-each failure the command that mends it.  With --config, the rewards of that preset with its options
-and servers.  Exits with 1 if anything failed.
+what holds, the time per picture of the second call and the memory that the loaded reward takes, and
+for each failure the command that mends it.  With --config, the rewards of that preset with its
+options and servers.  Exits with 1 if anything failed.
 """
 
 import argparse
 import gc
-import resource
 import runpy
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusion_nft.rewards import REWARDS, build_reward
 from diffusion_nft.rewards.combine import RewardSet
+from diffusion_nft.rewards.unifiedreward import START_COMMAND
+from diffusion_nft.rewards.weights import WEIGHT_FILES, weights_root
 
 SIDE = 512
 PROMPTS = ['a white poster that says "HELLO"', 'a white poster that says "WORLD"']
@@ -48,9 +51,15 @@ class Finding:
 
     def row(self) -> tuple[str, ...]:
         """Its line of the table."""
-        marks = ["yes" if i < self.passed else "NO" if i == self.passed else "" for i in range(4)]
-        cost = (f"{self.seconds:.3f}", f"{self.gigabytes:.2f}") if self.passed == 4 else ("", "")
-        return (self.name, *marks, *cost, " ".join(f"{score:.3f}" for score in self.scores))
+        marks = ["yes"] * self.passed + ["NO"] + [""] * len(STAGES)
+        done = self.passed == len(STAGES)
+        cost = (f"{self.seconds:.3f}", f"{self.gigabytes:.2f}") if done else ("", "")
+        return (
+            self.name,
+            *marks[: len(STAGES)],
+            *cost,
+            " ".join(f"{score:.3f}" for score in self.scores),
+        )
 
 
 def pictures(name: str) -> tuple[torch.Tensor, list[str], list[dict]]:
@@ -82,14 +91,14 @@ def check(
     before = memory(device)
     try:
         rewards = {name: build_reward(name, device, options, remote)}
-        finding.passed = 3
+        finding.passed = STAGES.index("scores")
         images, prompts, metadata = pictures(name)
         score = RewardSet({name: 1.0}, rewards)
         for _ in range(2):
             started = time.perf_counter()
             finding.scores = score(images.to(device), prompts, metadata).total.tolist()
             finding.seconds = (time.perf_counter() - started) / len(prompts)
-        finding.passed = 4
+        finding.passed = len(STAGES)
         finding.gigabytes = memory(device) - before
     # Whatever a broken installation raises is what this command is there to show.
     except Exception as error:
@@ -103,24 +112,27 @@ def check(
 
 
 def memory(device: torch.device) -> float:
-    """Peak GB so far: of the GPU's allocator, or of the process."""
+    """GB in use: of the GPU's allocator, or of the process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        return torch.cuda.memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9
 
 
 def remedy(name: str, error: Exception, remote: Sequence[str]) -> str:
     """The command that mends ``error``; empty where there is no single one."""
     if remote:
-        return f"python scripts/reward_server.py --reward {name} --port {remote[0].split(':')[-1]}"
+        if not isinstance(error, ConnectionError):
+            return ""
+        return f"python scripts/reward_server.py --reward {name} --port {urlsplit(remote[0]).port}"
     if isinstance(error, ImportError):
         extra = EXTRAS.get(name, name)
         return f'pip install -e ".[{extra}]"' if extra else "pip install -e ."
     if isinstance(error, ConnectionError) and name == "unifiedreward":
-        return (
-            "python -m sglang.launch_server --model-path CodeGoat24/UnifiedReward-7b-v1.5 "
-            "--api-key flowgrpo --port 17140 --chat-template chatml-llava"
-        )
+        return START_COMMAND
+    if isinstance(error, ValueError) and name in WEIGHT_FILES:
+        path = weights_root() / WEIGHT_FILES[name].file_name
+        if str(path) in str(error):
+            return f"rm {path} && python scripts/download.py {name}"
     return f"python scripts/download.py {name}" if isinstance(error, OSError) else ""
 
 
@@ -142,8 +154,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--reward", default="", help="comma-separated; default: all")
-    parser.add_argument("--config", default="", help="path:preset, for the rewards of a preset")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--reward", default="", help="comma-separated; default: all")
+    which.add_argument("--config", default="", help="path:preset, for the rewards of a preset")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     names, options, remote = wanted(args)
@@ -170,5 +183,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -45,6 +45,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipe
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
+from diffusion_nft.flow import timestep_from_sigma
 from diffusion_nft.shapes import captions as grammar
 from diffusion_nft.shapes.model import (
     MAX_SEQUENCE_LENGTH,
@@ -248,7 +249,7 @@ def train_transformer(
         xt = torch.lerp(x0, noise, sigma[:, None, None, None])
         velocity = transformer(
             hidden_states=xt,
-            timestep=1000 * sigma,
+            timestep=timestep_from_sigma(sigma),
             encoder_hidden_states=embeddings[caption],
             pooled_projections=pooled[caption],
         ).sample

@@ -12,7 +12,6 @@ this project: pip install --no-deps -e .
 import argparse
 import ast
 import ipaddress
-import os
 import signal
 import socket
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from diffusion_nft.rewards import REWARDS, build_reward
-from diffusion_nft.rewards.protocol import TOKEN_VARIABLE
+from diffusion_nft.rewards.protocol import TOKEN_VARIABLE, shared_token
 
 
 def parse_flags() -> argparse.Namespace:
@@ -31,7 +30,7 @@ def parse_flags() -> argparse.Namespace:
     )
     parser.add_argument("--reward", required=True, choices=list(REWARDS))
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine")
-    parser.add_argument("--port", type=int, required=True, help="0: any that is free")
+    parser.add_argument("--port", type=_port, required=True, help="0: any that is free")
     parser.add_argument(
         "--option",
         action="append",
@@ -56,6 +55,12 @@ def _option(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def _port(text: str) -> int:
+    if not 0 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 65535")
+    return int(text)
 
 
 def _device(text: str) -> torch.device:
@@ -93,7 +98,7 @@ def main() -> None:
         raise ImportError(
             f"a reward server needs: pip install fastapi uvicorn ({error})"
         ) from error
-    token, options = os.environ.get(TOKEN_VARIABLE, ""), dict(args.option)
+    token, options = shared_token(), dict(args.option)
     # Before the reward loads, which may take minutes: a port in use should show at once.
     bound = bind(args.host, args.port, token)
     app = create_app(

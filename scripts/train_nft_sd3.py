@@ -9,6 +9,7 @@ an interrupted run.
 
 import os
 import sys
+from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -20,13 +21,22 @@ CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string
 flags.mark_flags_as_required(["config"])
 
 
+def refuse(message: str) -> NoReturn:
+    """Ends the program; of several processes one speaks."""
+    sys.exit(message if os.environ.get("RANK", "0") == "0" else 1)
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Reads preset and overrides; a wrong one ends the program with one line."""
-    for argument in argv:
-        key = argument.lstrip("-").partition("=")[0].removeprefix("config.")
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, sign, value = argument.partition("=")
+        key = name.lstrip("-").removeprefix("config.")
         known = key in SCHEMA or key.startswith(("reward_fn.", "remote.", "reward_options."))
         if argument.startswith("--config.") and not known:
-            sys.exit(f"--config.{key} {unknown_key(key)}")
+            refuse(f"--config.{key} {unknown_key(key)}")
+        preset = value if sign else following
+        if name == "--config" and not os.path.isfile(preset.partition(":")[0]):
+            refuse(f"--config {preset}: no such file; a preset is named as config/nft.py:PRESET")
     try:
         return flags.FLAGS(argv)
     except (ValueError, TypeError, LookupError, AttributeError, OSError, flags.Error) as error:
@@ -36,7 +46,7 @@ def parse_flags(argv: list[str]) -> list[str]:
             name = argument.partition("=")[0].removeprefix("--config.reward_fn.")
             if message.strip("'\"") == name:
                 message = f"reward {name!r} is not in this preset: another set takes a preset"
-        sys.exit(message)
+        refuse(message)
 
 
 def main(argv: list[str]) -> None:
@@ -47,7 +57,7 @@ def main(argv: list[str]) -> None:
     try:
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
-        sys.exit(str(error))
+        refuse(str(error))
     # Loading the model libraries takes seconds: a wrong configuration should not have to wait.
     from diffusion_nft.trainer import Trainer, say_if_finished
 

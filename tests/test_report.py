@@ -21,6 +21,19 @@ def test_first_last_and_best(tmp_path):
     assert "best eval/total: 0.7500 at epoch 1" in result_table(tmp_path)
 
 
+def test_evaluations_of_other_lines_do_not_compare(tmp_path):
+    rows = [
+        {"step": 0, "epoch": 0, "eval/total": 0.9, "eval/num_samples": 12},
+        {"step": 1, "epoch": 1, "eval/total": 0.5, "eval/num_samples": 24},
+        {"step": 2, "epoch": 2, "eval/total": 0.75, "eval/num_samples": 24},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [line.split() for line in result_table(tmp_path).splitlines()]
+    assert lines[0] == ["epoch", "1", "epoch", "2", "gain"]
+    assert lines[1:-1] == [["total", "0.5000", "0.7500", "+0.2500"]]
+    assert "best eval/total: 0.7500 at epoch 2" in result_table(tmp_path)
+
+
 def test_without_an_evaluation_it_says_so(tmp_path):
     assert "no evaluation yet" in result_table(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "loss/total": 1.0}\n')

@@ -13,6 +13,7 @@ import torch
 from diffusion_nft.checkpoint import Checkpointer
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.metrics import read_metrics
+from diffusion_nft.run_state import is_finished
 from diffusion_nft.trainer import Trainer
 from tests.launch import ROOT, environment, run, smoke, train, train_command, train_here
 
@@ -180,3 +181,27 @@ def test_another_run_begins_with_the_policies_that_resume_from_names(finished, t
     assert (again.state.epoch, again.updater.step) == (1, 2)
     for key, value in again.policy.state("current").items():
         assert torch.equal(value, trained.policy.state("current")[key])
+
+
+def test_a_damaged_last_state_is_passed_over_although_the_run_was_finished(finished, copy):
+    (copy / "checkpoints" / "checkpoint-6" / "state.json").write_text("{")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert not is_finished(smoke(copy, SETTINGS))
+        trainer = train_here(copy, SETTINGS)
+    assert any("checkpoint-6" in str(w.message) for w in caught)
+    assert trainer.state.epoch == 3
+    assert_same_state(copy, finished)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train.lora_alpha": 32}, "train.lora_alpha = 32, there 64"),
+        ({"train.lora_rank": 8}, "train.lora_rank = 8, there 32"),
+    ],
+)
+def test_policies_that_would_mean_something_else_are_refused(finished, tmp_path, change, words):
+    config = smoke(tmp_path / "run", SETTINGS | change | {"resume_from": str(finished)})
+    with pytest.raises(ValueError, match=words):
+        Trainer(config, Distributed(0, 1, 0, torch.device("cpu")))

@@ -13,6 +13,8 @@ from diffusion_nft.distributed import Distributed
 from diffusion_nft.randomness import generator
 from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores, build_rewards
 from diffusion_nft.rollout import (
+    QUEUE_LENGTH,
+    Background,
     Sampler,
     Samples,
     collect,
@@ -41,7 +43,7 @@ def test_diversity_is_the_rms_distance_of_pairs_averaged_over_groups():
 
 
 def test_thumbnails_are_area_averages():
-    images = torch.rand(2, 3, 48, 48)
+    images = torch.randint(256, (2, 3, 48, 48)) / 255
     expected = images.numpy().reshape(2, 3, 8, 6, 8, 6).mean((3, 5)).reshape(2, -1)
     np.testing.assert_allclose(thumbnails(images).numpy(), expected, rtol=1e-5)
 
@@ -170,3 +172,40 @@ def test_the_summary_by_hand():
     assert values["reward/a/part"] == 2
     assert values["reward/optimality_0.0"] == values["reward/optimality_0.9"] == 0.25
     assert values["reward/optimality_0.5"] == 0.5
+
+
+def test_more_work_is_refused_once_a_call_has_failed():
+    def fail():
+        raise OSError("gone")
+
+    with Background(torch.device("cpu")) as background:
+        background.submit(fail)
+        # Each waits for the fourth before it, so the failure is seen within one queue's length.
+        answers = [background.submit(lambda: 1) for _ in range(2 * QUEUE_LENGTH)]
+        assert not answers[-1] and not any(answers[QUEUE_LENGTH:])
+        with pytest.raises(OSError, match="gone"):
+            background.results()
+
+
+def test_sampling_ends_soon_after_a_reward_has_failed(shapes_model, tmp_path):
+    class Fails:
+        def __call__(self, images, prompts, metadata):
+            raise OSError("gone")
+
+    drawn = []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(shapes_model, name)
+
+        def decode(self, x0):
+            drawn.append(len(x0))
+            return shapes_model.decode(x0)
+
+    config = smoke(tmp_path, {"sample.batch_size": 1, "sample.num_image_per_prompt": 10})
+    prompts = load_prompts("shapes", "train")[:3]
+    dist = Distributed(0, 1, 0, torch.device("cpu"))
+    rewards = RewardSet({"fails": 1.0}, {"fails": Fails()})
+    with pytest.raises(RewardError, match="gone"):
+        collect(Counting(), prompts, rewards, config, epoch=0, dist=dist, num_pictures=0)
+    assert len(drawn) <= QUEUE_LENGTH + 1 < 30

@@ -7,8 +7,9 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
-from diffusion_nft.checkpoint import Checkpointer, export_lora
+from diffusion_nft.checkpoint import Checkpointer
 from diffusion_nft.distributed import Distributed
+from diffusion_nft.lora import export_lora
 from diffusion_nft.metrics import read_metrics
 from diffusion_nft.rewards import REWARDS, RewardOutput
 from diffusion_nft.rewards.combine import RewardError

@@ -373,6 +373,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
         {"resolution": 520, "pretrained.model": "stabilityai/stable-diffusion-3.5-medium"},
         "a multiple of 16, such as 512 or 528",
     ),
+    ({"pretrained.max_sequence_length": 77, "pretrained.model": "shapes"}, "at 8 tokens"),
     ({"sample.solver": "ddim", "sample.noise_level": 1.5}, "between 0 and 1"),
     (
         {"reward_fn": {"shapes": 1.0}, "dataset": "ocr"},
@@ -414,6 +415,12 @@ def test_impossible_combination(changes: dict[str, Any], valid: str) -> None:
     given = ", ".join(f"{key} = {value!r}" for key, value in changes.items())
     assert line.startswith(f"{given}: ")
     assert valid in line
+
+
+def test_a_run_begins_from_another_run_or_from_a_lora(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").touch()
+    line = only_problem({"resume_from": str(tmp_path), "train.lora_path": str(tmp_path)})
+    assert line.endswith(": a run begins from one of them")
 
 
 def test_a_held_out_reward_reads_the_metadata_of_the_test_split_alone(tmp_path: Path) -> None:

@@ -40,9 +40,10 @@ REWARDS: dict[str, str] = {
     "jpeg_incompressibility": "diffusion_nft.rewards.jpeg:JpegIncompressibility",
 }
 
-# Rewards that cannot score every prompt -> "module:function", which raises ValueError on a list
-# that holds one they cannot.
+# Rewards that cannot score every prompt -> "module:function" of texts and metadata, which raises
+# ValueError where it finds one that they cannot.
 PROMPT_CHECKS: dict[str, str] = {
+    "geneval": "diffusion_nft.rewards.geneval.vocabulary:check_prompts",
     "ocr": "diffusion_nft.rewards.ocr:check_prompts",
 }
 
@@ -125,6 +126,9 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     for key in options:
         if key not in known:
             raise ValueError(f"{name} has no option {key!r}; choose from {', '.join(known)}")
+    size = options.get("batch_size", 1)
+    if type(size) is not int or size < 1:
+        raise ValueError(f"the batch_size of {name} must be a whole number from 1, not {size!r}")
     if str(options.get("dtype", "fp32")) not in DTYPES:
         raise ValueError(f"the dtype of {name} must be one of {', '.join(DTYPES)}")
     try:
@@ -133,11 +137,15 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         raise ValueError(f"the device of {name} must be such as 'cpu' or 'cuda:1'") from error
 
 
-def check_prompts(names: Iterable[str], prompts: Sequence[str]) -> None:
-    """Raises ValueError if one of the rewards ``names`` cannot score every one of ``prompts``."""
+def check_prompts(
+    names: Iterable[str], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raises ValueError if one of the rewards ``names`` cannot score every one of ``prompts``, of
+    which ``metadata`` are the lines.
+    """
     for name in names:
         if name in PROMPT_CHECKS:
-            _named(PROMPT_CHECKS[name])(prompts)
+            _named(PROMPT_CHECKS[name])(prompts, metadata)
 
 
 def _named(reference: str) -> Any:

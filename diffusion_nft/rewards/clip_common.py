@@ -77,7 +77,7 @@ def _from_pretrained(cls: Any, name: str, **options: Any) -> Any:
     except OSError as error:
         raise OSError(
             f"{name!r} is no local folder with a {cls.__name__} and could not be fetched from the "
-            f"hub: {error}"
+            f"hub (`python scripts/download.py rewards` fetches what the rewards need): {error}"
         ) from error
 
 

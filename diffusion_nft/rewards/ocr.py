@@ -2,8 +2,8 @@
 
 import importlib.metadata
 import os
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -35,8 +35,9 @@ def target_text(prompt: str) -> str:
     return parts[1]
 
 
-def check_prompts(prompts: Sequence[str]) -> None:
+def check_prompts(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError that names the prompts without a quoted text, by line number from 1."""
+    del metadata
     wrong = []
     for number, prompt in enumerate(prompts, start=1):
         try:

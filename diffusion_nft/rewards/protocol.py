@@ -8,6 +8,7 @@ import base64
 import binascii
 import io
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,20 @@ TOKEN_VARIABLE = "REWARD_SERVER_TOKEN"
 MAX_PIXELS = 256 * 1024 * 1024
 # Zlib's fastest: the network is faster than its best.
 COMPRESS_LEVEL = 1
+
+
+def shared_token() -> str:
+    """The token of the environment, empty for none.
+
+    Raises ValueError, which does not quote it, for one that no HTTP header can hold.
+    """
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    # Left to the HTTP library, this would be an error that prints the token.
+    if not all("!" <= char <= "~" for char in token):
+        raise ValueError(
+            f"{TOKEN_VARIABLE} may hold printable ASCII only, no spaces and no line ends"
+        )
+    return token
 
 
 class TooLarge(Exception):

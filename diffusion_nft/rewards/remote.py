@@ -1,6 +1,6 @@
 """A reward that scores in another environment or on another machine (server.py)."""
 
-import os
+import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,16 +19,22 @@ from diffusion_nft.rewards.protocol import (
     decode_output,
     encode_batch,
     encode_pictures,
+    shared_token,
 )
 
 # Seconds in which a living machine accepts a connection, and a server tells its health.
 PROMPT_REPLY = 10.0
+# Times the time-out of one try after which no further one begins.
+PATIENCE = 2
 # Statuses after which another try, or another address, may help.
 PASSING = (429, 500, 502, 503, 504)
 # Characters of an answer that an error quotes.
 MAX_QUOTED = 500
 
 T = TypeVar("T")
+
+# It tells every request at level INFO, through the progress bars.
+logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 class _TryAgain(Exception):
@@ -41,8 +47,8 @@ class RemoteReward:
     A batch is cut into near-equal parts, one for each address, which are scored at the same time.
     A part is offered to all addresses in turn until one answers, ``rounds`` times with a pause of
     ``pause`` seconds that doubles: lost connections, time-outs, 429, 5xx and malformed answers are
-    tried again.  ``timeout``: seconds that one try may take.  The environment variable
-    REWARD_SERVER_TOKEN holds the token of the servers.
+    tried again, but not when 2 ``timeout`` have passed.  ``timeout``: seconds that one try may
+    take.  The environment variable REWARD_SERVER_TOKEN holds the token of the servers.
 
     Raises ConnectionError, naming the reward, the addresses and the last cause, where no try
     helped; PermissionError for a wrong token; ValueError for what a server refuses.  When built,
@@ -60,8 +66,8 @@ class RemoteReward:
         pause: float = 1.0,
     ):
         self.name, self.addresses = name, tuple(addresses)
-        self.rounds, self.pause = rounds, pause
-        token = os.environ.get(TOKEN_VARIABLE, "")
+        self.timeout, self.rounds, self.pause = timeout, rounds, pause
+        token = shared_token()
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(timeout, connect=min(timeout, PROMPT_REPLY)),
@@ -78,6 +84,8 @@ class RemoteReward:
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
         """Scores and components ``[B]``, float64, of ``images: [B, 3, H, W]`` in [0, 1]."""
+        if not prompts:
+            return RewardOutput(torch.zeros(0, dtype=torch.float64))
         pictures = encode_pictures(images)
         servers = len(self.addresses)
         parts = [part for i in range(servers) if (part := shard(len(pictures), i, servers))]
@@ -110,10 +118,15 @@ class RemoteReward:
     ) -> T:
         """What ``parse`` makes of the first sound answer; see the class for what it raises."""
         cause: _TryAgain | None = None
+        started, tries = time.monotonic(), 0
         for number in range(self.rounds):
             if number:
                 time.sleep(self.pause * 2 ** (number - 1))
             for address in addresses:
+                # Servers that stall would otherwise outlast the other ranks' patience.
+                if tries and time.monotonic() - started > PATIENCE * self.timeout:
+                    break
+                tries += 1
                 try:
                     return self._try(address, path, body, parse)
                 except _TryAgain as error:
@@ -121,7 +134,7 @@ class RemoteReward:
                     warnings.warn(str(error), stacklevel=1)
         raise ConnectionError(
             f"no answer from the servers of reward {self.name!r} at {', '.join(addresses)} in "
-            f"{self.rounds} tries each; the last: {cause}"
+            f"{tries} tries; the last: {cause}"
         ) from cause
 
     def _try(

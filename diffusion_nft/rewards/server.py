@@ -78,7 +78,7 @@ def create_app(
     health = {
         "protocol": PROTOCOL,
         "reward": name,
-        "options": dict(options),
+        "options": {key: "***" if key == "api_key" else options[key] for key in options},
         "versions": versions(),
     }
 
@@ -105,7 +105,7 @@ def create_app(
             batch = decode_batch(json.loads(data), name, max_images)
         except TooLarge as error:
             raise HTTPException(413, str(error)) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise HTTPException(422, str(error)) from error
         try:
             return encode_output(reward(batch.images.to(device), batch.prompts, batch.metadata))

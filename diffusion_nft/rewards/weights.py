@@ -120,7 +120,16 @@ def load_checkpoint(path: Path) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    # Of bytes that are no pickle at all, the unpickler raises whatever they lead it to.
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        RuntimeError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise ValueError(
             f"{path} is not a PyTorch checkpoint that loads safely; was it downloaded in full? "
             f"({type(error).__name__}: {error})"

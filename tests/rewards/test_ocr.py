@@ -64,11 +64,11 @@ def test_a_prompt_without_a_quoted_text_is_refused(prompt):
 
 
 def test_check_prompts_names_the_lines():
-    check_prompts(['a "b"', 'c "d" e'])
+    check_prompts(['a "b"', 'c "d" e'], [{}, {}])
     with pytest.raises(ValueError, match=r"line 2: a cat\nline 3: a dog$"):
-        check_prompts(['a "b"', "a cat", "a dog"])
+        check_prompts(['a "b"', "a cat", "a dog"], [{}] * 3)
     with pytest.raises(ValueError, match=r"line 5: x\n\.\.\. and 15 more$"):
-        check_prompts(["x"] * 20)
+        check_prompts(["x"] * 20, [{}] * 20)
 
 
 def picture_of(text: str, blur: float = 0.0) -> Tensor:

@@ -210,9 +210,7 @@ def test_a_server_that_comes_back_goes_on():
     with serving("x", Rows()) as address:
         reward = RemoteReward("x", [address], **QUICK)
         assert len(ask(reward, 2).scores) == 2
-    with pytest.raises(
-        ConnectionError, match=f"reward 'x' at {address} in 2 tries each; .*Connect"
-    ):
+    with pytest.raises(ConnectionError, match=f"reward 'x' at {address} in 2 tries; .*Connect"):
         ask(reward, 2)
     with serving("x", Rows(), port=int(address.rpartition(":")[2])):
         assert ask(reward, 2).scores.tolist() == [0, 1]

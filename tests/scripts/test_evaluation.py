@@ -74,13 +74,23 @@ def test_saved_pictures_can_be_scored_later(run_dir, tmp_path, monkeypatch):
     assert len(first) == 3 and len(list((tmp_path / "images").iterdir())) == 3
     rows = (tmp_path / "evaluation_results.jsonl").read_text().splitlines()
     assert (tmp_path / json.loads(rows[2])["image_path"]).is_file()
-    evaluation(*here, "--rescore", "--reward", "jpeg_incompressibility")
-    # The earlier scores stay; "total" is of the rewards just scored.
+    # Without the checkpoint: the pictures do not need it.
+    there = ("--dataset", "shapes", "--output_dir", tmp_path, "--limit", 3, "--rescore")
+    evaluation(*there, "--reward", "jpeg_incompressibility")
+    # The earlier scores stay, and so do the settings of the pictures; "total" is of all rewards.
     for row, expected in zip(scores(tmp_path), first, strict=True):
         assert row.keys() == expected.keys() | {"jpeg_incompressibility"}
         assert row["shapes"] == expected["shapes"]
         # What was scored is what was saved.
-        assert row["total"] == row["jpeg_incompressibility"] == -expected["jpeg_compressibility"]
+        assert row["jpeg_incompressibility"] == -expected["jpeg_compressibility"]
+        assert row["total"] == pytest.approx(row["shapes"])
+    settings = averages(tmp_path)["settings"]
+    assert (settings["resolution"], settings["pretrained.model"]) == (48, "shapes")
+    assert settings["rewards"].keys() == {
+        "shapes",
+        "jpeg_compressibility",
+        "jpeg_incompressibility",
+    }
     evaluation(*here, "--rescore", *rewards, "--skip_rewards", "jpeg_compressibility")
     assert [row["shapes"] for row in scores(tmp_path)] == [row["shapes"] for row in first]
     with pytest.raises(ValueError, match="3 other prompts than the 2 lines"):
@@ -109,6 +119,11 @@ def test_two_processes_write_the_same_bytes(run_dir, tmp_path):
         (("--dataset", "shapes", "--limit", "0", "--pretrained", "shapes"), "limit"),
         (("--dataset", "shapes", "--batch_size", "0", "--pretrained", "shapes"), "batch_size"),
         (("--dataset", "shapes", "--rescore"), "evaluation_results.jsonl"),
+        (("--dataset", "shapes", "--pretrained", "shapes", "--resolution", "64"), "48 pixels only"),
+        (("--dataset", "shapes", "--guidance_scale", "-3"), "[1, inf)"),
+        (("--dataset", "shapes", "--skip_rewards", "shapes"), "leaves no reward"),
+        (("--dataset", "shapes", "--remote", "ocr=http://127.0.0.1:9"), "not among the rewards"),
+        (("--dataset", "shapes", "--remote", "shapes=nowhere"), "no address"),
         ((), "--dataset"),
     ],
 )
@@ -116,7 +131,7 @@ def test_mistakes_are_named(flags, words, tmp_path, capsys):
     small = ("--resolution", 48, "--max_sequence_length", 8, "--mixed_precision", "no")
     # SystemExit is argparse's; the others become one line of the command.
     with pytest.raises((SystemExit, ValueError, OSError)) as caught:
-        evaluation(*flags, *small, "--output_dir", tmp_path)
+        evaluation(*small, *flags, "--output_dir", tmp_path)
     assert words in str(caught.value) + capsys.readouterr().err
     assert not (tmp_path / "average_scores.json").exists()
 

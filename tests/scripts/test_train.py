@@ -1,6 +1,7 @@
 """The training command: mistakes cost one line, and it runs under torchrun."""
 
 import json
+import sys
 
 import pytest
 
@@ -39,6 +40,16 @@ def test_a_mistake_costs_one_line(name, tmp_path):
 def test_an_unknown_preset_costs_one_line(tmp_path):
     done = run(train_command(tmp_path / "run", preset="shapez"))
     assert_one_line_error(done, "shapez", "shapes_smoke")
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize(
+    ("config", "word"), [("config/nf.py:shapes", "no such file"), ("config/nft.py", "shapes_smoke")]
+)
+def test_a_preset_that_is_not_named_rightly_costs_one_line(config, word):
+    assert_one_line_error(
+        run([sys.executable, "scripts/train_nft_sd3.py", "--config", config]), word
+    )
 
 
 @pytest.mark.multiproc

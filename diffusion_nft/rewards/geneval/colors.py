@@ -56,7 +56,7 @@ class ColorClassifier:
         """OpenCLIP's ``architecture`` with ``weights``: a name that open_clip fetches, or a file.
 
         Raises ImportError without open_clip, ValueError if the model would not use QuickGELU, and
-        open_clip's RuntimeError if the weights cannot be had.
+        OSError if the weights cannot be had.
         """
         try:
             import open_clip
@@ -67,9 +67,15 @@ class ColorClassifier:
             raise ValueError(
                 f"GenEval's colours need a QuickGELU model like {ARCHITECTURE}, not {architecture}"
             )
-        parts: tuple[Any, ...] = open_clip.create_model_and_transforms(
-            architecture, pretrained=weights, weights_only=True
-        )
+        try:
+            parts: tuple[Any, ...] = open_clip.create_model_and_transforms(
+                architecture, pretrained=weights, weights_only=True
+            )
+        except RuntimeError as error:
+            raise OSError(
+                f"the weights {weights!r} of {architecture}, for GenEval's colours, cannot be had "
+                f"(`python scripts/download.py geneval` fetches them): {error}"
+            ) from error
         clip, _, preprocess = parts
         tokenize = open_clip.get_tokenizer(architecture)
         return ColorClassifier(clip.requires_grad_(False), preprocess, tokenize, device, dtype)

@@ -4,7 +4,7 @@ A line: ``{"tag", "prompt", "include": [{"class", "count", optional "color", opt
 [relation, index of an earlier clause]}], optional "exclude": [{"class", "count"}]}``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # GenEval's names of the 80 COCO classes in the detector's order.  "computer mouse", "tv remote" and
@@ -24,6 +24,16 @@ OBJECT_NAMES: tuple[str, ...] = tuple(
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+
+
+def check_prompts(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError, with its number from 1, for a line that cannot be judged."""
+    del prompts
+    for number, line in enumerate(metadata, start=1):
+        try:
+            check_metadata(line)
+        except ValueError as error:
+            raise ValueError(f"the geneval reward cannot judge line {number}: {error}") from None
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> None:
