@@ -38,7 +38,8 @@ def forwards_per_sample(config: ConfigDict) -> float:
     calls, visited = _solver_calls(config.sample.solver, config.sample.num_steps)
     sigmas = max(1, int(visited * config.train.timestep_fraction))
     no_grad = 2 if config.nft.kl_weight else 1  # the old policy, and the reference
-    training = sigmas * (no_grad + CURRENT_FORWARDS) * config.train.num_inner_epochs
+    current = CURRENT_FORWARDS + config.perf.gradient_checkpointing  # recomputing is one more
+    training = sigmas * (no_grad + current) * config.train.num_inner_epochs
     return calls * guided + training
 
 

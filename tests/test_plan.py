@@ -19,6 +19,9 @@ def test_forwards_per_sample(tmp_path):
     config.nft.kl_weight = 0.0
     config.sample.guidance_scale = 2.0
     assert forwards_per_sample(config) == 20 + 9 * 4
+    config.perf.gradient_checkpointing = True
+    assert forwards_per_sample(config) == 20 + 9 * 5
+    config.perf.gradient_checkpointing = False
     # Heun's method asks twice a step, once in the last.
     config.sample.solver = "heun"
     assert forwards_per_sample(config) == 2 * 19 + 9 * 4
