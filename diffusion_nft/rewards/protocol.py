@@ -69,15 +69,20 @@ def encode_pictures(images: Tensor) -> list[str]:
 
 
 def encode_batch(
-    reward: str, pictures: list[str], prompts: list[str], metadata: list[dict]
+    reward: str,
+    pictures: list[str],
+    prompts: list[str],
+    metadata: list[dict],
+    options: dict[str, Any],
 ) -> dict[str, Any]:
-    """The request, for ``json``."""
+    """The request, for ``json``; ``options``: what the server told when the run began."""
     return {
         "protocol": PROTOCOL,
         "reward": reward,
         "pictures": pictures,
         "prompts": prompts,
         "metadata": metadata,
+        "options": options,
     }
 
 

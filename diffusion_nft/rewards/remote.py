@@ -81,6 +81,7 @@ class RemoteReward:
                     f"reward {name!r} has the options {found} at {address}, but {options[0]} at "
                     f"{addresses[0]}"
                 )
+        self.options = options[0]  # as they were when the run began
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
         """Scores and components ``[B]``, float64, of ``images: [B, 3, H, W]`` in [0, 1]."""
@@ -95,7 +96,9 @@ class RemoteReward:
             return self._ask(
                 self.addresses[first:] + self.addresses[:first],
                 "/score",
-                encode_batch(self.name, pictures[rows], prompts[rows], metadata[rows]),
+                encode_batch(
+                    self.name, pictures[rows], prompts[rows], metadata[rows], self.options
+                ),
                 lambda answer: decode_output(answer, len(part)),
             )
 

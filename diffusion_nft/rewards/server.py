@@ -75,10 +75,12 @@ def create_app(
     app = FastAPI(openapi_url=None)
     turn = asyncio.Lock()
     max_bytes = int(max_megabytes * 1e6)
+    told = {key: "***" if key == "api_key" else options[key] for key in options}
+    told = json.loads(json.dumps(told))  # as a client knows it: tuples are lists
     health = {
         "protocol": PROTOCOL,
         "reward": name,
-        "options": {key: "***" if key == "api_key" else options[key] for key in options},
+        "options": told,
         "versions": versions(),
     }
 
@@ -102,7 +104,13 @@ def create_app(
     @torch.no_grad()
     def score(data: bytes) -> dict[str, Any]:
         try:
-            batch = decode_batch(json.loads(data), name, max_images)
+            request = json.loads(data)
+            batch = decode_batch(request, name, max_images)
+            if request.get("options", told) != told:
+                raise ValueError(
+                    f"the run began with a server of the options {request['options']}, this one "
+                    f"has {told}: their scores would be mixed"
+                )
         except TooLarge as error:
             raise HTTPException(413, str(error)) from error
         except (ValueError, RecursionError) as error:

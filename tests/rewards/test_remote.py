@@ -253,6 +253,51 @@ def test_servers_with_different_options_are_refused():
         RemoteReward("x", [one.url, two.url], **QUICK)
 
 
+def test_a_server_that_comes_back_with_other_options_is_refused():
+    pictures, texts = torch.rand(2, 3, 8, 8), ["a", "b"]
+    with serving("jpeg_compressibility", options={"level": (1, 2)}) as address:
+        remote = RemoteReward("jpeg_compressibility", [address], **QUICK)
+        remote(pictures, texts, [{}, {}])
+    port = int(address.rpartition(":")[2])
+    with (
+        serving("jpeg_compressibility", port=port, options={"level": (1, 3)}),
+        pytest.raises(ValueError, match=r"422: .*\[1, 2\].*\[1, 3\]"),
+    ):
+        remote(pictures, texts, [{}, {}])
+    with serving("jpeg_compressibility", port=port, options={"level": (1, 2)}):
+        remote(pictures, texts, [{}, {}])
+
+
+def test_a_secret_among_the_options_is_not_told(monkeypatch):
+    with serving("jpeg_compressibility", options={"api_key": "s3cret"}) as address:
+        text = httpx.get(f"{address}/health").text
+    assert "s3cret" not in text and "api_key" in text
+
+
+@pytest.mark.parametrize("token", ["s3cret\n", "s3cret token", "s3cr\u00e9t"])
+def test_a_token_that_no_header_can_hold_is_refused_unquoted(monkeypatch, token):
+    monkeypatch.setenv("REWARD_SERVER_TOKEN", token)
+    with pytest.raises(ValueError, match="REWARD_SERVER_TOKEN may hold") as caught:
+        RemoteReward("x", ["http://127.0.0.1:9"], **QUICK)
+    assert "s3cr" not in str(caught.value)
+
+
+def test_servers_that_stall_are_given_up_after_twice_the_time_out():
+    asked = []
+
+    class Stalls(_Handler):
+        def do_POST(self):
+            asked.append(self.path)
+            time.sleep(1.5)
+
+    with standing_in() as one, standing_in() as two:
+        remote = RemoteReward("x", [one.url, two.url], timeout=0.4, rounds=9, pause=0.01)
+        one.RequestHandlerClass = two.RequestHandlerClass = Stalls
+        with pytest.raises(ConnectionError, match=r"in [234] tries"):
+            remote(torch.rand(1, 3, 8, 8), ["a"], [{}])
+    assert len(asked) <= 4
+
+
 def test_something_else_at_the_address_is_refused():
     class Elsewhere(_Handler):
         def do_GET(self):
