@@ -16,11 +16,11 @@ def script(name: str) -> ModuleType:
     return module
 
 
-def call(module: ModuleType, *flags: object) -> None:
-    """``main()`` of a script with these flags."""
+def call(module: ModuleType, *flags: object) -> int | None:
+    """``main()`` of a script with these flags; what it returns."""
     before, sys.argv = sys.argv, [f"{module.__name__}.py", *map(str, flags)]
     try:
         with one_thread():
-            module.main()
+            return module.main()
     finally:
         sys.argv = before

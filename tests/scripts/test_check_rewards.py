@@ -1,6 +1,5 @@
 """The command that says of each reward what holds, and what mends it."""
 
-import runpy
 import sys
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from diffusion_nft.rewards import REWARDS, RewardOutput
 from diffusion_nft.rewards.weights import ROOT_VARIABLE
 from tests.launch import ROOT
+from tests.scripts.in_process import call, script
 
 
 class Breaks:
@@ -34,12 +34,8 @@ class Broken:
 
 def check(capsys, *flags: str) -> tuple[int, dict[str, list[str]], str]:
     """Exit code, cells of the table by reward, and all that follows the table."""
-    before, sys.argv = sys.argv, ["check_rewards.py", *flags, "--device", "cpu"]
-    try:
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(ROOT / "scripts/check_rewards.py"))["main"]()
-    finally:
-        sys.argv = before
+    with pytest.raises(SystemExit) as caught:
+        call(script("check_rewards"), *flags, "--device", "cpu")
     table, _, rest = capsys.readouterr().out.partition("\n\n")
     rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:]}
     return caught.value.code, rows, rest
@@ -109,8 +105,4 @@ def test_a_served_reward_that_is_down_names_its_server(capsys, tmp_path):
 
 def test_an_unknown_reward_is_one_line():
     with pytest.raises(ValueError, match="'ocrr' is unknown; choose from geneval"):
-        before, sys.argv = sys.argv, ["check_rewards.py", "--reward", "ocrr"]
-        try:
-            runpy.run_path(str(ROOT / "scripts/check_rewards.py"))["main"]()
-        finally:
-            sys.argv = before
+        call(script("check_rewards"), "--reward", "ocrr")

@@ -1,7 +1,6 @@
 """The download command against a server on the loopback interface."""
 
 import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 from diffusion_nft.rewards.weights import HUB_MODELS, WEIGHT_FILES, WeightFile
 from tests.launch import ROOT
 from tests.local_server import Page, hub_pages, serving
+from tests.scripts.in_process import call, script
 
 CONTENT = b"weights" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -39,17 +39,9 @@ def ckpts(server, tmp_path, monkeypatch):
     return tmp_path
 
 
-def download(*flags: str) -> int:
+def download(*flags: str) -> int | None:
     """``scripts/download.py`` in this process; its exit status."""
-    spec = importlib.util.spec_from_file_location("download", ROOT / "scripts/download.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    before, sys.argv = sys.argv, ["download.py", *flags]
-    try:
-        return module.main()
-    finally:
-        sys.argv = before
+    return call(script("download"), *flags)
 
 
 def test_files_are_fetched_and_the_output_says_how_they_were_checked(ckpts, capsys):

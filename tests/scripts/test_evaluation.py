@@ -1,27 +1,18 @@
 """The evaluation command against the evaluation in training."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, insist, one_thread, run, torchrun, train_here
+from tests.launch import ROOT, insist, run, torchrun, train_here
+from tests.scripts.in_process import call, script
 
 
 def evaluation(*flags: object) -> None:
     """``scripts/evaluation.py`` in this process."""
-    spec = importlib.util.spec_from_file_location("evaluation", ROOT / "scripts/evaluation.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    before, sys.argv = sys.argv, ["evaluation.py", *map(str, flags)]
-    try:
-        with one_thread():
-            module.main()
-    finally:
-        sys.argv = before
+    call(script("evaluation"), *flags)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,9 @@
 """The command that fetches prompt sets against a server on the loopback interface."""
 
 import hashlib
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -13,6 +11,7 @@ from diffusion_nft import data
 from diffusion_nft.data import PUBLISHED_FILES, PublishedFile, load_prompts
 from tests.launch import ROOT
 from tests.local_server import Page, serving
+from tests.scripts.in_process import script
 
 CUPS = {
     "tag": "counting",
@@ -34,14 +33,6 @@ CONTENT = {
     ("pickscore", "test.txt"): b"a dog\n",
     ("drawbench", "test.txt"): b"a cat\n" * 5,
 }
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "scripts/prepare_data.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -66,12 +57,12 @@ def server(monkeypatch):
 @pytest.fixture
 def prepare(tmp_path, capsys, monkeypatch):
     """Runs the command with ``tmp_path/dataset`` as its folder; (status, output, errors)."""
-    script = load_script()
+    module = script("prepare_data")
 
     def run(*flags: str) -> tuple[int, list[str], list[str]]:
         argv = ["prepare_data.py", *flags, "--output_dir", str(tmp_path / "dataset")]
         monkeypatch.setattr(sys, "argv", argv)
-        status = script.main()
+        status = module.main()
         said = capsys.readouterr()
         return status, said.out.splitlines(), said.err.splitlines()
 

@@ -1,7 +1,6 @@
 """The reward server as users start it, and how little it needs around it."""
 
 import argparse
-import importlib.util
 import signal
 import socket
 import subprocess
@@ -18,6 +17,7 @@ import torch
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.rewards.remote import RemoteReward
 from tests.launch import ROOT, environment, run
+from tests.scripts.in_process import script
 
 CPU = torch.device("cpu")
 SCRIPT = ROOT / "scripts/reward_server.py"
@@ -130,32 +130,28 @@ def test_a_mistake_costs_one_line():
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reward_server", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def reward_server() -> ModuleType:
+    return script("reward_server")
 
 
-def test_only_a_token_opens_the_server_to_others(script):
+def test_only_a_token_opens_the_server_to_others(reward_server):
     for host in ("127.0.0.1", "localhost"):
-        with script.bind(host, 0, "") as bound:
+        with reward_server.bind(host, 0, "") as bound:
             assert bound.getsockname()[0] == "127.0.0.1"
     for host in ("0.0.0.0", "192.0.2.1"):
         with pytest.raises(ValueError, match="other machines"):
-            script.bind(host, 0, "")
-    with script.bind("0.0.0.0", 0, "secret") as bound:
+            reward_server.bind(host, 0, "")
+    with reward_server.bind("0.0.0.0", 0, "secret") as bound:
         assert bound.getsockname()[0] == "0.0.0.0"
 
 
-def test_a_port_in_use_shows_before_the_reward_loads(script, monkeypatch):
+def test_a_port_in_use_shows_before_the_reward_loads(reward_server, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         monkeypatch.setattr(sys, "argv", ["x", "--reward", "aesthetic", "--port", port])
-        monkeypatch.setattr(script.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(reward_server.signal, "signal", lambda *_: None)
         with pytest.raises(OSError, match="in use"):
-            script.main()
+            reward_server.main()
 
 
 @pytest.mark.parametrize(
@@ -168,13 +164,13 @@ def test_a_port_in_use_shows_before_the_reward_loads(script, monkeypatch):
         ("model='8'", ("model", "8")),
     ],
 )
-def test_options_are_literals_or_text(script, text, option):
-    assert script._option(text) == option
+def test_options_are_literals_or_text(reward_server, text, option):
+    assert reward_server._option(text) == option
 
 
-def test_an_option_needs_a_value(script):
+def test_an_option_needs_a_value(reward_server):
     with pytest.raises(argparse.ArgumentTypeError, match="KEY=VALUE"):
-        script._option("batch_size")
+        reward_server._option("batch_size")
 
 
 @pytest.mark.parametrize(
@@ -186,9 +182,9 @@ def test_an_option_needs_a_value(script):
         (["--reward", "ocr", "--port", "0", "--option", "backend=x"], "rapidocr, paddleocr"),
     ],
 )
-def test_mistakes_are_named(script, monkeypatch, capsys, flags, words):
+def test_mistakes_are_named(reward_server, monkeypatch, capsys, flags, words):
     monkeypatch.setattr(sys, "argv", ["reward_server.py", *flags])
-    monkeypatch.setattr(script.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(reward_server.signal, "signal", lambda *_: None)
     with pytest.raises((SystemExit, ValueError)) as caught:
-        script.main()
+        reward_server.main()
     assert words in str(caught.value) + capsys.readouterr().err
