@@ -121,13 +121,13 @@ class RemoteReward:
     ) -> T:
         """What ``parse`` makes of the first sound answer; see the class for what it raises."""
         cause: _TryAgain | None = None
-        started, tries = time.monotonic(), 0
+        tries, until = 0, time.monotonic() + PATIENCE * self.timeout
         for number in range(self.rounds):
-            if number:
+            if number and time.monotonic() < until:
                 time.sleep(self.pause * 2 ** (number - 1))
             for address in addresses:
                 # Servers that stall would otherwise outlast the other ranks' patience.
-                if tries and time.monotonic() - started > PATIENCE * self.timeout:
+                if tries and time.monotonic() >= until:
                     break
                 tries += 1
                 try:

@@ -88,7 +88,9 @@ def test_a_preset_names_its_rewards(capsys):
     assert (code, list(rows)) == (0, ["shapes"])
 
 
-def test_a_served_reward_that_is_down_names_its_server(capsys, tmp_path):
+@pytest.mark.filterwarnings("ignore:reward ")
+def test_a_served_reward_that_is_down_names_its_server(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusion_nft.rewards.remote.time.sleep", lambda seconds: None)
     preset = tmp_path / "mine.py"
     preset.write_text(
         f"import runpy\npresets = runpy.run_path({str(ROOT / 'config/nft.py')!r})\n"
