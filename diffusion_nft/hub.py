@@ -5,9 +5,8 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
+from diffusion_nft.checks import EMBEDDED_MODEL
 from diffusion_nft.shapes.model import PIPELINE_DIR
-
-EMBEDDED = "shapes"
 
 
 def fetch_pipeline(name: str, revision: str = "") -> Path:
@@ -15,7 +14,7 @@ def fetch_pipeline(name: str, revision: str = "") -> Path:
 
     Raises OSError with the remedy when the model is missing, gated or out of reach.
     """
-    if name == EMBEDDED:
+    if name == EMBEDDED_MODEL:
         return PIPELINE_DIR
     if Path(name).is_dir():
         return Path(name)

@@ -16,8 +16,6 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from diffusion_nft.distributed import Distributed
-from diffusion_nft.hub import fetch_lora
 from diffusion_nft.lora import load_lora
 from diffusion_nft.randomness import generator
 
@@ -152,14 +150,12 @@ class Policy:
                 self._activate(before)
 
 
-def policy_of_lora(model: Any, name: str, dist: Distributed) -> Policy:
-    """A policy on ``model``'s transformer, of the LoRA ``name`` (local path or hub name), active.
+def policy_of_lora(model: Any, file: Path) -> Policy:
+    """A policy on ``model``'s transformer, of the LoRA in ``file``, active.
 
-    Rank and scaling are the LoRA's own.  Raises OSError if it cannot be had, ValueError if it does
-    not fit.
+    Rank and scaling are the LoRA's own.  Raises ValueError if it does not fit.
     """
-    with dist.main_first():
-        state, lora = load_lora(fetch_lora(name))
+    state, lora = load_lora(file)
     policy = Policy(
         model.transformer,
         targets=model.lora_targets,

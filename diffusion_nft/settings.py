@@ -13,7 +13,7 @@ from diffusion_nft.lora import DEFAULT_ADAPTER, lora_file
 from diffusion_nft.models import MODELS
 from diffusion_nft.policy import Policy, policy_of_lora
 from diffusion_nft.precision import COMPUTE_DTYPES
-from diffusion_nft.validation import validate_settings
+from diffusion_nft.validation import EMBEDDED_LENGTH, EMBEDDED_RESOLUTION, validate_settings
 
 # Settings without a checkpoint; with one, those of its run.
 DEFAULTS: dict[str, Any] = {
@@ -33,8 +33,8 @@ DEFAULTS: dict[str, Any] = {
 }
 # What the embedded model was made for.
 EMBEDDED: dict[str, Any] = {
-    "pretrained.max_sequence_length": 8,
-    "resolution": 48,
+    "pretrained.max_sequence_length": EMBEDDED_LENGTH,
+    "resolution": EMBEDDED_RESOLUTION,
     "mixed_precision": "no",
     "eval.num_steps": 10,
 }
@@ -94,7 +94,7 @@ class Choice:
             return None
         file = self.fetch(dist)
         try:
-            return policy_of_lora(model, str(file), dist)
+            return policy_of_lora(model, file)
         except ValueError as error:
             base = self.settings["pretrained.model"]
             raise ValueError(f"LoRA {self.lora} on the base model {base}: {error}") from error

@@ -23,8 +23,9 @@ from peft import LoraConfig
 from torch import Tensor
 
 from diffusion_nft.checkpoint import STATE, read_json
+from diffusion_nft.checks import EMBEDDED_MODEL
 from diffusion_nft.distributed import distributed
-from diffusion_nft.hub import EMBEDDED, fetch_pipeline
+from diffusion_nft.hub import fetch_pipeline
 from diffusion_nft.lora import DIFFUSERS_WEIGHTS, PEFT_FOLDER, export_lora, load_lora, merge_lora
 from diffusion_nft.metrics import METRICS_FILE, read_metrics
 from diffusion_nft.precision import COMPUTE_DTYPES
@@ -209,7 +210,7 @@ def snippet(settings: dict[str, Any], base: str, where: str, merged: bool) -> li
     lines = ["import torch", "from diffusers import StableDiffusion3Pipeline"]
     # JSON's quoting, as the names may be a stranger's.
     source = json.dumps(where if merged else base)
-    if base == EMBEDDED and not merged:
+    if base == EMBEDDED_MODEL and not merged:
         lines += ["from diffusion_nft.shapes.model import PIPELINE_DIR"]
         source = "PIPELINE_DIR"
     lines += [

@@ -68,7 +68,7 @@ def ours(run_dir) -> torch.Tensor:
         return model.decode(sampler(model, cond, [generator(0, "sample")])[0])
 
     base = draw()
-    policy_of_lora(model, str(resolve_checkpoint(run_dir)), CPU)
+    policy_of_lora(model, resolve_checkpoint(run_dir))
     picture = draw()
     assert (picture - base).abs().max() > 0.01
     return picture
