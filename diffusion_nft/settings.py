@@ -1,18 +1,25 @@
-"""Which model, LoRA and sampler a script uses: by flag, by the checkpoint's run, by DEFAULTS."""
+"""Which model, LoRA, sampler and rewards a script uses: by flag, by the checkpoint's run, by
+DEFAULTS."""
 
 import argparse
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffusion_nft.checkpoint import load_checkpoint, resolve_checkpoint
-from diffusion_nft.checks import EMBEDDED_MODEL
+from diffusion_nft.checks import EMBEDDED_MODEL, reward_addresses
+from diffusion_nft.data import split_file
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.hub import fetch_lora
 from diffusion_nft.lora import DEFAULT_ADAPTER, lora_file
-from diffusion_nft.models import MODELS
+from diffusion_nft.models import MODELS, load_model
 from diffusion_nft.policy import Policy, policy_of_lora
 from diffusion_nft.precision import COMPUTE_DTYPES
+from diffusion_nft.rewards import REMOTE_TIMEOUT
+from diffusion_nft.rewards.combine import RewardSet
+from diffusion_nft.run_dir import section
 from diffusion_nft.validation import EMBEDDED_LENGTH, EMBEDDED_RESOLUTION, validate_settings
 
 # Settings without a checkpoint; with one, those of its run.
@@ -24,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "resolution": 512,
     "mixed_precision": "fp16",
     "allow_tf32": True,
-    "remote_timeout_seconds": 300.0,
+    "match_published": False,
     "seed": 42,
     "eval.num_steps": 40,
     "eval.solver": "flow",
@@ -38,6 +45,8 @@ EMBEDDED: dict[str, Any] = {
     "mixed_precision": "no",
     "eval.num_steps": 10,
 }
+# T5 tokens in the published evaluation script, which trains at 128.
+PUBLISHED_LENGTH = 256
 
 
 def positive(text: str) -> int:
@@ -66,24 +75,105 @@ def add_model_flags(parser: argparse.ArgumentParser, *, lora_required: bool = Fa
     add("--resolution", type=positive)
     add("--max_sequence_length", dest="pretrained.max_sequence_length", type=positive)
     add("--mixed_precision", choices=sorted(COMPUTE_DTYPES))
+    add(
+        "--match_published",
+        action="store_const",
+        const=True,
+        help=f"as the published evaluation script: {PUBLISHED_LENGTH} T5 tokens, whole-numbered "
+        "timesteps, transformer weights in float32 (docs/evaluation.md)",
+    )
+
+
+def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that the scripts which evaluate share."""
+    add = parser.add_argument
+    add("--output_dir", type=Path)
+    add("--seed", type=int, help="of the noise")
+    add("--batch_size", dest="eval.batch_size", type=positive, help="pictures at once")
+    add("--limit", type=positive, help="only the first lines of a test set")
+    add("--skip_rewards", default="", help="comma-separated")
+    add(
+        "--remote",
+        type=_served,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=URL",
+        help="served rewards",
+    )
+
+
+def _served(text: str) -> tuple[str, tuple[str, ...]]:
+    """argparse's type of a served reward: NAME=URL, with commas between several addresses."""
+    name, _, addresses = text.partition("=")
+    if complaint := reward_addresses({name: tuple(addresses.split(","))}):
+        raise argparse.ArgumentTypeError(complaint)
+    return name, tuple(addresses.split(","))
 
 
 @dataclass(frozen=True)
 class Choice:
     """What the flags came to."""
 
-    settings: dict[str, Any]  # flat: DEFAULTS, then ``run``, then the flags given
+    settings: dict[str, Any]  # flat: DEFAULTS, then ``run``, the script's own, the flags given
     run: dict[str, Any]  # flat configuration of the checkpoint's run; empty without a checkpoint
     checkpoint: Path | None
     lora: str  # local path or hub name; empty: the base model
     adapter: str
     name: str  # of the model, for people and file names
 
+    def folder_name(self, limit: int | None) -> str:
+        """For an evaluation of the first ``limit`` lines (None: all) of a test set."""
+        parts = [self.name, f"cfg{self.settings['eval.guidance_scale']:g}"]
+        parts.append(f"seed{self.settings['seed']}")
+        parts += ["published"] if self.settings["match_published"] else []
+        parts += [f"first{limit}"] if limit else []
+        return "-".join(parts)
+
+    def record(
+        self, dist: Distributed, dataset: str, weights: Mapping[str, float], limit: int | None
+    ) -> dict[str, Any]:
+        """All that decides the numbers of an evaluation, to be kept with them."""
+        record = {key: self.settings[key] for key in DEFAULTS}
+        record |= {"dataset": dataset, "dataset_sha256": _sha256(split_file(dataset, "test"))}
+        record |= {"limit": limit, "rewards": dict(weights), "lora": self.lora}
+        options = section(self.settings, "reward_options")
+        record["reward_options"] = {name: options[name] for name in weights if name in options}
+        if self.lora:
+            record["lora_sha256"] = _sha256(self.fetch(dist))
+        return record
+
+    def rewards(
+        self,
+        weights: Mapping[str, float],
+        dist: Distributed,
+        remote: Mapping[str, tuple[str, ...]],
+    ) -> RewardSet:
+        """The rewards of ``weights`` with the run's options, at ``remote`` or the run's servers.
+
+        Raises what ``rewards.build_reward`` raises.
+        """
+        addresses = section(self.settings, "remote") | dict(remote)
+        options = section(self.settings, "reward_options")
+        return RewardSet.build(
+            weights,
+            dist.device,
+            options={name: o for name, o in options.items() if name not in addresses},
+            remote=addresses,
+            timeout=self.settings.get("remote_timeout_seconds", REMOTE_TIMEOUT),
+        )
+
     def fetch(self, dist: Distributed) -> Path:
         """The local file of the LoRA, downloaded if need be.  Raises OSError or ValueError."""
         assert self.lora, "the base model has no LoRA"
         with dist.main_first():
             return lora_file(fetch_lora(self.lora), self.adapter)
+
+    def model(self, dist: Distributed) -> Any:
+        """The base model with the LoRA, if there is one, active.  Raises OSError or ValueError."""
+        model = load_model(self.settings, dist)
+        self.policy(model, dist)
+        return model
 
     def policy(self, model: Any, dist: Distributed) -> Policy | None:
         """The LoRA's policy on ``model``, active; None for the base model.
@@ -100,10 +190,11 @@ class Choice:
             raise ValueError(f"LoRA {self.lora} on the base model {base}: {error}") from error
 
 
-def resolve(args: argparse.Namespace) -> Choice:
+def resolve(args: argparse.Namespace, script: Mapping[str, Any] | None = None) -> Choice:
     """Joins the parsed flags (settings by their dotted keys) with the checkpoint's run.
 
-    Raises ValueError, naming them, for settings that cannot be or have no such checkpoint.
+    ``script``: settings of the script's own, which go before the run's.  Raises ValueError, naming
+    them, for settings that cannot be or have no such checkpoint.
     """
     run: dict[str, Any] = {}
     checkpoint: Path | None = None
@@ -113,8 +204,23 @@ def resolve(args: argparse.Namespace) -> Choice:
         run = load_checkpoint(checkpoint).state["config"]
         name = f"{checkpoint.resolve().parents[1].name}-{checkpoint.name}"
     given = {key: value for key, value in vars(args).items() if value is not None}
-    family = EMBEDDED if given.get("pretrained.model") == EMBEDDED_MODEL else {}
-    settings = DEFAULTS | family | run | given
+    layers = (run, script or {}, given)
+    family: dict[str, Any] = {}
+    if _join(DEFAULTS, *layers)["pretrained.model"] == EMBEDDED_MODEL:
+        family = EMBEDDED
+    elif "match_published" in given:
+        layers = (run, script or {}, {"pretrained.max_sequence_length": PUBLISHED_LENGTH}, given)
+    settings = _join(DEFAULTS, family, *layers)
     validate_settings({key: settings[key] for key in DEFAULTS})
     lora = str(checkpoint or args.lora_hf_path or "")
     return Choice(settings, run, checkpoint, lora, args.adapter, name)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _join(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """One mapping of all; the later ones win."""
+    return {key: value for layer in layers for key, value in layer.items()}

@@ -8,7 +8,7 @@
 Writes ``evaluation_results.jsonl`` (one object a sample) and ``average_scores.json`` to
 --output_dir. The same numbers on any number of processes.  What --checkpoint_path was trained with
 (base model, resolution, text length, precision) is the default; without a checkpoint, SD3.5-Medium
-at 512.
+at 512.  With --save_images, the same command continues an interrupted evaluation.
 """
 
 import argparse
@@ -16,31 +16,12 @@ import json
 import sys
 from pathlib import Path
 
-from diffusion_nft.checks import reward_addresses
 from diffusion_nft.data import load_prompts, split_file
-from diffusion_nft.distributed import distributed
-from diffusion_nft.evaluate import (
-    beside,
-    choose_rewards,
-    evaluate,
-    read_results,
-    rescore,
-    write_results,
-)
-from diffusion_nft.models import load_model
+from diffusion_nft.distributed import Distributed, distributed
+from diffusion_nft.evaluate import choose_rewards, complete, rescore
+from diffusion_nft.results import beside, finished, read_results, write_results
 from diffusion_nft.rewards import check_prompts
-from diffusion_nft.rewards.combine import RewardSet
-from diffusion_nft.rollout import Sampler
-from diffusion_nft.run_dir import section
-from diffusion_nft.settings import add_model_flags, positive, resolve
-
-
-def served(text: str) -> tuple[str, tuple[str, ...]]:
-    """argparse's type of a served reward: NAME=URL, with commas between several addresses."""
-    name, _, addresses = text.partition("=")
-    if complaint := reward_addresses({name: tuple(addresses.split(","))}):
-        raise argparse.ArgumentTypeError(complaint)
-    return name, tuple(addresses.split(","))
+from diffusion_nft.settings import add_evaluation_flags, add_model_flags, resolve
 
 
 def parse_flags() -> argparse.Namespace:
@@ -49,72 +30,62 @@ def parse_flags() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_flags(parser)
+    add_evaluation_flags(parser)
     add = parser.add_argument
     add("--dataset", help="a name under dataset/, or a folder")
-    add("--output_dir", type=Path, help="default: evaluations/<dataset>/<model>")
-    add("--seed", type=int)
-    add("--batch_size", dest="eval.batch_size", type=positive)
-    add("--limit", type=positive, help="only the first lines of the test set")
     add("--reward", default="", help="comma-separated; default: the usual ones of the data set")
-    add("--skip_rewards", default="", help="comma-separated")
-    add(
-        "--remote",
-        type=served,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=URL",
-        help="served rewards",
-    )
-    add("--save_images", action="store_true")
+    add("--save_images", action="store_true", help="keep every picture; makes a start resumable")
     add("--rescore", action="store_true", help="score --output_dir's saved pictures")
     args = parser.parse_args()
     args.remote = dict(args.remote)
     args.choice = choice = resolve(args)
     if "dataset" not in choice.settings:
         parser.error("--dataset is needed without --checkpoint_path")
-    dataset = choice.settings["dataset"]
-    split_file(dataset, "test")
-    args.rewards = choose_rewards(dataset, args.reward, args.skip_rewards, choice.run)
+    args.dataset = choice.settings["dataset"]
+    split_file(args.dataset, "test")
+    args.rewards = choose_rewards(args.dataset, args.reward, args.skip_rewards, choice.run)
     if idle := [name for name in args.remote if name not in args.rewards]:
         parser.error(f"--remote {idle[0]} is not among the rewards {', '.join(args.rewards)}")
-    args.output_dir = args.output_dir or Path("evaluations", Path(dataset).name, choice.name)
+    folder = Path("evaluations", Path(args.dataset).name, choice.folder_name(args.limit))
+    args.output_dir = args.output_dir or folder
     return args
 
 
-def main() -> None:
-    """Parses, loads, samples, scores, writes."""
-    args = parse_flags()
-    settings = args.choice.settings | {"rewards": args.rewards}
-    prompts = load_prompts(settings["dataset"], "test")[: args.limit]
+def run(args: argparse.Namespace, dist: Distributed) -> None:
+    """Does what is not yet there, or scores the pictures that are there, and writes the results."""
+    choice, folder = args.choice, args.output_dir
+    prompts = load_prompts(args.dataset, "test")[: args.limit]
     check_prompts(args.rewards, [p.text for p in prompts], [p.metadata for p in prompts])
-    image_dir = args.output_dir / "images" if args.save_images or args.rescore else None
-    with distributed(timeout_minutes=60) as dist:
-        remote = section(settings, "remote") | args.remote
-        options = section(settings, "reward_options")
-        rewards = RewardSet.build(
+    if not args.rescore:
+        complete(
+            folder,
+            prompts,
             args.rewards,
-            dist.device,
-            options={name: given for name, given in options.items() if name not in remote},
-            remote=remote,
-            timeout=settings["remote_timeout_seconds"],
+            choice.settings,
+            choice.record(dist, args.dataset, args.rewards, args.limit),
+            model=lambda: choice.model(dist),
+            rewards=lambda weights: choice.rewards(weights, dist, args.remote),
+            dist=dist,
+            keep_pictures=args.save_images,
         )
-        how = {"batch_size": settings["eval.batch_size"], "image_dir": image_dir, "dist": dist}
-        if args.rescore:
-            earlier = read_results(args.output_dir, prompts)
-            result, settings = beside(rescore(prompts, rewards, **how), args.rewards, *earlier)
-        else:
-            model = load_model(settings, dist)
-            args.choice.policy(model, dist)
-            sampler = Sampler(
-                settings["eval.solver"], settings["eval.num_steps"], settings["eval.guidance_scale"]
-            )
-            result = evaluate(model, prompts, rewards, sampler, seed=settings["seed"], **how)
+        return
+    earlier = read_results(folder, prompts)
+    rewards = choice.rewards(args.rewards, dist, args.remote)
+    batch_size = choice.settings["eval.batch_size"]
+    new = rescore(prompts, rewards, folder, batch_size=batch_size, dist=dist)
+    result, settings = beside(new, args.rewards, *earlier)
+    if dist.is_main:
+        write_results(result, folder, settings=settings)
+
+
+def main() -> None:
+    """Parses, runs, says the means."""
+    args = parse_flags()
+    with distributed(timeout_minutes=60) as dist:
+        run(args, dist)
         if dist.is_main:
-            shown = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-            write_results(result, args.output_dir, image_dir=image_dir, settings=shown)
-        dist.say(json.dumps(result.averages(), indent=2))
-        dist.say(f"results: {args.output_dir}")
+            print(json.dumps(finished(args.output_dir), indent=2))
+            print(f"results: {args.output_dir}")
 
 
 if __name__ == "__main__":

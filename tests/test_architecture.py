@@ -17,6 +17,8 @@ FLOORS = {
     "diffusion_nft.pictures": 0,
     "diffusion_nft.distributed": 0,
     "diffusion_nft.download": 0,
+    "diffusion_nft.files": 0,
+    "diffusion_nft.preemption": 0,
     "diffusion_nft.precision": 0,
     "diffusion_nft.solvers": 1,
     "diffusion_nft.algorithms": 1,
@@ -35,12 +37,17 @@ FLOORS = {
     "diffusion_nft.validation": 2,
     "diffusion_nft.settings": 2,
     "diffusion_nft.rollout": 3,
+    "diffusion_nft.results": 3,
+    "diffusion_nft.suites": 3,
     "diffusion_nft.evaluate": 4,
     "diffusion_nft.update": 4,
     "diffusion_nft.plan": 4,
     "diffusion_nft.report": 4,
     "diffusion_nft.run_state": 5,
     "diffusion_nft.trainer": 5,
+    "diffusion_nft.stages": 1,
+    "diffusion_nft.inputs": 3,
+    "diffusion_nft.run": 5,
 }
 # Rooms that must not know certain packages or rooms.
 FORBIDDEN = {

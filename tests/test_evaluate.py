@@ -11,21 +11,27 @@ import torch
 
 from diffusion_nft.data import Prompt, load_prompts
 from diffusion_nft.distributed import Distributed
-from diffusion_nft.evaluate import (
+from diffusion_nft.evaluate import evaluate, rescore
+from diffusion_nft.results import (
     Evaluation,
-    evaluate,
+    claim,
     mean_and_error,
     picture_path,
-    read_picture,
-    rescore,
+    read_pictures,
     save_pictures,
     write_results,
 )
-from diffusion_nft.rewards.combine import RewardSet
-from diffusion_nft.rollout import Sampler
+from diffusion_nft.rewards.combine import RewardError, RewardSet
 
 CPU = torch.device("cpu")
 ONE = Distributed(0, 1, 0, CPU)
+SETTINGS = {
+    "seed": 1,
+    "eval.solver": "flow",
+    "eval.num_steps": 3,
+    "eval.guidance_scale": 1.0,
+    "eval.batch_size": 2,
+}
 
 
 def test_the_error_is_clustered_by_prompt():
@@ -110,12 +116,10 @@ def whole(shapes_model, prompts, tmp_path_factory):
         shapes_model,
         prompts,
         rewards(),
-        Sampler("flow", 3, 1.0),
-        seed=1,
-        batch_size=2,
+        SETTINGS,
         dist=ONE,
         num_pictures=3,
-        image_dir=folder,
+        folder=folder,
     )
     return result, folder
 
@@ -123,8 +127,8 @@ def whole(shapes_model, prompts, tmp_path_factory):
 def test_every_line_is_a_sample_with_its_own_noise(whole, prompts):
     result, folder = whole
     assert all(len(values) == 7 for values in result.scores.values())
-    pictures = [read_picture(picture_path(folder, line)) for line in range(7)]
-    assert len(list(folder.iterdir())) == 7
+    pictures = read_pictures(folder, range(7))
+    assert len(list((folder / "images").iterdir())) == 7
     # Lines 0 and 2 share a prompt, not a picture.
     assert float((pictures[0] - pictures[2]).abs().max()) > 0.05
     assert result.picture_lines == [0, 1, 2]
@@ -152,9 +156,7 @@ def test_any_number_of_ranks_gives_the_same_numbers(whole, shapes_model, prompts
             shapes_model,
             prompts,
             rewards(),
-            Sampler("flow", 3, 1.0),
-            seed=1,
-            batch_size=2,
+            SETTINGS,
             dist=dist,
         )
 
@@ -182,8 +184,8 @@ def test_rescoring_saved_pictures_needs_no_model(whole, prompts):
 
 def test_results_on_disk(whole, prompts, tmp_path):
     result, _ = whole
-    save_pictures(torch.rand(7, 3, 4, 4), range(7), tmp_path / "images")
-    write_results(result, tmp_path, image_dir=tmp_path / "images", settings={"seed": 1})
+    save_pictures(torch.rand(7, 3, 4, 4), range(7), tmp_path)
+    write_results(result, tmp_path, settings={"seed": 1})
     lines = (tmp_path / "evaluation_results.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["sample_id"] for row in rows] == list(range(7))
@@ -200,6 +202,67 @@ def test_results_on_disk(whole, prompts, tmp_path):
 def test_saved_pictures_return_to_the_nearest_of_256_levels(tmp_path):
     images = torch.rand(2, 3, 5, 6)
     save_pictures(images, [3, 4], tmp_path)
-    for image, line in zip(images, (3, 4), strict=True):
-        back = read_picture(picture_path(tmp_path, line))
-        assert float((back - image).abs().max()) <= 0.5 / 255 + 1e-6
+    back = read_pictures(tmp_path, [3, 4])
+    assert float((back - images).abs().max()) <= 0.5 / 255 + 1e-6
+
+
+def test_an_interrupted_evaluation_repeats_no_finished_picture(
+    whole, shapes_model, prompts, tmp_path
+):
+    """Stopped at several moments: the same numbers, and only what was missing is made."""
+    drawn, scored = [], []
+
+    class Counting:
+        """The model, telling how many pictures it decodes."""
+
+        def __getattr__(self, name):
+            return getattr(shapes_model, name)
+
+        def decode(self, x0):
+            drawn.append(len(x0))
+            return shapes_model.decode(x0)
+
+    class Reward(RewardSet):
+        def __call__(self, images, texts, metadata):
+            if texts[0] == fails_at:
+                raise RewardError("the server is gone")
+            scored.append(len(texts))
+            return super().__call__(images, texts, metadata)
+
+    counted = Reward.build(rewards().weights, CPU)
+
+    def again():
+        drawn.clear()
+        scored.clear()
+        return evaluate(Counting(), prompts, counted, SETTINGS, dist=ONE, folder=tmp_path)
+
+    # A reward that fails at the third chunk of two lines.
+    fails_at = prompts[4].text
+    with pytest.raises(RewardError):
+        again()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
+    made, judged, fails_at = len(before), sum(scored), None
+    assert made == sum(drawn) >= 6 and 4 <= judged <= 5
+    # A picture of the second chunk is lost: both of its lines are made anew, beside each other.
+    picture_path(tmp_path, 3).unlink()
+    (tmp_path / "images" / ".tmp-000006.png").write_bytes(b"half a picture")
+    result = again()
+    assert sum(drawn) == 7 - made + 2 and sum(scored) == 7 - judged
+    assert json.dumps(result.scores) == json.dumps(whole[0].scores)
+    assert result.diversity == whole[0].diversity
+    for path, time in before.items():
+        assert path.stat().st_mtime_ns == time or path in (
+            picture_path(tmp_path, 2),
+            picture_path(tmp_path, 3),
+        )
+    again()
+    assert not drawn and not scored
+
+
+def test_a_folder_keeps_to_one_evaluation(tmp_path):
+    claim(tmp_path, {"seed": 1, "lora": "here", "lora_sha256": "a"}, ONE)
+    claim(tmp_path, {"seed": 1, "lora": "there", "lora_sha256": "a"}, ONE)
+    with pytest.raises(ValueError, match="seed: 1 -> 2"):
+        claim(tmp_path, {"seed": 2, "lora": "here", "lora_sha256": "a"}, ONE)
+    with pytest.raises(ValueError, match="lora_sha256: 'a' -> 'b'"):
+        claim(tmp_path, {"seed": 1, "lora": "here", "lora_sha256": "b"}, ONE)

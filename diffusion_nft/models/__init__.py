@@ -21,7 +21,8 @@ def build_model(model_type: str, **options: Any) -> Any:
 
 def load_model(settings: Mapping[str, Any], dist: Distributed) -> Any:
     """The model of a flat configuration: ``pretrained.*``, ``resolution``, ``mixed_precision``,
-    ``allow_tf32`` and whatever of ``perf.*`` is there."""
+    ``allow_tf32`` and whatever of ``perf.*`` and ``match_published`` is there.
+    """
     perf = {k.removeprefix("perf."): v for k, v in settings.items() if k.startswith("perf.")}
     return build_model(
         settings["pretrained.model_type"],
@@ -33,5 +34,6 @@ def load_model(settings: Mapping[str, Any], dist: Distributed) -> Any:
         precision=Precision(
             settings["mixed_precision"], dist.device, allow_tf32=settings["allow_tf32"]
         ),
+        match_published=settings.get("match_published", False),
         **perf,
     )

@@ -32,6 +32,8 @@ class SD3Model:
     """One frozen SD3 pipeline on a device.
 
     Text encoders and transformer are stored in the compute dtype, the VAE in at least float32.
+    ``match_published``: do as the published code's evaluation, which keeps the transformer, too, in
+    float32 under autocast and truncates its timesteps to whole numbers.
     """
 
     lora_targets = LORA_TARGETS
@@ -49,11 +51,14 @@ class SD3Model:
         offload_text_encoders: bool = False,
         vae_batch_size: int = 8,
         gradient_checkpointing: bool = False,
+        match_published: bool = False,
     ):
         with dist.main_first():
             folder = fetch_pipeline(name, revision)
         self.device, self.precision = dist.device, precision
         dtypes = {"default": precision.compute_dtype, "vae": precision.trained_dtype}
+        if match_published:
+            dtypes["transformer"] = precision.trained_dtype
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         self.pipe = StableDiffusion3Pipeline.from_pretrained(
@@ -66,6 +71,7 @@ class SD3Model:
         self.vae = self.pipe.vae.to(self.device)
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+        self.match_published = match_published
         self.max_sequence_length = max_sequence_length
         self.offload_text_encoders = offload_text_encoders
         self.vae_batch_size = vae_batch_size
@@ -126,10 +132,11 @@ class SD3Model:
 
         The active adapter of the transformer decides whose policy this is.
         """
+        timestep = timestep_from_sigma(sigma)
         with self.precision.autocast():
             v = self.transformer(
                 hidden_states=x,
-                timestep=timestep_from_sigma(sigma),
+                timestep=timestep.trunc() if self.match_published else timestep,
                 encoder_hidden_states=cond.tokens,
                 pooled_projections=cond.pooled,
                 return_dict=False,

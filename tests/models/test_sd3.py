@@ -97,3 +97,29 @@ def test_a_model_out_of_reach_names_the_remedy(monkeypatch):
     for fetch in (fetch_pipeline, fetch_lora):
         with pytest.raises(OSError, match=r"nobody/nothing.*hf auth login"):
             fetch("nobody/nothing")
+
+
+def test_the_published_evaluation_truncates_timesteps_and_keeps_the_transformer_in_fp32():
+    seen = {}
+    for published in (False, True):
+        model = build_model(
+            "sd3",
+            name="shapes",
+            dist=Distributed(0, 1, 0, CPU),
+            precision=Precision("bf16", CPU),
+            resolution=48,
+            max_sequence_length=8,
+            match_published=published,
+        )
+        seen[published] = steps = []
+        model.transformer.register_forward_pre_hook(
+            lambda _, __, given, steps=steps: steps.append(float(given["timestep"][0])),
+            with_kwargs=True,
+        )
+        stored = torch.float32 if published else torch.bfloat16
+        assert {p.dtype for p in model.transformer.parameters()} == {stored}
+        assert model.pipe.text_encoder.dtype == torch.bfloat16
+        cond = model.encode(TEXTS[:1])
+        v = model.velocity(torch.zeros(1, *model.latent_shape), torch.tensor([0.96013]), cond)
+        assert v.dtype == torch.float32
+    assert seen[False] == [pytest.approx(960.13)] and seen[True] == [960.0]

@@ -88,15 +88,31 @@ def test_saved_pictures_can_be_scored_later(run_dir, tmp_path, monkeypatch):
         evaluation(*here[:-1], 2, "--rescore", *rewards)
 
 
+FILES = ("average_scores.json", "evaluation_results.jsonl")
+
+
+def same_bytes(one: Path, other: Path) -> None:
+    for name in FILES:
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
 @pytest.mark.multiproc
-def test_two_processes_write_the_same_bytes(run_dir, tmp_path):
-    flags = ["--checkpoint_path", str(run_dir), "--limit", "6", "--output_dir"]
-    insist(run(torchrun(2, "scripts/evaluation.py", *flags, str(tmp_path / "two"))))
+def test_three_processes_write_the_same_bytes(run_dir, tmp_path):
+    flags = ["--checkpoint_path", str(run_dir), "--limit", "7", "--batch_size", "2"]
+    flags += ["--output_dir"]
+    insist(run(torchrun(3, "scripts/evaluation.py", *flags, str(tmp_path / "three"))))
     evaluation(*flags, tmp_path / "one")
-    assert (tmp_path / "two" / "evaluation_results.jsonl").read_bytes() == (
-        tmp_path / "one" / "evaluation_results.jsonl"
-    ).read_bytes()
-    assert averages(tmp_path / "two")["mean"] == averages(tmp_path / "one")["mean"]
+    same_bytes(tmp_path / "one", tmp_path / "three")
+
+
+@pytest.mark.multiproc
+@pytest.mark.slow
+def test_480_lines_on_1_2_and_3_processes(tmp_path):
+    for count in (1, 2, 3):
+        flags = ["--pretrained", "shapes", "--dataset", "shapes", "--output_dir"]
+        insist(run(torchrun(count, "scripts/evaluation.py", *flags, str(tmp_path / str(count)))))
+        assert averages(tmp_path / str(count))["num_samples"] == 480
+        same_bytes(tmp_path / "1", tmp_path / str(count))
 
 
 @pytest.mark.parametrize(

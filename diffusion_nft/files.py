@@ -1,0 +1,67 @@
+"""Small files that a power cut must not halve: written beside, made durable, renamed."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class DiskError(OSError):
+    """A file of a run could not be written, or holds something else than was written."""
+
+
+def sync(path: Path) -> None:
+    """Waits until the file, or the entries of the folder, are on the disk.
+
+    Some network file systems cannot do that for a folder and say EINVAL: there the rename itself is
+    all that can be had.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turns an OSError of the block into a DiskError: ``path`` could not be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DiskError(error.errno, f"{path} could not be written: {reason}") from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces ``path`` by a file holding ``data``; a reader sees the old content or the new, after
+    a power cut as well.  Raises DiskError naming the path, which is then as it was.
+    """
+    temporary = path.with_name(f".tmp-{path.name}")
+    with naming(path):
+        try:
+            temporary.write_bytes(data)
+            sync(temporary)
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds ``line`` to the text file ``path``, durably.
+
+    A half line that a crash left at its end goes first.  Raises DiskError naming the path.
+    """
+    with naming(path), path.open("ab+") as file:
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,157 @@
+"""Evaluates a model on every test set of a suite and prints one table, the paper's rows beside it.
+
+    torchrun --nproc_per_node=8 scripts/reproduce.py --lora_hf_path OWNER/NAME
+    torchrun --nproc_per_node=8 scripts/reproduce.py --guidance_scale 4.5   # the base model
+    python scripts/reproduce.py --suite shapes --checkpoint_path logs/nft/shapes/demo
+
+The suite "paper" is GenEval, OCR, and six reward models on DrawBench, at 512 pixels with 40 steps;
+"shapes" is the embedded world's. On any number of processes.  Every picture is kept; the same
+command continues an interrupted call and makes nothing twice.  table.md and table.json in
+--output_dir hold every model that was evaluated into it, with all settings and versions.
+"""
+
+import argparse
+import functools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusion_nft.data import Prompt, load_prompts
+from diffusion_nft.distributed import Distributed, distributed
+from diffusion_nft.evaluate import choose_rewards, complete
+from diffusion_nft.files import write_atomically
+from diffusion_nft.metrics import write_environment
+from diffusion_nft.pictures import image_grid
+from diffusion_nft.results import read_pictures, read_results, scored_by, write_json
+from diffusion_nft.rewards import check_prompts
+from diffusion_nft.rewards.weights import HUB_MODELS, WEIGHT_FILES, weight_file
+from diffusion_nft.settings import Choice, add_evaluation_flags, add_model_flags, resolve
+from diffusion_nft.suites import SUITES, as_json, as_markdown, read_rows, result_table
+
+NUM_PICTURES = 16
+
+
+@dataclass(frozen=True)
+class Task:
+    """One test set of the suite."""
+
+    dataset: str
+    prompts: list[Prompt]
+    weights: dict[str, float]  # of its rewards
+    folder: Path
+
+
+def parse_flags() -> argparse.Namespace:
+    """The command line; ``choice`` joins it with the checkpoint's run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_flags(parser)
+    add_evaluation_flags(parser)
+    add = parser.add_argument
+    add("--suite", choices=sorted(SUITES), default="paper")
+    add("--datasets", help="only these of the suite, comma-separated")
+    args = parser.parse_args()
+    args.remote = dict(args.remote)
+    args.choice = resolve(args, SUITES[args.suite].settings)
+    args.output_dir = args.output_dir or Path("reproductions", args.suite)
+    args.model_dir = args.output_dir / args.choice.folder_name(args.limit)
+    args.tasks = tasks(args)
+    return args
+
+
+def tasks(args: argparse.Namespace) -> list[Task]:
+    """The test sets to evaluate.  Raises ValueError, naming all of them, for what is not there."""
+    suite = SUITES[args.suite]
+    chosen = args.datasets.split(",") if args.datasets else suite.datasets
+    if unknown := [name for name in chosen if name not in suite.datasets]:
+        raise ValueError(f"--datasets {unknown[0]!r}: choose from {', '.join(suite.datasets)}")
+    skipped = set(filter(None, args.skip_rewards.split(",")))
+    found: list[Task] = []
+    problems: list[str] = []
+    unused = {*skipped, *args.remote}
+    for name in chosen:
+        weights = choose_rewards(name, "", "", args.choice.run)
+        unused -= weights.keys()
+        weights = {reward: w for reward, w in weights.items() if reward not in skipped}
+        if not weights:
+            continue
+        try:
+            prompts = load_prompts(name, "test")[: args.limit]
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        check_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts])
+        found.append(Task(name, prompts, weights, args.model_dir / name))
+    if problems:
+        raise ValueError("\n  ".join(["test sets are missing:", *problems]))
+    if unused:
+        raise ValueError(f"{', '.join(sorted(unused))}: no such reward in {', '.join(chosen)}")
+    return found
+
+
+def check_rewards(args: argparse.Namespace, dist: Distributed) -> None:
+    """Before any sampling: the weight files of all rewards are there, and the servers answer.
+
+    Raises OSError, ImportError or ValueError of the first one for which that is not so.
+    """
+    names = dict.fromkeys(name for task in args.tasks for name in task.weights)
+    for name in names:
+        if name in WEIGHT_FILES and name not in args.remote:
+            weight_file(name)
+    light = [n for n in names if n in args.remote or n not in {*WEIGHT_FILES, *HUB_MODELS}]
+    args.choice.rewards(dict.fromkeys(light, 1.0), dist, args.remote)
+
+
+def draw_grid(task: Task) -> None:
+    """A look at the first pictures of a finished test set."""
+    first = range(min(NUM_PICTURES, len(task.prompts)))
+    scores, _ = read_results(task.folder, task.prompts)
+    image_grid(
+        read_pictures(task.folder, first),
+        [task.prompts[line].text for line in first],
+        columns=4,
+        scores=scores["total"][: len(first)],
+    ).save(task.folder / "grid.png")
+
+
+def main() -> None:
+    """Parses, evaluates what is not yet there, prints the table."""
+    args = parse_flags()
+    choice: Choice = args.choice
+    with distributed(timeout_minutes=60) as dist:
+        model = functools.cache(lambda: choice.model(dist))
+        if any(task.weights.keys() - scored_by(task.folder) for task in args.tasks):
+            check_rewards(args, dist)
+            if dist.is_main:
+                write_environment(args.model_dir)
+        for task in args.tasks:
+            dist.say(f"{task.dataset}: {len(task.prompts)} lines, {', '.join(task.weights)}")
+            complete(
+                task.folder,
+                task.prompts,
+                task.weights,
+                choice.settings,
+                choice.record(dist, task.dataset, task.weights, args.limit),
+                model=model,
+                rewards=lambda weights: choice.rewards(weights, dist, args.remote),
+                dist=dist,
+                keep_pictures=True,
+            )
+            if dist.is_main:
+                draw_grid(task)
+        if dist.is_main:
+            suite = SUITES[args.suite]
+            rows = read_rows(args.output_dir, suite)
+            write_json(args.output_dir / "table.json", as_json(suite, rows))
+            write_atomically(args.output_dir / "table.md", as_markdown(suite, rows).encode())
+            print(result_table(suite, rows))
+            print(f"pictures and scores: {args.model_dir}")
+            print(f"with settings and versions: {args.output_dir}/table.md and table.json")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

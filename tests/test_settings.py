@@ -1,0 +1,75 @@
+"""Which of a flag, a run and a default wins."""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion_nft.distributed import Distributed
+from diffusion_nft.settings import add_evaluation_flags, add_model_flags, resolve
+from tests.launch import train_here
+
+HERE = Distributed(0, 1, 0, torch.device("cpu"))
+LENGTH = "pretrained.max_sequence_length"
+
+
+def choose(*flags: object, script: dict | None = None):
+    parser = argparse.ArgumentParser()
+    add_model_flags(parser)
+    add_evaluation_flags(parser)
+    return resolve(parser.parse_args(list(map(str, flags))), script)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    train_here(folder, {"num_epochs": 1, "eval_freq": 0, "eval.at_start": False, "seed": 5})
+    return folder
+
+
+def test_a_flag_wins_then_the_script_then_the_run_then_the_default(run_dir):
+    run = ("--checkpoint_path", run_dir)
+    assert choose(*run).settings["seed"] == 5
+    assert choose(*run, "--seed", 6).settings["seed"] == 6
+    assert choose("--pretrained", "shapes").settings["seed"] == 42
+    steps = {"eval.num_steps": 3}
+    assert choose(*run, script=steps).settings["eval.num_steps"] == 3
+    assert choose(*run, "--num_inference_steps", 4, script=steps).settings["eval.num_steps"] == 4
+
+
+def test_the_published_length_is_for_the_published_model():
+    assert choose().settings[LENGTH] == 128
+    assert choose("--match_published").settings[LENGTH] == 256
+    assert choose("--match_published", "--max_sequence_length", 77).settings[LENGTH] == 77
+    assert choose("--match_published", "--pretrained", "shapes").settings[LENGTH] == 8
+    assert choose("--match_published", script={"pretrained.model": "shapes"}).settings[LENGTH] == 8
+
+
+def test_a_folder_is_named_by_what_is_most_often_varied(run_dir):
+    assert choose().folder_name(None) == "base-cfg1-seed42"
+    flags = ("--guidance_scale", 4.5, "--seed", 1, "--match_published")
+    assert choose(*flags).folder_name(8) == "base-cfg4.5-seed1-published-first8"
+    assert choose("--checkpoint_path", run_dir).folder_name(None).startswith("mine-checkpoint-")
+
+
+def test_the_record_tells_what_the_numbers_rest_on(run_dir, tmp_path):
+    test = tmp_path / "test_metadata.jsonl"
+    test.write_text('{"prompt": "a red circle"}\n')
+    choice = choose("--checkpoint_path", run_dir)
+    record = choice.record(HERE, str(tmp_path), {"shapes": 1.0}, 3)
+    json.dumps(record)
+    digest = hashlib.sha256(test.read_bytes()).hexdigest()
+    assert record["dataset_sha256"] == digest and record["limit"] == 3
+    (weights,) = run_dir.glob("checkpoints/checkpoint-*/lora/adapter_model.safetensors")
+    assert record["lora_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert record["seed"] == 5 and record["eval.solver"] == "flow"
+    # Neither where results go nor how many processes make them.
+    assert not {"output_dir", "remote", "world_size"} & record.keys()
+
+
+def test_settings_that_cannot_go_together_are_refused():
+    with pytest.raises(ValueError, match="48 pixels only"):
+        choose("--pretrained", "shapes", "--resolution", 512)
