@@ -21,8 +21,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 42
     # The loss: a name in diffusion_nft.algorithms.ALGORITHMS.
     config.algorithm = "nft"
-    # One epoch = sample, score, train, refresh the old policy.
+    # One epoch = sample, score, train, refresh the old policy.  In a run in stages, the most it
+    # makes.
     config.num_epochs = 100_000
+    # A run in stages: a tuple of mappings, one a stage, each with its own "num_epochs" and, by
+    # dotted key, what is different in it: dataset, reward_fn (all of it), sample.*, nft.*, eval.*
+    # and train.* but train.lora_* and train.adam_*.  Whatever a stage does not set is as below.
+    #     config.stages = (
+    #         {"num_epochs": 800},
+    #         {"num_epochs": 300, "dataset": "geneval", "reward_fn": {"geneval": 1.0}},
+    #     )
+    # The run then ends at the sum of them, or at the num_epochs above if that is less.  Weights,
+    # optimizer, EMA and the counts of epochs and steps, on which the schedules depend, go on.
+    config.stages = ()
     # Epochs between checkpoints, and between evaluations (0: only at the end).
     config.save_freq = 30
     config.eval_freq = 10

@@ -24,16 +24,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffusion_nft.files import append_line, naming, write_atomically
+
 METRICS_FILE = "metrics.jsonl"
+ENVIRONMENTS_FILE = "environments.jsonl"
 WANDB_ID_FILE = "wandb_id.txt"
 RECORDED_PACKAGES = ("diffusers", "transformers", "peft", "accelerate", "numpy")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces ``path`` by a file holding ``data``; a reader sees the old content or the new."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def _complete_lines(path: Path) -> list[bytes]:
@@ -90,7 +86,7 @@ class NullMetrics:
     def log_images(self, name: str, grid: Image.Image, epoch: int) -> None:
         """Does nothing."""
 
-    def truncate(self, step: int, epoch: int | None = None) -> None:
+    def truncate(self, step: int, epoch: int | None = None, stage: int | None = None) -> None:
         """Does nothing."""
 
     def close(self, *, failed: bool = False) -> None:
@@ -121,12 +117,19 @@ class Metrics(NullMetrics):
         self._wandb = _start_wandb(config, run_dir)
 
     def log(self, values: Mapping[str, float], *, step: int, epoch: int) -> None:
-        """One line of ``values``, flushed; NaN and infinities are written as null."""
+        """One line of ``values``, on the disk; NaN and infinities are written as null.
+
+        Raises DiskError if it cannot be written.
+        """
         assert not {"step", "epoch"} & values.keys(), "step and epoch are arguments of log()"
         row = {"step": step, "epoch": epoch}
         row |= {key: _finite(value) for key, value in values.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        # Durably, for a checkpoint that follows is durable too, and a resumed run does not log
+        # again what is older than it.
+        with naming(self._path):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
         known = {key: value for key, value in row.items() if value is not None}
         if self._wandb is not None:
             # Without step=: wandb would drop what a resumed run logs again.  The x axis is "step".
@@ -151,16 +154,26 @@ class Metrics(NullMetrics):
             self._tensorboard.add_image(name, np.asarray(grid), epoch, dataformats="HWC")
             self._tensorboard.flush()
 
-    def truncate(self, step: int, epoch: int | None = None) -> None:
-        """Drops the lines after optimizer step ``step``, and after ``epoch`` if given, atomically.
+    def truncate(self, step: int, epoch: int | None = None, stage: int | None = None) -> None:
+        """Drops the lines after optimizer step ``step``, and after ``epoch`` and ``stage`` if
+        given, atomically.
 
         Called when a run continues from a checkpoint, so that every epoch is there once; -1 drops
         everything.  ``epoch`` matters where all updates of an epoch were skipped and the step stood
-        still.  A line that is not whole goes as well.
+        still, ``stage`` where the next stage was evaluated at its start, which is the step and the
+        epoch at which the former one ended.  A line that is not whole goes as well.
         """
         self._file.close()
-        last = math.inf if epoch is None else epoch
-        _keep_lines(self._path, lambda row: row["step"] <= step and row["epoch"] <= last)
+        last_epoch = math.inf if epoch is None else epoch
+        last_stage = math.inf if stage is None else stage
+        _keep_lines(
+            self._path,
+            lambda row: (
+                row["step"] <= step
+                and row["epoch"] <= last_epoch
+                and row.get("stage", 0) <= last_stage
+            ),
+        )
         self._file = self._path.open("a", encoding="utf-8")
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -262,10 +275,13 @@ def _version(package: str) -> str | None:
 
 
 def write_environment(run_dir: Path) -> None:
-    """Writes ``environment.json``: versions, device, processes, git revision, command line."""
+    """Adds a line to ``environments.jsonl``: time of this start, versions, device, processes, git
+    revision, command line.  The lines of former starts stay.
+    """
     status = _git("status", "--porcelain", "--untracked-files=no")
     cuda = torch.cuda.is_available()
     environment = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
@@ -278,9 +294,7 @@ def write_environment(run_dir: Path) -> None:
         "command": shlex.join(sys.argv),
     }
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        run_dir / "environment.json", (json.dumps(environment, indent=2) + "\n").encode()
-    )
+    append_line(run_dir / ENVIRONMENTS_FILE, json.dumps(environment))
 
 
 class Timer:

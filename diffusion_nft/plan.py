@@ -10,17 +10,24 @@ from torch import Tensor, nn
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.policy import ADAPTERS, Policy
 from diffusion_nft.solvers import solve
+from diffusion_nft.stages import Stage
 
 # Forward-equivalents of training on one (sample, sigma) pair: the current policy's forward and its
 # backward through activations and LoRA weights (about two forwards more).
 CURRENT_FORWARDS = 3
 
 
-def describe(config: ConfigDict, model: Any, policy: Policy, dist: Distributed) -> str:
-    """The memory plan and the estimated seconds per epoch of this rank, as text to print."""
+def describe(stage: Stage, model: Any, policy: Policy, dist: Distributed) -> str:
+    """What ``stage`` trains on, the memory plan and the estimated seconds per epoch of this rank,
+    as text to print.
+    """
+    config = stage.config
     share = -(-config.sample.num_groups * config.sample.num_image_per_prompt // dist.world_size)
     seconds = share * forwards_per_sample(config) * _seconds_per_forward(config, model, share)
-    lines = ["memory by arithmetic (activations come on top and grow with the micro-batches):"]
+    lines = [
+        outline(stage),
+        "memory by arithmetic (activations come on top and grow with the micro-batches):",
+    ]
     lines += [f"  {gigabytes:9.3f} GB  {what}" for what, gigabytes in memory(model, policy, share)]
     if dist.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(dist.device)
@@ -30,6 +37,16 @@ def describe(config: ConfigDict, model: Any, policy: Policy, dist: Distributed) 
         "an epoch (one measured forward, extrapolated; decoding and rewards come on top)"
     )
     return "\n".join(lines)
+
+
+def outline(stage: Stage) -> str:
+    """The epochs of ``stage``, its prompts and its rewards, in one line."""
+    config, first = stage.config, stage.first_epoch
+    rewards = " + ".join(f"{weight:g} {name}" for name, weight in config.reward_fn.items())
+    return (
+        f"{stage.title or 'the run'}: epochs {first + 1} to {config.num_epochs} "
+        f"({config.num_epochs - first}) on the prompts of {config.dataset}, reward {rewards}"
+    )
 
 
 def forwards_per_sample(config: ConfigDict) -> float:

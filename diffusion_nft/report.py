@@ -1,28 +1,44 @@
 """What a run gained: a table of its first and last evaluation, and the pictures side by side."""
 
 from pathlib import Path
+from typing import Any
 
 from PIL.Image import Image
 
-from diffusion_nft.evaluate import NUM_SAMPLES, Evaluation
 from diffusion_nft.metrics import METRICS_FILE, read_metrics
 from diffusion_nft.pictures import side_by_side
+from diffusion_nft.results import NUM_SAMPLES, Evaluation
 
 
-def result_table(run_dir: Path) -> str:
-    """The run's first and last evaluation, a row per metric and tag; says so if there was none.
+def pictures_file(stage: int) -> str:
+    """The name of the pictures that end ``stage``; 0: a run without stages."""
+    return f"before_after_stage{stage}.png" if stage else "before_after.png"
+
+
+def stage_evaluations(path: Path, stage: int) -> list[dict[str, Any]]:
+    """The evaluations of ``stage`` in the metrics file ``path``; 0: of a run without stages.
+
+    Those of different stages are of other test lines or rewards, and do not compare.
+    """
+    rows = read_metrics(path)
+    return [row for row in rows if "eval/total" in row and row.get("stage", 0) == stage]
+
+
+def result_table(run_dir: Path, stage: int = 0) -> str:
+    """First and last evaluation of ``stage`` (0: of a run without stages), a row per metric and
+    tag; says so if there was none.
 
     Evaluations of another number of lines than the last do not compare, and are left out.
     """
-    path = run_dir / METRICS_FILE
-    rows = [row for row in read_metrics(path) if "eval/total" in row] if path.exists() else []
+    name = f"stage {stage}" if stage else ""
+    rows = stage_evaluations(run_dir / METRICS_FILE, stage)
     if not rows:
-        return f"{run_dir}: no evaluation yet"
+        return f"{run_dir}: no evaluation yet{f' in {name}' if name else ''}"
     last = rows[-1]
     rows = [row for row in rows if row.get(NUM_SAMPLES) == last.get(NUM_SAMPLES)]
     first = rows[0]
     best = max(rows, key=lambda row: row["eval/total"])
-    table = [("", f"epoch {first['epoch']}", f"epoch {last['epoch']}", "gain")]
+    table = [(name, f"epoch {first['epoch']}", f"epoch {last['epoch']}", "gain")]
     names = [key for key in last if key.startswith("eval/") and key != NUM_SAMPLES]
     for key in sorted(names, key=lambda key: (key.startswith("eval/tag/"), key)):
         before, after = first.get(key), last[key]
@@ -37,6 +53,13 @@ def result_table(run_dir: Path) -> str:
             )
     best_line = f"best eval/total: {best['eval/total']:.4f} at epoch {best['epoch']}"
     return "\n".join([*_aligned(table), best_line])
+
+
+def result(run_dir: Path, stage: int = 0) -> str:
+    """What ``stage`` gained, as text to print: its table, and where its pictures are."""
+    pictures = run_dir / pictures_file(stage)
+    drawn = [f"before/after pictures: {pictures}"] if pictures.exists() else []
+    return "\n".join([result_table(run_dir, stage), *drawn])
 
 
 def _aligned(table: list[tuple[str, ...]]) -> list[str]:

@@ -1,10 +1,13 @@
 """The run directory: which configuration it belongs to, and whether a new one may continue it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from diffusion_nft.files import write_atomically
 
 CONFIG_FILE = "config.json"
 
@@ -37,9 +40,13 @@ class RunDirError(ValueError):
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
     """``{"train.learning_rate": 3e-4, ...}``: the leaves of a configuration by dotted key, with
     lists for tuples, as JSON gives them back.
+
+    What the second of ``stages`` sets stands under ``stages.2.``.
     """
     flat: dict[str, Any] = {}
     for key, value in config.items():
+        if key == "stages":
+            value = dict(enumerate(value, start=1))
         if isinstance(value, (ConfigDict, dict)):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
@@ -64,7 +71,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """One line per key that differs between two flat configurations and alters the numbers."""
     lines = []
     for key in sorted(old.keys() | new.keys()):
-        free = any(key == k or (k.endswith(".") and key.startswith(k)) for k in MAY_CHANGE)
+        # A stage sets the same keys; but where it ends tells what is trained on next.
+        name = re.sub(r"^stages\.\d+\.(?!num_epochs$)", "", key)
+        free = any(name == k or (k.endswith(".") and name.startswith(k)) for k in MAY_CHANGE)
         before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
         if not free and before != after:
             lines.append(f"{key}: {before!r} -> {after!r}")
@@ -74,12 +83,19 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def check_run_dir(config: ConfigDict) -> None:
     """Refuses to continue ``config.save_dir`` with a configuration that alters the numbers.
 
-    Raises RunDirError with the differing keys.  Writes nothing.
+    Raises RunDirError with the differing keys, or if the file cannot be read.  Writes nothing.
     """
     path = Path(config.save_dir) / CONFIG_FILE
     if not path.exists():
         return
-    lines = differences(json.loads(path.read_text(encoding="utf-8")), flatten(config))
+    try:
+        former = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise RunDirError(
+            f"{path} is damaged (not JSON): put back the object under 'config' in a checkpoint's "
+            "state.json (not of a run in stages), or remove the file to continue without this check"
+        ) from error
+    lines = differences(former, flatten(config))
     if lines:
         raise RunDirError(
             f"{config.save_dir} holds a run with another configuration:\n  "
@@ -92,8 +108,5 @@ def write_config(config: ConfigDict) -> None:
     """Writes ``config.json`` into the run directory, replacing it at once."""
     folder = Path(config.save_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{CONFIG_FILE}.tmp"
-    temporary.write_text(
-        json.dumps(flatten(config), indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
-    temporary.replace(folder / CONFIG_FILE)
+    text = json.dumps(flatten(config), indent=2, sort_keys=True) + "\n"
+    write_atomically(folder / CONFIG_FILE, text.encode())

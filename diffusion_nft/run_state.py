@@ -5,18 +5,17 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from diffusion_nft.checkpoint import (
-    STATE,
     Checkpoint,
     Checkpointer,
     CheckpointError,
     load_checkpoint,
-    read_json,
     resolve_checkpoint,
 )
 from diffusion_nft.distributed import Distributed
-from diffusion_nft.lora import export_lora
+from diffusion_nft.lora import export_lora, load_scaled
 from diffusion_nft.policy import ADAPTERS, Policy
 from diffusion_nft.run_dir import flatten
+from diffusion_nft.stages import Stage
 from diffusion_nft.update import Updater
 
 # What a LoRA's numbers mean depends on these.
@@ -44,52 +43,70 @@ def newest_checkpoint(config: ConfigDict, dist: Distributed) -> Checkpoint | Non
     return own
 
 
-def is_finished(config: ConfigDict) -> bool:
-    """Whether the run in ``config.save_dir`` has made, and evaluated, its ``num_epochs``."""
-    latest = Checkpointer(Path(config.save_dir)).latest()
-    if latest is None:
+def stage_number(checkpoint: Checkpoint) -> int:
+    """The stage that wrote ``checkpoint``, from 1; 0 if its run has no stages."""
+    return checkpoint.state.get("stage", 0)
+
+
+def is_finished(stage: Stage, checkpoint: Checkpoint | None) -> bool:
+    """Whether the run has made, and evaluated, all epochs of ``stage`` by ``checkpoint``."""
+    if checkpoint is None:
         return False
-    try:
-        state = read_json(latest / STATE)
-    except CheckpointError:  # damaged: an older one will be looked for
-        return False
-    return state["epoch"] >= config.num_epochs and state["evaluated"]
+    state = checkpoint.state
+    done = state["epoch"] >= stage.config.num_epochs and state["evaluated"]
+    return stage_number(checkpoint) > stage.number or done
+
+
+def check_start(config: ConfigDict) -> None:
+    """Raises ValueError or OSError if a run cannot begin from what ``config`` names, as far as that
+    is known without the model.
+    """
+    if config.resume_from:
+        _source(config)
+    elif config.train.lora_path:
+        train = config.train
+        load_scaled(Path(train.lora_path), rank=train.lora_rank, alpha=train.lora_alpha)
+
+
+def _source(config: ConfigDict) -> Checkpoint:
+    """The checkpoint of ``resume_from``; ValueError if its policies mean something else here."""
+    source = load_checkpoint(resolve_checkpoint(Path(config.resume_from)))
+    ours, theirs = flatten(config), source.state["config"]
+    wrong = [
+        f"{key} = {ours[key]!r}, there {theirs.get(key)!r}"
+        for key in SOURCE_KEYS
+        if ours[key] != theirs.get(key)
+    ]
+    if wrong:
+        raise ValueError(
+            f"resume_from = {config.resume_from!r}: the policies of {source.path} do not "
+            f"fit this run: {'; '.join(wrong)}"
+        )
+    return source
 
 
 class RunState:
     """The run's counters beside ``policy`` and ``updater``, saved and restored together."""
 
-    def __init__(self, config: ConfigDict, *, dist: Distributed, policy: Policy, updater: Updater):
-        self.config, self.dist, self.policy, self.updater = config, dist, policy, updater
-        self.checkpointer = Checkpointer(Path(config.save_dir), keep=config.checkpoint.keep)
+    def __init__(self, stage: Stage, *, dist: Distributed, policy: Policy, updater: Updater):
+        self.stage, self.config = stage, stage.config
+        self.dist, self.policy, self.updater = dist, policy, updater
+        self.checkpointer = Checkpointer(
+            Path(self.config.save_dir), keep=self.config.checkpoint.keep
+        )
         self.epoch = 0  # epochs made
-        self.evaluated = False  # this epoch
-        self.best_score: float | None = None  # of eval/total
+        self.evaluated = False  # this epoch, in this stage
+        self.best_score: float | None = None  # of eval/total, in this stage
 
     def start(self, checkpoint: Checkpoint | None) -> None:
         """Begins where ``checkpoint`` stands, or, without one, as the configuration asks."""
+        assert checkpoint is not None or not self.stage.first_epoch
         if checkpoint is not None:
             self._restore(checkpoint)
         elif self.config.resume_from:
-            source = load_checkpoint(resolve_checkpoint(Path(self.config.resume_from)))
-            self._check_source(source)
-            self._load_policies(source)
+            self._load_policies(_source(self.config))
         elif self.config.train.lora_path:
             self.policy.load_lora(Path(self.config.train.lora_path))
-
-    def _check_source(self, source: Checkpoint) -> None:
-        """ValueError if the policies of ``source`` mean something else in this configuration."""
-        ours, theirs = flatten(self.config), source.state["config"]
-        wrong = [
-            f"{key} = {ours[key]!r}, there {theirs.get(key)!r}"
-            for key in SOURCE_KEYS
-            if ours[key] != theirs.get(key)
-        ]
-        if wrong:
-            raise ValueError(
-                f"resume_from = {self.config.resume_from!r}: the policies of {source.path} do not "
-                f"fit this run: {'; '.join(wrong)}"
-            )
 
     def _load_policies(self, checkpoint: Checkpoint) -> None:
         for name in ADAPTERS:
@@ -97,36 +114,56 @@ class RunState:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
+        if state["epoch"] < self.stage.first_epoch:
+            raise CheckpointError(
+                f"the newest sound checkpoint, {checkpoint.path}, is of epoch {state['epoch']}; "
+                f"{self.stage.title} begins after epoch {self.stage.first_epoch}: start the run "
+                "again, and it goes on from there"
+            )
         self._load_policies(checkpoint)
         self.updater.load_state_dict(checkpoint.tensors["optimizer"], state["updater"])
-        self.epoch, self.evaluated = state["epoch"], state["evaluated"]
+        self.epoch = state["epoch"]
+        self.dist.say(f"continuing from {checkpoint.path} (epoch {self.epoch})")
+        if stage_number(checkpoint) < self.stage.number:
+            return  # scores of another stage do not compare
+        self.evaluated = state["evaluated"]
         now = flatten(self.config)
         # Under other evaluation settings the scores do not compare.
         settings = [key for key in state["config"] if key.startswith("eval.")]
         settings.remove("eval.batch_size")
         same = all(now.get(key) == state["config"][key] for key in settings)
         self.best_score = state["best_score"] if same else None
-        self.dist.say(f"continuing from {checkpoint.path} (epoch {self.epoch})")
 
     def save(self, *, best: bool = False) -> None:
-        """Writes a checkpoint of everything, and the LoRA for users; waits for all ranks."""
-        tensors, updater = self.updater.state_dict()
+        """Writes a checkpoint of everything, and the LoRA for users; waits for all ranks.
+
+        If the disk refuses, raises CheckpointError on every rank.
+        """
+        failure = ""
         if self.dist.is_main:
-            self.checkpointer.save(
-                self.updater.step,
-                tensors={name: self.policy.state(name) for name in ADAPTERS}
-                | {"optimizer": tensors},
-                state={
-                    "epoch": self.epoch,
-                    "best_score": self.best_score,
-                    "evaluated": self.evaluated,
-                    "updater": updater,
-                    "config": flatten(self.config),
-                },
-                write_extra=self._export,
-                best=best,
-            )
-        self.dist.barrier()
+            try:
+                self._write(best)
+            except CheckpointError as error:
+                failure = str(error)
+        if failure := self.dist.gather_objects(failure)[0]:
+            raise CheckpointError(failure)
+
+    def _write(self, best: bool) -> None:
+        tensors, updater = self.updater.state_dict()
+        self.checkpointer.save(
+            self.updater.step,
+            tensors={name: self.policy.state(name) for name in ADAPTERS} | {"optimizer": tensors},
+            state={
+                "epoch": self.epoch,
+                "stage": self.stage.number,
+                "best_score": self.best_score,
+                "evaluated": self.evaluated,
+                "updater": updater,
+                "config": flatten(self.config),
+            },
+            write_extra=self._export,
+            best=best,
+        )
 
     def _export(self, folder: Path) -> None:
         export_lora(

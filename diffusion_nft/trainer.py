@@ -9,66 +9,46 @@ from tqdm import tqdm
 
 from diffusion_nft.advantages import group_advantages, optimality, standardized_total
 from diffusion_nft.algorithms import build_algorithm
-from diffusion_nft.data import epoch_prompts, load_prompts
+from diffusion_nft.data import epoch_prompts
 from diffusion_nft.distributed import Distributed
-from diffusion_nft.evaluate import Evaluation, evaluate, write_results
+from diffusion_nft.evaluate import evaluate
+from diffusion_nft.inputs import build_named, load_checked_prompts, reward_weights
 from diffusion_nft.metrics import Timer, make_metrics, write_environment
 from diffusion_nft.models import load_model
 from diffusion_nft.pictures import image_grid
 from diffusion_nft.plan import describe
 from diffusion_nft.policy import Policy
-from diffusion_nft.report import compare_pictures, result_table
-from diffusion_nft.rewards import check_prompts
-from diffusion_nft.rewards.combine import RewardError, RewardSet, build_rewards
-from diffusion_nft.rollout import Sampler, Samples, collect, summarise
+from diffusion_nft.preemption import REASON, Preempted
+from diffusion_nft.report import compare_pictures, pictures_file, result
+from diffusion_nft.results import Evaluation, write_results
+from diffusion_nft.rewards.combine import RewardError, RewardSet
+from diffusion_nft.rollout import Samples, collect, summarise
 from diffusion_nft.run_dir import check_run_dir, flatten, write_config
-from diffusion_nft.run_state import RunState, is_finished, newest_checkpoint
+from diffusion_nft.run_state import RunState, check_start, newest_checkpoint, stage_number
+from diffusion_nft.stages import Stage, stages_of
 from diffusion_nft.update import Updater
-
-PICTURES = "before_after.png"
-
-
-def say_if_finished(config: ConfigDict, dist: Distributed) -> bool:
-    """Whether the run is finished; if so, says again what it gained, without loading a model."""
-    check_run_dir(config)
-    drawn = not config.log.num_images or Path(config.save_dir, PICTURES).exists()
-    finished = all(dist.gather_objects(drawn and is_finished(config)))
-    if finished:
-        _say_result(Path(config.save_dir), dist)
-    return finished
-
-
-def _say_result(run_dir: Path, dist: Distributed) -> None:
-    dist.say(result_table(run_dir))
-    if (run_dir / PICTURES).exists():
-        dist.say(f"before/after pictures: {run_dir / PICTURES}")
 
 
 class Trainer:
-    """One run of a valid ``config``.  ``run()`` continues from wherever the run directory stands.
+    """One ``stage`` of the run of a valid ``config``; by default its first, which is all of a run
+    without stages.  ``run()`` continues from wherever the run directory stands.
 
     Raises RunDirError if the run directory belongs to another configuration, and whatever a model
     or a reward that cannot be loaded raises, before any sampling.
     """
 
-    def __init__(self, config: ConfigDict, dist: Distributed):
-        self.config, self.dist = config, dist
-        self.run_dir = Path(config.save_dir)
+    def __init__(self, config: ConfigDict, dist: Distributed, stage: Stage | None = None):
         check_run_dir(config)
-        self.train_prompts = load_prompts(config.dataset, "train")
-        self.test_prompts = load_prompts(config.dataset, "test")[: config.eval.num_prompts or None]
-        trained = config.reward_fn.to_dict()
-        evaluated = trained | dict.fromkeys(config.eval.rewards, 0.0)
-        for names, prompts in ((trained, self.train_prompts), (evaluated, self.test_prompts)):
-            check_prompts(names, [p.text for p in prompts], [p.metadata for p in prompts])
+        whole, self.dist = config, dist
+        self.stage = stage = stage or stages_of(config)[0]
+        self.config = config = stage.config
+        self.run_dir = Path(config.save_dir)
+        self.train_prompts, self.test_prompts = load_checked_prompts(config)
+        trained, evaluated = reward_weights(config)
         start = newest_checkpoint(config, dist)
-        built = build_rewards(
-            evaluated,
-            dist.device,
-            options=config.reward_options.to_dict(),
-            remote=config.remote.to_dict(),
-            timeout=config.remote_timeout_seconds,
-        )
+        if start is None:
+            check_start(config)
+        built = build_named(config, evaluated, dist)
         self.rewards, self.eval_rewards = RewardSet(trained, built), RewardSet(evaluated, built)
         self.model = load_model(flatten(config), dist)
         precision = self.model.precision
@@ -88,27 +68,31 @@ class Trainer:
             policy=self.policy,
             algorithm=build_algorithm(config),
         )
-        self.state = RunState(config, dist=dist, policy=self.policy, updater=self.updater)
+        self.state = RunState(stage, dist=dist, policy=self.policy, updater=self.updater)
         self.state.start(start)
         self.timer = Timer(dist.device)
         self.trained = False  # by this process
         if dist.is_main:
-            write_config(config)
+            write_config(whole)
             write_environment(self.run_dir)
-        self.metrics = make_metrics(config, self.run_dir, dist.is_main)
-        self.metrics.truncate(-1 if start is None else self.updater.step, self.state.epoch)
+        self.metrics = make_metrics(whole, self.run_dir, dist.is_main)
+        if start is None:
+            self.metrics.truncate(-1)
+        else:
+            self.metrics.truncate(self.updater.step, self.state.epoch, stage_number(start))
 
     def run(self) -> None:
-        """Trains to ``num_epochs`` and says what it gained.
+        """Trains to the stage's ``num_epochs`` and says what it gained.
 
-        A failing reward ends the run after its state is saved.
+        A failing reward ends the run after its state is saved, and so does a request to stop.
         """
         try:
             self._train()
-        except RewardError:
-            self.dist.say(f"a reward failed; the state of epoch {self.state.epoch} is being saved")
+        except (RewardError, Preempted) as error:
+            why = REASON if isinstance(error, Preempted) else "a reward failed"
+            self.dist.say(f"{why}; the state of epoch {self.state.epoch} is being saved")
             self.state.save()
-            self.metrics.close(failed=True)
+            self.metrics.close(failed=isinstance(error, RewardError))
             raise
         self._report()
         self.metrics.close()
@@ -116,27 +100,31 @@ class Trainer:
     def _train(self) -> None:
         config = self.config
         if self.state.epoch < config.num_epochs:
-            self.dist.say(describe(config, self.model, self.policy, self.dist))
-        # At epoch 0, or where a failing reward left one out.
+            self.dist.say(describe(self.stage, self.model, self.policy, self.dist))
+        # At the stage's start, or where a failing reward or a stop left one out.
         best = self._evaluate_if_due()
-        if best is not None and self.state.epoch:
+        if best is not None and self.state.epoch > self.stage.first_epoch:
             self.state.save(best=best)
         with tqdm(
             total=config.num_epochs,
             initial=self.state.epoch,
-            desc="epochs",
+            desc=f"{self.stage.title} epochs".lstrip(),
             disable=not self.dist.is_main,
             dynamic_ncols=True,
         ) as progress:
             while self.state.epoch < config.num_epochs:
                 values = self._run_epoch()
-                self.metrics.log(values, step=self.updater.step, epoch=self.state.epoch)
+                self._log(values)
                 best = bool(self._evaluate_if_due())
                 last = self.state.epoch == config.num_epochs
                 if best or last or _due(self.state.epoch, config.save_freq):
                     self.state.save(best=best)
                 progress.update()
                 progress.set_postfix(reward=f"{values['reward/mean']:.3f}")
+
+    def _log(self, values: dict[str, float]) -> None:
+        values = self.stage.column | values
+        self.metrics.log(values, step=self.updater.step, epoch=self.state.epoch)
 
     def _run_epoch(self) -> dict[str, float]:
         config, started = self.config, time.perf_counter()
@@ -198,36 +186,35 @@ class Trainer:
 
     def evaluate(self, limit: int | None = None) -> Evaluation:
         """The first ``limit`` test lines under the evaluation settings, with the active policy."""
-        config = self.config
         return evaluate(
             self.model,
             self.test_prompts[:limit],
             self.eval_rewards,
-            Sampler(config.eval.solver, config.eval.num_steps, config.eval.guidance_scale),
-            seed=config.seed,
-            batch_size=config.eval.batch_size,
+            flatten(self.config),
             dist=self.dist,
-            num_pictures=config.log.num_images,
+            num_pictures=self.config.log.num_images,
         )
 
     def _evaluate_if_due(self) -> bool | None:
         """Evaluates the EMA weights where this epoch asks for it: True if they are the best so far,
         False if not, None if no evaluation is due."""
         config, epoch = self.config, self.state.epoch
+        at_start = epoch == self.stage.first_epoch
         due = epoch == config.num_epochs or _due(epoch, config.eval_freq)
-        if self.state.evaluated or not (due if epoch else config.eval.at_start):
+        if self.state.evaluated or not (config.eval.at_start if at_start else due):
             return None
         with self.timer.phase("eval"), self.policy.using("ema"):
-            result = self.evaluate()
-        values = result.metrics() | self.timer.pop()
-        self.metrics.log(values, step=self.updater.step, epoch=self.state.epoch)
+            evaluation = self.evaluate()
+        values = evaluation.metrics() | self.timer.pop()
+        self._log(values)
         if self.dist.is_main:
-            folder = self.run_dir / "eval" / f"epoch-{self.state.epoch:06d}"
-            write_results(result, folder, image_dir=None, settings={"epoch": self.state.epoch})
+            folder = self.run_dir / "eval" / self.stage.folder / f"epoch-{epoch:06d}"
+            write_results(evaluation, folder, settings={"epoch": epoch} | self.stage.column)
         score = values["eval/total"]
-        self.dist.say(f"epoch {self.state.epoch}: eval/total {score:.4f}")
+        self.dist.say(f"epoch {epoch}: eval/total {score:.4f}")
         best = self.state.best_score is None or score > self.state.best_score
-        if best:
+        # The checkpoint at which a later stage starts is the former one's: none of its own.
+        if best and not (at_start and epoch):
             self.state.best_score = score
         self.state.evaluated = True
         return best
@@ -236,7 +223,7 @@ class Trainer:
         """Says what the run gained, and draws the same test lines by the base and by the trained
         model.
         """
-        path = self.run_dir / PICTURES
+        path = self.run_dir / pictures_file(self.stage.number)
         count = self.config.log.num_images
         drawn = self.dist.gather_objects(path.exists())[0]
         if count and (self.trained or not drawn):
@@ -246,7 +233,7 @@ class Trainer:
                 after = self.evaluate(count)
             if self.dist.is_main:
                 compare_pictures(before, after).save(path)
-        _say_result(self.run_dir, self.dist)
+        self.dist.say(result(self.run_dir, self.stage.number))
 
 
 def _due(epoch: int, every: int) -> bool:

@@ -21,8 +21,11 @@ from diffusion_nft.checks import EMBEDDED_MODEL, Check, is_section
 from diffusion_nft.models import MODELS
 from diffusion_nft.precision import COMPUTE_DTYPES
 from diffusion_nft.solvers import check_solver
+from diffusion_nft.stages import merged_configs, stage_problems
 
 EMBEDDED_RESOLUTION, EMBEDDED_LENGTH = 48, 8
+# Characters of a value that an error quotes.
+MAX_SHOWN = 400
 # SD3: its VAE makes a latent of 8 x 8 pixels, its transformer a token of 2 x 2 latents.
 PIXELS_PER_TOKEN = 16
 # Rewards that read the metadata of a prompt, not only its text.
@@ -44,20 +47,22 @@ SCHEMA: dict[str, Check] = {
     "seed": checks.integer(0),
     "algorithm": checks.one_of(ALGORITHMS),
     "num_epochs": checks.integer(1),
+    "stages": lambda value: "; ".join(stage_problems(value)) or None,
     "save_freq": checks.integer(0),
     "eval_freq": checks.integer(0),
     "mixed_precision": checks.one_of(COMPUTE_DTYPES),
     "allow_tf32": checks.flag,
     "resume_from": checks.folder_or_empty,
     "pretrained.model": checks.model,
-    "pretrained.revision": checks.text,
+    "pretrained.revision": checks.revision,
     "pretrained.model_type": checks.one_of(MODELS),
     "pretrained.max_sequence_length": checks.integer(1, 512),
     "resolution": checks.integer(PIXELS_PER_TOKEN),
     "dataset": checks.dataset,
     "reward_fn": checks.reward_weights,
     "remote": checks.reward_addresses,
-    "remote_timeout_seconds": checks.number("(0, inf)"),
+    # Beyond, the clocks of sockets and collectives overflow.
+    "remote_timeout_seconds": checks.number("(0, 1e6]"),
     "reward_options": checks.reward_options,
     "sample.num_groups": checks.integer(1),
     # An image alone in its group is its own mean: its advantage is 0, and nothing is learnt.
@@ -109,7 +114,7 @@ SCHEMA: dict[str, Check] = {
     "log.tensorboard": checks.flag,
     "log.num_images": checks.integer(0),
     "log.image_freq": checks.integer(0),
-    "distributed.timeout_minutes": checks.number("(0, inf)"),
+    "distributed.timeout_minutes": checks.number("(0, 1e6]"),
 }
 SECTIONS = frozenset(key.rpartition(".")[0] for key in SCHEMA) - {""}
 
@@ -251,18 +256,51 @@ def validate(config: ConfigDict, *, world_size: int = 1) -> None:
     """Raise ConfigError, listing every problem, unless ``config`` can run on ``world_size`` ranks.
 
     No key depends on the number of ranks: a configuration that is valid is valid on any number.
+    Of a run in stages each is checked as a whole, and what is wrong in all of them is said once.
     """
     assert world_size >= 1, world_size
     values = dict(_leaves(config))
+    missing = _missing(values)
+    if "stages" in missing or not values["stages"]:
+        return _raise(_problems(values))
+    # Only what is whole can be merged.
+    _raise([*missing.values(), *stage_problems(values["stages"])])
+    total = SCHEMA["num_epochs"](values["num_epochs"])
+    own = [f"num_epochs = {_show(values['num_epochs'])}: {total}"] if total else []
+    found = [_problems(dict(_leaves(merged))) for merged in merged_configs(ConfigDict(config))]
+    common = [line for line in found[0] if all(line in others for others in found)]
+    each = [
+        f"stage {number}: {line}"
+        for number, lines in enumerate(found, start=1)
+        for line in lines
+        if line not in common
+    ]
+    _raise([*own, *common, *each])
+
+
+def _raise(problems: list[str]) -> None:
+    """ConfigError if there are any ``problems``."""
+    if problems:
+        raise ConfigError(problems)
+
+
+def _missing(values: Mapping[str, Any]) -> dict[str, str]:
+    """Key -> what it must hold, of every key that ``values`` lacks."""
+    return {
+        key: f"{key} is missing: {check(None)}"
+        for key, check in SCHEMA.items()
+        if key not in values and key.rpartition(".")[0] not in values
+    }
+
+
+def _problems(values: Mapping[str, Any]) -> list[str]:
+    """Everything that is wrong with a whole configuration without stages."""
     problems: dict[str, str] = {}
     for key, value in values.items():
         complaint = SCHEMA[key](value) if key in SCHEMA else unknown_key(key)
         if complaint:
             problems[key] = f"{key} = {_show(value)}: {complaint}"
-    for key, check in SCHEMA.items():
-        if key not in values and key.rpartition(".")[0] not in values:
-            problems[key] = f"{key} is missing: {check(None)}"
-    _refuse(problems, values)
+    return _with_combinations(problems | _missing(values), values)
 
 
 def validate_settings(values: Mapping[str, Any]) -> None:
@@ -271,19 +309,19 @@ def validate_settings(values: Mapping[str, Any]) -> None:
     For scripts that need a part of a configuration; keys that no configuration has are ignored.
     """
     complaints = {key: SCHEMA[key](value) for key, value in values.items() if key in SCHEMA}
-    _refuse({k: f"{k} = {_show(values[k])}: {c}" for k, c in complaints.items() if c}, values)
+    problems = {k: f"{k} = {_show(values[k])}: {c}" for k, c in complaints.items() if c}
+    _raise(_with_combinations(problems, values))
 
 
-def _refuse(problems: Mapping[str, str], values: Mapping[str, Any]) -> None:
-    """Raise ConfigError for ``problems`` of single keys and for combinations of the other ones."""
+def _with_combinations(problems: Mapping[str, str], values: Mapping[str, Any]) -> list[str]:
+    """The ``problems`` of single keys, and those of combinations of the other ones."""
     combined = []
     for combination in COMBINATIONS:
         if all(key in values and key not in problems for key in combination.keys):
             complaint = combination.check(*(values[key] for key in combination.keys))
             given = ", ".join(f"{key} = {_show(values[key])}" for key in combination.keys)
             combined += [f"{given}: {complaint}"] if complaint else []
-    if problems or combined:
-        raise ConfigError([*problems.values(), *combined])
+    return [*problems.values(), *combined]
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -297,7 +335,10 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _show(value: Any) -> str:
-    return repr(value.to_dict() if isinstance(value, ConfigDict) else value)
+    """``value`` as Python writes it, in one line, its middle left out where it is long."""
+    line = " ".join(repr(value.to_dict() if isinstance(value, ConfigDict) else value).split())
+    half = MAX_SHOWN // 2
+    return line if len(line) <= MAX_SHOWN else f"{line[:half]} ... {line[-half:]}"
 
 
 def unknown_key(key: str) -> str:

@@ -27,14 +27,13 @@ from diffusion_nft.checks import EMBEDDED_MODEL
 from diffusion_nft.distributed import distributed
 from diffusion_nft.hub import fetch_pipeline
 from diffusion_nft.lora import DIFFUSERS_WEIGHTS, PEFT_FOLDER, export_lora, load_lora, merge_lora
-from diffusion_nft.metrics import METRICS_FILE, read_metrics
+from diffusion_nft.metrics import METRICS_FILE
 from diffusion_nft.precision import COMPUTE_DTYPES
+from diffusion_nft.report import pictures_file, stage_evaluations
 from diffusion_nft.settings import Choice, add_model_flags, resolve
 
 PIPELINE_INDEX, TRANSFORMER = "model_index.json", "transformer"
 CARD, SAMPLES = "README.md", "samples.png"
-# The base and the trained model's pictures, which a run leaves at its end.
-RUN_PICTURES = "before_after.png"
 # Keys and sections of a run's configuration that say nothing of the weights, but of a machine.
 UNSHARED = (
     "run_name",
@@ -137,10 +136,12 @@ def write_card(
         state = read_json(choice.checkpoint / STATE)
         run_dir = choice.checkpoint.resolve().parents[1]
         about = training(choice.run, state)
-        results = evaluations(run_dir / METRICS_FILE, state["epoch"])
-        # Of an earlier checkpoint than the run's last, the pictures would show other weights.
-        if state["epoch"] >= choice.run["num_epochs"] and (run_dir / RUN_PICTURES).is_file():
-            shutil.copyfile(run_dir / RUN_PICTURES, folder / SAMPLES)
+        stage = state.get("stage", 0)
+        results = evaluations(run_dir / METRICS_FILE, state["epoch"], stage)
+        pictures = run_dir / pictures_file(stage)
+        # Of an earlier checkpoint than the stage's last, the pictures would show other weights.
+        if state["epoch"] >= choice.run["num_epochs"] and pictures.is_file():
+            shutil.copyfile(pictures, folder / SAMPLES)
             results += [f"![Test prompts before and after training, with scores]({SAMPLES})", ""]
         results += ["## Configuration", "", "```json", shared_json(choice.run), "```", ""]
     lines = [
@@ -157,10 +158,11 @@ def write_card(
 def training(run: dict[str, Any], state: dict[str, Any]) -> list[str]:
     """What the weights were trained on."""
     rewards = [(k.split(".", 1)[1], v) for k, v in run.items() if k.startswith("reward_fn.")]
+    last = f"the last of them, those of stage {state['stage']}, " if state.get("stage") else ""
     return [
         f"Trained by online reinforcement learning, DiffusionNFT "
         f"([arXiv 2509.16117](https://arxiv.org/abs/2509.16117)), for {state['epoch']} epochs "
-        f"({state['updater']['step']} optimizer steps) on the prompts of "
+        f"({state['updater']['step']} optimizer steps), {last}on the prompts of "
         f"`{public_name(run['dataset'])}`. The weights are an average over the last steps (EMA).",
         "",
         *table(("reward", "weight"), [(name, f"{weight:g}") for name, weight in rewards]),
@@ -168,9 +170,11 @@ def training(run: dict[str, Any], state: dict[str, Any]) -> list[str]:
     ]
 
 
-def evaluations(path: Path, epoch: int) -> list[str]:
-    """The run's first evaluation and its last one up to ``epoch``; nothing if there is none."""
-    rows = [r for r in read_metrics(path) if "eval/total" in r and r["epoch"] <= epoch]
+def evaluations(path: Path, epoch: int, stage: int) -> list[str]:
+    """The first evaluation of ``stage`` (0: of a run without stages) and its last one up to
+    ``epoch``; nothing if there is none.
+    """
+    rows = [row for row in stage_evaluations(path, stage) if row["epoch"] <= epoch]
     if not rows:
         return []
     first, last = rows[0], rows[-1]

@@ -14,7 +14,7 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffusion_nft.distributed import distributed
+from diffusion_nft.distributed import LostContact, distributed
 from diffusion_nft.validation import SCHEMA, unknown_key, validate
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="path:preset")
@@ -22,8 +22,8 @@ flags.mark_flags_as_required(["config"])
 
 
 def refuse(message: str) -> NoReturn:
-    """Ends the program; of several processes one speaks."""
-    sys.exit(message if os.environ.get("RANK", "0") == "0" else 1)
+    """Ends the program; of a node's processes, which see the same files, one speaks."""
+    sys.exit(message if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -59,16 +59,24 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         refuse(str(error))
     # Loading the model libraries takes seconds: a wrong configuration should not have to wait.
-    from diffusion_nft.trainer import Trainer, say_if_finished
+    from diffusion_nft.files import DiskError
+    from diffusion_nft.preemption import Preempted
+    from diffusion_nft.run import StartError, run
 
-    with distributed(config.distributed.timeout_minutes) as dist:
-        try:
-            if say_if_finished(config, dist):
-                return
-            trainer = Trainer(config, dist)
-        except (ValueError, OSError, ImportError) as error:
-            sys.exit(f"{type(error).__name__}: {error}")
-        trainer.run()
+    go_on = f"the same command continues the run in {config.save_dir}"
+    minutes = config.distributed.timeout_minutes
+    try:
+        with distributed(minutes) as dist:
+            try:
+                run(config, dist)
+            except StartError as error:
+                sys.exit(str(error))
+            except DiskError as error:
+                refuse(str(error))
+            except Preempted as stop:
+                dist.say(f"{stop}; {go_on}")
+    except LostContact as error:
+        sys.exit(f"{error} (distributed.timeout_minutes = {minutes:g}); {go_on}")
 
 
 if __name__ == "__main__":

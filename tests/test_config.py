@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from diffusion_nft import data
 from diffusion_nft.rewards import REWARDS
 from diffusion_nft.run_dir import flatten
+from diffusion_nft.stages import stages_of
 from diffusion_nft.validation import ConfigError, validate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +33,16 @@ def _load(path: str) -> ModuleType:
 BASE = _load("config/base.py")
 PRESETS = _load("config/nft.py")
 SD3 = ["sd3_geneval", "sd3_ocr", "sd3_pickscore", "sd3_hpsv2", "sd3_multi_reward"]
-ALL = [*SD3, "sd3_geneval_1gpu", "sd3_pickscore_1gpu", "shapes", "shapes_demo", "shapes_smoke"]
+ALL = [
+    *SD3,
+    "sd3_multi_reward_paper",
+    "sd3_geneval_1gpu",
+    "sd3_pickscore_1gpu",
+    "shapes",
+    "shapes_demo",
+    "shapes_stages",
+    "shapes_smoke",
+]
 OBJECT = '{"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "two cats"}\n'
 
 
@@ -188,6 +198,31 @@ def test_values_of_each_published_preset(name: str) -> None:
     assert tuple(found[key] for key in PUBLISHED_COLUMNS) == PUBLISHED_ROWS[name]
 
 
+def test_the_papers_multi_reward_model_has_five_stages() -> None:
+    """Appendix on the multi-reward model: prompts, rewards, epochs, cap of the old policy."""
+    config = PRESETS.get_config("sd3_multi_reward_paper")
+    found = [
+        (
+            stage.config.dataset,
+            stage.config.reward_fn.to_dict(),
+            stage.config.num_epochs - stage.first_epoch,
+            stage.config.nft.old_policy_decay,
+        )
+        for stage in stages_of(config)
+    ]
+    first = ("pickscore", THREE)
+    geneval = ("geneval", {"geneval": 1.0, **THREE})
+    assert found == [
+        (*first, 800, "linear_to_half"),
+        (*geneval, 300, "linear_to_half"),
+        (*first, 200, "linear_to_half"),
+        (*geneval, 200, "linear_to_half"),
+        ("ocr", {"ocr": 1.0, **THREE}, 100, "linear_to_095"),
+    ]
+    shared = {(s.config.nft.beta, s.config.sample.num_steps) for s in stages_of(config)}
+    assert shared == {(0.1, 40)}
+
+
 def test_base_config_lacks_only_what_a_preset_gives() -> None:
     with pytest.raises(ConfigError) as caught:
         validate(BASE.get_config())
@@ -218,6 +253,7 @@ def test_the_command_line_sets_what_is_given_by_reward(monkeypatch: pytest.Monke
         "--config.remote={'shapes': ('http://gpu7:8000',)}",
         "--config.reward_options={'ocr': {'backend': 'paddleocr'}}",
         "--config.eval.rewards=('ocr',)",
+        "--config.stages=({'num_epochs': 3, 'nft.beta': 0.5}, {'num_epochs': 4})",
     ]
     # ml_collections looks for the overrides there.
     monkeypatch.setattr(sys, "argv", command)
@@ -228,4 +264,5 @@ def test_the_command_line_sets_what_is_given_by_reward(monkeypatch: pytest.Monke
     assert config.remote.to_dict() == {"shapes": ("http://gpu7:8000",)}
     assert config.reward_options.to_dict() == {"ocr": {"backend": "paddleocr"}}
     assert config.eval.rewards == ("ocr",)
+    assert config.stages == ({"num_epochs": 3, "nft.beta": 0.5}, {"num_epochs": 4})
     validate(config)

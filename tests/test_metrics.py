@@ -82,6 +82,16 @@ def test_truncate_by_epoch_where_the_step_stood_still(tmp_path):
         assert lines(tmp_path) == []
 
 
+def test_truncate_by_stage_where_one_ended_and_the_next_began(tmp_path):
+    with Metrics(config(), tmp_path) as metrics:
+        for stage in (1, 1, 2):
+            metrics.log({"stage": stage}, step=7, epoch=3)
+        metrics.truncate(7, 3, 2)
+        assert len(lines(tmp_path)) == 3
+        metrics.truncate(7, 3, 1)
+        assert [row["stage"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 1]
+
+
 def test_a_half_written_last_line_is_left_out_and_not_glued_to_the_next(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "epoch": 1}\n{"step": 2, "epo')
@@ -238,8 +248,10 @@ def test_environment_tells_what_ran_and_not_where(tmp_path):
     import platform
 
     write_environment(tmp_path / "run")
-    text = (tmp_path / "run" / "environment.json").read_text()
-    environment = json.loads(text)
+    write_environment(tmp_path / "run")
+    text = (tmp_path / "run" / "environments.jsonl").read_text()
+    first, environment = (json.loads(line) for line in text.splitlines())
+    assert first | {"time": environment["time"]} == environment
     assert environment["torch"] == torch.__version__
     assert environment["python"] == platform.python_version()
     assert {"diffusers", "transformers", "peft", "git_revision", "git_dirty"} <= environment.keys()
@@ -249,7 +261,7 @@ def test_environment_tells_what_ran_and_not_where(tmp_path):
 def test_environment_without_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     write_environment(tmp_path)
-    environment = json.loads((tmp_path / "environment.json").read_text())
+    environment = json.loads((tmp_path / "environments.jsonl").read_text())
     assert environment["git_revision"] is None and environment["git_dirty"] is None
 
 

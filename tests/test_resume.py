@@ -14,6 +14,7 @@ from diffusion_nft.checkpoint import Checkpointer
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.metrics import read_metrics
 from diffusion_nft.run_state import is_finished
+from diffusion_nft.stages import stages_of
 from diffusion_nft.trainer import Trainer
 from tests.launch import ROOT, environment, run, smoke, train, train_command, train_here
 
@@ -187,7 +188,8 @@ def test_a_damaged_last_state_is_passed_over_although_the_run_was_finished(finis
     (copy / "checkpoints" / "checkpoint-6" / "state.json").write_text("{")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert not is_finished(smoke(copy, SETTINGS))
+        (whole,) = stages_of(smoke(copy, SETTINGS))
+        assert not is_finished(whole, Checkpointer(copy).load_latest())
         trainer = train_here(copy, SETTINGS)
     assert any("checkpoint-6" in str(w.message) for w in caught)
     assert trainer.state.epoch == 3

@@ -35,7 +35,7 @@ def run_dir(tmp_path_factory):
 
 
 def test_the_run_directory_holds_everything(run_dir):
-    for name in ("config.json", "environment.json", "metrics.jsonl", "before_after.png"):
+    for name in ("config.json", "environments.jsonl", "metrics.jsonl", "before_after.png"):
         assert (run_dir / name).stat().st_size > 0
     with Image.open(run_dir / "images" / "train-000001.png") as grid:
         assert grid.width > 48

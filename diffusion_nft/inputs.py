@@ -1,0 +1,44 @@
+"""What a configuration names: prompts that its rewards can score, and the rewards themselves."""
+
+from collections.abc import Iterable
+
+from ml_collections import ConfigDict
+
+from diffusion_nft.data import Prompt, load_prompts
+from diffusion_nft.distributed import Distributed
+from diffusion_nft.rewards import Reward, check_prompts
+from diffusion_nft.rewards.combine import build_rewards
+
+
+def reward_weights(config: ConfigDict) -> tuple[dict[str, float], dict[str, float]]:
+    """Reward -> weight of what ``config`` trains on, and of what it evaluates: those held out too,
+    at 0.
+    """
+    trained = config.reward_fn.to_dict()
+    return trained, trained | dict.fromkeys(config.eval.rewards, 0.0)
+
+
+def load_checked_prompts(config: ConfigDict) -> tuple[list[Prompt], list[Prompt]]:
+    """The training prompts of ``config``, and the lines of the test set that it evaluates.
+
+    Raises ValueError or OSError if they cannot be had, or one of the rewards cannot score them.
+    """
+    train = load_prompts(config.dataset, "train")
+    test = load_prompts(config.dataset, "test")[: config.eval.num_prompts or None]
+    for names, prompts in zip(reward_weights(config), (train, test), strict=True):
+        check_prompts(names, [p.text for p in prompts], [p.metadata for p in prompts])
+    return train, test
+
+
+def build_named(config: ConfigDict, names: Iterable[str], dist: Distributed) -> dict[str, Reward]:
+    """The rewards ``names``, where and with the options that ``config`` says.
+
+    Raises what ``build_rewards`` raises.
+    """
+    return build_rewards(
+        names,
+        dist.device,
+        options=config.reward_options.to_dict(),
+        remote=config.remote.to_dict(),
+        timeout=config.remote_timeout_seconds,
+    )

@@ -1,0 +1,92 @@
+"""A whole run: its stages, one after the other."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from ml_collections import ConfigDict
+
+from diffusion_nft.distributed import Distributed, check_shared
+from diffusion_nft.inputs import build_named, load_checked_prompts, reward_weights
+from diffusion_nft.preemption import Preempted, requested, stop_on_signals
+from diffusion_nft.report import pictures_file, result
+from diffusion_nft.run_dir import check_run_dir
+from diffusion_nft.run_state import is_finished, newest_checkpoint, stage_number
+from diffusion_nft.stages import Stage, stages_of
+from diffusion_nft.trainer import Trainer
+
+
+class StartError(Exception):
+    """A run or one of its stages cannot start, for a reason that its user can remove."""
+
+
+def run(config: ConfigDict, dist: Distributed) -> None:
+    """Trains ``config`` to its end from wherever its run directory stands.
+
+    A stage goes on from the checkpoint that ends the one before, as it would after an interruption
+    between them, and so to the same weights.  The model is loaded again for each stage: seconds,
+    against hundreds of epochs.  A finished run says again what it gained, without loading a model.
+    Raises StartError, and what ``Trainer.run`` raises.
+    """
+    with _start_errors():
+        check_shared("save_dir", Path(config.save_dir), dist)
+        check_run_dir(config)
+        stages = stages_of(config)
+        todo = _unfinished(stages, dist)
+        _check_ahead(todo, dist)
+    if not todo:
+        dist.say("\n".join(result(Path(config.save_dir), stage.number) for stage in stages))
+    for stage in todo:
+        _train(config, dist, stage, last=stage is todo[-1])
+        # Two models would not fit the device; a trainer's parts refer to each other.
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _train(config: ConfigDict, dist: Distributed, stage: Stage, *, last: bool) -> None:
+    with _start_errors():
+        trainer = Trainer(config, dist, stage)
+    with stop_on_signals():
+        trainer.run()
+        # One that came too late for this stage must not be forgotten in the next.
+        if not last and any(dist.gather_objects(requested())):
+            raise Preempted
+
+
+@contextmanager
+def _start_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise StartError(f"{type(error).__name__}: {error}") from error
+
+
+def _unfinished(stages: list[Stage], dist: Distributed) -> list[Stage]:
+    """The stages that have epochs to make, an evaluation, or pictures to draw."""
+    checkpoint = newest_checkpoint(stages[0].config, dist)
+
+    def finished(stage: Stage) -> bool:
+        pictures = Path(stage.config.save_dir, pictures_file(stage.number))
+        # What a stage drew can only be drawn while its own state is the newest.
+        passed = checkpoint is not None and stage_number(checkpoint) > stage.number
+        drawn = passed or not stage.config.log.num_images or pictures.exists()
+        return all(dist.gather_objects(drawn and is_finished(stage, checkpoint)))
+
+    return [stage for stage in stages if not finished(stage)]
+
+
+def _check_ahead(stages: list[Stage], dist: Distributed) -> None:
+    """Refuses now what would stop a later one of ``stages``, days from now: prompts that are not
+    there or do not fit, a reward whose package, weights or server are missing.
+    """
+    known: set[str] = set()
+    for i, stage in enumerate(stages):
+        names = set(reward_weights(stage.config)[1])
+        if i > 0:
+            load_checked_prompts(stage.config)
+            # One at a time, and dropped at once.
+            for name in sorted(names - known):
+                build_named(stage.config, [name], dist)
+        known |= names
