@@ -20,12 +20,14 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from diffusion_nft.files import DiskError, sync, write_atomically
+
 FOLDER, STATE, MANIFEST, BEST = "checkpoints", "state.json", "manifest.json", "best.json"
 # A checkpoint that is being written or deleted, and one that waits to be replaced by its successor.
 TEMPORARY, REPLACED = ".tmp-", ".replaced-"
 
 
-class CheckpointError(OSError):
+class CheckpointError(DiskError):
     """A checkpoint could not be written, or what is on disk is not what was written."""
 
 
@@ -65,7 +67,7 @@ class Checkpointer:
         temporary = self._folder / f"{TEMPORARY}{final.name}"
         with _disk_errors(f"checkpoint {final} could not be written"):
             self._folder.mkdir(parents=True, exist_ok=True)
-            _sync(self._folder.parent)
+            sync(self._folder.parent)
             self._clean_up()
             try:
                 temporary.mkdir()
@@ -74,9 +76,7 @@ class Checkpointer:
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
             if best:
-                _write(self._folder / f"{TEMPORARY}{BEST}", _json({"checkpoint": final.name}))
-                os.replace(self._folder / f"{TEMPORARY}{BEST}", self._folder / BEST)
-                _sync(self._folder)
+                write_atomically(self._folder / BEST, _json({"checkpoint": final.name}))
             self._prune(step)
         return final
 
@@ -86,11 +86,18 @@ class Checkpointer:
         return found[max(found)] if found else None
 
     def best(self) -> Path | None:
-        """The checkpoint last saved as best, unverified; None if there is none."""
+        """The checkpoint last saved as best, unverified; None if there is none.
+
+        Damage to the note of which it is costs a warning: no state is lost with it.
+        """
         path = self._folder / BEST
         if not path.is_file():
             return None
-        best = self._folder / str(read_json(path).get("checkpoint"))
+        try:
+            best = self._folder / str(read_json(path).get("checkpoint"))
+        except CheckpointError as error:
+            warnings.warn(f"{error}: which checkpoint was the best is not known", stacklevel=2)
+            return None
         return best if best.is_dir() else None
 
     def load_latest(self) -> Checkpoint | None:
@@ -134,7 +141,7 @@ class Checkpointer:
             if aside.exists():
                 os.replace(aside, final)
             raise
-        _sync(self._folder)
+        sync(self._folder)
         shutil.rmtree(aside, ignore_errors=True)
 
     def _clean_up(self) -> None:
@@ -180,12 +187,12 @@ def _fill(
         write_extra(folder)
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        _sync(path)
+        sync(path)
         name = path.relative_to(folder).as_posix()
         files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     _write(folder / MANIFEST, _json({"tensors": list(tensors), "files": files}))
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        _sync(path)
+        sync(path)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -195,21 +202,32 @@ def load_checkpoint(path: Path) -> Checkpoint:
     other content than the manifest says.
     """
     manifest = read_json(path / MANIFEST)
-    for name, expected in manifest["files"].items():
-        file = path / name
+    try:
+        groups = [str(name) for name in manifest["tensors"]]
+        files = {str(k): (int(v["size"]), str(v["sha256"])) for k, v in manifest["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} is no manifest") from error
+    for name in (STATE, *(f"{group}.safetensors" for group in groups)):
+        if name not in files:
+            raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} lacks {name}")
+    for name, expected in files.items():
         with _disk_errors(f"checkpoint {path}: {name} cannot be read"):
-            size = file.stat().st_size if file.is_file() else None
-            if size is None:
-                problem = "is missing"
-            elif size != expected["size"]:
-                problem = f"has {size} bytes, not {expected['size']}"
-            else:
-                problem = "" if _sha256(file) == expected["sha256"] else "has another SHA-256"
+            problem = _damage(path / name, *expected)
         if problem:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} {problem}")
-    load = safetensors.torch.load_file
-    tensors = {name: load(path / f"{name}.safetensors") for name in manifest["tensors"]}
+    with _disk_errors(f"checkpoint {path} cannot be read"):
+        load = safetensors.torch.load_file
+        tensors = {name: load(path / f"{name}.safetensors") for name in groups}
     return Checkpoint(tensors, read_json(path / STATE), path)
+
+
+def _damage(file: Path, size: int, sha256: str) -> str:
+    """What is wrong with ``file``; empty if nothing is."""
+    if not file.is_file():
+        return "is missing"
+    if file.stat().st_size != size:
+        return f"has {file.stat().st_size} bytes, not {size}"
+    return "" if _sha256(file) == sha256 else "has another SHA-256"
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -232,23 +250,17 @@ def read_json(path: Path) -> dict[str, Any]:
     with _disk_errors(f"{path} cannot be read"):
         data = path.read_bytes()
     try:
-        return json.loads(data)
+        value = json.loads(data)
     except ValueError as error:
         raise CheckpointError(f"checkpoint {path.parent}: {path.name} is not JSON") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"checkpoint {path.parent}: {path.name} holds no JSON object")
+    return value
 
 
 def _write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Waits until the file, or the entries of the folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)
 
 
 def _sha256(path: Path) -> str:

@@ -7,9 +7,14 @@ sample-weighted sums is both exact and cheaper than hooks that fire at every bac
 
 import datetime
 import os
+import re
+import secrets
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +23,34 @@ from torch import Tensor
 from tqdm import tqdm
 
 
+class LostContact(ConnectionError):
+    """Another rank ended, or did not answer in time."""
+
+
+@contextmanager
+def _contact(rank: int, world_size: int) -> Iterator[None]:
+    """Turns the failure of a collective into LostContact."""
+    # Gloo has no class of its own; on a GPU an earlier kernel's failure may come up here.
+    failures = dist.DistError if torch.cuda.is_available() else RuntimeError
+    started = time.monotonic()
+    try:
+        yield
+    except failures as error:
+        # Of gloo's text the first sentence, without the place in its source.
+        cause = re.sub(r"^\[\S*\] ", "", str(error)).partition("\n")[0].partition(". ")[0]
+        raise LostContact(
+            f"rank {rank} of {world_size} on host {socket.gethostname()} lost contact with the "
+            f"others after waiting {time.monotonic() - started:.0f} s: {cause}"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Distributed:
-    """This process' place in the job."""
+    """This process' place in the job.
+
+    What needs other ranks raises LostContact if one of them has ended, or does not take part within
+    the time-out of ``distributed``.
+    """
 
     rank: int
     world_size: int
@@ -42,7 +72,8 @@ class Distributed:
         if self.world_size == 1 or not tensors:
             return
         flat = torch.cat([t.reshape(-1) for t in tensors])
-        dist.all_reduce(flat)
+        with _contact(self.rank, self.world_size):
+            dist.all_reduce(flat)
         parts = flat.split([t.numel() for t in tensors])
         torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
 
@@ -53,17 +84,22 @@ class Distributed:
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value)
+        with _contact(self.rank, self.world_size):
+            dist.all_gather_object(gathered, value)
         return gathered
 
     def barrier(self) -> None:
         """Waits for every rank."""
         if self.world_size > 1:
-            dist.barrier()
+            with _contact(self.rank, self.world_size):
+                dist.barrier()
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Lets the first rank of each node run the block before the others (downloads, caches)."""
+        """Lets the first rank of each node run the block before the others (downloads, caches).
+
+        The others wait for all nodes' first ranks.
+        """
         if self.local_rank != 0:
             self.barrier()
         try:
@@ -73,9 +109,25 @@ class Distributed:
                 self.barrier()
 
 
+def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """Where the ranks find one another.
+
+    A torchrun that restarts its ranks keeps the store, and with it the addresses of the dead ones
+    (pytorch issue 135712): each attempt gets names of its own.  On several nodes, whose torchruns
+    count their restarts each for itself, only TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps.
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "any"
+    return dist.PrefixStore(f"attempt-{attempt}", store)
+
+
 @contextmanager
 def distributed(timeout_minutes: float) -> Iterator[Distributed]:
-    """Joins the process group that torchrun describes (NCCL on GPUs, else gloo), and leaves it."""
+    """Joins the process group that torchrun describes (NCCL on GPUs, else gloo), and leaves it.
+
+    Raises LostContact if the ranks do not find one another in time.
+    """
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -84,13 +136,66 @@ def distributed(timeout_minutes: float) -> Iterator[Distributed]:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            timeout=datetime.timedelta(minutes=timeout_minutes),
-            device_id=device if device.type == "cuda" else None,
-        )
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        with _contact(rank, world_size):
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=_store(rank, world_size, timeout),
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout,
+                device_id=device if device.type == "cuda" else None,
+            )
     yield Distributed(rank, world_size, local_rank, device)
     # Not after an error: leaving the group waits for ranks that wait for this one, and the process
     # could not end to tell torchrun of its failure.
     if world_size > 1:
         dist.destroy_process_group()
+
+
+# A network file system's client may not know of a new folder for as long (NFS: acdirmax, 60 s).
+PATIENCE_S = 60.0
+
+
+def check_shared(key: str, folder: Path, dist: Distributed, patience_s: float = PATIENCE_S) -> None:
+    """Makes ``folder``, the value of ``key``, and insists that all ranks see the same one.
+
+    Raises OSError on every rank, naming those that see another: on nodes with disks of their own, a
+    run would start but never resume.
+    """
+    if dist.world_size == 1:
+        return
+    probe, failure = folder / f".seen-by-all-{secrets.token_hex(8)}", ""
+    with ExitStack() as clearing:
+        if dist.is_main:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                probe.touch()
+                clearing.callback(probe.unlink, missing_ok=True)
+            except OSError as error:
+                failure = f"{key} = {str(folder)!r} cannot be written: {error.strerror}"
+        name, failure = dist.gather_objects((probe.name, failure))[0]
+        if failure:
+            raise OSError(failure)
+        blind = _blind(folder / name, dist, patience_s)
+    if blind:
+        raise OSError(
+            f"{key} = {str(folder)!r} is not the same folder on all nodes: what rank 0 writes "
+            f"there does not appear {' nor '.join(blind)}; choose one on a file system that all "
+            "nodes mount"
+        )
+
+
+def _blind(file: Path, dist: Distributed, patience_s: float) -> list[str]:
+    """Where ``file`` does not appear within ``patience_s`` seconds of rank 0's clock."""
+    end = time.monotonic() + patience_s
+    place = f"in {file.parent.resolve()} on host {socket.gethostname()}"
+    while True:
+        views = dist.gather_objects((file.exists(), place, time.monotonic() > end))
+        blind: dict[str, list[str]] = {}
+        for rank, (seen, where, _) in enumerate(views):
+            if not seen:
+                blind.setdefault(where, []).append(str(rank))
+        if not blind or views[0][2]:
+            return [f"{where} (rank {', '.join(ranks)})" for where, ranks in blind.items()]
+        time.sleep(0.2)

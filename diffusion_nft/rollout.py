@@ -15,12 +15,15 @@ from diffusion_nft.advantages import statistics
 from diffusion_nft.data import Prompt, shard
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.models.embeddings import Conditioning
+from diffusion_nft.preemption import REASON, Preempted, requested
 from diffusion_nft.randomness import generator, normal
 from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores, quantized
 from diffusion_nft.solvers import solve
 
 # Batches of pictures that may wait for their scores.
 QUEUE_LENGTH = 4
+# How often one who waits for scores looks whether the run was asked to stop.
+POLL_S = 0.2
 # Side of the thumbnails by which the variety of pictures is measured.
 THUMBNAIL = 8
 # Bins of the optimality histogram in the log.
@@ -37,22 +40,36 @@ class Background:
     def submit(self, function: Callable[..., Any], *arguments: Any) -> bool:
         """Queues a call; waits first while QUEUE_LENGTH of them are unfinished.
 
-        False if an earlier call has failed: more of them would be in vain.
+        False if more of them would be in vain: an earlier call has failed, or the run was asked to
+        stop.
         """
         if len(self._pending) >= QUEUE_LENGTH:
-            wait([self._pending[-QUEUE_LENGTH]])
+            self._wait([self._pending[-QUEUE_LENGTH]])
+        if requested():
+            return False
         self._pending.append(self._pool.submit(function, *arguments))
         return not any(future.done() and future.exception() for future in self._pending)
 
     def results(self) -> list[Any]:
-        """What the calls returned, in order; raises what the first failing one raised."""
+        """What the calls returned, in order; raises what the first failing one raised, or Preempted
+        without waiting if the run was asked to stop.
+        """
+        self._wait(self._pending)
+        if requested():
+            raise Preempted
         return [future.result() for future in self._pending]
+
+    def _wait(self, futures: list[Future[Any]]) -> None:
+        """Until all ``futures`` are done or the run was asked to stop."""
+        while not requested() and wait(futures, timeout=POLL_S).not_done:
+            pass
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *details: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        # A reward may take minutes, and who asked for a stop waits for seconds only.
+        self._pool.shutdown(wait=not requested(), cancel_futures=True)
 
 
 def _bind(device: torch.device) -> None:
@@ -168,17 +185,20 @@ def gather_scores(
 ) -> tuple[Scores, Tensor]:
     """All ranks' scores and thumbnails in rank order.
 
-    ``score`` waits for this rank's scores.  If it raises on any rank, RewardError is raised on
-    every rank, so that all of them can stop in step and save.
+    ``score`` waits for this rank's scores.  If it raises RewardError or Preempted on any rank, that
+    is raised on every rank, so that all of them can stop in step and save.
     """
-    local, cause = Scores.concatenate([]), None
+    local, cause, failure = Scores.concatenate([]), None, ""
     try:
         local = Scores.concatenate(score())
     except RewardError as error:
-        cause = error
-    failure = f"{cause} (on rank {dist.rank})" if cause else ""
+        cause, failure = error, f"{error} (on rank {dist.rank})"
+    except Preempted:
+        failure = REASON
     gathered = dist.gather_objects((local, thumbs, failure))
     failures = [failed for _, _, failed in gathered if failed]
+    if REASON in failures:
+        raise Preempted
     if failures:
         raise RewardError("; ".join(failures)) from cause
     filled = [scores for scores, _, _ in gathered if len(scores.total)]
@@ -199,7 +219,8 @@ def collect(
 
     Sample i of the epoch belongs to group ``i // num_image_per_prompt``; its noise is keyed by
     (seed, epoch, i).  Ranks take contiguous near-equal shares.  Scoring runs in the background of
-    sampling.  Raises RewardError on every rank if a reward fails on any.
+    sampling.  Raises RewardError on every rank if a reward fails on any, and Preempted if any was
+    asked to stop.
     """
     size = config.sample.num_image_per_prompt
     indices = shard(len(prompts) * size, dist.rank, dist.world_size)

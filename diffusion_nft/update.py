@@ -6,6 +6,7 @@ size changes it; gradients cross the ranks once per step.
 """
 
 import math
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from diffusion_nft.flow import add_noise
 from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.policy import Policy
 from diffusion_nft.precision import Precision
+from diffusion_nft.preemption import Preempted, requested
 from diffusion_nft.randomness import generator, normal
 from diffusion_nft.rollout import Samples
 
@@ -78,8 +80,38 @@ class Updater:
         ``optim/*``.
 
         ``r: [N]`` is the optimality of all samples.  Raises FloatingPointError after more than
-        ``train.max_skipped_steps`` skipped updates in a row.
+        ``train.max_skipped_steps`` skipped updates in a row.  If any rank was asked to stop, raises
+        Preempted on every rank, with weights, moments and counters as before the epoch.
         """
+        if self.config.train.num_inner_epochs * self.config.train.gradient_step_per_epoch == 1:
+            return self._train_epoch(samples, r, epoch)
+        before = self._copy()
+        try:
+            return self._train_epoch(samples, r, epoch)
+        except Preempted:
+            self._undo(before)
+            raise
+
+    def _copy(self) -> tuple[dict[str, list[Tensor]], tuple[dict[str, Tensor], dict[str, Any]]]:
+        """What the steps of an epoch change, in host memory: weights, and ``state_dict()``."""
+        weights = {
+            name: [weight.detach().to("cpu", copy=True) for weight in self.policy.parameters(name)]
+            for name in ("current", "ema")
+        }
+        tensors, state = self.state_dict()
+        tensors = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
+        return weights, (tensors, deepcopy(state))
+
+    @torch.no_grad()
+    def _undo(self, before: tuple) -> None:
+        """Goes back to a ``_copy()``."""
+        weights, state = before
+        for name, values in weights.items():
+            for weight, value in zip(self.policy.parameters(name), values, strict=True):
+                weight.copy_(value)
+        self.load_state_dict(*state)
+
+    def _train_epoch(self, samples: Samples, r: Tensor, epoch: int) -> dict[str, float]:
         config = self.config.train
         rate = learning_rate(config.learning_rate, config.lr_half_life, epoch)
         for group in self.optimizer.param_groups:
@@ -152,6 +184,7 @@ class Updater:
 
         Returns the gradient's norm, and the sums of losses and metrics over this rank's pairs.
         A non-finite gradient is the same on every rank, so all of them skip the update alike.
+        Raises Preempted on every rank, before the update, if any was asked to stop.
         """
         sums: dict[str, Tensor] = {}
         scaler, parameters = self.precision.scaler, self.policy.parameters()
@@ -162,16 +195,22 @@ class Updater:
         total = self._sigmas_per_sample(samples) * int(chosen.sum())
         size = self.config.train.batch_size
         for start in range(0, len(pairs), size):
+            if requested():
+                break
             batch, cond = self._batch(samples, r, pairs[start : start + size], key)
             losses, metrics = self.algorithm.loss(self._velocity(batch, cond), batch)
             scaler.scale(losses.sum() / total).backward()
             values = {"loss/total": losses.detach(), "pairs": torch.ones_like(losses), **metrics}
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + value.detach().sum()
-        self.dist.all_reduce_sum([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        stop = gradients[0].new_full((1,), float(requested()))
+        self.dist.all_reduce_sum([*gradients, stop])
         scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.train.max_grad_norm)
-        finite = bool(torch.isfinite(norm))
+        finite = bool(torch.isfinite(norm))  # waits for the device: what follows costs nothing
+        if stop.item():
+            raise Preempted
         if finite:
             scaler.step(self.optimizer)
             self.step += 1
@@ -186,7 +225,8 @@ class Updater:
         if self.skipped_in_row > limit:
             raise FloatingPointError(
                 f"{self.skipped_in_row} updates in a row had a non-finite gradient "
-                f"(train.max_skipped_steps = {limit})"
+                f"(train.max_skipped_steps = {limit}): lower train.learning_rate, or take "
+                "mixed_precision = 'bf16'; the last checkpoint is as it was"
             )
         return float(norm), sums
 

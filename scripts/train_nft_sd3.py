@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
                 run(config, dist)
             except StartError as error:
                 sys.exit(str(error))
-            except DiskError as error:
+            except (DiskError, FloatingPointError) as error:
                 refuse(str(error))
             except Preempted as stop:
                 dist.say(f"{stop}; {go_on}")

@@ -1,7 +1,9 @@
 """Checkpoints against kills and damage."""
 
+import errno
 import json
 import os
+import stat
 import warnings
 from pathlib import Path
 
@@ -177,6 +179,20 @@ DAMAGES = {
     "missing": (lambda path: (path / "state.json").unlink(), "state.json is missing"),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json"),
     "empty manifest": (lambda path: (path / "manifest.json").write_text(""), "manifest.json"),
+    "zeros": (lambda path: (path / "manifest.json").write_bytes(bytes(99)), "manifest.json"),
+    "a list": (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json"),
+    "no files": (
+        lambda path: (path / "manifest.json").write_text('{"tensors": []}'),
+        "manifest.json is no manifest",
+    ),
+    "other types": (
+        lambda path: (path / "manifest.json").write_text('{"tensors": [], "files": {"a": 1}}'),
+        "manifest.json is no manifest",
+    ),
+    "nothing listed": (
+        lambda path: (path / "manifest.json").write_text('{"tensors": [], "files": {}}'),
+        "manifest.json lacks state.json",
+    ),
 }
 
 
@@ -199,6 +215,65 @@ def test_damage_is_seen_and_an_older_checkpoint_serves(tmp_path, damage, message
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_is_step(tmp_path, 4)
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"checkpoi', b"[1]"])
+def test_a_damaged_note_of_the_best_costs_a_warning(tmp_path, damage):
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    save(checkpointer, 2, best=True)
+    (tmp_path / "checkpoints" / "best.json").write_bytes(damage)
+    with pytest.warns(UserWarning, match=r"best\.json.*not known"):
+        save(checkpointer, 4)
+    assert_is_step(tmp_path, 4)
+    save(checkpointer, 6, best=True)
+    assert checkpointer.best() == tmp_path / "checkpoints" / "checkpoint-6"
+
+
+def test_a_full_disk_at_any_write_leaves_the_former_state(tmp_path, monkeypatch):
+    """Replacing step 4: every file of the new checkpoint, in turn, finds no room."""
+    save(Checkpointer(tmp_path, keep=2), 2)
+    save(Checkpointer(tmp_path, keep=2), 4)
+    write_bytes, room = Path.write_bytes, 0
+
+    def write(path, data):
+        nonlocal room
+        room -= 1
+        if room < 0:
+            write_bytes(path, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    for files in range(3):
+        room = files
+        with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written.*No space"):
+            save(Checkpointer(tmp_path, keep=2), 4)
+        assert_is_step(tmp_path, 4)
+        assert steps(tmp_path) == [2, 4]
+    room = 3
+    save(Checkpointer(tmp_path, keep=2), 4)
+
+
+def test_a_folder_that_cannot_be_made_durable_is_no_failure(tmp_path, monkeypatch):
+    """Some network file systems refuse fsync of a folder; that of a file must not fail silently."""
+    fsync = os.fsync
+
+    def refuse(folders, number):
+        def call(descriptor):
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode) == folders:
+                raise OSError(number, os.strerror(number))
+            fsync(descriptor)
+
+        return call
+
+    monkeypatch.setattr("os.fsync", refuse(True, errno.EINVAL))
+    save(Checkpointer(tmp_path), 2)
+    assert_is_step(tmp_path, 2)
+    for folders, number in ((True, errno.EIO), (False, errno.EINVAL)):
+        monkeypatch.setattr("os.fsync", refuse(folders, number))
+        with pytest.raises(CheckpointError, match="could not be written"):
+            save(Checkpointer(tmp_path), 4)
+    assert_is_step(tmp_path, 2)
 
 
 def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path):

@@ -68,7 +68,7 @@ class Counted(Distributed):
     reduced: list = field(default_factory=list)
 
     def all_reduce_sum(self, tensors):
-        self.reduced.append([t.clone() for t in tensors])
+        self.reduced.append([t.clone() for t in tensors[:-1]])  # without the request to stop
 
     def gather_objects(self, value):
         return [value, {"pairs": 1.0}] if not value else [value]

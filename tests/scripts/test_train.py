@@ -59,5 +59,5 @@ def test_two_processes_under_torchrun(tmp_path):
     assert done.stdout.count("best eval/total") == 1
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [0, 1, 1]
-    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    environment = json.loads((tmp_path / "run" / "environments.jsonl").read_text())
     assert environment["world_size"] == 2

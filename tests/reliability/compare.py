@@ -1,0 +1,80 @@
+"""Whether two runs ended in the same state."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from diffusion_nft.checkpoint import Checkpointer
+from diffusion_nft.lora import DIFFUSERS_WEIGHTS, PEFT_FOLDER, PEFT_WEIGHTS
+from diffusion_nft.metrics import read_metrics
+
+# How far rows of the log may be apart where weights may be.
+LOG_TOLERANCE = 1e-2
+LORAS = (DIFFUSERS_WEIGHTS, f"{PEFT_FOLDER}/{PEFT_WEIGHTS}")
+
+
+def differences(run_dir: Path, other: Path, within: float = 0.0) -> list[str]:
+    """One line per difference between the ends of two runs; none if they agree.
+
+    ``within`` 0: weights, moments, counters, the choice of the best, the exported LoRA and the log
+    (but for times) are the same to the last bit.  Else the relative distance of the weights that is
+    allowed; the log may then be apart by LOG_TOLERANCE.
+    """
+    ours, theirs = (Checkpointer(folder).load_latest() for folder in (run_dir, other))
+    if ours is None or theirs is None:
+        return ["no checkpoint"]
+    if ours.path.name != theirs.path.name:
+        return [f"ends at {ours.path.name}, not {theirs.path.name}"]
+    lines = _in_log(_log(run_dir), _log(other), LOG_TOLERANCE if within else 0.0)
+    for group, expected in theirs.tensors.items():
+        distance = _distance(ours.tensors[group], expected)
+        if distance > within:
+            lines.append(f"{group} differs by {distance:.1e}")
+    if not within:
+        states = [{k: v for k, v in c.state.items() if k != "config"} for c in (ours, theirs)]
+        best = [Checkpointer(folder).best() for folder in (run_dir, other)]
+        best = [path and path.name for path in best]
+        for name, pair in (("state.json", states), ("best.json", best)):
+            if pair[0] != pair[1]:
+                lines.append(f"{name} differs")
+        # Not by their bytes: the order of a safetensors file's metadata is not fixed.
+        for name in LORAS:
+            if _distance(load_file(ours.path / name), load_file(theirs.path / name)):
+                lines.append(f"{name} differs")
+    return lines
+
+
+def _distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """0 if equal to the last bit, else the relative distance of all tensors together."""
+    if a.keys() != b.keys():
+        return math.inf
+    if all(torch.equal(a[key], b[key]) for key in b):
+        return 0.0
+    squares = sum(float((a[key].double() - b[key].double()).square().sum()) for key in b)
+    norm = sum(float(value.double().square().sum()) for value in b.values())
+    return math.sqrt(squares / norm) if norm else math.inf
+
+
+def _log(run_dir: Path) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in row.items() if not key.startswith("time/")}
+        for row in read_metrics(run_dir / "metrics.jsonl")
+    ]
+
+
+def _in_log(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], within: float) -> list[str]:
+    if [row.keys() for row in ours] != [row.keys() for row in theirs]:
+        return ["the log has other rows"]
+    lines = []
+    for row, expected in zip(ours, theirs, strict=True):
+        for key, value in expected.items():
+            same = row[key] == value or (
+                None not in (row[key], value)
+                and math.isclose(row[key], value, rel_tol=within, abs_tol=within)
+            )
+            if not same:
+                lines.append(f"log, epoch {row['epoch']}: {key} {row[key]!r}, not {value!r}")
+    return lines

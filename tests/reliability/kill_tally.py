@@ -1,0 +1,85 @@
+"""Kills runs of the smoke preset at many moments and tells how many ended as they should.
+
+    python tests/reliability/kill_tally.py --count 50 --seed 0 --out FOLDER
+
+Each experiment strikes a run (tests/reliability/experiments.py: KINDS) in one of its phases
+(faults.py: PHASES), gives the same command again, and compares weights, moments, counters and log
+with an uninterrupted run, to the last bit on the same number of processes.  FOLDER gets tally.md,
+results.jsonl, and the runs that went wrong.  Exits with 1 if there are any.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.reliability.experiments import KINDS, Laboratory, Result, plan
+from tests.reliability.faults import PHASES
+
+
+def table(results: list[Result]) -> str:
+    """By kind and by phase: how many experiments, and how many ended as they should."""
+
+    def rows(title: str, names: list[str], groups: dict[str, list[Result]]) -> list[str]:
+        lines = [f"| {title} | experiments | as promised |", "|---|---:|---:|"]
+        for name in names:
+            if group := groups.get(name):
+                good = sum(not result.problems for result in group)
+                lines.append(f"| {name} | {len(group)} | {good} |")
+        good = sum(not result.problems for result in results)
+        return [*lines, f"| all | {len(results)} | {good} |", ""]
+
+    by_kind: dict[str, list[Result]] = {}
+    by_moment: dict[str, list[Result]] = {}
+    for result in results:
+        by_kind.setdefault(result.kind, []).append(result)
+        moment = result.strike.partition(",")[0]
+        by_moment.setdefault(moment if moment in PHASES else "by the clock", []).append(result)
+    return "\n".join(
+        rows("what", [kind.name for kind in KINDS], by_kind)
+        + rows("phase", [*PHASES, "by the clock"], by_moment)
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--count", type=int, default=50, help="experiments")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--first", type=int, default=0, help="number of the first experiment")
+    parser.add_argument("--out", type=Path, help="a folder; default: a temporary one")
+    options = parser.parse_args()
+    folder = options.out or Path(tempfile.mkdtemp(prefix="kill-tally-"))
+    laboratory, results = Laboratory(folder), []
+    (folder / "results.jsonl").unlink(missing_ok=True)
+    for index in range(options.first, options.first + options.count):
+        kind, phase = plan(index)
+        rng = random.Random(f"{options.seed}:{index}")
+        name = f"experiment-{index:03d}"
+        strike = laboratory.choose(kind, phase, rng)
+        result = laboratory.run(kind, strike, name, rng)
+        results.append(result)
+        with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"index": index, **asdict(result)}) + "\n")
+        verdict = "; ".join(result.problems) or "as promised"
+        print(
+            f"{index:3d}  {result.kind}: {result.strike}; exits {result.exits}, "
+            f"{result.seconds:.0f} s: {verdict}",
+            flush=True,
+        )
+        if not result.problems:
+            shutil.rmtree(folder / name)
+            (folder / f"{name}.log").unlink()
+    text = table(results)
+    (folder / "tally.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}\nwritten to {folder}")
+    return int(any(result.problems for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Does a long run grow?  Watches memory, threads, open files and the run directory from outside.
+
+    python tests/reliability/soak.py --epochs 500 --out docs/results/soak
+
+Trains the smallest run of the embedded model with the real command, writes a line for every epoch
+to <out>.jsonl, draws <out>.png, and exits with 1 if anything but the logs grew: the medians of the
+first and the last fifth after a warm-up of a tenth are compared.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = {
+    "sample.num_groups": 2,
+    "sample.num_image_per_prompt": 2,
+    "sample.num_steps": 2,
+    "eval.num_prompts": 4,
+    "eval.num_steps": 2,
+    "eval_freq": 25,
+    "save_freq": 5,
+    "log.num_images": 4,
+    "log.image_freq": 25,
+}
+# Quantity -> by how much its median may grow, as a share of the first one's.
+ALLOWED = {"memory_mb": 0.02, "threads": 0.0, "open_files": 0.0, "checkpoints": 0.0}
+
+
+def look(process: psutil.Process, run_dir: Path) -> dict[str, float]:
+    """What the run holds now."""
+    return {
+        "memory_mb": process.memory_info().rss / 1e6,
+        "threads": process.num_threads(),
+        "open_files": process.num_fds(),
+        "checkpoints": len(list(run_dir.glob("checkpoints/checkpoint-*"))),
+        "pictures_and_results": len(list(run_dir.glob("images/*")) + list(run_dir.glob("eval/*"))),
+    }
+
+
+def epochs_made(path: Path) -> int:
+    """Lines of training in the run's log."""
+    return path.read_text().count('"loss/total"') if path.exists() else 0
+
+
+def watch(epochs: int, run_dir: Path) -> list[dict[str, float]]:
+    """Runs ``epochs`` and looks after every one.  Raises RuntimeError if the run fails."""
+    command = [sys.executable, str(ROOT / "scripts/train_nft_sd3.py")]
+    command += [f"--config={ROOT}/config/nft.py:shapes_smoke", f"--config.save_dir={run_dir}"]
+    command += [f"--config.num_epochs={epochs}"]
+    command += [f"--config.{key}={value}" for key, value in SETTINGS.items()]
+    rows: list[dict[str, float]] = []
+    log = run_dir.with_suffix(".log")
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        ) as started,
+    ):
+        process = psutil.Process(started.pid)
+        while started.poll() is None:
+            time.sleep(0.05)
+            epoch = epochs_made(run_dir / "metrics.jsonl")
+            if epoch > (rows[-1]["epoch"] if rows else 0) and started.poll() is None:
+                rows.append({"epoch": epoch, **look(process, run_dir)})
+    if started.returncode:
+        raise RuntimeError(f"the run failed:\n{log.read_text()[-2000:]}")
+    return rows
+
+
+def growth(rows: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """Quantity -> medians of the first and of the last fifth, after a tenth of warm-up."""
+    settled = rows[len(rows) // 10 :]
+    fifth = max(1, len(settled) // 5)
+    return {
+        key: (
+            statistics.median(row[key] for row in settled[:fifth]),
+            statistics.median(row[key] for row in settled[-fifth:]),
+        )
+        for key in ALLOWED
+    }
+
+
+def draw(rows: list[dict[str, float]], path: Path) -> None:
+    """One panel a quantity, over epochs."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    keys = [key for key in rows[0] if key != "epoch"]
+    figure, axes = plt.subplots(len(keys), 1, figsize=(7, 2 * len(keys)), sharex=True)
+    for axis, key in zip(axes, keys, strict=True):
+        axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], linewidth=1)
+        axis.set_ylabel(key.replace("_", " "))
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[-1].set_xlabel("epoch")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> Any:
+    """Runs, writes, judges."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--epochs", type=int, default=500)
+    parser.add_argument("--out", type=Path, default=Path("soak"), help="without suffix")
+    args = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = watch(args.epochs, Path(folder) / "run")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draw(rows, args.out.with_suffix(".png"))
+    print(f"{args.epochs} epochs in {time.monotonic() - started:.0f} s")
+    failed = []
+    for key, (first, last) in growth(rows).items():
+        grew = last > first * (1 + ALLOWED[key])
+        print(f"{key:12} {first:10.1f} -> {last:10.1f}  {'GREW' if grew else 'steady'}")
+        failed += [key] if grew else []
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
