@@ -5,12 +5,14 @@ Each check takes a value and returns what is wrong with it and what would be val
 
 import difflib
 import math
-import numbers
+import os
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 from ml_collections import ConfigDict
 
 from diffusion_nft import data
@@ -20,12 +22,22 @@ from diffusion_nft.solvers import SOLVERS, check_solver
 Check = Callable[[Any], str | None]
 
 EMBEDDED_MODEL = "shapes"
+PIPELINE_INDEX = "model_index.json"
+# What the kernels count with.
+LARGEST = 2**63 - 1
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+# A branch, a tag or a commit; the hub's cache makes a file name of it.
+REVISION = re.compile(r"\w[\w./-]*", re.ASCII)
 
 
 def is_finite_number(value: Any) -> bool:
-    """True for a finite number that is no bool; numpy's are numbers too."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_number and (isinstance(value, numbers.Integral) or math.isfinite(value))
+    """True for an int of 64 bits or a finite float (numpy's float64 is one), but for no bool.
+
+    Others, such as fractions or numpy's integers, have no place in the JSON that a run writes.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= LARGEST if isinstance(value, int) else math.isfinite(value)
 
 
 def is_section(value: Any) -> bool:
@@ -40,13 +52,16 @@ def did_you_mean(name: Any, choices: Collection[str]) -> str:
 
 
 def integer(low: int, high: int | None = None) -> Check:
-    """An integer from ``low`` to ``high``, both included."""
+    """An integer from ``low`` to ``high``, both included; 64 bits where there is no ``high``."""
     valid = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+    last = LARGEST if high is None else high
 
     def check(value: Any) -> str | None:
-        fits = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        fits = fits and low <= int(value) and (high is None or int(value) <= high)
-        return None if fits else f"must be {valid}"
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value:
+            return f"must be {valid}"
+        if value > last:
+            return f"must be {valid}" if high is not None else f"must be {valid} and <= {LARGEST}"
+        return None
 
     return check
 
@@ -81,13 +96,38 @@ def flag(value: Any) -> str | None:
 
 
 def text(value: Any) -> str | None:
-    """Text, which may be empty."""
-    return None if isinstance(value, str) else "must be text"
+    """A line of text, which may be empty."""
+    return None if isinstance(value, str) and data.is_line(value) else "must be text in one line"
 
 
 def filled_text(value: Any) -> str | None:
-    """Text with more than spaces."""
-    return None if isinstance(value, str) and value.strip() else "must be text, not empty"
+    """A line of text with more than spaces."""
+    filled = isinstance(value, str) and value.strip() and data.is_line(value)
+    return None if filled else "must be text, not empty, in one line"
+
+
+def revision(value: Any) -> str | None:
+    """A revision on the hub, or empty text."""
+    if isinstance(value, str) and (not value or (REVISION.fullmatch(value) and ".." not in value)):
+        return None
+    return "must be text that names a branch, a tag or a commit, or empty for the default branch"
+
+
+def _is_path(value: str) -> bool:
+    """Whether this can be a path: no control characters, no part too long, nothing closed."""
+    if not data.is_line(value):
+        return False
+    try:
+        Path(value).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # too long, links in a circle, a folder that this user may not enter
+        return False
+    return True
+
+
+def _is_folder(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and _is_path(value) and Path(value).is_dir()
 
 
 def new_folder(value: Any) -> str | None:
@@ -96,14 +136,25 @@ def new_folder(value: Any) -> str | None:
         return "must be the path of the run directory, not empty"
     if value.startswith("~"):
         return "must be a path without '~', which nothing expands here"
-    if Path(value).is_file():
-        return "is a file; must be a folder, which is created if need be"
-    return None
+    if not _is_path(value):
+        return (
+            "must be a path that can be had: no part too long, no control characters, no links in "
+            "a circle, no folder that you may not enter"
+        )
+    path = Path(value)
+    there = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
+    if not there.is_dir():
+        return (
+            "is a file; must be a folder, which is created if need be"
+            if there == path
+            else f"cannot be created: {there} is no folder"
+        )
+    return None if os.access(there, os.W_OK) else f"cannot be written: no permission in {there}"
 
 
 def folder_or_empty(value: Any) -> str | None:
     """The path of a folder, or empty text."""
-    if isinstance(value, str) and (not value or Path(value).is_dir()):
+    if value == "" or _is_folder(value):
         return None
     return "must be the path of a folder that exists, or empty for none"
 
@@ -118,19 +169,20 @@ def lora_or_empty(value: Any) -> str | None:
 def model(value: Any) -> str | None:
     """A base model: a folder, a name on the hub, the embedded one."""
     if isinstance(value, str):
-        parts = value.split("/")
-        hub = len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~")
-        if value == EMBEDDED_MODEL or hub or (value and Path(value).is_dir()):
+        hub = HUB_NAME.fullmatch(value) and ".." not in value
+        folder = _is_folder(value) and Path(value, PIPELINE_INDEX).is_file()
+        if value == EMBEDDED_MODEL or folder or (hub and not Path(value).is_dir()):
             return None
     return (
-        f"must be a diffusers folder that exists, a hub name (owner/name), or {EMBEDDED_MODEL!r}"
+        f"must be a diffusers folder that exists (it holds {PIPELINE_INDEX}), a hub name "
+        f"(owner/name), or {EMBEDDED_MODEL!r}"
         f"{did_you_mean(value, (EMBEDDED_MODEL,))}"
     )
 
 
 def solver(value: Any) -> str | None:
     """A solver of ours or of diffusers."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not data.is_line(value):
         return "must be the name of a solver"
     try:
         check_solver(value)
@@ -204,16 +256,11 @@ def _is_address(value: Any) -> bool:
         return False
     try:
         url = urlsplit(value)
-        return (
-            url.port != 0
-            and bool(url.hostname)
-            and value
-            in (
-                f"http://{url.netloc}",
-                f"https://{url.netloc}",
-            )
-        )
-    except ValueError:
+        # As the client will read it: a host that no name can be is an error of its own there.
+        httpx.URL(value)
+        plain = value in (f"http://{url.netloc}", f"https://{url.netloc}")
+        return plain and url.port != 0 and bool(url.hostname)
+    except (ValueError, httpx.InvalidURL):
         return False
 
 

@@ -6,6 +6,7 @@ GenEval format).  See dataset/README.md.
 """
 
 import json
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,10 +68,22 @@ def resolve_dataset(name_or_path: str | Path) -> Path:
     Whatever holds a ``/`` or begins with ``.`` or ``~`` is a path.  ValueError if it is not there.
     """
     given = str(name_or_path)
-    folder = DATASET_ROOT / given if _is_name(given) else Path(given).expanduser()
-    if given and folder.is_dir():
-        return folder.resolve()
+    if not is_line(given):
+        raise ValueError(f"dataset = {given!r}: is no path: it holds a control character")
+    try:
+        folder = DATASET_ROOT / given if _is_name(given) else Path(given).expanduser()
+        if given and folder.is_dir():
+            return folder.resolve()
+    # No such user; no such path can be: a part of it is too long.
+    except (RuntimeError, OSError) as error:
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"dataset = {given!r}: is no path ({cause})") from error
     raise ValueError(f"dataset = {given!r}: {_missing(given, folder)}")
+
+
+def is_line(text: str) -> bool:
+    """Whether ``text`` has no control characters (line ends, NUL) and no half surrogate pairs."""
+    return not {"Cc", "Cs"} & {unicodedata.category(char) for char in text}
 
 
 def _is_name(given: str) -> bool:
@@ -150,7 +163,24 @@ def _parse_line(path: Path, number: int, line: bytes, parse: Callable[[str], Pro
         raise ValueError(f"{path}, line {number}: {error}") from error
 
 
+def check_text(text: str) -> None:
+    """Raises ValueError if ``text`` holds what no text does: a NUL, or half a surrogate pair.
+
+    The one tells of another encoding or of a damaged file, the other of bytes that were not UTF-8
+    or of a broken JSON escape; no tokenizer takes it.
+    """
+    if "\0" in text:
+        raise ValueError(f"a NUL (character {text.index(chr(0)) + 1}): this is no text in UTF-8")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"half a surrogate pair (character {error.start + 1}), which is no character"
+        ) from error
+
+
 def _parse_text(line: str) -> Prompt:
+    check_text(line)
     return Prompt(line)
 
 
@@ -159,6 +189,8 @@ def _parse_json(line: str) -> Prompt:
         metadata = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(metadata, dict):
         raise ValueError(f"a JSON object is needed, not {type(metadata).__name__}")
     if "prompt" not in metadata:
@@ -168,6 +200,14 @@ def _parse_json(line: str) -> Prompt:
         raise ValueError(f'"prompt" must be a string, not {type(text).__name__}')
     if not text.strip():
         raise ValueError('"prompt" is empty')
+    check_text(text)
+    try:
+        # As a reward server or a result file needs it.
+        json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("a text holds half a surrogate pair, which is no character") from error
+    except ValueError as error:
+        raise ValueError("NaN and Infinity are no JSON numbers") from error
     return Prompt(text.strip(), metadata)
 
 

@@ -5,6 +5,7 @@ Nothing is ever unpickled: weights are safetensors, descriptions are JSON.
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 PEFT_FOLDER, PEFT_PREFIX = "lora", "base_model.model."
@@ -79,35 +80,69 @@ def load_lora(path: Path) -> tuple[dict[str, Tensor], LoraConfig]:
     """
     file = lora_file(Path(path))
     is_peft = file.name == PEFT_WEIGHTS
-    prefix = PEFT_PREFIX if is_peft else DIFFUSERS_PREFIX
-    state: dict[str, Tensor] = {}
-    with safe_open(file, "pt") as opened:
-        described = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        for key in opened.keys():  # noqa: SIM118  (not a mapping)
-            match = LORA_KEY.fullmatch(key.removeprefix(prefix))
-            if match is None or not key.startswith(prefix):
-                raise ValueError(f"{file} is not a plain LoRA of a transformer: it holds {key}")
-            plain = f"{match['module']}.{match['matrix']}.weight"
-            if plain in state:
-                raise ValueError(f"{file} holds several adapters, {match['adapter']} among them")
-            state[plain] = opened.get_tensor(key)
-    if not state:
-        raise ValueError(f"{file} holds no LoRA weights")
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            described = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file, or is damaged: {error}") from error
+    state = _plain_state(tensors, PEFT_PREFIX if is_peft else DIFFUSERS_PREFIX, file)
     ranks = {value.shape[0 if ".lora_A." in key else 1] for key, value in state.items()}
-    if is_peft:
-        config = _peft_config(file.parent)
-    else:
-        # Where alpha is not written, diffusers takes the rank.
-        rank = min(ranks)
-        options: dict[str, Any] = {"r": rank, "lora_alpha": rank}
-        options |= {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in described.items()}
-        config = LoraConfig(**options)
+    config = _peft_config(file.parent) if is_peft else _described(described, min(ranks), file)
     patterned = config.use_rslora or config.rank_pattern or config.alpha_pattern
-    if config.use_dora or patterned or ranks != {config.r}:
+    alpha = config.lora_alpha
+    if config.use_dora or patterned or [*ranks] != [config.r] or not _is_factor(alpha):
         raise ValueError(f"{file} is not a plain LoRA: one rank and one alpha for all are expected")
     if not isinstance(config.target_modules, (list, set)):
         config.target_modules = sorted({key.rsplit(".lora_", 1)[0] for key in state})
     return state, config
+
+
+def _plain_state(tensors: dict[str, Tensor], prefix: str, file: Path) -> dict[str, Tensor]:
+    """``tensors`` of ``file`` by plain names; ValueError unless they are matrices of one LoRA."""
+    state: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        match = LORA_KEY.fullmatch(key.removeprefix(prefix))
+        if match is None or not key.startswith(prefix):
+            raise ValueError(f"{file} is not a plain LoRA of a transformer: it holds {key}")
+        plain = f"{match['module']}.{match['matrix']}.weight"
+        if plain in state:
+            raise ValueError(f"{file} holds several adapters, {match['adapter']} among them")
+        if value.ndim != 2 or not value.is_floating_point() or not value.numel():
+            shape = f"{value.dtype} {list(value.shape)}"
+            raise ValueError(f"{file} is not a plain LoRA: {key} is {shape}, no matrix of weights")
+        if not value.float().isfinite().all():
+            raise ValueError(f"{file}: {key} holds numbers that are not finite")
+        state[plain] = value
+    if not state:
+        raise ValueError(f"{file} holds no LoRA weights")
+    return state
+
+
+def _described(described: str, rank: int, file: Path) -> LoraConfig:
+    """What the metadata of a diffusers file says; where it does not give alpha, it is ``rank``."""
+    options: dict[str, Any] = {"r": rank, "lora_alpha": rank}
+    try:
+        given = json.loads(described).items()
+        options |= {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in given}
+        return LoraConfig(**options)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: its metadata describe no LoRA ({error})") from error
+
+
+def _is_factor(alpha: Any) -> bool:
+    """Whether ``alpha`` can be one: strangers' JSON may hold anything there."""
+    return type(alpha) in (int, float) and abs(alpha) <= sys.float_info.max
+
+
+def load_scaled(path: Path, *, rank: int, alpha: int) -> dict[str, Tensor]:
+    """The state that ``load_lora`` gives; ValueError also for another rank or alpha / rank."""
+    state, lora = load_lora(path)
+    if lora.r != rank or lora.lora_alpha / lora.r != alpha / rank:
+        raise ValueError(
+            f"LoRA {path} has alpha/rank {lora.lora_alpha}/{lora.r}, this policy {alpha}/{rank}"
+        )
+    return state
 
 
 def merge_lora(transformer: nn.Module, state: dict[str, Tensor], lora: LoraConfig) -> nn.Module:
@@ -131,7 +166,10 @@ def merge_lora(transformer: nn.Module, state: dict[str, Tensor], lora: LoraConfi
 def _peft_config(folder: Path) -> LoraConfig:
     if not (folder / PEFT_CONFIG).is_file():
         raise ValueError(f"{folder} has {PEFT_WEIGHTS} but no {PEFT_CONFIG} with rank and alpha")
-    config = PeftConfig.from_pretrained(str(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise ValueError(f"{folder / PEFT_CONFIG} describes no LoRA ({error})") from error
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{folder / PEFT_CONFIG} describes {config.peft_type}, not LoRA")
     return config

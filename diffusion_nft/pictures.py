@@ -14,6 +14,8 @@ READABLE_SIDE = 144
 MARGIN = 12
 LINE_SPACING = 1.3
 MAX_CAPTION_LINES = 4
+# Characters of a caption that are laid out: more than its lines can hold.
+MAX_CAPTION = 2000
 
 # Pillow's bundled font knows ASCII and little else; these read better spelt out than as "?".
 SPELT_OUT = str.maketrans(
@@ -95,7 +97,7 @@ def _break_word(word: str, width: float, font: Font) -> list[str]:
 def _wrapped(text: str, width: float, font: Font) -> list[str]:
     """Lines of ``text``, each at most ``width`` pixels; an ellipsis ends text that is cut off."""
     lines: list[str] = []
-    for word in _drawable(text).split():
+    for word in _drawable(text[:MAX_CAPTION]).split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from diffusion_nft.lora import load_lora
+from diffusion_nft.lora import load_lora, load_scaled
 from diffusion_nft.randomness import generator
 
 ADAPTERS = ("current", "old", "ema")
@@ -112,13 +112,7 @@ class Policy:
 
         Raises ValueError if it does not fit the model, the rank or the scaling alpha / rank.
         """
-        state, lora = load_lora(path)
-        if lora.lora_alpha / lora.r != self.alpha / self.rank:
-            raise ValueError(
-                f"LoRA {path} has alpha/rank {lora.lora_alpha}/{lora.r}, this policy "
-                f"{self.alpha}/{self.rank}"
-            )
-        self.load("current", state)
+        self.load("current", load_scaled(path, rank=self.rank, alpha=self.alpha))
 
     @torch.no_grad()
     def blend(self, name: str, decay: float) -> None:

@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from diffusion_nft.data import load_prompts, split_file
+from diffusion_nft.data import load_prompts, resolve_dataset, split_file
 from diffusion_nft.distributed import Distributed, distributed
 from diffusion_nft.evaluate import choose_rewards, complete, rescore
 from diffusion_nft.results import beside, finished, read_results, write_results
@@ -46,7 +46,7 @@ def parse_flags() -> argparse.Namespace:
     args.rewards = choose_rewards(args.dataset, args.reward, args.skip_rewards, choice.run)
     if idle := [name for name in args.remote if name not in args.rewards]:
         parser.error(f"--remote {idle[0]} is not among the rewards {', '.join(args.rewards)}")
-    folder = Path("evaluations", Path(args.dataset).name, choice.folder_name(args.limit))
+    folder = Path("evaluations", resolve_dataset(args.dataset).name, choice.folder_name(args.limit))
     args.output_dir = args.output_dir or folder
     return args
 

@@ -12,6 +12,7 @@ this project: pip install --no-deps -e .
 import argparse
 import ast
 import ipaddress
+import math
 import signal
 import socket
 import sys
@@ -41,8 +42,8 @@ def parse_flags() -> argparse.Namespace:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=_device, default=device, help="default: %(default)s")
-    parser.add_argument("--max_images", type=int, default=256, help="in one request")
-    parser.add_argument("--max_megabytes", type=float, default=512, help="in one request")
+    parser.add_argument("--max_images", type=_images, default=256, help="in one request")
+    parser.add_argument("--max_megabytes", type=_megabytes, default=512, help="in one request")
     return parser.parse_args()
 
 
@@ -53,7 +54,7 @@ def _option(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
     try:
         return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return key, value
 
 
@@ -61,6 +62,18 @@ def _port(text: str) -> int:
     if not 0 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 65535")
     return int(text)
+
+
+def _images(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
+def _megabytes(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, not {text}")
+    return float(text)
 
 
 def _device(text: str) -> torch.device:

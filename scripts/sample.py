@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_nft.data import check_text
 from diffusion_nft.distributed import distributed
 from diffusion_nft.models import load_model
 from diffusion_nft.pictures import image_grid, side_by_side, to_pil
@@ -43,10 +44,20 @@ def parse_flags() -> argparse.Namespace:
     add("--compare", action="store_true", help="the base model beside the LoRA")
     add("--output_dir", type=Path, help="default: samples/<model>")
     args = parser.parse_args()
-    lines = args.prompts_file.read_text(encoding="utf-8").split("\n") if args.prompts_file else []
+    try:
+        lines = args.prompts_file.read_text("utf-8-sig").split("\n") if args.prompts_file else []
+    except UnicodeDecodeError as error:
+        parser.error(f"--prompts_file {args.prompts_file} is not UTF-8 (byte {error.start + 1})")
     args.prompts = list(dict.fromkeys(p.strip() for p in (*args.prompt, *lines) if p.strip()))
     if not args.prompts:
         parser.error("give --prompt or --prompts_file")
+    for prompt in args.prompts:
+        try:
+            check_text(prompt)
+        except ValueError as error:
+            parser.error(f"a prompt holds {error}")
+    if args.output_dir and args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"--output_dir {args.output_dir} is no folder")
     if args.compare and not (args.checkpoint_path or args.lora_hf_path):
         parser.error("--compare needs --checkpoint_path or --lora_hf_path")
     return args

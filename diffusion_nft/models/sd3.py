@@ -53,6 +53,9 @@ class SD3Model:
         gradient_checkpointing: bool = False,
         match_published: bool = False,
     ):
+        """Raises OSError if there is no such model, ValueError if it cannot draw at
+        ``resolution``.
+        """
         with dist.main_first():
             folder = fetch_pipeline(name, revision)
         self.device, self.precision = dist.device, precision
@@ -60,6 +63,8 @@ class SD3Model:
         if match_published:
             dtypes["transformer"] = precision.trained_dtype
         diffusers.utils.logging.disable_progress_bar()
+        # It would repeat every prompt that is longer than CLIP's 77 tokens.
+        diffusers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self.pipe = StableDiffusion3Pipeline.from_pretrained(
             folder, dtype=dtypes, local_files_only=True
@@ -79,6 +84,10 @@ class SD3Model:
             self._move_text_encoders(self.device)
         self.encode_cached = EmbeddingCache(self._encode, embed_cache_gb * 1e9)
         side = resolution // self.pipe.vae_scale_factor
+        shape = self.transformer.config
+        if side // shape.patch_size > shape.pos_embed_max_size:
+            most = shape.pos_embed_max_size * shape.patch_size * self.pipe.vae_scale_factor
+            raise ValueError(f"resolution = {resolution}: {name} draws at most {most} pixels")
         self.latent_shape = (self.transformer.config.in_channels, side, side)
 
     def _text_encoders(self) -> list[torch.nn.Module]:

@@ -17,10 +17,12 @@ modules of REWARDS import nothing else of weight before their reward is built.
 
 import importlib
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from types import NoneType
+from typing import Any, Literal, Protocol, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -45,6 +47,7 @@ REWARDS: dict[str, str] = {
 PROMPT_CHECKS: dict[str, str] = {
     "geneval": "diffusion_nft.rewards.geneval.vocabulary:check_prompts",
     "ocr": "diffusion_nft.rewards.ocr:check_prompts",
+    "shapes": "diffusion_nft.rewards.shapes:check_prompts",
 }
 
 
@@ -70,6 +73,15 @@ class Reward(Protocol):
 
 # How the options of a configuration write a torch dtype.
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What a configuration writes for an argument that is annotated so.
+PLAIN: dict[Any, tuple[type, ...]] = {
+    bool: (bool,),
+    int: (int,),
+    float: (int, float),
+    str: (str,),
+    Path: (str,),
+    NoneType: (NoneType,),
+}
 
 # Seconds that a served reward may take for one request, waiting for its turn included.
 REMOTE_TIMEOUT = 300.0
@@ -87,8 +99,8 @@ def build_reward(
 
     ``options``: keyword arguments of its class as plain values (``check_options``); a served reward
     takes none, its server has them.  ``timeout``: seconds a request of a served one.  Raises
-    ValueError for an unknown name or option; a missing package, weight file or server is the
-    reward's own ImportError or OSError.
+    ValueError for an unknown name or option, or a device that is not there; a missing package,
+    weight file or server is the reward's own ImportError or OSError.
     """
     options = dict(options or {})
     check_options(name, options)
@@ -101,6 +113,7 @@ def build_reward(
     cls = reward_class(name)
     if "device" in options:
         device = torch.device(options.pop("device"))
+        _insist_on(device, name)
     if "dtype" in options:
         options["dtype"] = DTYPES[options["dtype"]]
     for key, parameter in inspect.signature(cls).parameters.items():
@@ -123,9 +136,12 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     is text such as "cuda:1", "dtype" one of DTYPES, a path is text.
     """
     known = inspect.signature(reward_class(name)).parameters
-    for key in options:
+    for key, value in options.items():
         if key not in known:
             raise ValueError(f"{name} has no option {key!r}; choose from {', '.join(known)}")
+        if not _fits(value, known[key].annotation):
+            kind = inspect.formatannotation(known[key].annotation)
+            raise ValueError(f"the {key} of {name} must be of the type {kind}, not {value!r}")
     size = options.get("batch_size", 1)
     if type(size) is not int or size < 1:
         raise ValueError(f"the batch_size of {name} must be a whole number from 1, not {size!r}")
@@ -135,6 +151,24 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         torch.device(str(options.get("device", "cpu")))
     except RuntimeError as error:
         raise ValueError(f"the device of {name} must be such as 'cpu' or 'cuda:1'") from error
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether the plain ``value`` can be an argument of this type; True for types not in PLAIN."""
+    kinds = get_args(annotation) or (annotation,)
+    if get_origin(annotation) is Literal:
+        return value in kinds
+    return not PLAIN.keys() >= set(kinds) or any(type(value) in PLAIN[kind] for kind in kinds)
+
+
+def _insist_on(device: torch.device, name: str) -> None:
+    """ValueError if this process cannot use ``device``."""
+    try:
+        torch.empty(0, device=device)
+    # Torch without that backend asserts, or knows no kernel; with it, the number is too high.
+    except (RuntimeError, AssertionError, ImportError) as error:
+        cause = re.split(r"\n|\. ", str(error).strip())[0]
+        raise ValueError(f"the device of {name}, {device}, is not here: {cause}") from error
 
 
 def check_prompts(

@@ -1,5 +1,6 @@
 """Several rewards as one: the weighted sum, and every reward's own scores and components."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -13,6 +14,10 @@ from diffusion_nft.rewards import REMOTE_TIMEOUT, Reward, RewardOutput, build_re
 # The value of each of the 256 levels.  Divided on the CPU: CUDA multiplies by 1/255 instead, which
 # is another float for some of them.
 LEVELS = torch.arange(256, dtype=torch.float32) / 255
+
+
+# Their squares are summed in standard deviations and errors.
+LARGEST_SCORE = 1e100
 
 
 class RewardError(RuntimeError):
@@ -98,8 +103,9 @@ class RewardSet:
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Scores:
         """Scores ``images: [B, 3, H, W]`` in [0, 1], on any device.
 
-        Raises RewardError, naming the reward, if one raises, returns another number of scores than
-        B, or a score that is not finite.
+        Raises RewardError, naming the reward, if one raises or returns anything but B scores and
+        components of B numbers within LARGEST_SCORE, NaN among the components'; also if the
+        weighted sum is beyond it.
         """
         images = quantized(images)
         total = torch.zeros(len(prompts), dtype=torch.float64)
@@ -111,22 +117,47 @@ class RewardSet:
                 raise RewardError(
                     f"reward {name!r} failed: {type(error).__name__}: {error}"
                 ) from error
-            if not isinstance(output, RewardOutput):
-                raise RewardError(
-                    f"reward {name!r} returned {type(output).__name__}, no RewardOutput"
-                )
-            values = {name: output.scores}
-            values |= {f"{name}/{key}": value for key, value in output.components.items()}
-            for key, value in values.items():
-                if value.shape != (len(prompts),):
-                    raise RewardError(
-                        f"reward {key!r} returned shape {tuple(value.shape)} "
-                        f"for {len(prompts)} pictures"
-                    )
-                parts[key] = value.detach().to("cpu", torch.float64)
-            if not parts[name].isfinite().all():
-                raise RewardError(
-                    f"reward {name!r} returned scores that are not finite: {parts[name]}"
-                )
+            parts |= _checked(name, output, len(prompts))
             total += self.weights[name] * parts[name]
+        if not (total.abs() <= LARGEST_SCORE).all():
+            wrong = _first(total, ~(total.abs() <= LARGEST_SCORE))
+            raise RewardError(f"the weighted sum of the rewards {self.weights} is {wrong}")
         return Scores(total, parts)
+
+
+def _first(values: Tensor, wrong: Tensor) -> str:
+    """The first of ``values: [B]`` where ``wrong: [B]`` holds, in words."""
+    row = int(wrong.nonzero()[0])
+    value = float(values[row])
+    complaint = f"beyond ±{LARGEST_SCORE:g}" if math.isfinite(value) else "not finite"
+    return f"{value} for picture {row}, which is {complaint}"
+
+
+def _checked(name: str, output: object, count: int) -> dict[str, Tensor]:
+    """Scores and components of ``output``, which the reward ``name`` returned for ``count``
+    pictures, as ``Scores.parts`` holds them.
+    """
+    if not isinstance(output, RewardOutput):
+        raise RewardError(f"reward {name!r} returned {type(output).__name__}, no RewardOutput")
+    if not isinstance(output.components, Mapping):
+        kind = type(output.components).__name__
+        raise RewardError(f"reward {name!r} returned components as {kind}, no mapping")
+    values = {name: output.scores}
+    values |= {f"{name}/{key}": value for key, value in output.components.items()}
+    checked: dict[str, Tensor] = {}
+    for key, value in values.items():
+        if not isinstance(value, Tensor) or value.is_complex():
+            kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+            raise RewardError(f"reward {key!r} returned {kind}, no tensor of real numbers")
+        if value.shape != (count,):
+            raise RewardError(
+                f"reward {key!r} returned shape {tuple(value.shape)} for {count} pictures"
+            )
+        checked[key] = value.detach().to("cpu", torch.float64)
+        # NaN in a component: it does not apply to this picture.
+        valid = checked[key].abs() <= LARGEST_SCORE
+        if key != name:
+            valid |= checked[key].isnan()
+        if not valid.all():
+            raise RewardError(f"reward {key!r} returned {_first(checked[key], ~valid)}")
+    return checked

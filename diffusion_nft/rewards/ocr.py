@@ -16,6 +16,8 @@ from diffusion_nft.rewards import RewardOutput
 if TYPE_CHECKING:
     from rapidocr.utils.output import RapidOCROutput
 
+# Characters of a prompt that an error quotes.
+MAX_QUOTED = 200
 # A picture -> the lines of text in it, in reading order.
 Reader = Callable[[Image.Image], list[str]]
 
@@ -31,7 +33,8 @@ def target_text(prompt: str) -> str:
     """
     parts = prompt.split('"', 2)
     if len(parts) < 3 or not _normalized(parts[1]):
-        raise ValueError(f'the ocr reward needs a prompt with a text in "double quotes": {prompt}')
+        quoted = prompt[:MAX_QUOTED]
+        raise ValueError(f'the ocr reward needs a prompt with a text in "double quotes": {quoted}')
     return parts[1]
 
 
@@ -43,7 +46,7 @@ def check_prompts(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]])
         try:
             target_text(prompt)
         except ValueError:
-            wrong.append(f"line {number}: {prompt}")
+            wrong.append(f"line {number}: {prompt[:MAX_QUOTED]}")
     if wrong:
         more = f"\n... and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         listing = "\n".join(wrong[:5])
@@ -90,6 +93,8 @@ class OcrReward:
         if backend not in BACKENDS:
             known = ", ".join(BACKENDS)
             raise ValueError(f"OCR backend {backend!r} is unknown; choose from {known}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"the threads of the ocr reward must be at least 1, not {threads}")
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.read = BACKENDS[backend](threads or max(1, (os.cpu_count() or 1) // ranks))
 

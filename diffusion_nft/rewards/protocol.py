@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion_nft.data import check_text
 from diffusion_nft.pictures import to_pil
 from diffusion_nft.rewards import RewardOutput
 
@@ -100,6 +101,11 @@ def decode_batch(request: Any, reward: str, max_images: int) -> Batch:
     pictures = _items(request, "pictures", str)
     prompts = _items(request, "prompts", str)
     metadata = _items(request, "metadata", dict)
+    for number, prompt in enumerate(prompts):
+        try:
+            check_text(prompt)
+        except ValueError as error:
+            raise ValueError(f"prompt {number} holds {error}") from error
     count = len(pictures)
     if not count == len(prompts) == len(metadata) or not count:
         raise ValueError(
@@ -173,6 +179,10 @@ def _numbers(key: str, values: Any, count: int) -> Tensor:
         raise ValueError(f"the answer's {key} are {found}, for {count} pictures")
     if not all(value is None or type(value) in (int, float) for value in values):
         raise ValueError(f"the answer's {key} are not all numbers")
-    return torch.tensor(
-        [math.nan if value is None else value for value in values], dtype=torch.float64
-    )
+    try:
+        numbers = [math.nan if value is None else float(value) for value in values]
+    except OverflowError as error:
+        raise ValueError(f"the answer's {key} hold a number that is too large") from error
+    if key != "scores" and any(map(math.isinf, numbers)):
+        raise ValueError(f"the answer's {key} hold an infinite number")
+    return torch.tensor(numbers, dtype=torch.float64)

@@ -158,7 +158,7 @@ class RemoteReward:
         if response.status_code == 200:
             try:
                 return parse(response.json())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise _TryAgain(f"{where} sent a malformed answer: {error}") from error
         message = f"{where} answered {response.status_code}: {response.text[:MAX_QUOTED]}"
         if response.status_code in PASSING:

@@ -41,6 +41,8 @@ PACKAGES = (
 )
 # The status of a request whose sender has gone; nobody reads it.
 GONE = 499
+# Characters of an error's message.
+MAX_DETAIL = 2000
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,11 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _told(message: str) -> str:
+    """``message`` as an answer can hold it: what it quotes may be long, or no text at all."""
+    return message[:MAX_DETAIL].encode(errors="backslashreplace").decode()
 
 
 def create_app(
@@ -112,14 +119,14 @@ def create_app(
                     f"has {told}: their scores would be mixed"
                 )
         except TooLarge as error:
-            raise HTTPException(413, str(error)) from error
+            raise HTTPException(413, _told(str(error))) from error
         except (ValueError, RecursionError) as error:
-            raise HTTPException(422, str(error)) from error
+            raise HTTPException(422, _told(str(error))) from error
         try:
             return encode_output(reward(batch.images.to(device), batch.prompts, batch.metadata))
         except Exception as error:
             logger.exception("the reward %s failed", name)
-            raise HTTPException(500, f"{type(error).__name__}: {error}") from error
+            raise HTTPException(500, _told(f"{type(error).__name__}: {error}")) from error
 
     @app.get("/health")
     async def tell_health(request: Request) -> JSONResponse:

@@ -1,10 +1,27 @@
 """The embedded world's reward: does the picture show what its caption asks for?"""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from diffusion_nft.rewards import RewardOutput
+from diffusion_nft.rewards.geneval.vocabulary import check_metadata
+from diffusion_nft.shapes.scene import CLASSES, COLORS
 from diffusion_nft.shapes.verifier import verify
+
+SIDE = 48
+
+
+def check_prompts(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError, with its number from 1, for a line that cannot be judged."""
+    del prompts
+    for number, line in enumerate(metadata, start=1):
+        try:
+            check_metadata(line, objects=CLASSES, colors=tuple(COLORS))
+        except ValueError as error:
+            raise ValueError(f"the shapes reward cannot judge line {number}: {error}") from None
 
 
 class ShapesReward:
@@ -18,8 +35,15 @@ class ShapesReward:
         del device  # the verifier is numpy's
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
-        """Scores ``[B]`` of ``images: [B, 3, 48, 48]`` in [0, 1] against their captions."""
+        """Scores ``[B]`` of ``images: [B, 3, 48, 48]`` in [0, 1] against their captions.
+
+        Raises ValueError for pictures of another size.
+        """
         del prompts
+        if images.shape[1:] != (3, SIDE, SIDE):
+            raise ValueError(
+                f"the shapes reward needs pictures [B, 3, {SIDE}, {SIDE}], not {list(images.shape)}"
+            )
         images = images.cpu()
         graded, strict = verify(images, metadata, "standard")
         _, stricter = verify(images, metadata, "stricter")

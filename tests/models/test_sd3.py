@@ -123,3 +123,15 @@ def test_the_published_evaluation_truncates_timesteps_and_keeps_the_transformer_
         v = model.velocity(torch.zeros(1, *model.latent_shape), torch.tensor([0.96013]), cond)
         assert v.dtype == torch.float32
     assert seen[False] == [pytest.approx(960.13)] and seen[True] == [960.0]
+
+
+def test_a_resolution_beyond_the_position_table_is_refused():
+    with pytest.raises(ValueError, match=r"resolution = 65536: shapes draws at most \d+ pixels"):
+        build_model(
+            "sd3",
+            name="shapes",
+            dist=Distributed(0, 1, 0, CPU),
+            precision=Precision("no", CPU),
+            resolution=65536,
+            max_sequence_length=8,
+        )

@@ -200,7 +200,8 @@ def load_mmdet_state_dict(path: Path, sha256: str | None = PUBLISHED_SHA256) -> 
     try:
         with torch.serialization.safe_globals(_numpy_globals()):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, RuntimeError) as error:
+    # Of bytes that are no pickle at all, the unpickler raises whatever they lead it to.
+    except (EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no PyTorch checkpoint, or is cut off: {error}") from error
     except pickle.UnpicklingError as error:
         raise ValueError(

@@ -36,21 +36,29 @@ def check_prompts(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]])
             raise ValueError(f"the geneval reward cannot judge line {number}: {error}") from None
 
 
-def check_metadata(metadata: Mapping[str, Any]) -> None:
-    """Raises ValueError, quoting the line, if ``metadata`` cannot be judged."""
+def check_metadata(
+    metadata: Mapping[str, Any],
+    *,
+    objects: Sequence[str] = OBJECT_NAMES,
+    colors: Sequence[str] = COLORS,
+) -> None:
+    """Raises ValueError, quoting the line, if ``metadata`` cannot be judged.
+
+    ``objects`` and ``colors``: the words that a clause may have.
+    """
     try:
         _check_choice("tag", metadata.get("tag"), TAGS)
         included = _clauses(metadata, "include")
         if not included:
             raise ValueError('"include" must name at least one object')
         for index, clause in enumerate(included):
-            _check_clause(clause)
+            _check_clause(clause, objects)
             if "color" in clause:
-                _check_choice("color", clause["color"], COLORS)
+                _check_choice("color", clause["color"], colors)
             if "position" in clause:
                 _check_position(clause["position"], index)
         for clause in _clauses(metadata, "exclude"):
-            _check_clause(clause)
+            _check_clause(clause, objects)
     except ValueError as error:
         raise ValueError(f"no GenEval metadata: {error}; in {dict(metadata)}") from None
 
@@ -62,15 +70,15 @@ def _clauses(metadata: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
     return clauses
 
 
-def _check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
+def _check_choice(key: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{key} {value!r} is unknown; choose from {', '.join(choices)}")
 
 
-def _check_clause(clause: Mapping[str, Any]) -> None:
-    _check_choice("class", clause.get("class"), OBJECT_NAMES)
+def _check_clause(clause: Mapping[str, Any], objects: Sequence[str]) -> None:
+    _check_choice("class", clause.get("class"), objects)
     count = clause.get("count")
-    if not isinstance(count, int) or count < 1:
+    if type(count) is not int or count < 1:
         raise ValueError(f"count {count!r} must be a whole number from 1")
 
 
@@ -79,5 +87,5 @@ def _check_position(position: Any, index: int) -> None:
         raise ValueError(f"position {position!r} must be [relation, index of the target clause]")
     relation, target = position
     _check_choice("position", relation, RELATIONS)
-    if not isinstance(target, int) or not 0 <= target < index:
+    if type(target) is not int or not 0 <= target < index:
         raise ValueError(f"position's target {target!r} must be the index of an earlier clause")

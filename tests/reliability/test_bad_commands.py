@@ -1,0 +1,153 @@
+"""Flags of the other commands: refused in one line before a model or a reward is loaded."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.reliability.bad_inputs import Case, Reached, Watch, parametrized, watch
+from tests.scripts.in_process import call, script
+
+EMBEDDED = ("--pretrained", "shapes")
+ONE = (*EMBEDDED, "--prompt", "a red circle")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "latin").write_bytes("café".encode("latin-1"))
+    (tmp_path / "picture").write_bytes(b"\x89PNG\r\n\x1a\n\0")
+    (tmp_path / "nul").write_bytes(b"a\0cat")
+    (tmp_path / "pickle").mkdir()
+    (tmp_path / "pickle" / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def refused(name: str, case: Case, seen: Watch, capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line of what the command says."""
+    # SystemExit is argparse's; of the others the command makes one line.
+    with pytest.raises((SystemExit, ValueError, OSError)) as caught:
+        call(script(name), *case.given)
+    seen.expect(case.moment)
+    said = capsys.readouterr().err if isinstance(caught.value, SystemExit) else str(caught.value)
+    return said.strip().splitlines()[-1]
+
+
+# name -> (words, flags)
+SAMPLE: dict[str, tuple[str, tuple[object, ...]]] = {
+    "no prompt": ("give --prompt or --prompts_file", EMBEDDED),
+    "empty prompts": ("give --prompt or --prompts_file", (*EMBEDDED, "--prompt", " \t")),
+    "a prompt of NUL": ("a prompt holds a NUL", (*EMBEDDED, "--prompt", "a\0b")),
+    "a prompt of bytes": ("a prompt holds half a surrogate", (*EMBEDDED, "--prompt", "caf\udce9")),
+    "prompts absent": ("No such file", (*EMBEDDED, "--prompts_file", "absent")),
+    "prompts of a folder": ("Is a directory", (*EMBEDDED, "--prompts_file", "full")),
+    "prompts in Latin-1": ("latin is not UTF-8 (byte 4)", (*EMBEDDED, "--prompts_file", "latin")),
+    "prompts of a picture": ("is not UTF-8 (byte 1)", (*EMBEDDED, "--prompts_file", "picture")),
+    "prompts with NUL": ("a prompt holds a NUL", (*EMBEDDED, "--prompts_file", "nul")),
+    "output to a file": ("--output_dir file is no folder", (*ONE, "--output_dir", "file")),
+    "comparison with nothing": ("--compare needs", (*ONE, "--compare")),
+    "seeds of text": ("invalid int value", (*ONE, "--seeds", "one")),
+    "no steps": ("must be at least 1", (*ONE, "--num_inference_steps", 0)),
+    "steps of NaN": ("invalid positive value", (*ONE, "--num_inference_steps", "nan")),
+    "guidance of NaN": ("in [1, inf)", (*ONE, "--guidance_scale", "nan")),
+    "guidance of inf": ("in [1, inf)", (*ONE, "--guidance_scale", "inf")),
+    "negative guidance": ("in [1, inf)", (*ONE, "--guidance_scale", -3)),
+    "an odd size": ("48 pixels only", (*ONE, "--resolution", 50)),
+    "a huge size": ("48 pixels only", (*ONE, "--resolution", 10**18)),
+    "512 tokens": ("trained at 8 tokens", (*ONE, "--max_sequence_length", 512)),
+    "an unknown solver": ("solver 'dmp2' is unknown", (*ONE, "--solver", "dmp2")),
+    "an unknown family": ("invalid choice", (*ONE, "--model_type", "../sd3")),
+    "an unknown precision": ("invalid choice", (*ONE, "--mixed_precision", "int8")),
+    "a model of any folder": ("model_index.json", ("--pretrained", ".", "--prompt", "x")),
+    "a model that climbs": ("hub name", ("--pretrained", "../../x", "--prompt", "x")),
+    "no run there": ("is neither a checkpoint", (*ONE, "--checkpoint_path", "full")),
+    "a run of NUL": ("is neither a checkpoint", (*ONE, "--checkpoint_path", "a\0b")),
+    "both": ("not allowed with", (*ONE, "--checkpoint_path", "x", "--lora_hf_path", "y")),
+}
+EXPORT: dict[str, tuple[str, tuple[object, ...]]] = {
+    "nothing to export": ("is required", ("--output_dir", "new")),
+    "a full folder": ("is not empty", ("--lora_hf_path", "x/y", "--output_dir", "full")),
+    "a file": ("", ("--lora_hf_path", "x/y", "--output_dir", "file")),
+    "a pickle": ("is a pickle, which can", ("--lora_hf_path", "pickle", "--output_dir", "new")),
+    "no LoRA": ("holds no LoRA", ("--lora_hf_path", "full", "--output_dir", "new")),
+    "a hub name that climbs": (
+        "is no local path and could not be fetched",
+        ("--lora_hf_path", "../../x", "--output_dir", "new"),
+    ),
+    "a push nowhere": (
+        "--push takes OWNER/NAME",
+        ("--lora_hf_path", "pickle", "--output_dir", "new", "--push", "name"),
+    ),
+    "a push that climbs": (
+        "Repo id must",
+        ("--lora_hf_path", "pickle", "--output_dir", "new", "--push", "a/../b"),
+    ),
+}
+PORT = ("--port", 0)
+SHAPES = ("--reward", "shapes", *PORT)
+SERVER: dict[str, tuple[str, tuple[object, ...]]] = {
+    "no reward": ("are required", ()),
+    "an unknown reward": ("invalid choice", ("--reward", "../x", *PORT)),
+    "a port of text": ("invalid", ("--reward", "shapes", "--port", "http")),
+    "a port too high": ("is not from 0 to 65535", ("--reward", "shapes", "--port", 65536)),
+    "a negative port": ("is not from 0 to 65535", ("--reward", "shapes", "--port", "-1")),
+    "an option without value": ("is not of the form KEY=VALUE", (*SHAPES, "--option", "size")),
+    "an unknown option": ("shapes has no option 'size'", (*SHAPES, "--option", "size=3")),
+    "an option of code": (
+        "shapes has no option '__init__'",
+        (*SHAPES, "--option", "__init__=__import__('os')"),
+    ),
+    "a deep option": ("shapes has no option 'x'", (*SHAPES, "--option", "x=" + "[" * 9999)),
+    "an unknown device": ("", (*SHAPES, "--device", "gpu")),
+    "an absent device": ("is not here", (*SHAPES, "--option", "device=hpu:9")),
+    "no pictures": ("must be at least 1, not 0", (*SHAPES, "--max_images", 0)),
+    "no megabytes": ("must be a positive number", (*SHAPES, "--max_megabytes", "nan")),
+    "infinite megabytes": ("must be a positive number", (*SHAPES, "--max_megabytes", "inf")),
+    "a host of NUL": ("", (*SHAPES, "--host", "a\0b")),
+    "an open host": ("opens the server to other machines", (*SHAPES, "--host", "0.0.0.0")),
+    "threads below 1": (
+        "the threads of the ocr reward must be at least 1",
+        ("--reward", "ocr", *PORT, "--option", "threads=-1"),
+    ),
+}
+
+
+@parametrized([Case(f"sample: {n}", "flags", words, given) for n, (words, given) in SAMPLE.items()])
+def test_sample_refuses(case, here, monkeypatch, capsys):
+    line = refused("sample", case, watch(monkeypatch), capsys)
+    assert case.words in line and not (here / "samples").exists()
+
+
+@parametrized([Case(f"export: {n}", "flags", words, given) for n, (words, given) in EXPORT.items()])
+def test_export_refuses(case, here, monkeypatch, capsys):
+    line = refused("export_lora", case, watch(monkeypatch), capsys)
+    assert case.words in line and not (here / "new").exists()
+
+
+def serve(*arguments: object, **options: object) -> None:
+    raise Reached("a reward was about to be served")
+
+
+@parametrized([Case(f"server: {n}", "flags", words, given) for n, (words, given) in SERVER.items()])
+def test_the_reward_server_refuses(case, monkeypatch, capsys):
+    monkeypatch.delenv("REWARD_SERVER_TOKEN", raising=False)
+    module = script("reward_server")
+    monkeypatch.setattr(module.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr("diffusion_nft.rewards.server.create_app", serve)
+    with pytest.raises((SystemExit, ValueError, OSError)) as caught:
+        call(module, *case.given)
+    said = capsys.readouterr().err if isinstance(caught.value, SystemExit) else str(caught.value)
+    assert case.words in said.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("token", ["a b", "a\nb", "é", "\udcff", "a\x7f"])
+def test_a_token_that_no_header_can_hold_is_refused_unquoted(token, monkeypatch):
+    monkeypatch.setenv("REWARD_SERVER_TOKEN", token)
+    module = script("reward_server")
+    monkeypatch.setattr(module.signal, "signal", lambda *arguments: None)
+    with pytest.raises(ValueError, match="printable ASCII only") as caught:
+        call(module, *SHAPES)
+    assert token not in str(caught.value)

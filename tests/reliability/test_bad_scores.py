@@ -1,0 +1,186 @@
+"""What a reward may not return, and pictures that it cannot take: named at the first score."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion_nft.rewards import RewardOutput, build_reward
+from diffusion_nft.rewards.combine import RewardError, RewardSet
+from tests.launch import one_thread, smoke
+from tests.reliability.bad_inputs import CPU, Case, parametrized
+
+LINE = {"prompt": "a circle", "include": [{"class": "circle", "count": 1}], "tag": "single_object"}
+ZEROS = torch.zeros(3)
+Answer = Callable[[Tensor, list[str], list[dict]], object]
+
+
+def fail(*arguments: object) -> object:
+    raise ZeroDivisionError("line one\nline two")
+
+
+RETURNED: dict[str, tuple[Answer, str]] = {
+    "nothing": (lambda *a: None, "returned NoneType, no RewardOutput"),
+    "a tensor": (lambda *a: ZEROS, "returned Tensor, no RewardOutput"),
+    "a tuple": (lambda *a: (ZEROS, {}), "returned tuple, no RewardOutput"),
+    "a mapping": (lambda *a: {"scores": ZEROS}, "returned dict, no RewardOutput"),
+    "its class": (lambda *a: RewardOutput, "returned type, no RewardOutput"),
+    "a list of scores": (lambda *a: RewardOutput([0.0] * 3), "returned list, no tensor"),
+    "an array": (lambda *a: RewardOutput(np.zeros(3)), "returned ndarray, no tensor"),
+    "no scores": (lambda *a: RewardOutput(None), "returned NoneType, no tensor"),
+    "text": (lambda *a: RewardOutput("0.5"), "returned str, no tensor"),
+    "one number": (lambda *a: RewardOutput(0.5), "returned float, no tensor"),
+    "complex numbers": (lambda *a: RewardOutput(ZEROS + 1j), "returned torch.complex64"),
+    "a scalar": (lambda *a: RewardOutput(torch.tensor(0.5)), "shape () for 3 pictures"),
+    "none for three": (lambda *a: RewardOutput(torch.zeros(0)), "shape (0,) for 3 pictures"),
+    "two for three": (lambda *a: RewardOutput(torch.zeros(2)), "shape (2,) for 3 pictures"),
+    "four for three": (lambda *a: RewardOutput(torch.zeros(4)), "shape (4,) for 3 pictures"),
+    "a column": (lambda *a: RewardOutput(torch.zeros(3, 1)), "shape (3, 1) for 3 pictures"),
+    "a picture": (lambda i, *a: RewardOutput(i), "shape (3, 3, 48, 48) for 3 pictures"),
+    "NaN": (lambda *a: RewardOutput(torch.tensor([0, math.nan, 0])), "nan for picture 1"),
+    "inf": (lambda *a: RewardOutput(torch.tensor([0, 0, math.inf])), "inf for picture 2"),
+    "-inf": (lambda *a: RewardOutput(torch.tensor([-math.inf, 0, 0])), "-inf for picture 0"),
+    "fp16 overflow": (
+        lambda *a: RewardOutput(torch.full((3,), 6e4, dtype=torch.float16) * 2),
+        "inf for picture 0",
+    ),
+    "all NaN": (lambda *a: RewardOutput(ZEROS * math.nan), "nan for picture 0, which is not"),
+    "components of a list": (lambda *a: RewardOutput(ZEROS, [ZEROS]), "components as list"),
+    "no components": (lambda *a: RewardOutput(ZEROS, None), "components as NoneType"),
+    "a component of text": (lambda *a: RewardOutput(ZEROS, {"x": "y"}), "'bad/x' returned str"),
+    "a short component": (lambda *a: RewardOutput(ZEROS, {"x": ZEROS[:1]}), "'bad/x' returned sh"),
+    "an infinite component": (
+        lambda *a: RewardOutput(ZEROS, {"x": ZEROS - math.inf}),
+        "'bad/x' returned -inf for picture 0",
+    ),
+    "an exception": (fail, "failed: ZeroDivisionError: line one"),
+}
+
+
+def score(answer: Answer, weight: float = 1.0, count: int = 3):
+    prompts, metadata = ["x"] * count, [LINE] * count
+    return RewardSet({"bad": weight}, {"bad": answer})(
+        torch.rand(count, 3, 48, 48), prompts, metadata
+    )
+
+
+@parametrized([Case(f"returns {n}", "score", words, n) for n, (_, words) in RETURNED.items()])
+def test_what_is_no_score_is_named_with_its_reward(case):
+    with pytest.raises(RewardError, match="reward 'bad") as caught:
+        score(RETURNED[case.given][0])
+    assert case.words in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "int64", "uint8", "bool", "float64"])
+def test_any_kind_of_real_numbers_is_a_score(kind):
+    values = torch.tensor([0, 1, 1]).to(getattr(torch, kind))
+    found = score(lambda *a: RewardOutput(values, {"part": values}))
+    assert found.total.tolist() == [0, 1, 1] and found.parts["bad/part"].dtype == torch.float64
+
+
+def test_a_score_may_carry_a_graph_and_a_component_nan():
+    tracked = torch.ones(3, requires_grad=True) * 2
+    found = score(lambda *a: RewardOutput(tracked, {"part": ZEROS * math.nan}))
+    assert not found.total.requires_grad and found.parts["bad/part"].isnan().all()
+
+
+def test_a_sum_beyond_all_numbers_is_named_with_the_weights():
+    with pytest.raises(RewardError, match=r"weighted sum of the .*1e\+308.* is inf for pic"):
+        score(lambda *a: RewardOutput(torch.full((3,), 1e9)), weight=1e308)
+
+
+SIZES = {
+    "no width": (3, 3, 48, 0),
+    "no height": (3, 3, 0, 48),
+    "no pixels": (3, 3, 0, 0),
+    "another size": (3, 3, 64, 64),
+    "not square": (3, 3, 48, 96),
+    "transposed values": (3, 48, 48, 3),
+    "one channel": (3, 1, 48, 48),
+    "four channels": (3, 4, 48, 48),
+    "no batch": (3, 48, 48),
+    "a film": (3, 1, 3, 48, 48),
+    "one too few": (2, 3, 48, 48),
+    "none": (0, 3, 48, 48),
+}
+SIZED = [
+    Case(f"{name}: {size}", "score", "", (name, shape))
+    for name in ("shapes", "jpeg_compressibility")
+    for size, shape in SIZES.items()
+    # A JPEG can be of any size.
+    if name == "shapes" or size not in ("another size", "not square")
+]
+
+
+@parametrized(SIZED)
+def test_pictures_that_a_reward_cannot_take_are_named(case):
+    name, shape = case.given
+    rewards = {name: build_reward(name, CPU)}
+    with pytest.raises(RewardError, match=f"reward '{name}' ") as caught:
+        RewardSet({name: 1.0}, rewards)(torch.rand(shape), ["x"] * 3, [LINE] * 3)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e30, 1e30])
+def test_pixels_that_are_no_colours_are_clamped(value):
+    rewards = {name: build_reward(name, CPU) for name in ("shapes", "jpeg_compressibility")}
+    weights = dict.fromkeys(rewards, 1.0)
+    found = RewardSet(weights, rewards)(torch.full((1, 3, 48, 48), value), ["x"], [LINE])
+    assert found.total.isfinite().all()
+
+
+def test_no_picture_at_all_has_no_score():
+    found = score(lambda *a: RewardOutput(torch.zeros(0)), count=0)
+    assert found.total.shape == (0,)
+
+
+def test_a_bad_score_ends_a_run_with_its_state_saved(tmp_path, monkeypatch):
+    """In training: RewardError, and a checkpoint of the last sound epoch."""
+    from diffusion_nft.checkpoint import Checkpointer
+    from diffusion_nft.distributed import Distributed
+    from diffusion_nft.rewards import REWARDS
+    from diffusion_nft.trainer import Trainer
+
+    monkeypatch.setitem(REWARDS, "listing", f"{__name__}:Listing")
+    monkeypatch.setattr(Listing, "sound", True)
+    config = smoke(
+        tmp_path,
+        {
+            "num_epochs": 3,
+            "sample.num_groups": 1,
+            "sample.num_image_per_prompt": 2,
+            "train.gradient_step_per_epoch": 1,
+            "eval.at_start": False,
+            "eval_freq": 0,
+        },
+    )
+    with config.unlocked():
+        config.reward_fn = {"listing": 1.0}
+    trainer = Trainer(config, Distributed(0, 1, 0, CPU))
+    real = trainer._sample
+
+    def sample():
+        Listing.sound = trainer.state.epoch < 1
+        return real()
+
+    monkeypatch.setattr(trainer, "_sample", sample)
+    with one_thread(), pytest.raises(RewardError, match="'listing' returned list, no tensor"):
+        trainer.run()
+    saved = Checkpointer(tmp_path).load_latest()
+    assert saved is not None and saved.state["epoch"] == 1
+
+
+class Listing:
+    """Scores rightly while ``sound``, then as a list."""
+
+    sound = True
+
+    def __init__(self, device: torch.device):
+        del device
+
+    def __call__(self, images, prompts, metadata):
+        scores = images.mean((1, 2, 3))
+        return RewardOutput(scores if Listing.sound else scores.tolist())

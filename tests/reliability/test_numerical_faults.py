@@ -1,0 +1,287 @@
+"""Numerical faults in whole epochs: counted, logged, survived, and alike on every rank.
+
+The update alone, on numbers small enough for a closed form, is tests/test_update.py's.
+"""
+
+import dataclasses
+import math
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffusion_nft.advantages import group_advantages, optimality
+from diffusion_nft.checkpoint import Checkpointer
+from diffusion_nft.distributed import Distributed
+from diffusion_nft.metrics import read_metrics
+from diffusion_nft.precision import Precision
+from diffusion_nft.rewards import REWARDS, RewardOutput
+from diffusion_nft.rollout import Samples, summarise
+from diffusion_nft.trainer import Trainer
+from tests.launch import one_thread, smoke, train_here
+from tests.test_update import NUM, R, copies, make_samples, make_updater
+
+CPU = torch.device("cpu")
+ALONE = Distributed(0, 1, 0, CPU)
+TINY = {
+    "num_epochs": 3,
+    "sample.num_groups": 2,
+    "sample.num_image_per_prompt": 2,
+    "train.gradient_step_per_epoch": 1,
+    "eval.at_start": False,
+    "eval_freq": 0,
+    "eval.num_prompts": 2,
+    "eval.num_steps": 2,
+    "sample.num_steps": 2,
+}
+
+
+def trained_rows(folder) -> list[dict]:
+    return [row for row in read_metrics(folder / "metrics.jsonl") if "loss/total" in row]
+
+
+def rows_of_epochs(folder) -> list[dict]:
+    return [row for row in read_metrics(folder / "metrics.jsonl") if "reward/mean" in row]
+
+
+class Constant:
+    """Gives every picture the same score."""
+
+    value = 0.5
+
+    def __init__(self, device: torch.device):
+        del device
+
+    def __call__(self, images, prompts, metadata):
+        return RewardOutput(torch.full((len(prompts),), self.value))
+
+
+class Huge(Constant):
+    """Scores whose sum is beyond all numbers, each one finite; in training alone."""
+
+    def __call__(self, images, prompts, metadata):
+        if len(prompts) <= TINY["eval.num_prompts"]:
+            return super().__call__(images, prompts, metadata)
+        return RewardOutput(1.7e308 - 1e307 * torch.arange(len(prompts), dtype=torch.float64))
+
+
+class Tiny(Constant):
+    """Differences below every epsilon."""
+
+    def __call__(self, images, prompts, metadata):
+        return RewardOutput(0.5 + torch.arange(len(prompts), dtype=torch.float64) * 1e-16)
+
+
+def with_reward(folder, name: str, overrides: dict, monkeypatch):
+    monkeypatch.setitem(REWARDS, name, f"{__name__}:{name.capitalize()}")
+    config = smoke(folder, TINY | overrides)
+    with config.unlocked():
+        config.reward_fn = {name: 1.0}
+    return config
+
+
+def run(config) -> Trainer:
+    with one_thread():
+        trainer = Trainer(config, ALONE)
+        trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("name", "standardize", "global_std"),
+    [
+        ("constant", False, True),
+        pytest.param("constant", True, False, marks=pytest.mark.slow),
+        pytest.param("tiny", True, False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_reward_without_spread_is_logged_and_survived(
+    name, standardize, global_std, tmp_path, monkeypatch
+):
+    settings = {"sample.global_std": global_std, "sample.standardize_rewards": standardize}
+    config = with_reward(tmp_path, name, settings | {"num_epochs": 1}, monkeypatch)
+    trainer = run(config)
+    (row,) = trained_rows(tmp_path)
+    assert row["reward/mean"] == pytest.approx(0.5) and row["optim/skipped_steps"] == 0
+    assert row["reward/std"] == pytest.approx(0, abs=1e-15)
+    if name == "constant":
+        assert row["reward/zero_std_groups"] == 1
+    # Every sample is as good as the others: r = 1/2, in the upper middle bin.
+    assert row["reward/optimality_0.5"] + row["reward/optimality_0.4"] == 1
+    assert all(math.isfinite(row[key]) for key in ("loss/total", "optim/grad_norm"))
+    weights = trainer.policy.state("ema").values()
+    assert all(weight.isfinite().all() for weight in weights)
+
+
+@pytest.mark.slow
+def test_scores_whose_spread_overflows_skip_the_updates_and_leave_the_weights(
+    tmp_path, monkeypatch
+):
+    config = with_reward(tmp_path, "huge", {}, monkeypatch)
+    trainer = Trainer(config, ALONE)
+    before = {key: value.clone() for key, value in trainer.policy.state("current").items()}
+    with one_thread():
+        trainer.run()
+    assert [row["optim/skipped_steps"] for row in rows_of_epochs(tmp_path)] == [1, 2, 3]
+    assert all(torch.equal(v, before[k]) for k, v in trainer.policy.state("current").items())
+    saved = Checkpointer(tmp_path).load_latest()
+    assert saved is not None
+    assert saved.state["epoch"] == 3 and saved.state["updater"]["skipped"] == 3
+
+
+def test_a_nan_in_one_samples_latent_costs_that_epoch_alone(tmp_path, monkeypatch):
+    trainer = Trainer(smoke(tmp_path, TINY), ALONE)
+    real = trainer._sample
+
+    def sample() -> Samples:
+        samples = real()
+        if trainer.state.epoch == 1:
+            samples.x0[2, 0, 0, 0] = math.nan
+            samples = dataclasses.replace(samples, x0_rms=math.nan)
+        return samples
+
+    monkeypatch.setattr(trainer, "_sample", sample)
+    with one_thread():
+        trainer.run()
+    rows = rows_of_epochs(tmp_path)
+    assert [row["optim/skipped_steps"] for row in rows] == [0, 1, 1]
+    assert [row["step"] for row in rows] == [1, 1, 2]
+    # JSON has no NaN.
+    assert [row["reward/x0_rms"] is None for row in rows] == [False, True, False]
+    assert rows[1]["optim/grad_norm"] is None
+    assert all(weight.isfinite().all() for weight in trainer.policy.state("ema").values())
+    train_here(tmp_path / "sound", TINY | {"num_epochs": 1})
+    sound, ours = trained_rows(tmp_path / "sound")[0], rows[0]
+    assert ours["loss/total"] == sound["loss/total"]
+
+
+@pytest.mark.slow
+def test_a_nan_drawn_by_the_model_is_a_black_picture_with_a_score(tmp_path, monkeypatch):
+    trainer = Trainer(smoke(tmp_path, TINY | {"num_epochs": 1}), ALONE)
+    real = trainer.model.decode
+
+    def decode(x0):
+        pictures = real(x0)
+        pictures[0] = math.nan
+        return pictures
+
+    monkeypatch.setattr(trainer.model, "decode", decode)
+    with one_thread():
+        trainer.run()
+    (row,) = rows_of_epochs(tmp_path)
+    assert math.isfinite(row["reward/mean"]) and math.isfinite(row["reward/diversity"])
+
+
+@pytest.mark.slow
+def test_too_many_faults_in_a_row_end_the_run_by_name(tmp_path, monkeypatch):
+    config = with_reward(tmp_path, "huge", {"train.max_skipped_steps": 1}, monkeypatch)
+    with pytest.raises(FloatingPointError, match=r"2 updates in a row .*max_skipped_steps = 1"):
+        run(config)
+
+
+def test_fp16_overflow_halves_the_scale_until_a_step_fits(tmp_path):
+    """On the CPU too the scaler is on for fp16; a fault of scale alone does not last."""
+    updater = make_updater(tmp_path)
+    for name, weights in updater.policy.weights.items():
+        updater.policy.weights[name] = [
+            w.detach().float().requires_grad_(name == "current") for w in weights
+        ]
+    updater.precision = Precision("fp16", CPU)
+    updater.optimizer = torch.optim.AdamW(updater.policy.parameters(), lr=1e-3)
+    samples = Samples(**{**vars(make_samples()), "x0": make_samples().x0.float()})
+    velocity, loss = updater.model.velocity, updater.algorithm.loss
+    # As under autocast: the gradient passes through fp16, whose largest number is 65504.
+    updater.model.velocity = lambda *given: velocity(*given).half().float()
+
+    def steep(velocity, batch):
+        losses, metrics = loss(velocity, batch)
+        return losses * 1000, metrics
+
+    updater.algorithm.loss = steep
+    scales, skipped = [], []
+    for epoch in range(12):
+        values = updater.train_epoch(samples, R, epoch=epoch)
+        scales.append(values["optim/loss_scale"])
+        skipped.append(values["optim/skipped_steps"])
+        if updater.step:
+            break
+    assert updater.step == 1 and skipped[-1] == len(skipped) - 1 > 0
+    assert scales == [65536 / 2 ** min(i + 1, skipped[-1]) for i in range(len(scales))]
+    assert updater.skipped_in_row == 0 and math.isfinite(values["optim/grad_norm"])
+
+
+class Rendezvous(Distributed):
+    """Ranks in threads: what each gives is exchanged where all have come."""
+
+    def __init__(self, rank: int, shared: SimpleNamespace):
+        super().__init__(rank, shared.size, rank, CPU)
+        object.__setattr__(self, "shared", shared)
+
+    def gather_objects(self, value):
+        self.shared.values[self.rank] = value
+        self.shared.barrier.wait(20)
+        gathered = list(self.shared.values)
+        self.shared.barrier.wait(20)
+        return gathered
+
+    def all_reduce_sum(self, tensors):
+        gathered = self.gather_objects([t.clone() for t in tensors])
+        for i, tensor in enumerate(tensors):
+            tensor.copy_(sum(given[i] for given in gathered))
+
+
+def test_a_nan_on_one_rank_is_skipped_by_all_of_them_in_step(tmp_path):
+    size = 3
+    shared = SimpleNamespace(size=size, values=[None] * size, barrier=threading.Barrier(size))
+    updaters, logs, errors = [], [[] for _ in range(size)], []
+    for rank in range(size):
+        updater = make_updater(tmp_path, rank, size, train__gradient_step_per_epoch=2)
+        updater.dist = Rendezvous(rank, shared)
+        updaters.append(updater)
+
+    def work(rank: int) -> None:
+        try:
+            for epoch in range(4):
+                samples = make_samples(rank, size)
+                if rank == 1 and epoch in (1, 2):
+                    samples.x0[0] = math.nan
+                logs[rank].append(updaters[rank].train_epoch(samples, R, epoch=epoch))
+        except BaseException as error:
+            errors.append(error)
+            shared.barrier.abort()
+            raise
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors and not any(thread.is_alive() for thread in threads)
+    first, *others = updaters
+    # Of the two steps of an epoch, the one that has the sample.
+    assert first.step == 6 and first.skipped == 2
+    for other, log in zip(others, logs[1:], strict=True):
+        assert (other.step, other.skipped, other.skipped_in_row) == (6, 2, first.skipped_in_row)
+        assert repr(log) == repr(logs[0])
+        for name, weights in copies(first).items():
+            for mine, theirs in zip(copies(other)[name], weights, strict=True):
+                assert torch.equal(mine, theirs) and mine.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_the_log_of_an_epoch_takes_any_optimality(value):
+    r = torch.full((NUM,), 0.5, dtype=torch.float64)
+    r[3] = value
+    samples = make_samples()
+    values = summarise(samples, r, 4)
+    assert sum(v for k, v in values.items() if k.startswith("reward/optimality_")) <= 1
+
+
+@pytest.mark.parametrize("scale", [0.0, 5e-324, 1e-300, 1e150])
+@pytest.mark.parametrize("global_std", [True, False])
+def test_optimality_stays_a_probability_at_any_scale_of_the_rewards(scale, global_std):
+    rewards = torch.linspace(-1, 1, 12, dtype=torch.float64) * scale
+    advantages = group_advantages(rewards, 4, global_std=global_std)
+    r = optimality(advantages, adv_clip_max=5.0, adv_mode="all")
+    assert r.isfinite().all() and 0 <= r.min() <= r.max() <= 1
