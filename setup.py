@@ -34,6 +34,7 @@ TEST = [
     *SERVER,
     "pytest>=8",
     "pytest-timeout",
+    "pytest-xdist",
     "scipy",  # transformers' own Mask2Former, which the detector is compared with
     "hypothesis",
     "ruff",

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from diffusion_nft.data import load_prompts, resolve_dataset, split_file
-from diffusion_nft.distributed import Distributed, distributed
+from diffusion_nft.distributed import Distributed, check_shared, distributed
 from diffusion_nft.evaluate import choose_rewards, complete, rescore
 from diffusion_nft.results import beside, finished, read_results, write_results
 from diffusion_nft.rewards import check_prompts
@@ -82,6 +82,7 @@ def main() -> None:
     """Parses, runs, says the means."""
     args = parse_flags()
     with distributed(timeout_minutes=60) as dist:
+        check_shared("--output_dir", args.output_dir, dist)
         run(args, dist)
         if dist.is_main:
             print(json.dumps(finished(args.output_dir), indent=2))

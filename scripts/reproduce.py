@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion_nft.data import Prompt, load_prompts
-from diffusion_nft.distributed import Distributed, distributed
+from diffusion_nft.distributed import Distributed, check_shared, distributed
 from diffusion_nft.evaluate import choose_rewards, complete
 from diffusion_nft.files import write_atomically
 from diffusion_nft.metrics import write_environment
@@ -120,6 +120,7 @@ def main() -> None:
     args = parse_flags()
     choice: Choice = args.choice
     with distributed(timeout_minutes=60) as dist:
+        check_shared("--output_dir", args.output_dir, dist)
         model = functools.cache(lambda: choice.model(dist))
         if any(task.weights.keys() - scored_by(task.folder) for task in args.tasks):
             check_rewards(args, dist)

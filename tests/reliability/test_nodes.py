@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffusion_nft.checkpoint import load_checkpoint
+from diffusion_nft.distributed import Distributed, check_shared
 from tests.launch import ROOT, environment, train_command, train_here
 from tests.reliability.compare import differences
 from tests.reliability.experiments import FP64_WITHIN, SETTINGS, kill_all
@@ -74,7 +76,11 @@ def ip(*words: str) -> None:
 
 @contextmanager
 def cabled() -> Iterator[list[Host]]:
-    """Two hosts that reach only each other."""
+    """Two hosts that reach only each other.
+
+    Their kernels give up a dead connection after about 50 s instead of 15 minutes: a torchrun that
+    has lost the rendezvous' host waits for that.
+    """
     hosts = [Host(f"host-{x}", f"nodes-{os.getpid()}-{x}") for x in "ab"]
     one, other = (host.namespace for host in hosts)
     try:
@@ -86,6 +92,7 @@ def cabled() -> Iterator[list[Host]]:
             ip("-n", host.namespace, "address", "add", f"10.0.0.{number}/24", "dev", "cable")
             for device in ("lo", "cable"):
                 ip("-n", host.namespace, "link", "set", device, "up")
+            ip("netns", "exec", host.namespace, "sysctl", "-qw", "net.ipv4.tcp_retries2=7")
         yield hosts
     finally:
         for host in hosts:
@@ -215,16 +222,37 @@ def test_two_nodes_on_loopback(tmp_path):
     assert not (tmp_path / "disk-1").exists()
 
 
-def test_a_shared_folder_that_rank_0_may_not_write(tmp_path):
-    from diffusion_nft.distributed import Distributed, check_shared
+RESTARTED = """
+import os, signal, sys
+from pathlib import Path
+from diffusion_nft.distributed import distributed
+with distributed(timeout_minutes=1) as dist:
+    dist.barrier()
+    if dist.rank == 1 and not Path(sys.argv[1]).exists():
+        Path(sys.argv[1]).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("all here", dist.gather_objects(dist.rank), flush=True)
+"""
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_restarted_ranks_of_two_nodes_find_one_another(monkeypatch, tmp_path):
+    # docs/operations.md: without it they call the dead ones' addresses.
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    (tmp_path / "ranks.py").write_text(RESTARTED)
+    script = ("--max-restarts=2", str(tmp_path / "ranks.py"), str(tmp_path / "struck"))
+    with loopback() as hosts:
+        assert wait(start(hosts, tmp_path, *script)) == [0, 0]
+    assert all("all here [0, 1]" in (tmp_path / f"{x}.log").read_text() for x in "ab")
+
+
+def test_a_shared_folder_that_rank_0_may_not_write(tmp_path):
     class Two(Distributed):
         def gather_objects(self, value):
             return [value, value]
 
     (tmp_path / "file").touch()
-    import torch
-
     dist = Two(0, 2, 0, torch.device("cpu"))
     with pytest.raises(
         OSError, match=r"save_dir = '.*file/run' cannot be written: Not a directory"
@@ -240,6 +268,7 @@ def one_host(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_hosts_make_the_weights_of_one_and_only_the_first_writes(hosts, one_host, tmp_path):
     shared = tmp_path / "shared"
     shared.mkdir()
@@ -256,6 +285,7 @@ def test_two_hosts_make_the_weights_of_one_and_only_the_first_writes(hosts, one_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_disks_of_their_own_are_noticed_at_the_start(cabled_hosts, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -269,6 +299,7 @@ def test_disks_of_their_own_are_noticed_at_the_start(cabled_hosts, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("lost", ["cable", "first host", "second host"])
 def test_the_others_end_in_time_and_the_run_goes_on(lost, request, one_host, tmp_path):
     pair = request.getfixturevalue("cabled_hosts" if lost == "cable" else "hosts")
@@ -291,12 +322,8 @@ def test_the_others_end_in_time_and_the_run_goes_on(lost, request, one_host, tmp
             assert time.monotonic() < struck + TIMEOUT_S + 15, log.read_text()
             time.sleep(0.1)
         texts.append(found)
-    seconds = time.monotonic() - struck
-    assert {int(found[3]) <= TIMEOUT_S + 2 for found in texts} == {True}
-    codes = wait([processes[index] for index in survivors])
-    print(lost, f"{seconds:.0f} s to the line", f"{time.monotonic() - struck:.0f} s to the end")
-    print("\n".join(found[0] for found in texts))
-    assert codes == [1] * len(survivors)
+    assert all(int(found[3]) <= TIMEOUT_S + 2 for found in texts)
+    assert wait([processes[index] for index in survivors]) == [1] * len(survivors)
     last = max(run_dir.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name[11:]))
     assert load_checkpoint(last).state["epoch"] < TRAINING["num_epochs"]
     if lost == "cable":
@@ -308,3 +335,43 @@ def test_the_others_end_in_time_and_the_run_goes_on(lost, request, one_host, tmp
     output = (logs / "a.log").read_text() + (logs / "b.log").read_text()
     assert output.count("continuing from") == 1
     assert differences(run_dir, one_host, FP64_WITHIN) == []
+
+
+# What Slurm would do, by stand-ins that note their arguments.
+SLURM = {
+    "srun": 'echo "$@" >"$NOTES/srun"; echo $$ >"$NOTES/pid"; eval "$STEP"',
+    "scancel": 'kill -TERM "$(cat "$NOTES/pid")"',
+    "scontrol": 'case $1 in show) printf "n1\\nn2\\n";; *) echo "$@" >"$NOTES/requeue";; esac',
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "stop", "code", "requeued"),
+    [("exit 0", False, 0, False), ("exit 3", False, 3, False), ("exec sleep 60", True, 0, True)],
+)
+def test_the_slurm_script(step, stop, code, requeued, tmp_path):
+    for name, body in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "NOTES": str(tmp_path),
+        "STEP": step,
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "4",
+    }
+    line = ["bash", str(ROOT / "examples/slurm/train.sbatch"), "sd3_geneval", "--config.seed=1"]
+    job = subprocess.Popen(line, env=env)
+    if stop:
+        wait_for("pid", tmp_path, [job])
+        job.terminate()
+    assert job.wait(20) == code
+    assert (tmp_path / "requeue").exists() == requeued
+    assert (tmp_path / "srun").read_text().split() == [
+        *("--kill-on-bad-exit=1", "torchrun", "--nnodes=2", "--nproc_per_node=4"),
+        *("--rdzv_backend=c10d", "--rdzv_endpoint=n1:23456", "--rdzv_id=123456-0"),
+        *("--shutdown-timeout=120", "scripts/train_nft_sd3.py"),
+        *("--config=config/nft.py:sd3_geneval", "--config.seed=1"),
+    ]
