@@ -6,6 +6,7 @@ taken in float64 in line order.
 """
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,16 @@ from diffusion_nft.data import Prompt
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.randomness import generator
 from diffusion_nft.results import (
+    PER_REWARD,
     Evaluation,
     beside,
     claim,
+    finished,
     has_pictures,
     read_pictures,
     read_results,
     read_scores,
     save_pictures,
-    scored_by,
     write_results,
     write_scores,
 )
@@ -118,20 +120,20 @@ def evaluate(
         generators = [generator(seed, "eval", line) for line in lines]
         rows = torch.tensor([row[prompts[line].text] for line in lines])
         cond = embedded.select(rows).to(model.device)
-        return model.decode(sampler(model, cond, generators)[0])
+        images = model.decode(sampler(model, cond, generators)[0])
+        if folder is not None:
+            saved.append(saver.submit(save_pictures, images, lines, folder))
+        return images
 
-    def score(images: Tensor, lines: range) -> Scores:
-        if folder is None:
-            return _score(rewards, prompts, images, lines)
-        if lines not in drawn:
-            save_pictures(images, lines, folder)
-        scores = read_scores(folder, lines, rewards.weights)
-        if scores is None:
-            scores = _score(rewards, prompts, images, lines)
-            write_scores(folder, lines, scores, rewards.weights)
-        return scores
-
-    return _collect(draw, score, prompts, batch_size, dist, num_pictures)
+    saved: list[Future[None]] = []
+    # Pictures are saved by a thread of their own: those that wait for their scores are not lost.
+    with ThreadPoolExecutor(1) as saver:
+        result = _collect(
+            draw, _scorer(rewards, prompts, folder), prompts, batch_size, dist, num_pictures
+        )
+    for future in saved:
+        future.result()
+    return result
 
 
 def complete(
@@ -148,26 +150,29 @@ def complete(
 ) -> None:
     """Does what the evaluation of ``prompts`` in ``folder`` still lacks, and writes its results.
 
-    ``record``: all that decides the pictures, and "rewards".  ``model`` and ``rewards`` are called
-    only where pictures or scores are missing; scores of earlier rewards stay.  Raises ValueError if
-    ``folder`` holds other pictures, and what ``evaluate`` raises.
+    ``record``: all that decides the pictures, and ``PER_REWARD``.  ``model`` and ``rewards`` are
+    called only where pictures or scores are missing; scores of earlier rewards stay.  Raises
+    ValueError if ``folder`` holds other pictures, and what ``evaluate`` raises.
     """
     claim(folder, record, dist)
-    earlier, drawn = scored_by(folder), has_pictures(folder, range(len(prompts)))
+    done, drawn = finished(folder), has_pictures(folder, range(len(prompts)))
     # One view for all ranks: on a network file system they may see different ones for a moment.
-    earlier, drawn = dist.gather_objects((earlier, drawn))[0]
+    done, drawn = dist.gather_objects((done, drawn))[0]
+    before = done["settings"] if done else {}
+    earlier = before.get("rewards", {})
     missing = {name: weight for name, weight in weights.items() if name not in earlier}
     if not missing and (drawn or not keep_pictures):
+        dist.say(f"already finished: {folder}")
         return
-    if earlier and drawn:
+    record = {**record, **{key: before.get(key, {}) | record[key] for key in PER_REWARD}}
+    if drawn:
         batch_size = settings["eval.batch_size"]
-        new = rescore(prompts, rewards(missing), folder, batch_size=batch_size, dist=dist)
-        result, record = beside(new, missing, *read_results(folder, prompts))
+        result = rescore(prompts, rewards(missing), folder, batch_size=batch_size, dist=dist)
+        if earlier:
+            result, _ = beside(result, missing, *read_results(folder, prompts))
     else:
-        weights = earlier | dict(weights)
-        scorer, kept = rewards(weights), folder if keep_pictures else None
+        scorer, kept = rewards(record["rewards"]), folder if keep_pictures else None
         result = evaluate(model(), prompts, scorer, settings, dist=dist, folder=kept)
-        record = {**record, "rewards": weights}
     if dist.is_main:
         write_results(result, folder, settings=record)
     dist.barrier()
@@ -181,13 +186,14 @@ def rescore(
     batch_size: int,
     dist: Distributed,
 ) -> Evaluation:
-    """Scores the pictures that an earlier ``evaluate`` kept in ``folder``.
+    """Scores the pictures that an earlier ``evaluate`` kept in ``folder``, where the scores of
+    finished chunks are kept as well until ``write_results``.
 
     Raises FileNotFoundError if the picture of a line is missing.
     """
     return _collect(
         lambda lines: read_pictures(folder, lines).to(dist.device),
-        lambda images, lines: _score(rewards, prompts, images, lines),
+        _scorer(rewards, prompts, folder),
         prompts,
         batch_size,
         dist,
@@ -195,9 +201,21 @@ def rescore(
     )
 
 
-def _score(rewards: RewardSet, prompts: list[Prompt], images: Tensor, lines: range) -> Scores:
-    chosen = [prompts[line] for line in lines]
-    return rewards(images, [p.text for p in chosen], [p.metadata for p in chosen])
+def _scorer(
+    rewards: RewardSet, prompts: list[Prompt], folder: Path | None
+) -> Callable[[Tensor, range], Scores]:
+    """Scores a chunk, or remembers from ``folder`` how it was scored with the same weights."""
+
+    def score(images: Tensor, lines: range) -> Scores:
+        scores = None if folder is None else read_scores(folder, lines, rewards.weights)
+        if scores is None:
+            chosen = [prompts[line] for line in lines]
+            scores = rewards(images, [p.text for p in chosen], [p.metadata for p in chosen])
+            if folder is not None:
+                write_scores(folder, lines, scores, rewards.weights)
+        return scores
+
+    return score
 
 
 def _chunks(num_lines: int, size: int, dist: Distributed) -> list[list[range]]:

@@ -29,7 +29,19 @@ from diffusion_nft.files import append_line, naming, write_atomically
 METRICS_FILE = "metrics.jsonl"
 ENVIRONMENTS_FILE = "environments.jsonl"
 WANDB_ID_FILE = "wandb_id.txt"
-RECORDED_PACKAGES = ("diffusers", "transformers", "peft", "accelerate", "numpy")
+RECORDED_PACKAGES = (
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "numpy",
+    "pillow",
+    # of rewards
+    "open_clip_torch",
+    "rapidocr",
+    "onnxruntime",
+    "openai",
+)
 
 
 def _complete_lines(path: Path) -> list[bytes]:

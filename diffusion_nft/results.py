@@ -27,6 +27,8 @@ from diffusion_nft.rewards.combine import Scores
 
 # The metric that tells how many lines an evaluation had.
 NUM_SAMPLES = "eval/num_samples"
+# Settings that say something of each reward by name, and so may grow where pictures are kept.
+PER_REWARD = ("rewards", "reward_options", "remote")
 SETTINGS_FILE, PICTURES, PROGRESS = "settings.json", "images", "progress"
 RESULTS_FILE, AVERAGES_FILE = "evaluation_results.jsonl", "average_scores.json"
 
@@ -116,18 +118,17 @@ def _mean_over_tags(tags: list[dict[str, float]]) -> dict[str, float]:
 def claim(folder: Path, settings: Mapping[str, Any], dist: Distributed) -> None:
     """Makes ``folder`` the place of the evaluation with these ``settings``, finished or not.
 
-    Raises ValueError, naming the differing ones, if it holds other pictures.  Where the LoRA lies
-    ("lora") may differ if its content ("lora_sha256") does not; further rewards may come.
+    Raises ValueError, naming the differing ones, if it holds other pictures or scores.  Where the
+    LoRA lies ("lora") may differ if its content ("lora_sha256") does not; rewards may be added.
     """
-    may_differ = ("lora", "rewards", "reward_options")
     wanted = json.loads(json.dumps(settings))
     path = folder / SETTINGS_FILE
-    if path.exists():
+    if path.exists() and any(other != path for other in folder.iterdir()):
         found = read_json(path)
         lines = [
             f"{key}: {found.get(key)!r} -> {wanted.get(key)!r}"
             for key in sorted(found.keys() | wanted.keys())
-            if key not in may_differ and found.get(key) != wanted.get(key)
+            if key not in ("lora", *PER_REWARD) and found.get(key) != wanted.get(key)
         ]
         if lines:
             raise ValueError(
@@ -271,6 +272,7 @@ def write_results(evaluation: Evaluation, folder: Path, *, settings: Mapping[str
         }
         rows.append(json.dumps(row) + "\n")
     write_atomically(folder / RESULTS_FILE, "".join(rows).encode())
+    write_json(folder / SETTINGS_FILE, settings)
     write_json(folder / AVERAGES_FILE, {"settings": settings, **evaluation.averages()})
     shutil.rmtree(folder / PROGRESS, ignore_errors=True)
 

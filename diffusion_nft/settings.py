@@ -3,10 +3,11 @@ DEFAULTS."""
 
 import argparse
 import hashlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from diffusion_nft.checkpoint import load_checkpoint, resolve_checkpoint
 from diffusion_nft.checks import EMBEDDED_MODEL, reward_addresses
@@ -18,7 +19,7 @@ from diffusion_nft.models import MODELS, load_model
 from diffusion_nft.policy import Policy, policy_of_lora
 from diffusion_nft.precision import COMPUTE_DTYPES
 from diffusion_nft.rewards import REMOTE_TIMEOUT
-from diffusion_nft.rewards.combine import RewardSet
+from diffusion_nft.rewards.combine import RewardError, RewardSet
 from diffusion_nft.run_dir import section
 from diffusion_nft.validation import EMBEDDED_LENGTH, EMBEDDED_RESOLUTION, validate_settings
 
@@ -44,6 +45,14 @@ EMBEDDED: dict[str, Any] = {
     "resolution": EMBEDDED_RESOLUTION,
     "mixed_precision": "no",
     "eval.num_steps": 10,
+}
+# Settings that a folder's name tells where they are not the usual ones.
+NAMED = {
+    "eval.solver": "{}",
+    "eval.num_steps": "{}steps",
+    "resolution": "{}px",
+    "mixed_precision": "{}",
+    "pretrained.max_sequence_length": "{}tokens",
 }
 # T5 tokens in the published evaluation script, which trains at 128.
 PUBLISHED_LENGTH = 256
@@ -121,27 +130,43 @@ class Choice:
     lora: str  # local path or hub name; empty: the base model
     adapter: str
     name: str  # of the model, for people and file names
+    usual: dict[str, Any]  # what ``settings`` are without run and flags
 
     def folder_name(self, limit: int | None) -> str:
-        """For an evaluation of the first ``limit`` lines (None: all) of a test set."""
+        """For an evaluation of the first ``limit`` lines (None: all) of a test set: the model,
+        guidance and seed, and what differs from the usual settings."""
         parts = [self.name, f"cfg{self.settings['eval.guidance_scale']:g}"]
         parts.append(f"seed{self.settings['seed']}")
         parts += ["published"] if self.settings["match_published"] else []
+        for key, form in NAMED.items():
+            if self.settings[key] != self.usual[key]:
+                parts.append(form.format(self.settings[key]))
         parts += [f"first{limit}"] if limit else []
         return "-".join(parts)
 
     def record(
-        self, dist: Distributed, dataset: str, weights: Mapping[str, float], limit: int | None
+        self,
+        dist: Distributed,
+        dataset: str,
+        weights: Mapping[str, float],
+        limit: int | None,
+        remote: Mapping[str, tuple[str, ...]],
     ) -> dict[str, Any]:
         """All that decides the numbers of an evaluation, to be kept with them."""
+        remote = section(self.settings, "remote") | dict(remote)
         record = {key: self.settings[key] for key in DEFAULTS}
         record |= {"dataset": dataset, "dataset_sha256": _sha256(split_file(dataset, "test"))}
         record |= {"limit": limit, "rewards": dict(weights), "lora": self.lora}
-        options = section(self.settings, "reward_options")
-        record["reward_options"] = {name: options[name] for name in weights if name in options}
+        for key, of_all in (("reward_options", self._options), ("remote", remote)):
+            record[key] = {name: of_all[name] for name in weights if name in of_all}
         if self.lora:
+            record["adapter"] = self.adapter
             record["lora_sha256"] = _sha256(self.fetch(dist))
         return record
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return section(self.settings, "reward_options")
 
     def rewards(
         self,
@@ -154,11 +179,10 @@ class Choice:
         Raises what ``rewards.build_reward`` raises.
         """
         addresses = section(self.settings, "remote") | dict(remote)
-        options = section(self.settings, "reward_options")
         return RewardSet.build(
             weights,
             dist.device,
-            options={name: o for name, o in options.items() if name not in addresses},
+            options={name: o for name, o in self._options.items() if name not in addresses},
             remote=addresses,
             timeout=self.settings.get("remote_timeout_seconds", REMOTE_TIMEOUT),
         )
@@ -198,22 +222,44 @@ def resolve(args: argparse.Namespace, script: Mapping[str, Any] | None = None) -
     """
     run: dict[str, Any] = {}
     checkpoint: Path | None = None
-    name = Path(args.lora_hf_path or getattr(args, "pretrained.model") or "base").name
+    name = _model_name(args.lora_hf_path or getattr(args, "pretrained.model") or "base")
     if args.checkpoint_path:
         args.checkpoint_path = checkpoint = resolve_checkpoint(args.checkpoint_path)
         run = load_checkpoint(checkpoint).state["config"]
         name = f"{checkpoint.resolve().parents[1].name}-{checkpoint.name}"
     given = {key: value for key, value in vars(args).items() if value is not None}
-    layers = (run, script or {}, given)
-    family: dict[str, Any] = {}
-    if _join(DEFAULTS, *layers)["pretrained.model"] == EMBEDDED_MODEL:
+    script, family, published = script or {}, {}, {}
+    if _join(DEFAULTS, run, script, given)["pretrained.model"] == EMBEDDED_MODEL:
         family = EMBEDDED
     elif "match_published" in given:
-        layers = (run, script or {}, {"pretrained.max_sequence_length": PUBLISHED_LENGTH}, given)
-    settings = _join(DEFAULTS, family, *layers)
+        published = {"pretrained.max_sequence_length": PUBLISHED_LENGTH}
+    usual = _join(DEFAULTS, family, script, published)
+    settings = _join(DEFAULTS, family, run, script, published, given)
     validate_settings({key: settings[key] for key in DEFAULTS})
     lora = str(checkpoint or args.lora_hf_path or "")
-    return Choice(settings, run, checkpoint, lora, args.adapter, name)
+    name += f"-{args.adapter}" if args.adapter != DEFAULT_ADAPTER else ""
+    return Choice(settings, run, checkpoint, lora, args.adapter, name, usual)
+
+
+def _model_name(given: str) -> str:
+    """A hub repository's or a path's: of a path more than its last part, which is often "lora"."""
+    path = Path(given)
+    parts = path.resolve().parts[-4:] if path.exists() else path.parts
+    return "-".join(part for part in parts if part not in ("/", "checkpoints"))
+
+
+def command(main: Callable[[], None]) -> NoReturn:
+    """Runs a script's ``main`` and ends: what its user can mend or continue costs one line."""
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except RewardError as error:
+        sys.exit(f"{error}; the same command continues where this one stopped")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit()
 
 
 def _sha256(path: Path) -> str:

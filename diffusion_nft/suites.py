@@ -49,7 +49,7 @@ SUITES: dict[str, Suite] = {
     # The tables of arXiv 2509.16117, in their scales: PickScore is 26 times the reward, and
     # UnifiedReward 5 times.  GenEval's overall number is the mean of its six tags.
     "paper": Suite(
-        settings={"resolution": 512, "eval.num_steps": 40, "eval.solver": "flow"},
+        settings={"seed": 42, "resolution": 512, "eval.num_steps": 40, "eval.solver": "flow"},
         columns=(
             Column("GenEval", "geneval", "geneval/accuracy", 3, over_tags=True),
             Column("OCR", "ocr", "ocr", 3),
@@ -75,6 +75,7 @@ SUITES: dict[str, Suite] = {
     # The embedded model; references measured on two CPU cores with seed 42 (docs/evaluation.md).
     "shapes": Suite(
         settings={
+            "seed": 42,
             "pretrained.model": "shapes",
             "resolution": 48,
             "eval.num_steps": 10,
@@ -101,7 +102,7 @@ class Row:
     name: str
     averages: dict[str, dict[str, Any]]
     settings: dict[str, Any]
-    environment: dict[str, Any]  # of the last start
+    environment: dict[str, str]  # of all starts that did something
 
 
 def read_rows(folder: Path, suite: Suite) -> list[Row]:
@@ -111,10 +112,17 @@ def read_rows(folder: Path, suite: Suite) -> list[Row]:
         done = {name: finished(model / name) for name in suite.datasets}
         averages = {name: result for name, result in done.items() if result}
         if averages:
-            settings = read_json(model / next(iter(averages)) / SETTINGS_FILE)
-            starts = (model / ENVIRONMENTS_FILE).read_text(encoding="utf-8").splitlines()
-            rows.append(Row(model.name, averages, settings, json.loads(starts[-1])))
+            starts = [json.loads(line) for line in _lines(model / ENVIRONMENTS_FILE)]
+            environment = {
+                key: ", ".join(dict.fromkeys(str(start.get(key)) for start in starts))
+                for key in dict.fromkeys(key for start in starts for key in start)
+            }
+            rows.append(Row(model.name, averages, read_json(model / SETTINGS_FILE), environment))
     return rows
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def as_json(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:
@@ -168,7 +176,8 @@ def as_markdown(suite: Suite, rows: Sequence[Row]) -> str:
     ]
     parts = [
         result_table(suite, rows),
-        "± is the standard error of the mean, clustered by prompt.",
+        "± is the standard error of the mean, clustered by prompt.  A row whose name ends in "
+        "first<N> is of the first N lines of each test set only.",
         "\n".join(counts),
         _comparison(rows, "settings"),
         _comparison(rows, "environment"),
@@ -188,9 +197,7 @@ def _cell(column: Column, row: Row) -> str:
 def _comparison(rows: Sequence[Row], part: str) -> str:
     """A table of one key a line and one model a column."""
     columns = [getattr(row, part) for row in rows]
-    # What belongs to a test set, not to the model, stands in its own folder.
-    own = ("dataset", "dataset_sha256", "rewards", "reward_options")
-    keys = [key for key in dict.fromkeys(k for c in columns for k in c) if key not in own]
+    keys = dict.fromkeys(key for column in columns for key in column)
     table = [[part, *(row.name for row in rows)], ["---"] * (len(rows) + 1)]
     table += [[key, *(str(column.get(key, "")) for column in columns)] for key in keys]
     return _table(table)

@@ -13,7 +13,6 @@ at 512.  With --save_images, the same command continues an interrupted evaluatio
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from diffusion_nft.data import load_prompts, resolve_dataset, split_file
@@ -21,7 +20,7 @@ from diffusion_nft.distributed import Distributed, check_shared, distributed
 from diffusion_nft.evaluate import choose_rewards, complete, rescore
 from diffusion_nft.results import beside, finished, read_results, write_results
 from diffusion_nft.rewards import check_prompts
-from diffusion_nft.settings import add_evaluation_flags, add_model_flags, resolve
+from diffusion_nft.settings import add_evaluation_flags, add_model_flags, command, resolve
 
 
 def parse_flags() -> argparse.Namespace:
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace, dist: Distributed) -> None:
             prompts,
             args.rewards,
             choice.settings,
-            choice.record(dist, args.dataset, args.rewards, args.limit),
+            choice.record(dist, args.dataset, args.rewards, args.limit, args.remote),
             model=lambda: choice.model(dist),
             rewards=lambda weights: choice.rewards(weights, dist, args.remote),
             dist=dist,
@@ -90,7 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command(main)

@@ -11,7 +11,6 @@ Writes lora/ (PEFT), pytorch_lora_weights.safetensors (diffusers) and README.md,
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from diffusion_nft.lora import DIFFUSERS_WEIGHTS, PEFT_FOLDER, export_lora, load
 from diffusion_nft.metrics import METRICS_FILE
 from diffusion_nft.precision import COMPUTE_DTYPES
 from diffusion_nft.report import pictures_file, stage_evaluations
-from diffusion_nft.settings import Choice, add_model_flags, resolve
+from diffusion_nft.settings import Choice, add_model_flags, command, resolve
 
 PIPELINE_INDEX, TRANSFORMER = "model_index.json", "transformer"
 CARD, SAMPLES = "README.md", "samples.png"
@@ -241,7 +240,4 @@ def snippet(settings: dict[str, Any], base: str, where: str, merged: bool) -> li
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command(main)

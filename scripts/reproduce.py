@@ -12,23 +12,31 @@ command continues an interrupted call and makes nothing twice.  table.md and tab
 
 import argparse
 import functools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusion_nft.checks import EMBEDDED_MODEL
 from diffusion_nft.data import Prompt, load_prompts
 from diffusion_nft.distributed import Distributed, check_shared, distributed
 from diffusion_nft.evaluate import choose_rewards, complete
 from diffusion_nft.files import write_atomically
 from diffusion_nft.metrics import write_environment
 from diffusion_nft.pictures import image_grid
-from diffusion_nft.results import read_pictures, read_results, scored_by, write_json
+from diffusion_nft.results import (
+    PER_REWARD,
+    claim,
+    read_pictures,
+    read_results,
+    scored_by,
+    write_json,
+)
 from diffusion_nft.rewards import check_prompts
-from diffusion_nft.rewards.weights import HUB_MODELS, WEIGHT_FILES, weight_file
-from diffusion_nft.settings import Choice, add_evaluation_flags, add_model_flags, resolve
+from diffusion_nft.settings import Choice, add_evaluation_flags, add_model_flags, command, resolve
 from diffusion_nft.suites import SUITES, as_json, as_markdown, read_rows, result_table
 
 NUM_PICTURES = 16
+# Settings that a model's test sets do not have in common.
+OF_A_TEST_SET = ("dataset", "dataset_sha256", *PER_REWARD)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,8 @@ def parse_flags() -> argparse.Namespace:
     args = parser.parse_args()
     args.remote = dict(args.remote)
     args.choice = resolve(args, SUITES[args.suite].settings)
+    if args.suite != EMBEDDED_MODEL and args.choice.run.get("pretrained.model") == EMBEDDED_MODEL:
+        parser.error("this checkpoint is of the embedded model: --suite shapes")
     args.output_dir = args.output_dir or Path("reproductions", args.suite)
     args.model_dir = args.output_dir / args.choice.folder_name(args.limit)
     args.tasks = tasks(args)
@@ -85,33 +95,35 @@ def tasks(args: argparse.Namespace) -> list[Task]:
         found.append(Task(name, prompts, weights, args.model_dir / name))
     if problems:
         raise ValueError("\n  ".join(["test sets are missing:", *problems]))
+    if not found:
+        raise ValueError(f"--skip_rewards leaves no reward in {', '.join(chosen)}")
     if unused:
         raise ValueError(f"{', '.join(sorted(unused))}: no such reward in {', '.join(chosen)}")
     return found
 
 
-def check_rewards(args: argparse.Namespace, dist: Distributed) -> None:
-    """Before any sampling: the weight files of all rewards are there, and the servers answer.
+def check_rewards(choice: Choice, args: argparse.Namespace, dist: Distributed) -> None:
+    """Before any sampling: builds every reward that is still needed, one at a time.
 
-    Raises OSError, ImportError or ValueError of the first one for which that is not so.
+    Raises OSError, ImportError or ValueError of the first one that cannot be built.
     """
-    names = dict.fromkeys(name for task in args.tasks for name in task.weights)
-    for name in names:
-        if name in WEIGHT_FILES and name not in args.remote:
-            weight_file(name)
-    light = [n for n in names if n in args.remote or n not in {*WEIGHT_FILES, *HUB_MODELS}]
-    args.choice.rewards(dict.fromkeys(light, 1.0), dist, args.remote)
+    needed = (task.weights.keys() - scored_by(task.folder) for task in args.tasks)
+    if dist.is_main:
+        for name in sorted(set().union(*needed)):
+            choice.rewards({name: 1.0}, dist, args.remote)
+    dist.barrier()
 
 
 def draw_grid(task: Task) -> None:
     """A look at the first pictures of a finished test set."""
     first = range(min(NUM_PICTURES, len(task.prompts)))
+    reward = next(iter(task.weights))
     scores, _ = read_results(task.folder, task.prompts)
     image_grid(
         read_pictures(task.folder, first),
         [task.prompts[line].text for line in first],
         columns=4,
-        scores=scores["total"][: len(first)],
+        scores=scores[reward][: len(first)],
     ).save(task.folder / "grid.png")
 
 
@@ -122,18 +134,24 @@ def main() -> None:
     with distributed(timeout_minutes=60) as dist:
         check_shared("--output_dir", args.output_dir, dist)
         model = functools.cache(lambda: choice.model(dist))
+        records = [
+            choice.record(dist, task.dataset, task.weights, args.limit, args.remote)
+            for task in args.tasks
+        ]
+        common = {key: value for key, value in records[0].items() if key not in OF_A_TEST_SET}
+        claim(args.model_dir, common, dist)
         if any(task.weights.keys() - scored_by(task.folder) for task in args.tasks):
-            check_rewards(args, dist)
+            check_rewards(choice, args, dist)
             if dist.is_main:
                 write_environment(args.model_dir)
-        for task in args.tasks:
+        for task, record in zip(args.tasks, records, strict=True):
             dist.say(f"{task.dataset}: {len(task.prompts)} lines, {', '.join(task.weights)}")
             complete(
                 task.folder,
                 task.prompts,
                 task.weights,
                 choice.settings,
-                choice.record(dist, task.dataset, task.weights, args.limit),
+                record,
                 model=model,
                 rewards=lambda weights: choice.rewards(weights, dist, args.remote),
                 dist=dist,
@@ -152,7 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command(main)

@@ -10,7 +10,6 @@ prompt, its seed and the model's flags alone, not on what else is drawn. Runs in
 
 import argparse
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from diffusion_nft.pictures import image_grid, side_by_side, to_pil
 from diffusion_nft.policy import REFERENCE
 from diffusion_nft.randomness import generator
 from diffusion_nft.rollout import Sampler
-from diffusion_nft.settings import add_model_flags, resolve
+from diffusion_nft.settings import add_model_flags, command, resolve
 
 GRID = "grid.png"
 # Characters of a prompt in a file's name.
@@ -119,7 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command(main)

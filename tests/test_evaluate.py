@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from diffusion_nft.data import Prompt, load_prompts
 from diffusion_nft.distributed import Distributed
-from diffusion_nft.evaluate import evaluate, rescore
+from diffusion_nft.evaluate import complete, evaluate, rescore
 from diffusion_nft.results import (
     Evaluation,
     claim,
@@ -250,8 +251,8 @@ def test_an_interrupted_evaluation_repeats_no_finished_picture(
     assert sum(drawn) == 7 - made + 2 and sum(scored) == 7 - judged
     assert json.dumps(result.scores) == json.dumps(whole[0].scores)
     assert result.diversity == whole[0].diversity
-    for path, time in before.items():
-        assert path.stat().st_mtime_ns == time or path in (
+    for path, stamp in before.items():
+        assert path.stat().st_mtime_ns == stamp or path in (
             picture_path(tmp_path, 2),
             picture_path(tmp_path, 3),
         )
@@ -259,8 +260,72 @@ def test_an_interrupted_evaluation_repeats_no_finished_picture(
     assert not drawn and not scored
 
 
+def test_pictures_do_not_wait_for_their_scores(shapes_model, prompts, tmp_path):
+    """A reward that takes so long that a kill finds all pictures drawn and none scored."""
+    found = []
+
+    class Slow(RewardSet):
+        def __call__(self, images, texts, metadata):
+            deadline = time.monotonic() + 60
+            while len(list(tmp_path.glob("images/0*.png"))) < 7 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            found.append(len(list(tmp_path.glob("images/0*.png"))))
+            return super().__call__(images, texts, metadata)
+
+    slow = Slow.build({"shapes": 1.0}, CPU)
+    evaluate(shapes_model, prompts, slow, SETTINGS, dist=ONE, folder=tmp_path)
+    assert found == [7] * 4
+
+
+def test_rewards_that_are_added_score_each_picture_once(shapes_model, prompts, tmp_path):
+    calls = []
+
+    class Counting(RewardSet):
+        def __call__(self, images, texts, metadata):
+            if broken and len(calls) == 5:
+                raise RewardError("the server is gone")
+            calls.append(sorted(self.weights))
+            return super().__call__(images, texts, metadata)
+
+    def ask(*names: str) -> dict:
+        weights = dict.fromkeys(names, 1.0)
+        complete(
+            tmp_path,
+            prompts,
+            weights,
+            SETTINGS,
+            {"seed": 1, "rewards": weights, "reward_options": {}, "remote": {}},
+            model=lambda: models.pop(),
+            rewards=lambda chosen: Counting.build(chosen, CPU),
+            dist=ONE,
+            keep_pictures=True,
+        )
+        return json.loads((tmp_path / "average_scores.json").read_text())
+
+    models, broken = [shapes_model], False
+    first = ask("shapes")
+    assert calls == [["shapes"]] * 4
+    # The added reward breaks after one chunk of four; asked again, it goes on with the second.
+    broken = True
+    with pytest.raises(RewardError):
+        ask("shapes", "jpeg_compressibility")
+    broken = False
+    both = ask("shapes", "jpeg_compressibility")
+    assert calls[4:] == [["jpeg_compressibility"]] * 4
+    assert both["mean"]["shapes"] == first["mean"]["shapes"]
+    assert both["settings"]["rewards"] == {"shapes": 1.0, "jpeg_compressibility": 1.0}
+    assert json.loads((tmp_path / "settings.json").read_text()) == both["settings"]
+    assert ask("jpeg_compressibility") == both and len(calls) == 8
+    # Without results, the pictures are scored anew, still without a model.
+    (tmp_path / "average_scores.json").unlink()
+    assert ask("shapes")["mean"]["shapes"] == first["mean"]["shapes"]
+
+
 def test_a_folder_keeps_to_one_evaluation(tmp_path):
+    # Nothing was drawn for the first: a mistaken command does not stand in the way.
+    claim(tmp_path, {"seed": 3}, ONE)
     claim(tmp_path, {"seed": 1, "lora": "here", "lora_sha256": "a"}, ONE)
+    (tmp_path / "images").mkdir()
     claim(tmp_path, {"seed": 1, "lora": "there", "lora_sha256": "a"}, ONE)
     with pytest.raises(ValueError, match="seed: 1 -> 2"):
         claim(tmp_path, {"seed": 2, "lora": "here", "lora_sha256": "a"}, ONE)

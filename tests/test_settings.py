@@ -53,13 +53,21 @@ def test_a_folder_is_named_by_what_is_most_often_varied(run_dir):
     flags = ("--guidance_scale", 4.5, "--seed", 1, "--match_published")
     assert choose(*flags).folder_name(8) == "base-cfg4.5-seed1-published-first8"
     assert choose("--checkpoint_path", run_dir).folder_name(None).startswith("mine-checkpoint-")
+    other = choose("--solver", "dpm2", "--num_inference_steps", 20, "--mixed_precision", "bf16")
+    assert other.folder_name(None) == "base-cfg1-seed42-dpm2-20steps-bf16"
+    # LoRAs that lie in folders of the same name.
+    (weights,) = run_dir.glob("checkpoints/checkpoint-*/lora")
+    name = choose("--pretrained", "shapes", "--lora_hf_path", weights, "--adapter", "old").name
+    assert name == f"mine-{weights.parent.name}-lora-old"
+    assert choose("--lora_hf_path", "owner/name").name == "owner-name"
 
 
 def test_the_record_tells_what_the_numbers_rest_on(run_dir, tmp_path):
     test = tmp_path / "test_metadata.jsonl"
     test.write_text('{"prompt": "a red circle"}\n')
     choice = choose("--checkpoint_path", run_dir)
-    record = choice.record(HERE, str(tmp_path), {"shapes": 1.0}, 3)
+    served = {"shapes": ("http://127.0.0.1:9",), "ocr": ("http://127.0.0.1:8",)}
+    record = choice.record(HERE, str(tmp_path), {"shapes": 1.0}, 3, served)
     json.dumps(record)
     digest = hashlib.sha256(test.read_bytes()).hexdigest()
     assert record["dataset_sha256"] == digest and record["limit"] == 3
@@ -67,7 +75,10 @@ def test_the_record_tells_what_the_numbers_rest_on(run_dir, tmp_path):
     assert record["lora_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert record["seed"] == 5 and record["eval.solver"] == "flow"
     # Neither where results go nor how many processes make them.
-    assert not {"output_dir", "remote", "world_size"} & record.keys()
+    assert not {"output_dir", "world_size"} & record.keys()
+    assert (
+        record["remote"] == {"shapes": ("http://127.0.0.1:9",)} and record["adapter"] == "default"
+    )
 
 
 def test_settings_that_cannot_go_together_are_refused():

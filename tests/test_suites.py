@@ -28,7 +28,7 @@ def folder(tmp_path) -> Path:
             place = tmp_path / model / dataset
             place.mkdir(parents=True)
             (place / "average_scores.json").write_text(json.dumps(result))
-            (place / "settings.json").write_text(json.dumps({"seed": 7, "dataset": dataset}))
+        (tmp_path / model / "settings.json").write_text(json.dumps({"seed": 7}))
         (tmp_path / model / "environments.jsonl").write_text('{"torch": "1.0"}\n{"torch": "2.0"}\n')
     (tmp_path / "lora" / "ocr").mkdir()
     (tmp_path / "unrelated").mkdir()
@@ -45,7 +45,7 @@ def test_a_row_is_in_the_papers_scales(folder):
     assert values["GenEval"] == (0.625, None)
     assert values["ImageReward"] == (-0.3, 0.01)
     assert values["OCR"] is None and values["HPSv2.1"] is None
-    assert base.environment == {"torch": "2.0"}
+    assert base.environment == {"torch": "1.0, 2.0"}
 
 
 def test_the_table_as_a_reader_sees_it(folder):
@@ -68,7 +68,7 @@ def test_the_json_holds_all_that_the_table_shows(folder):
     tables = json.loads(json.dumps(as_json(PAPER, read_rows(folder, PAPER))))
     base = tables["models"][0]
     assert base["values"]["PickScore"]["mean"] == pytest.approx(22.1)
-    assert base["settings"]["seed"] == 7 and base["environment"]["torch"] == "2.0"
+    assert base["settings"]["seed"] == 7 and base["environment"]["torch"] == "1.0, 2.0"
     assert base["averages"]["geneval"]["mean"]["geneval/accuracy"]["mean"] == 0.5
     assert tables["references"]["NFT on GenEval"]["GenEval"] == 0.98
 

@@ -104,8 +104,15 @@ class Brightness:
         return RewardOutput(mean, {"accuracy": (mean > 0.5).double()})
 
 
+class Missing(Brightness):
+    """A reward that cannot be had."""
+
+    def __init__(self, device: torch.device):
+        raise OSError("no server answers")
+
+
 @pytest.fixture
-def paper(tmp_path, monkeypatch) -> Path:
+def paper(tmp_path, monkeypatch) -> None:
     """Small stand-ins for the paper's test sets and rewards."""
     root = tmp_path / "dataset"
     for name in ("geneval", "ocr", "drawbench"):
@@ -124,24 +131,18 @@ def paper(tmp_path, monkeypatch) -> Path:
                  "unifiedreward"):  # fmt: skip
         monkeypatch.setitem(rewards.REWARDS, name, here)
     monkeypatch.setattr(rewards, "PROMPT_CHECKS", {})
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    monkeypatch.setenv("DIFFUSION_NFT_REWARD_CKPTS", str(weights))
-    return weights
 
 
 EMBEDDED = ("--pretrained", "shapes", "--resolution", 48, "--num_inference_steps", 2)
 
 
-def test_the_papers_suite_on_stand_ins(paper, tmp_path, capsys):
-    from diffusion_nft.rewards.weights import WEIGHT_FILES
-
+def test_the_papers_suite_on_stand_ins(paper, tmp_path, capsys, monkeypatch):
     out = ("--output_dir", tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match=r"needs .*weights"):
-        reproduce(*EMBEDDED, *out)
-    assert not list((tmp_path / "out").rglob("*.png")), "refused before anything was drawn"
-    for file in WEIGHT_FILES.values():
-        (paper / file.file_name).touch()
+    with monkeypatch.context() as patch:
+        patch.setitem(rewards.REWARDS, "unifiedreward", f"{__name__}:Missing")
+        with pytest.raises(OSError, match="no server answers"):
+            reproduce(*EMBEDDED, *out)
+        assert not list((tmp_path / "out").rglob("*.png")), "refused before anything was drawn"
     reproduce(*EMBEDDED, *out, "--skip_rewards", "aesthetic")
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     (model,) = table["models"]
@@ -182,12 +183,21 @@ def test_what_is_missing_is_named_at_once(paper, tmp_path):
         reproduce(*EMBEDDED, "--datasets", "genval")
 
 
-def test_another_setting_does_not_mix_into_a_folder(paper, tmp_path):
+def test_other_settings_are_other_rows_or_refused(paper, tmp_path):
     flags = (*EMBEDDED, "--datasets", "ocr", "--output_dir", tmp_path)
     reproduce(*flags)
-    with pytest.raises(ValueError, match=r"eval\.solver: 'flow' -> 'dpm2'"):
-        reproduce(*flags, "--solver", "dpm2")
-    # Guidance and seed have folders of their own, and rows.
+    with pytest.raises(ValueError, match=r"eval\.batch_size: 16 -> 4"):
+        reproduce(*flags, "--batch_size", 4)
+    # The other test set of the same row, too.
+    with pytest.raises(ValueError, match=r"eval\.batch_size: 16 -> 4"):
+        reproduce(*EMBEDDED, "--datasets", "geneval", "--output_dir", tmp_path, "--batch_size", 4)
     reproduce(*flags, "--guidance_scale", 2, "--seed", 1)
-    names = [model["name"] for model in json.loads((tmp_path / "table.json").read_text())["models"]]
-    assert names == ["shapes-cfg1-seed42", "shapes-cfg2-seed1"]
+    reproduce(*flags, "--solver", "dpm2")
+    names = {model["name"] for model in json.loads((tmp_path / "table.json").read_text())["models"]}
+    assert names == {
+        "shapes-cfg1-seed42-2steps-48px",
+        "shapes-cfg2-seed1-2steps-48px",
+        "shapes-cfg1-seed42-dpm2-2steps-48px",
+    }
+    with pytest.raises(ValueError, match="leaves no reward in ocr"):
+        reproduce(*flags, "--skip_rewards", "ocr")
