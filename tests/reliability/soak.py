@@ -102,7 +102,7 @@ def draw(rows: list[dict[str, float]], path: Path) -> None:
     for axis, key in zip(axes, keys, strict=True):
         axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], linewidth=1)
         axis.set_ylabel(key.replace("_", " "))
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.15 * max(row[key] for row in rows))
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel("epoch")
     figure.tight_layout()
