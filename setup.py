@@ -29,9 +29,12 @@ UNIFIEDREWARD = ["openai>=1.109"]
 REWARDS = [*HPSV2, *OCR, *UNIFIEDREWARD]
 # Serving rewards to runs elsewhere.
 SERVER = ["fastapi", "uvicorn"]
+# The figure of scripts/benchmark_scaling.py.
+PLOTS = ["matplotlib"]
 TEST = [
     *REWARDS,
     *SERVER,
+    *PLOTS,
     "pytest>=8",
     "pytest-timeout",
     "pytest-xdist",
@@ -55,6 +58,7 @@ setup(
         "geneval": GENEVAL,
         "hpsv2": HPSV2,
         "ocr": OCR,
+        "plots": PLOTS,
         "rewards": REWARDS,
         "server": SERVER,
         "tensorboard": ["tensorboard"],

@@ -284,7 +284,8 @@ def test_every_row_and_result_names_its_stage(finished):
         (2, 3, 3, "train"),
         (2, 3, 3, "eval"),
     ]
-    folders = sorted(str(p.parent.relative_to(finished)) for p in finished.glob("eval/*/*/*.json"))
+    written = finished.glob("eval/*/*/average_scores.json")
+    folders = sorted(str(path.parent.relative_to(finished)) for path in written)
     assert folders == [
         f"eval/stage-{stage}/epoch-{epoch:06d}"
         for stage, epoch in ((1, 0), (1, 1), (1, 2), (2, 2), (2, 3))

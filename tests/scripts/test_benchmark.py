@@ -1,0 +1,232 @@
+"""The benchmark: its formulas against torch's own counter, and what it counts in an epoch."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion_nft.algorithms import Batch
+from diffusion_nft.algorithms.nft import NFT
+from diffusion_nft.distributed import Distributed
+from diffusion_nft.flow import add_noise
+from tests.launch import ROOT, one_thread
+from tests.scripts.in_process import call, script
+
+RANK = 32
+SIZES = ("sample.num_groups=2", "sample.num_image_per_prompt=4", "sample.num_steps=4")
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    yield script("benchmark")
+    sys.path.remove(str(ROOT / "scripts"))
+
+
+def make_setup(benchmark, tmp_path, arch: str, *changes: str):
+    args = SimpleNamespace(
+        arch=arch,
+        preset="shapes_smoke",
+        rewards=None,
+        set=["train.timestep_fraction=0.5", *changes],
+    )
+    config = benchmark.make_config(args, str(tmp_path))
+    return benchmark.Setup.of(config, Distributed(0, 1, 0, torch.device("cpu")), arch)
+
+
+def counted(work) -> tuple[object, int]:
+    # The counter knows no fused attention of CPUs.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        result = work()
+    return result, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("arch, resolution", [("sd3.5-tiny", 128), ("shapes", 48)])
+def test_flops_by_formula_are_those_that_torch_counts(benchmark, tmp_path, arch, resolution):
+    import benchmark_flops as formula
+
+    model = make_setup(benchmark, tmp_path, arch, f"resolution={resolution}").load()
+    transformer, count = model.transformer, 3
+    transformer.add_adapter(LoraConfig(r=RANK, target_modules=list(model.lora_targets)))
+    x, sigma = torch.randn(count, *model.latent_shape), torch.full((count,), 0.5)
+    cond = model.encode(["a", "b", "c"])
+    shape = (transformer.config, x.shape[-1], cond.tokens.shape[1])
+
+    v, flops = counted(lambda: model.velocity(x, sigma, cond))
+    assert flops == pytest.approx(count * formula.forward_cost(*shape, RANK).flops, rel=0.01)
+    _, flops = counted(lambda: v.sum().backward())
+    assert flops == pytest.approx(count * formula.backward_cost(*shape, RANK).flops, rel=0.01)
+    transformer.disable_adapters()
+    _, flops = counted(lambda: model.velocity(x, sigma, cond))
+    assert flops == pytest.approx(count * formula.forward_cost(*shape).flops, rel=0.01)
+    _, flops = counted(lambda: model.decode(x))
+    cost = formula.decode_cost(model.vae.config, x.shape[-1])
+    assert flops == pytest.approx(count * cost.flops, rel=0.01)
+
+
+def test_bytes_count_weights_once_a_call_and_activations_once_a_sample(benchmark):
+    from benchmark_flops import Linear
+
+    cost = Linear(rows=5, n_in=3, n_out=7).forward(rank=0)
+    assert cost.flops == 2 * 5 * 3 * 7
+    assert cost.bytes(2, weight_size=4, element_size=2) == 3 * 7 * 4 + 2 * 5 * (3 + 7) * 2
+
+
+def test_the_medium_architecture_has_the_real_ones_size(benchmark):
+    from benchmark_flops import forward_cost
+    from benchmark_models import ARCHITECTURES
+    from diffusers import SD3Transformer2DModel
+
+    arguments = ARCHITECTURES["sd3.5-medium"].transformer
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(**arguments)
+        shapes = (1, 16, 64, 64), (1, 205, 4096), (1, 2048), (1,)
+        inputs = [torch.zeros(shape) for shape in shapes]
+    # The published file of float16 weights, 4.94 GB, which holds the table of positions too.
+    values = sum(tensor.numel() for tensor in model.state_dict().values())
+    assert 2 * values == pytest.approx(4.94e9, rel=0.002)
+    with torch.no_grad():
+        _, flops = counted(lambda: model(*inputs))
+    assert forward_cost(model.config, 64, 205).flops == pytest.approx(flops, rel=0.01)
+
+
+def test_both_ways_have_the_same_loss_and_gradient(benchmark, tmp_path):
+    from benchmark_baseline import Published
+    from benchmark_models import Product
+
+    setup = make_setup(benchmark, tmp_path, "shapes", "nft.kl_weight=0.5", "nft.beta=0.5")
+    ours, theirs = Product(setup), Published(setup)
+    g = torch.Generator().manual_seed(3)
+    for name in ("old", "current"):
+        state = {
+            key: torch.randn(value.shape, generator=g) / 20
+            for key, value in ours.policy.state(name).items()
+        }
+        ours.policy.load(name, state, others=False)
+        for weight, value in zip(theirs.weights[name], state.values(), strict=True):
+            weight.data.copy_(value)
+    x0, noise = (torch.randn(5, *ours.model.latent_shape, generator=g) for _ in range(2))
+    sigma, r = torch.rand(5, generator=g), torch.rand(5, generator=g)
+    batch = Batch(x0, noise, add_noise(x0, noise, sigma), sigma, r)
+    texts = [prompt.text for prompt in setup.prompts[:4]]
+    texts.append(texts[0])
+    cond = ours.model.encode(texts)
+
+    def velocity(policy):
+        with ours.policy.using(policy), torch.set_grad_enabled(policy == "current"):
+            return ours.model.velocity(batch.xt, batch.sigma, cond)
+
+    expected, _ = NFT(setup.config).loss(velocity, batch)
+    actual = theirs.losses(batch, theirs.encode(texts))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    expected.sum().backward()
+    actual.sum().backward()
+    for a, b in zip(theirs.weights["current"], ours.policy.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_it_counts_what_an_epoch_does_and_prints_it(benchmark, tmp_path, capsys):
+    output = tmp_path / "result.json"
+    flags = [flag for change in SIZES for flag in ("--set", change)]
+    call(
+        benchmark,
+        *("--preset", "shapes_smoke", "--arch", "sd3.5-tiny", "--repeats", 1, "--baseline"),
+        *flags,
+        *("--output", output),
+    )
+    results = json.loads(output.read_text())
+    printed = capsys.readouterr().out
+    assert "random tensors in place of embeddings" in printed and "times as fast" in printed
+    assert results["about"]["weights"] == "random"
+    samples, used, steps = 8, 2, 4
+    for way, prompts in (("ours", 2), ("baseline", 8)):
+        phases = results[way]["phases"]
+        rows = {name: phase["rows"] for name, phase in phases.items()}
+        assert rows["encode"] == prompts
+        assert rows["sample"] == samples * steps
+        assert rows["decode"] == rows["reward"] == samples
+        for policy in ("old", "reference", "current"):
+            assert rows[f"{policy} forward"] == samples * used
+        assert rows["backward"] == results[way]["pairs_per_epoch"] == samples * used
+        assert phases["optimizer"]["calls"] == 2
+        assert results[way]["flops_per_epoch"] == sum(p["flops"] for p in phases.values())
+        assert all(phase["seconds"] >= 0 and phase["sentence"] for phase in phases.values())
+    assert results["ours"]["phases"]["checkpoint"]["calls"] == 1
+    # The baseline's old policy has its adapters beside their layers, as the trained one.
+    old, current = (results["baseline"]["phases"][f"{p} forward"] for p in ("old", "current"))
+    assert (
+        old["flops"] == current["flops"] > results["ours"]["phases"]["reference forward"]["flops"]
+    )
+    ours, theirs = (results[way]["epoch_seconds"]["all"] for way in ("ours", "baseline"))
+    assert results["speedup"]["all"] == [theirs[0] / ours[0]]
+    rate = results["ours"]["images_per_second"]["median"]
+    assert rate == pytest.approx(samples / ours[0])
+
+
+def test_without_a_kl_term_ours_makes_no_reference_forward(benchmark, tmp_path):
+    from benchmark_models import Product
+    from benchmark_phases import Observer
+
+    way = Product(make_setup(benchmark, tmp_path, "shapes", "nft.kl_weight=0.0", *SIZES))
+    observer = Observer(way)
+    with one_thread(), observer.watching():
+        benchmark.run_epoch(way, 0)
+    assert observer.phases["current forward"].rows == 16
+    assert "reference forward" not in observer.phases
+
+
+@pytest.mark.parametrize(
+    "flops, data, seconds, bound",
+    [(100, 1, 1.5, "compute"), (1, 100, 15, "memory"), (100, 1, 3.5, "overhead")],
+)
+def test_a_phase_is_bound_by_what_takes_longest(benchmark, flops, data, seconds, bound):
+    from benchmark_phases import Peaks, Phase, verdict
+
+    peaks = Peaks(flops=100.0, bandwidth=10.0)
+    row = verdict("decode", Phase(seconds, 1, 1, flops, data), peaks)
+    assert row["bound"] == bound and row["sentence"].startswith(f"{bound}-bound")
+    assert row["intensity"] == flops / data
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--set", "train.batchsize=3"), "train.batchsize"),
+        (("--set", "train.batch_size=0"), "train.batch_size"),
+        (("--preset", "nothing"), "preset 'nothing' is unknown"),
+        (("--rewards", "prettiness"), "prettiness"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_one_line(benchmark, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        call(benchmark, *flags)
+    assert message in str(stopped.value)
+
+
+def test_exponents_are_slopes_and_the_curves_are_drawn(benchmark, tmp_path):
+    scaling = script("benchmark_scaling")
+    sizes = [1, 2, 4, 8]
+    seconds = {"epoch": [3 * size**1.5 for size in sizes], "training": [2.0] * 4}
+    exponents = {part: scaling.exponent(sizes, values) for part, values in seconds.items()}
+    assert exponents == pytest.approx({"epoch": 1.5, "training": 0.0})
+    curve = {"sizes": sizes, "seconds": seconds, "exponents": exponents}
+    scaling.draw({"groups": curve, "ranks": curve}, tmp_path / "scaling.png")
+    with Image.open(tmp_path / "scaling.png") as picture:
+        assert picture.width > picture.height > 100
+
+
+def test_a_size_is_timed_with_the_products_own_epochs(benchmark, tmp_path):
+    scaling = script("benchmark_scaling")
+    axis = scaling.AXES["resolution"]
+    dist = Distributed(0, 1, 0, torch.device("cpu"))
+    with one_thread():
+        seconds, about = scaling.time_here(axis, 64, 1, dist, str(tmp_path))
+    assert about["preset_sizes"]["resolution"] == 64 and about["arch"] == "sd3.5-tiny"
+    assert min(seconds.values()) > 0
+    assert seconds["epoch"] == pytest.approx(seconds["sampling"] + seconds["training"])
