@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 from diffusion_nft.files import append_line, naming, write_atomically
+from diffusion_nft.pictures import save_png
 
 METRICS_FILE = "metrics.jsonl"
 ENVIRONMENTS_FILE = "environments.jsonl"
@@ -154,10 +155,7 @@ class Metrics(NullMetrics):
     def log_images(self, name: str, grid: Image.Image, epoch: int) -> None:
         """Saves ``grid`` as ``images/<name>-<epoch>.png`` ("/" in ``name`` becomes "_")."""
         path = self._run_dir / "images" / f"{name.replace('/', '_')}-{epoch:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f".tmp-{path.name}")
-        grid.save(temporary, format="PNG")
-        os.replace(temporary, path)
+        save_png(grid, path)
         if self._wandb is not None:
             import wandb
 

@@ -1,13 +1,17 @@
 """Float pictures -> 8 bits, and labelled grids of them for people to look at."""
 
+import io
 import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from diffusion_nft.files import naming, write_atomically
 
 # Pictures smaller than this many pixels on their short side are enlarged by a whole factor.
 READABLE_SIDE = 144
@@ -43,6 +47,18 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     """RGB pictures of ``images: [B, 3, H, W] in [0, 1]``."""
     pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().contiguous().numpy()
     return [Image.fromarray(picture) for picture in pixels]
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Writes ``path``, in a folder that is made if need be; it is there as a whole or not at all.
+
+    Raises DiskError naming the path.
+    """
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, data.getvalue())
 
 
 @dataclass(frozen=True)

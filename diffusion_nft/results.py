@@ -7,7 +7,6 @@ they come, until all are there; and last ``evaluation_results.jsonl`` and ``aver
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -21,8 +20,8 @@ from torch import Tensor
 
 from diffusion_nft.data import Prompt
 from diffusion_nft.distributed import Distributed
-from diffusion_nft.files import write_atomically
-from diffusion_nft.pictures import to_pil
+from diffusion_nft.files import naming, write_atomically
+from diffusion_nft.pictures import save_png, to_pil
 from diffusion_nft.rewards.combine import Scores
 
 # The metric that tells how many lines an evaluation had.
@@ -137,7 +136,6 @@ def claim(folder: Path, settings: Mapping[str, Any], dist: Distributed) -> None:
                 + "\ngive another --output_dir, or remove that folder"
             )
     elif dist.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(path, wanted)
 
 
@@ -165,12 +163,8 @@ def has_pictures(folder: Path, lines: range) -> bool:
 
 def save_pictures(images: Tensor, lines: Iterable[int], folder: Path) -> None:
     """Writes ``images: [B, 3, H, W]`` in [0, 1]; a file is there as a whole or not at all."""
-    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     for picture, line in zip(to_pil(images), lines, strict=True):
-        path = picture_path(folder, line)
-        temporary = path.with_name(f".tmp-{path.name}")
-        picture.save(temporary, format="PNG")
-        os.replace(temporary, path)
+        save_png(picture, picture_path(folder, line))
 
 
 def read_pictures(folder: Path, lines: Iterable[int]) -> Tensor:
@@ -193,7 +187,6 @@ def write_scores(folder: Path, lines: range, scores: Scores, weights: Mapping[st
     """Remembers that ``lines`` are scored with ``weights``."""
     parts = {name: _without_nan(part.tolist()) for name, part in scores.parts.items()}
     path = _progress_path(folder, lines)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"rewards": weights, "total": scores.total.tolist(), "parts": parts})
 
 
@@ -258,7 +251,6 @@ def write_results(evaluation: Evaluation, folder: Path, *, settings: Mapping[str
     """Writes ``evaluation_results.jsonl`` (one object a sample), and then ``average_scores.json``,
     which says that the evaluation is finished; its progress is no longer needed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for line, prompt in enumerate(evaluation.prompts):
         values = {name: numbers[line] for name, numbers in evaluation.scores.items()}
@@ -271,14 +263,16 @@ def write_results(evaluation: Evaluation, folder: Path, *, settings: Mapping[str
             "image_path": str(path.relative_to(folder)) if path.is_file() else None,
         }
         rows.append(json.dumps(row) + "\n")
-    write_atomically(folder / RESULTS_FILE, "".join(rows).encode())
     write_json(folder / SETTINGS_FILE, settings)
+    write_atomically(folder / RESULTS_FILE, "".join(rows).encode())
     write_json(folder / AVERAGES_FILE, {"settings": settings, **evaluation.averages()})
     shutil.rmtree(folder / PROGRESS, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces the file ``path`` by ``value`` at once."""
+    """Replaces the file ``path`` by ``value`` at once; its folder is made if need be."""
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from ml_collections import ConfigDict
 
-from diffusion_nft.distributed import Distributed, check_shared
+from diffusion_nft.distributed import Distributed, LostContact, check_shared
 from diffusion_nft.inputs import build_named, load_checked_prompts, reward_weights
 from diffusion_nft.preemption import Preempted, requested, stop_on_signals
 from diffusion_nft.report import pictures_file, result
@@ -59,6 +59,8 @@ def _train(config: ConfigDict, dist: Distributed, stage: Stage, *, last: bool) -
 def _start_errors() -> Iterator[None]:
     try:
         yield
+    except LostContact:  # no mistake of the user's: the same command continues
+        raise
     except (ValueError, OSError, ImportError) as error:
         raise StartError(f"{type(error).__name__}: {error}") from error
 

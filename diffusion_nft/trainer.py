@@ -15,7 +15,7 @@ from diffusion_nft.evaluate import evaluate
 from diffusion_nft.inputs import build_named, load_checked_prompts, reward_weights
 from diffusion_nft.metrics import Timer, make_metrics, write_environment
 from diffusion_nft.models import load_model
-from diffusion_nft.pictures import image_grid
+from diffusion_nft.pictures import image_grid, save_png
 from diffusion_nft.plan import describe
 from diffusion_nft.policy import Policy
 from diffusion_nft.preemption import REASON, Preempted
@@ -94,12 +94,16 @@ class Trainer:
             self.state.save()
             self.metrics.close(failed=isinstance(error, RewardError))
             raise
-        self._report()
-        self.metrics.close()
+        try:
+            self._report()
+        finally:
+            self.metrics.close()
 
     def _train(self) -> None:
         config = self.config
         if self.state.epoch < config.num_epochs:
+            if self.dist.is_main:  # those of a former end, before num_epochs was raised
+                (self.run_dir / pictures_file(self.stage.number)).unlink(missing_ok=True)
             self.dist.say(describe(self.stage, self.model, self.policy, self.dist))
         # At the stage's start, or where a failing reward or a stop left one out.
         best = self._evaluate_if_due()
@@ -232,7 +236,7 @@ class Trainer:
             with self.policy.using("ema"):
                 after = self.evaluate(count)
             if self.dist.is_main:
-                compare_pictures(before, after).save(path)
+                save_png(compare_pictures(before, after), path)
         self.dist.say(result(self.run_dir, self.stage.number))
 
 

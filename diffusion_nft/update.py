@@ -225,8 +225,9 @@ class Updater:
         if self.skipped_in_row > limit:
             raise FloatingPointError(
                 f"{self.skipped_in_row} updates in a row had a non-finite gradient "
-                f"(train.max_skipped_steps = {limit}): lower train.learning_rate, or take "
-                "mixed_precision = 'bf16'; the last checkpoint is as it was"
+                f"(train.max_skipped_steps = {limit}); the last checkpoint is as it was: allow "
+                "more of them, or begin another run with resume_from = this one's save_dir and a "
+                "lower train.learning_rate or mixed_precision = 'bf16'"
             )
         return float(norm), sums
 

@@ -21,7 +21,7 @@ from diffusion_nft.distributed import Distributed, check_shared, distributed
 from diffusion_nft.evaluate import choose_rewards, complete
 from diffusion_nft.files import write_atomically
 from diffusion_nft.metrics import write_environment
-from diffusion_nft.pictures import image_grid
+from diffusion_nft.pictures import image_grid, save_png
 from diffusion_nft.results import (
     PER_REWARD,
     claim,
@@ -119,12 +119,13 @@ def draw_grid(task: Task) -> None:
     first = range(min(NUM_PICTURES, len(task.prompts)))
     reward = next(iter(task.weights))
     scores, _ = read_results(task.folder, task.prompts)
-    image_grid(
+    grid = image_grid(
         read_pictures(task.folder, first),
         [task.prompts[line].text for line in first],
         columns=4,
         scores=scores[reward][: len(first)],
-    ).save(task.folder / "grid.png")
+    )
+    save_png(grid, task.folder / "grid.png")
 
 
 def main() -> None:

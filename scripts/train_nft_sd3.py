@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
     # Loading the model libraries takes seconds: a wrong configuration should not have to wait.
     from diffusion_nft.files import DiskError
     from diffusion_nft.preemption import Preempted
+    from diffusion_nft.rewards.combine import RewardError
     from diffusion_nft.run import StartError, run
 
     go_on = f"the same command continues the run in {config.save_dir}"
@@ -73,6 +74,8 @@ def main(argv: list[str]) -> None:
                 sys.exit(str(error))
             except (DiskError, FloatingPointError) as error:
                 refuse(str(error))
+            except RewardError as error:
+                refuse(f"{error}; the state is saved, {go_on}")
             except Preempted as stop:
                 dist.say(f"{stop}; {go_on}")
     except LostContact as error:

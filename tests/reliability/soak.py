@@ -78,7 +78,12 @@ def watch(epochs: int, run_dir: Path) -> list[dict[str, float]]:
 
 
 def growth(rows: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
-    """Quantity -> medians of the first and of the last fifth, after a tenth of warm-up."""
+    """Quantity -> medians of the first and of the last fifth, after a tenth of warm-up.
+
+    Raises ValueError if there are no ``rows``.
+    """
+    if not rows:
+        raise ValueError("no epoch was seen")
     settled = rows[len(rows) // 10 :]
     fifth = max(1, len(settled) // 5)
     return {

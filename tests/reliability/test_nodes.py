@@ -4,6 +4,7 @@ torchruns on this one.
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -339,7 +340,7 @@ def test_the_others_end_in_time_and_the_run_goes_on(lost, request, one_host, tmp
 
 # What Slurm would do, by stand-ins that note their arguments.
 SLURM = {
-    "srun": 'echo "$@" >"$NOTES/srun"; echo $$ >"$NOTES/pid"; eval "$STEP"',
+    "srun": 'echo "$SRUN_CPUS_PER_TASK" "$@" >"$NOTES/srun"; echo $$ >"$NOTES/pid"; eval "$STEP"',
     "scancel": 'kill -TERM "$(cat "$NOTES/pid")"',
     "scontrol": 'case $1 in show) printf "n1\\nn2\\n";; *) echo "$@" >"$NOTES/requeue";; esac',
 }
@@ -361,16 +362,17 @@ def test_the_slurm_script(step, stop, code, requeued, tmp_path):
         "SLURM_JOB_NODELIST": "n[1-2]",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_CPUS_PER_TASK": "64",
     }
     line = ["bash", str(ROOT / "examples/slurm/train.sbatch"), "sd3_geneval", "--config.seed=1"]
     job = subprocess.Popen(line, env=env)
     if stop:
         wait_for("pid", tmp_path, [job])
-        job.terminate()
+        job.send_signal(signal.SIGUSR1)
     assert job.wait(20) == code
     assert (tmp_path / "requeue").exists() == requeued
     assert (tmp_path / "srun").read_text().split() == [
-        *("--kill-on-bad-exit=1", "torchrun", "--nnodes=2", "--nproc_per_node=4"),
+        *("64", "--kill-on-bad-exit=1", "torchrun", "--nnodes=2", "--nproc_per_node=4"),
         *("--rdzv_backend=c10d", "--rdzv_endpoint=n1:23456", "--rdzv_id=123456-0"),
         *("--shutdown-timeout=120", "scripts/train_nft_sd3.py"),
         *("--config=config/nft.py:sd3_geneval", "--config.seed=1"),

@@ -1,0 +1,38 @@
+"""The soak's judgement, and a short one: a run holds no more after some epochs than before."""
+
+import os
+import threading
+
+import pytest
+
+from tests.launch import train_here
+from tests.reliability.soak import ALLOWED, growth
+
+
+def rows(**last: float) -> list[dict[str, float]]:
+    steady = dict.fromkeys(ALLOWED, 100.0)
+    return [{"epoch": i, **steady, **(last if i > 80 else {})} for i in range(100)]
+
+
+def test_what_grows_is_seen_and_what_does_not_is_not():
+    assert all(first == end for first, end in growth(rows()).values())
+    first, end = growth(rows(memory_mb=120.0))["memory_mb"]
+    assert (first, end) == (100.0, 120.0)
+
+
+def test_too_few_epochs_are_no_answer():
+    with pytest.raises(ValueError, match="no epoch"):
+        growth([])
+
+
+def test_a_short_run_leaves_nothing_open(tmp_path):
+    settings = {"sample.num_groups": 1, "sample.num_image_per_prompt": 2, "sample.num_steps": 1}
+    settings |= {"eval_freq": 0, "eval.at_start": False, "eval.num_prompts": 1}
+    settings |= {"save_freq": 1, "log.image_freq": 0, "train.timestep_fraction": 1.0}
+    settings |= {"train.gradient_step_per_epoch": 1}
+    train_here(tmp_path, settings | {"num_epochs": 3})
+    held = len(os.listdir("/proc/self/fd")), threading.active_count()
+    train_here(tmp_path, settings | {"num_epochs": 12})
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == held
+    # The newest three, and the best one.
+    assert 3 <= len(list(tmp_path.glob("checkpoints/checkpoint-*"))) <= 4
