@@ -11,7 +11,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,9 @@ class Checkpointer:
 
         Every group of ``tensors`` becomes ``<name>.safetensors``, ``state`` (JSON-able) becomes
         state.json, and ``write_extra(folder)`` may add files.  A checkpoint of the same step is
-        replaced.  ``best`` marks this one to be kept.  If the disk refuses, raises CheckpointError
-        naming the path; the former checkpoints are then untouched.
+        replaced.  ``best`` marks this one to be kept; the best one's name is in the state as
+        ``best`` too, so that no kill parts it from the rest.  If the disk refuses, raises
+        CheckpointError naming the path; the former checkpoints are then untouched.
         """
         final = self._folder / f"checkpoint-{step}"
         temporary = self._folder / f"{TEMPORARY}{final.name}"
@@ -69,15 +70,18 @@ class Checkpointer:
             self._folder.mkdir(parents=True, exist_ok=True)
             sync(self._folder.parent)
             self._clean_up()
+            known = self.best()
+            kept = final.name if best else known and known.name
+            if kept:
+                state = state | {"best": kept}
             try:
                 temporary.mkdir()
                 _fill(temporary, tensors, state, write_extra)
                 self._put_in_place(temporary, final)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-            if best:
-                write_atomically(self._folder / BEST, _json({"checkpoint": final.name}))
-            self._prune(step)
+            self._note_best(kept)
+            self._prune(step, kept)
         return final
 
     def latest(self) -> Path | None:
@@ -88,17 +92,45 @@ class Checkpointer:
     def best(self) -> Path | None:
         """The checkpoint last saved as best, unverified; None if there is none.
 
-        Damage to the note of which it is costs a warning: no state is lost with it.
+        If best.json is missing or damaged (which costs a warning), or names none that is there, it
+        is the one that the newest readable state names.
         """
+        found = {path.name: path for path in self._found().values()}
+        return found.get(self._noted_best()) or found.get(self._stated_best())
+
+    def restore_best(self, checkpoint: Checkpoint) -> None:
+        """Makes best.json agree with ``checkpoint``, from which the run goes on.
+
+        A kill or a full disk may have left it behind; after damage to newer checkpoints it is
+        ahead.  It stays as it is if ``checkpoint`` names no best one, or one that is gone.
+        Raises CheckpointError if the disk refuses.
+        """
+        name = checkpoint.state.get("best")
+        if name in {path.name for path in self._found().values()}:
+            with _disk_errors("the best checkpoint could not be noted"):
+                self._note_best(name)
+
+    def _note_best(self, name: str | None) -> None:
+        if name and name != self._noted_best():
+            write_atomically(self._folder / BEST, _json({"checkpoint": name}))
+
+    def _noted_best(self) -> str:
+        """The name in best.json; empty if there is none."""
         path = self._folder / BEST
         if not path.is_file():
-            return None
+            return ""
         try:
-            best = self._folder / str(read_json(path).get("checkpoint"))
+            return str(read_json(path).get("checkpoint"))
         except CheckpointError as error:
-            warnings.warn(f"{error}: which checkpoint was the best is not known", stacklevel=2)
-            return None
-        return best if best.is_dir() else None
+            warnings.warn(f"{error}: the newest checkpoint says which was the best", stacklevel=3)
+            return ""
+
+    def _stated_best(self) -> str:
+        """The name in the newest state that can be read; empty if there is none."""
+        for _, path in sorted(self._found().items(), reverse=True):
+            with suppress(CheckpointError):
+                return str(read_json(path / STATE).get("best"))
+        return ""
 
     def load_latest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies; None if there are no checkpoints.
@@ -155,17 +187,16 @@ class Checkpointer:
         for path in self._folder.glob(f"{TEMPORARY}checkpoint-*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _prune(self, step: int) -> None:
-        """Keeps the newest up to ``step`` and the best.
+    def _prune(self, step: int, best: str | None) -> None:
+        """Keeps the newest up to ``step`` and the one named ``best``.
 
         Later ones can only be damaged ones that were passed over at the start: they are not counted
         among the newest, and are left for people to look at.
         """
         found = self._found()
         older = sorted((s for s in found if s <= step), reverse=True)
-        best = self.best()
         for s in older[self._keep :] if self._keep else []:
-            if found[s] != best:
+            if found[s].name != best:
                 # Renamed first, so that a kill leaves no half checkpoint under a valid name.
                 doomed = found[s].with_name(f"{TEMPORARY}{found[s].name}")
                 os.replace(found[s], doomed)
@@ -205,7 +236,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         groups = [str(name) for name in manifest["tensors"]]
         files = {str(k): (int(v["size"]), str(v["sha256"])) for k, v in manifest["files"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} is no manifest") from error
     for name in (STATE, *(f"{group}.safetensors" for group in groups)):
         if name not in files:
@@ -251,7 +282,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = path.read_bytes()
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: nested too deep
         raise CheckpointError(f"checkpoint {path.parent}: {path.name} is not JSON") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"checkpoint {path.parent}: {path.name} holds no JSON object")

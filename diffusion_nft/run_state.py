@@ -1,5 +1,7 @@
 """What continuing a run needs, on disk and back: the policies, the optimizer, the counters."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -120,6 +122,7 @@ class RunState:
                 f"{self.stage.title} begins after epoch {self.stage.first_epoch}: start the run "
                 "again, and it goes on from there"
             )
+        self._on_main(partial(self.checkpointer.restore_best, checkpoint))
         self._load_policies(checkpoint)
         self.updater.load_state_dict(checkpoint.tensors["optimizer"], state["updater"])
         self.epoch = state["epoch"]
@@ -139,10 +142,14 @@ class RunState:
 
         If the disk refuses, raises CheckpointError on every rank.
         """
+        self._on_main(partial(self._write, best))
+
+    def _on_main(self, write: Callable[[], None]) -> None:
+        """Main rank writes, the others wait; CheckpointError on every rank if that fails."""
         failure = ""
         if self.dist.is_main:
             try:
-                self._write(best)
+                write()
             except CheckpointError as error:
                 failure = str(error)
         if failure := self.dist.gather_objects(failure)[0]:

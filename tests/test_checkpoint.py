@@ -18,6 +18,7 @@ from diffusion_nft.checkpoint import (
     resolve_checkpoint,
     unflatten_optimizer,
 )
+from tests.launch import train_here
 
 
 def group(step: int) -> dict[str, torch.Tensor]:
@@ -50,7 +51,8 @@ def steps(run_dir: Path) -> list[int]:
 def assert_is_step(run_dir: Path, step: int) -> None:
     checkpoint = Checkpointer(run_dir).load_latest()
     assert checkpoint is not None
-    assert checkpoint.state == {"epoch": step // 2, "best_score": 0.1 * step}
+    own = {key: value for key, value in checkpoint.state.items() if key != "best"}
+    assert own == {"epoch": step // 2, "best_score": 0.1 * step}
     expected = group(step)
     assert checkpoint.tensors.keys() == {"current"}
     assert checkpoint.tensors["current"].keys() == expected.keys()
@@ -85,6 +87,13 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     for step in range(6):
         save(everything, step)
     assert steps(tmp_path / "all") == list(range(6))
+
+
+def resume(checkpointer: Checkpointer) -> None:
+    """What a run does with the best one when it goes on."""
+    checkpoint = checkpointer.load_latest()
+    assert checkpoint is not None
+    checkpointer.restore_best(checkpoint)
 
 
 class Killed(BaseException):
@@ -125,13 +134,81 @@ def test_a_kill_at_any_rename_loses_nothing(tmp_path, monkeypatch, kill_at):
     monkeypatch.undo()
     assert len(calls) == kill_at
     assert_is_step(tmp_path, 4)
-    save(Checkpointer(tmp_path, keep=1), 4)
-    save(Checkpointer(tmp_path, keep=1), 6, best=True)
+    # The third rename is that of best.json: from then on the new one is there, and is the best.
+    best = tmp_path / "checkpoints" / "checkpoint-4" if kill_at >= 3 else None
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    resume(checkpointer)
+    for step in (4, 6):
+        save(checkpointer, step)
+        assert checkpointer.best() == best
+        assert_is_step(tmp_path, step)
+    assert steps(tmp_path) == ([4, 6] if best else [6])
+    save(checkpointer, 8, best=True)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
-        "checkpoint-6",
+        "checkpoint-8",
         "best.json",
     }
-    assert_is_step(tmp_path, 6)
+    assert_is_step(tmp_path, 8)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_best_checkpoint_whose_note_was_not_written_stays_the_best(tmp_path, monkeypatch, full):
+    """An older note is there: without the newer one's own word, that one would be pruned."""
+    save(Checkpointer(tmp_path), 2, best=True)
+
+    def fail(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device") if full else Killed
+
+    monkeypatch.setattr("diffusion_nft.checkpoint.write_atomically", fail)
+    with pytest.raises(CheckpointError if full else Killed):
+        save(Checkpointer(tmp_path), 4, best=True)
+    if full:
+        with pytest.raises(CheckpointError, match=r"best checkpoint could not be noted.*No space"):
+            resume(Checkpointer(tmp_path))
+    monkeypatch.undo()
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    resume(checkpointer)
+    assert checkpointer.best() == tmp_path / "checkpoints" / "checkpoint-4"
+    for step in (6, 8):
+        save(checkpointer, step)
+    assert steps(tmp_path) == [4, 8]
+    assert checkpointer.best() == tmp_path / "checkpoints" / "checkpoint-4"
+
+
+def test_a_run_that_goes_on_puts_a_wrong_note_of_the_best_right(tmp_path):
+    settings = {
+        "num_epochs": 2,
+        "sample.num_groups": 1,
+        "eval.num_prompts": 1,
+        "eval.at_start": False,
+        "log.num_images": 0,
+        "checkpoint.keep": 0,
+    }
+    train_here(tmp_path, settings)
+    checkpointer = Checkpointer(tmp_path)
+    best, newest = checkpointer.best(), checkpointer.load_latest()
+    assert best is not None and newest is not None and newest.state["best"] == best.name
+    (other,) = (path for path in best.parent.glob("checkpoint-*") if path != best)
+    (best.parent / "best.json").write_text(json.dumps({"checkpoint": other.name}))
+    train_here(tmp_path, settings)
+    assert checkpointer.best() == best
+
+
+def test_after_a_fallback_the_best_is_the_older_checkpoints(tmp_path):
+    checkpointer = Checkpointer(tmp_path)
+    save(checkpointer, 2, best=True)
+    flip_a_byte(save(checkpointer, 4, best=True))
+    with pytest.warns(UserWarning, match="falling back"):
+        resume(checkpointer)
+    assert checkpointer.best() == tmp_path / "checkpoints" / "checkpoint-2"
+
+
+def test_a_checkpoint_without_a_word_of_the_best_leaves_the_note(tmp_path):
+    checkpointer = Checkpointer(tmp_path)
+    save(checkpointer, 2)
+    (tmp_path / "checkpoints" / "best.json").write_text('{"checkpoint": "checkpoint-2"}')
+    resume(checkpointer)
+    assert checkpointer.best() == tmp_path / "checkpoints" / "checkpoint-2"
 
 
 def test_a_failing_disk_keeps_the_former_state_and_names_the_path(tmp_path, monkeypatch):
@@ -189,6 +266,16 @@ DAMAGES = {
         lambda path: (path / "manifest.json").write_text('{"tensors": [], "files": {"a": 1}}'),
         "manifest.json is no manifest",
     ),
+    "an infinite size": (
+        lambda path: (path / "manifest.json").write_text(
+            '{"tensors": [], "files": {"state.json": {"size": 1e999, "sha256": ""}}}'
+        ),
+        "manifest.json is no manifest",
+    ),
+    "nested too deep": (
+        lambda path: (path / "manifest.json").write_text("[" * 100_000),
+        "manifest.json is not JSON",
+    ),
     "nothing listed": (
         lambda path: (path / "manifest.json").write_text('{"tensors": [], "files": {}}'),
         "manifest.json lacks state.json",
@@ -217,16 +304,30 @@ def test_damage_is_seen_and_an_older_checkpoint_serves(tmp_path, damage, message
         assert_is_step(tmp_path, 4)
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"checkpoi', b"[1]"])
-def test_a_damaged_note_of_the_best_costs_a_warning(tmp_path, damage):
+@pytest.mark.parametrize("damage", [b"", b'{"checkpoi', b"[1]", b"{}", None])
+def test_a_damaged_note_of_the_best_does_not_lose_it(tmp_path, damage):
     checkpointer = Checkpointer(tmp_path, keep=1)
-    save(checkpointer, 2, best=True)
-    (tmp_path / "checkpoints" / "best.json").write_bytes(damage)
-    with pytest.warns(UserWarning, match=r"best\.json.*not known"):
+    best, note = save(checkpointer, 2, best=True), tmp_path / "checkpoints" / "best.json"
+    if damage is None:
+        note.unlink()
+    else:
+        note.write_bytes(damage)
+    if damage in (None, b"{}"):
         save(checkpointer, 4)
+    else:
+        with pytest.warns(UserWarning, match=r"best\.json.*newest checkpoint says"):
+            save(checkpointer, 4)
+    assert steps(tmp_path) == [2, 4]
     assert_is_step(tmp_path, 4)
-    save(checkpointer, 6, best=True)
-    assert checkpointer.best() == tmp_path / "checkpoints" / "checkpoint-6"
+    assert json.loads(note.read_text()) == {"checkpoint": "checkpoint-2"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save(checkpointer, 6)
+        assert checkpointer.best() == best
+    assert steps(tmp_path) == [2, 6]
+    save(checkpointer, 8, best=True)
+    assert checkpointer.best() == tmp_path / "checkpoints" / "checkpoint-8"
+    assert steps(tmp_path) == [8]
 
 
 def test_a_full_disk_at_any_write_leaves_the_former_state(tmp_path, monkeypatch):

@@ -20,8 +20,9 @@ def differences(run_dir: Path, other: Path, within: float = 0.0) -> list[str]:
     """One line per difference between the ends of two runs; none if they agree.
 
     ``within`` 0: weights, moments, counters, the choice of the best, the exported LoRA and the log
-    (but for times) are the same to the last bit.  Else the relative distance of the weights that is
-    allowed; the log may then be apart by LOG_TOLERANCE.
+    (but for times) are the same to the last bit.  Else the relative distance that weights and
+    moments, each kind for itself, may have; the log may then be apart by LOG_TOLERANCE, and the
+    rest of the state but for its fractions is the same.
     """
     ours, theirs = (Checkpointer(folder).load_latest() for folder in (run_dir, other))
     if ours is None or theirs is None:
@@ -30,21 +31,50 @@ def differences(run_dir: Path, other: Path, within: float = 0.0) -> list[str]:
         return [f"ends at {ours.path.name}, not {theirs.path.name}"]
     lines = _in_log(_log(run_dir), _log(other), LOG_TOLERANCE if within else 0.0)
     for group, expected in theirs.tensors.items():
-        distance = _distance(ours.tensors[group], expected)
-        if distance > within:
-            lines.append(f"{group} differs by {distance:.1e}")
+        lines += _in_group(group, ours.tensors[group], expected, within)
+    states = [{k: v for k, v in c.state.items() if k != "config"} for c in (ours, theirs)]
+    if within:
+        states = [_without_fractions(state) for state in states]
+    best = [Checkpointer(folder).best() for folder in (run_dir, other)]
+    best = [path and path.name for path in best]
+    for name, pair in (("state.json", states), ("best.json", best)):
+        if pair[0] != pair[1]:
+            lines.append(f"{name} differs")
     if not within:
-        states = [{k: v for k, v in c.state.items() if k != "config"} for c in (ours, theirs)]
-        best = [Checkpointer(folder).best() for folder in (run_dir, other)]
-        best = [path and path.name for path in best]
-        for name, pair in (("state.json", states), ("best.json", best)):
-            if pair[0] != pair[1]:
-                lines.append(f"{name} differs")
         # Not by their bytes: the order of a safetensors file's metadata is not fixed.
         for name in LORAS:
             if _distance(load_file(ours.path / name), load_file(theirs.path / name)):
                 lines.append(f"{name} differs")
     return lines
+
+
+def _in_group(
+    group: str, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], within: float
+) -> list[str]:
+    """Each kind of tensor by itself: beside counts of steps, moments would weigh nothing."""
+    if ours.keys() != theirs.keys():
+        return [f"{group} has other tensors"]
+    lines = []
+    for kind in sorted({_kind(key) for key in theirs}):
+        a, b = ({k: v for k, v in side.items() if _kind(k) == kind} for side in (ours, theirs))
+        distance = _distance(a, b)
+        if distance > (0.0 if kind == "step" else within):
+            lines.append(f"{group} differs by {distance:.1e} in {kind}")
+    return lines
+
+
+def _kind(key: str) -> str:
+    """Of "0.exp_avg" the last part; of a weight of a LoRA "lora_A" or "lora_B" as well."""
+    return ".".join(part for part in key.split(".")[-2:] if not part.isdigit())
+
+
+def _without_fractions(value: Any) -> Any:
+    """A JSON value in which every float is None, at any depth."""
+    if isinstance(value, dict):
+        return {key: _without_fractions(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_fractions(item) for item in value]
+    return None if isinstance(value, float) else value
 
 
 def _distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusion_nft.checkpoint import Checkpointer
 from tests.launch import ROOT, environment, torchrun, train_command
 from tests.reliability.compare import differences
 from tests.reliability.faults import PHASES, Strike, children
@@ -30,6 +32,7 @@ SETTINGS = {
 WRAPPER = "tests/reliability/faults.py"
 TIMEOUT_S = 300
 STOPPED = "the same command continues the run"
+SAVING = re.compile(r"the state of epoch (\d+) is being saved")
 # Relative distance that the weights may have on another number of processes.
 FP64_WITHIN, FP32_WITHIN = 1e-9, 1e-3
 
@@ -175,7 +178,8 @@ class Laboratory:
             exits = [finish(start(line, log))]
         problems = []
         if not what.endswith("(it had ended)"):
-            problems = self._unexpected_end(kind, exits[0], log.read_text(errors="replace"))
+            output = log.read_text(errors="replace")
+            problems = self._unexpected_end(kind, exits[0], output) + _not_saved(run_dir, output)
         if not kind.restarts:
             nproc = kind.resume_nproc or kind.nproc
             exits.append(finish(start(command(run_dir, nproc, fp64=kind.fp64), log)))
@@ -198,6 +202,19 @@ class Laboratory:
         if STOPPED not in output and "best eval/total" not in output:
             lines.append("no word of how to go on")
         return lines
+
+
+def _not_saved(run_dir: Path, output: str) -> list[str]:
+    """What is wrong with the checkpoint that a stopped run said it would leave."""
+    said = SAVING.search(output)
+    if said is None:
+        # The run was killed, or stopped when nothing was left to save.
+        return ["it stopped without saving"] if STOPPED in output else []
+    newest = Checkpointer(run_dir).load_latest()
+    if newest is None:
+        return [f"epoch {said[1]} was to be saved, and there is no checkpoint"]
+    epoch = newest.state["epoch"]
+    return [] if epoch == int(said[1]) else [f"epoch {said[1]} was to be saved, not {epoch}"]
 
 
 def plan(index: int) -> tuple[Kind, str]:

@@ -32,7 +32,8 @@ with distributed(timeout_minutes=1) as dist:
     dist.barrier()
     if dist.rank == 1 and attempt == "0":
         os.kill(os.getpid(), signal.SIGKILL)
-    print(attempt, dist.gather_objects(dist.rank), flush=True)
+    # In one piece: both ranks write to the same pipe, unbuffered.
+    print(f"{attempt} {dist.gather_objects(dist.rank)}\\n", end="", flush=True)
 """
 
 
@@ -94,6 +95,21 @@ def test_differences_are_found(finished: Path, tmp_path):
     assert len(found) == 3, found
     assert found[0].startswith("log, epoch 1: optim/learning_rate 0.00050001")
     assert found[1].startswith("ema differs by") and found[2] == "state.json differs"
-    assert differences(other, finished, within=1e-5) == []
+    assert differences(other, finished, within=1e-5) == ["state.json differs"]
+
+    def again(**changes) -> list[str]:
+        tensors, state = checkpoint.tensors | changes, checkpoint.state
+        Checkpointer(other).save(4, tensors=tensors, state=state, write_extra=keep_lora)
+        return differences(other, finished, within=1e-5)
+
+    assert again() == []
     (tail,) = differences(other, finished, within=1e-12)
     assert tail.startswith("ema differs by")
+    moments = checkpoint.tensors["optimizer"]
+    for kind in ("exp_avg", "exp_avg_sq"):
+        zeroed = {k: v * 0 if k.endswith(f".{kind}") else v for k, v in moments.items()}
+        assert again(optimizer=zeroed) == [f"optimizer differs by 1.0e+00 in {kind}"]
+    (other / "checkpoints" / "best.json").write_text('{"checkpoint": "checkpoint-4"}')
+    best = Checkpointer(finished).best()
+    assert best is not None and best.name != "checkpoint-4"
+    assert "best.json differs" in again()
