@@ -179,7 +179,9 @@ class Laboratory:
         problems = []
         if not what.endswith("(it had ended)"):
             output = log.read_text(errors="replace")
-            problems = self._unexpected_end(kind, exits[0], output) + _not_saved(run_dir, output)
+            problems = self._unexpected_end(kind, exits[0], output)
+            # A rank that lost a killed one says how to go on, too, and has nothing to save.
+            problems += _not_saved(run_dir, output) if kind.signal != "SIGKILL" else []
         if not kind.restarts:
             nproc = kind.resume_nproc or kind.nproc
             exits.append(finish(start(command(run_dir, nproc, fp64=kind.fp64), log)))
@@ -208,7 +210,7 @@ def _not_saved(run_dir: Path, output: str) -> list[str]:
     """What is wrong with the checkpoint that a stopped run said it would leave."""
     said = SAVING.search(output)
     if said is None:
-        # The run was killed, or stopped when nothing was left to save.
+        # Stopped when nothing was left to save.
         return ["it stopped without saving"] if STOPPED in output else []
     newest = Checkpointer(run_dir).load_latest()
     if newest is None:
