@@ -4,7 +4,6 @@ A checkpoint is a folder of safetensors and JSON, written under a temporary name
 renamed, with a manifest of every file's size and SHA-256.  Nothing is ever pickled or unpickled.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -20,7 +19,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffusion_nft.files import DiskError, sync, write_atomically
+from diffusion_nft.files import DiskError, sha256, sync, write_atomically
 
 FOLDER, STATE, MANIFEST, BEST = "checkpoints", "state.json", "manifest.json", "best.json"
 # A checkpoint that is being written or deleted, and one that waits to be replaced by its successor.
@@ -220,7 +219,7 @@ def _fill(
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         sync(path)
         name = path.relative_to(folder).as_posix()
-        files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        files[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
     _write(folder / MANIFEST, _json({"tensors": list(tensors), "files": files}))
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         sync(path)
@@ -252,13 +251,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(tensors, read_json(path / STATE), path)
 
 
-def _damage(file: Path, size: int, sha256: str) -> str:
+def _damage(file: Path, size: int, digest: str) -> str:
     """What is wrong with ``file``; empty if nothing is."""
     if not file.is_file():
         return "is missing"
     if file.stat().st_size != size:
         return f"has {file.stat().st_size} bytes, not {size}"
-    return "" if _sha256(file) == sha256 else "has another SHA-256"
+    return "" if sha256(file) == digest else "has another SHA-256"
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -292,11 +291,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def _write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     sync(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

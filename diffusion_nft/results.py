@@ -122,21 +122,23 @@ def claim(folder: Path, settings: Mapping[str, Any], dist: Distributed) -> None:
     """
     wanted = json.loads(json.dumps(settings))
     path = folder / SETTINGS_FILE
-    if path.exists() and any(other != path for other in folder.iterdir()):
+    lines: list[str] = []
+    # One rank looks for all: while it writes, the others could see half of it.
+    if dist.is_main and path.exists() and any(other != path for other in folder.iterdir()):
         found = read_json(path)
         lines = [
             f"{key}: {found.get(key)!r} -> {wanted.get(key)!r}"
             for key in sorted(found.keys() | wanted.keys())
             if key not in ("lora", *PER_REWARD) and found.get(key) != wanted.get(key)
         ]
-        if lines:
-            raise ValueError(
-                f"{folder} holds another evaluation:\n  "
-                + "\n  ".join(lines)
-                + "\ngive another --output_dir, or remove that folder"
-            )
     elif dist.is_main:
         write_json(path, wanted)
+    if lines := dist.gather_objects(lines)[0]:
+        raise ValueError(
+            f"{folder} holds another evaluation:\n  "
+            + "\n  ".join(lines)
+            + "\ngive another --output_dir, or remove that folder"
+        )
 
 
 def finished(folder: Path) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 DEFAULTS."""
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from diffusion_nft.checkpoint import load_checkpoint, resolve_checkpoint
 from diffusion_nft.checks import EMBEDDED_MODEL, reward_addresses
 from diffusion_nft.data import split_file
 from diffusion_nft.distributed import Distributed
+from diffusion_nft.files import sha256
 from diffusion_nft.hub import fetch_lora
 from diffusion_nft.lora import DEFAULT_ADAPTER, lora_file
 from diffusion_nft.models import MODELS, load_model
@@ -155,13 +155,13 @@ class Choice:
         """All that decides the numbers of an evaluation, to be kept with them."""
         remote = section(self.settings, "remote") | dict(remote)
         record = {key: self.settings[key] for key in DEFAULTS}
-        record |= {"dataset": dataset, "dataset_sha256": _sha256(split_file(dataset, "test"))}
+        record |= {"dataset": dataset, "dataset_sha256": sha256(split_file(dataset, "test"))}
         record |= {"limit": limit, "rewards": dict(weights), "lora": self.lora}
         for key, of_all in (("reward_options", self._options), ("remote", remote)):
             record[key] = {name: of_all[name] for name in weights if name in of_all}
         if self.lora:
             record["adapter"] = self.adapter
-            record["lora_sha256"] = _sha256(self.fetch(dist))
+            record["lora_sha256"] = sha256(self.fetch(dist))
         return record
 
     @property
@@ -260,11 +260,6 @@ def command(main: Callable[[], None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _join(*layers: Mapping[str, Any]) -> dict[str, Any]:

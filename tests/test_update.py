@@ -324,14 +324,20 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
         updater.train_epoch(poisoned(), R, epoch=4)
 
 
-def test_the_fp16_scaler_skips_an_overflow_and_halves_its_scale(tmp_path):
-    updater = make_updater(tmp_path)
+def make_fp16_updater(folder):
+    """An updater of float32 weights whose loss is scaled, as for fp16."""
+    updater = make_updater(folder)
     for name, weights in updater.policy.weights.items():
         updater.policy.weights[name] = [
             w.detach().float().requires_grad_(name == "current") for w in weights
         ]
     updater.precision = Precision("fp16", CPU)
     updater.optimizer = torch.optim.AdamW(updater.policy.parameters(), lr=1e-3)
+    return updater
+
+
+def test_the_fp16_scaler_skips_an_overflow_and_halves_its_scale(tmp_path):
+    updater = make_fp16_updater(tmp_path)
     scale = updater.precision.scaler.get_scale()
     assert scale == 65536
     overflow = make_samples()

@@ -1,25 +1,13 @@
 """The suite keeps its promise: at least 200 cases with 40 different messages, at every moment."""
 
-from tests.reliability import (
-    test_bad_commands,
-    test_bad_config,
-    test_bad_places,
-    test_bad_prompts,
-    test_bad_requests,
-    test_bad_scores,
-    test_bad_weights,
-)
+import importlib
+from pathlib import Path
+
+from tests.reliability import test_bad_config
 from tests.reliability.bad_inputs import MOMENTS, Case
 
-MODULES = (
-    test_bad_commands,
-    test_bad_config,
-    test_bad_places,
-    test_bad_prompts,
-    test_bad_requests,
-    test_bad_scores,
-    test_bad_weights,
-)
+NAMES = {path.stem for path in Path(__file__).parent.glob("test_bad_*.py")} - {Path(__file__).stem}
+MODULES = [importlib.import_module(f"tests.reliability.{name}") for name in sorted(NAMES)]
 
 
 def every_case() -> list[Case]:

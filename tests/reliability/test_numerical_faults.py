@@ -15,12 +15,11 @@ from diffusion_nft.advantages import group_advantages, optimality
 from diffusion_nft.checkpoint import Checkpointer
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.metrics import read_metrics
-from diffusion_nft.precision import Precision
 from diffusion_nft.rewards import REWARDS, RewardOutput
 from diffusion_nft.rollout import Samples, summarise
 from diffusion_nft.trainer import Trainer
 from tests.launch import one_thread, smoke, train_here
-from tests.test_update import NUM, R, copies, make_samples, make_updater
+from tests.test_update import NUM, R, copies, make_fp16_updater, make_samples, make_updater
 
 CPU = torch.device("cpu")
 ALONE = Distributed(0, 1, 0, CPU)
@@ -173,13 +172,7 @@ def test_too_many_faults_in_a_row_end_the_run_by_name(tmp_path, monkeypatch):
 
 def test_fp16_overflow_halves_the_scale_until_a_step_fits(tmp_path):
     """On the CPU too the scaler is on for fp16; a fault of scale alone does not last."""
-    updater = make_updater(tmp_path)
-    for name, weights in updater.policy.weights.items():
-        updater.policy.weights[name] = [
-            w.detach().float().requires_grad_(name == "current") for w in weights
-        ]
-    updater.precision = Precision("fp16", CPU)
-    updater.optimizer = torch.optim.AdamW(updater.policy.parameters(), lr=1e-3)
+    updater = make_fp16_updater(tmp_path)
     samples = Samples(**{**vars(make_samples()), "x0": make_samples().x0.float()})
     velocity, loss = updater.model.velocity, updater.algorithm.loss
     # As under autocast: the gradient passes through fp16, whose largest number is 65504.

@@ -4,7 +4,6 @@ mmdet 2.x and 3.x are understood.  The conversion is driven by the target's own 
 transformers renames parameters between versions; every name on either side must be accounted for.
 """
 
-import hashlib
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_nft import files
 from diffusion_nft.rewards.weights import WEIGHT_FILES
 
 # The start of the published file's sha256.
@@ -215,8 +215,7 @@ def load_mmdet_state_dict(path: Path, sha256: str | None = PUBLISHED_SHA256) -> 
 
 
 def _check_sha256(path: Path, start: str) -> None:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = files.sha256(path)
     if not digest.startswith(start):
         raise ValueError(
             f"{path} is damaged or another file: its sha256 starts with {digest[: len(start)]}, "
