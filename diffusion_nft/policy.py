@@ -3,6 +3,10 @@
 ``current`` is trained, ``old`` samples, ``ema`` is evaluated and exported; the reference policy is
 the base without LoRA.  Exactly one is active at a time; ``with policy.using("old"): ...`` switches
 and restores.
+
+An adapter adds two thin products to each layer it is on, which cost more than their arithmetic.
+Where no precision is lost by it, the adapters that are not trained are therefore merged with the
+base into weights of their own; the base's weights are never written to.
 """
 
 import warnings
@@ -12,15 +16,53 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
+from peft.tuners import lora
 from torch import Tensor, nn
 
 from diffusion_nft.lora import load_lora, load_scaled
+from diffusion_nft.precision import keeps_small_changes
 from diffusion_nft.randomness import generator
 
 ADAPTERS = ("current", "old", "ema")
 REFERENCE = "reference"
+
+
+class LoraLinear(lora.Linear):
+    """``x -> W x + b + scaling B A x``, or ``merged_weight x + b``.
+
+    PEFT's own forward copies ``x`` to the adapter's dtype and, under autocast, back; it scales
+    ``B A x`` in one more pass over memory and adds it in another.  On a GPU such passes take about
+    as long as ``W x``.  Here the product's own kernel scales and adds.
+    """
+
+    base_layer: nn.Linear
+    # W + scaling B A while a merged adapter is active.
+    merged_weight: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x: [..., in] -> [..., out]``."""
+        if self.merged_weight is not None:
+            return F.linear(x, self.merged_weight, self.base_layer.bias)
+        y = self.base_layer(x)
+        if self._disable_adapters:
+            return y
+        (name,) = self._active_adapter
+        a, b, scaling = self._factors(name)
+        low = F.linear(x, a)
+        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), b.t(), alpha=scaling).view_as(y)
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor, float]:
+        a = self.get_parameter(f"lora_A.{name}.weight")
+        b = self.get_parameter(f"lora_B.{name}.weight")
+        return a, b, self.scaling[name]
+
+    @torch.no_grad()
+    def merge_weight(self, name: str) -> Tensor:
+        """``W + scaling B A`` of adapter ``name``, in the adapter's dtype."""
+        a, b, scaling = self._factors(name)
+        return torch.addmm(self.base_layer.weight, b, a, alpha=scaling)
 
 
 class Policy:
@@ -42,6 +84,7 @@ class Policy:
     ):
         self.rank, self.alpha, self.targets = rank, alpha, list(targets)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=self.targets)
+        config._register_custom_module({nn.Linear: LoraLinear})
         with warnings.catch_warnings():
             # PEFT warns of a second adapter on one model, which is what this class is for.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -50,7 +93,7 @@ class Policy:
         self._layers = {
             name: module
             for name, module in transformer.named_modules()
-            if isinstance(module, LoraLayer)
+            if isinstance(module, LoraLinear)
         }
         for layer in self._layers.values():
             for name in ADAPTERS:
@@ -60,6 +103,10 @@ class Policy:
         for name in ADAPTERS:
             for weight in self.parameters(name):
                 weight.requires_grad_(name == "current")
+        weights = [layer.base_layer.weight for layer in self._layers.values()]
+        self._merges = all(keeps_small_changes(weight, dtype) for weight in weights)
+        # One adapter at a time, with the versions of the weights it was merged from.
+        self._merged: tuple[tuple[str, list[int]], list[Tensor]] | None = None
         self._activate("current")
         self.load("current", self._initial_state(seed, rank))
 
@@ -106,6 +153,7 @@ class Policy:
         for adapter in ADAPTERS if others else (name,):
             for key, weight in self._weights[adapter].items():
                 weight.copy_(state[key])
+        self._activate(self._active)
 
     def load_lora(self, path: Path) -> None:
         """Sets every adapter to the LoRA at ``path``; the reference stays the base.
@@ -120,16 +168,28 @@ class Policy:
         own = [weight.detach() for weight in self.parameters(name)]
         current = [weight.detach() for weight in self.parameters("current")]
         torch._foreach_lerp_(own, current, 1 - decay)
+        self._activate(self._active)
 
     def _activate(self, name: str) -> None:
         # PEFT's own set_adapter also walks every parameter to set requires_grad, which costs more
         # than a small forward; here only "current" ever requires a gradient, so two fields are
         # enough.
-        for layer in self._layers.values():
+        merged = self._merged_weights(name) if self._merges and name in ("old", "ema") else None
+        for i, layer in enumerate(self._layers.values()):
+            layer.merged_weight = merged[i] if merged else None
             layer._disable_adapters = name == REFERENCE
             if name != REFERENCE:
                 layer._active_adapter = [name]
         self._active = name
+
+    def _merged_weights(self, name: str) -> list[Tensor]:
+        """Of adapter ``name``, one a layer; made anew if its weights have changed since."""
+        # Whatever writes to a tensor in place counts up its version.
+        state = name, [weight._version for weight in self.parameters(name)]
+        if self._merged is None or self._merged[0] != state:
+            self._merged = None  # frees the other adapter's first
+            self._merged = state, [layer.merge_weight(name) for layer in self._layers.values()]
+        return self._merged[1]
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
@@ -159,4 +219,8 @@ def policy_of_lora(model: Any, file: Path) -> Policy:
         dtype=model.precision.trained_dtype,
     )
     policy.load("current", state)
+    # All adapters are equal now, and this one may be merged, as when training evaluates.  Not under
+    # autocast of float32 weights (``match_published``), which would round the merged ones.
+    if model.precision.compute_dtype == model.precision.trained_dtype:
+        policy._activate("ema")
     return policy

@@ -7,6 +7,7 @@ are stored in the compute dtype, and autocast brings the two together.
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 COMPUTE_DTYPES = {
     "fp16": torch.float16,
@@ -36,3 +37,13 @@ class Precision:
         if self.compute_dtype == self.trained_dtype:
             return nullcontext()
         return torch.autocast(self.device.type, self.compute_dtype)
+
+
+def keeps_small_changes(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products with ``weight`` see a change of it to all digits of ``dtype``.
+
+    Not if its own type is narrower, nor where TF32 cuts it to 11 bits: adding to a weight less than
+    half the distance to its neighbour leaves it as it is, and LoRA's early updates are as small.
+    """
+    cut = weight.is_cuda and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return weight.dtype == dtype and not cut

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from peft.tuners import lora
 
 from diffusion_nft.models.sd3 import LORA_TARGETS
-from diffusion_nft.policy import ADAPTERS, Policy
+from diffusion_nft.policy import ADAPTERS, LoraLinear, Policy
 
 RANK, ALPHA = 3, 12
 
@@ -200,3 +201,134 @@ def test_weights_take_the_dtype_asked_for(base):
     )
     assert {p.dtype for name in ADAPTERS for p in policy.parameters(name)} == {torch.float32}
     assert base.proj_out.weight.dtype == torch.bfloat16
+
+
+def layers(transformer) -> list[LoraLinear]:
+    return [module for module in transformer.modules() if isinstance(module, LoraLinear)]
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.float64, 1e-15)])
+def test_merged_and_unmerged_agree_to_rounding_at_equal_weights(base, dtype, within):
+    transformer = base.to(dtype)
+    policy = Policy(transformer, targets=LORA_TARGETS, rank=RANK, alpha=ALPHA, seed=1, dtype=dtype)
+    g = torch.Generator().manual_seed(3)
+    # Changes of a few steps, by which the prediction moves a thousand times more than allowed.
+    state = {k: 1e-3 * torch.randn(v.shape, generator=g) for k, v in policy.state("old").items()}
+    state |= {k: 1e3 * v for k, v in state.items() if ".lora_A." in k}
+    x = torch.randn(7, 5, 8, generator=g).to(dtype)
+    before = [layer(x).detach() for layer in layers(transformer)]
+    policy.load("current", state)
+    for layer, untrained in zip(layers(transformer), before, strict=True):
+        current = layer(x).detach()
+        with policy.using("old"):
+            assert layer.merged_weight is not None
+            old = layer(x)
+        assert float((old - current).norm() / current.norm()) < within
+        assert float((untrained - current).norm() / current.norm()) > 1e3 * within
+
+
+@torch.no_grad()
+def test_merging_never_writes_to_the_base(base, transformer, policy):
+    for name in ("old", "ema", "old"):
+        with policy.using(name):
+            predict(transformer)
+    names = [name for name, _ in base.named_parameters()]
+    for name in names:
+        module, _, kind = name.rpartition(".")
+        if not any(name.startswith(key.split(".lora_")[0]) for key in policy.state("old")):
+            assert torch.equal(transformer.get_parameter(name), base.get_parameter(name))
+            continue
+        kept = transformer.get_parameter(f"{module}.base_layer.{kind}")
+        assert torch.equal(kept, base.get_parameter(name))
+    assert not any("merged" in key for key in transformer.state_dict())
+    assert all(layer.merged_weight is None for layer in layers(transformer))
+
+
+@torch.no_grad()
+def test_a_merged_adapter_follows_whatever_changes_it(base, transformer, policy):
+    def check() -> None:
+        expected = predict(merged(base, policy.state("old")))
+        torch.testing.assert_close(predict(transformer), expected, rtol=1e-4, atol=1e-4)
+
+    with policy.using("old"):
+        check()
+        policy.blend("old", 0.5)
+        check()
+        policy.load("old", policy.state("ema"), others=False)
+        check()
+    for weight in policy.parameters("old"):
+        weight.mul_(0.3)
+    with policy.using("old"):
+        check()
+
+
+@torch.no_grad()
+def test_an_adapter_is_merged_once_between_changes(transformer, policy, monkeypatch):
+    made = []
+    merge = LoraLinear.merge_weight
+    monkeypatch.setattr(
+        LoraLinear, "merge_weight", lambda self, name: made.append(name) or merge(self, name)
+    )
+    for name in ("old", "reference", "current", "old", "old"):
+        with policy.using(name):
+            predict(transformer)
+    assert made == ["old"] * len(layers(transformer))
+    policy.blend("old", 0.5)
+    for _ in range(2):
+        with policy.using("old"):
+            predict(transformer)
+    assert made == ["old"] * 2 * len(layers(transformer))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_not_merged_as_it_would_lose_small_changes(base, dtype):
+    transformer = base.to(dtype)
+    policy = Policy(transformer, targets=LORA_TARGETS, rank=2, alpha=2, seed=0, dtype=torch.float32)
+    layer = layers(transformer)[0]
+    layer.base_layer.weight.fill_(0.1)
+    layer.base_layer.bias.fill_(0)
+    signs = torch.tensor([1.0, -1.0]).repeat(layer.in_features // 2)  # orthogonal to equal weights
+    state = {
+        k: 3e-3 * (signs.expand(v.shape) if ".lora_A." in k else torch.ones(v.shape))
+        for k, v in policy.state("old").items()
+    }
+    policy.load("current", state)
+    x = signs.to(dtype).expand(1, 2, -1)
+    with torch.autocast("cpu", dtype):
+        now = layer(x)
+        with policy.using("old"):
+            assert layer.merged_weight is None
+            assert torch.equal(layer(x), now)
+        assert not layer.base_layer(x).any() and now.all()
+    # Written into the weights, the same change would be gone.
+    weight = layer.base_layer.weight
+    assert torch.equal((weight.float() + 2 * 3e-3**2).to(dtype), weight)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "within"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
+)
+def test_the_layer_and_its_gradients_are_pefts(base, dtype, within):
+    trained = torch.promote_types(dtype, torch.float32)
+    transformer = base.to(dtype)
+    policy = Policy(
+        transformer, targets=LORA_TARGETS, rank=RANK, alpha=ALPHA, seed=1, dtype=trained
+    )
+    g = torch.Generator().manual_seed(2)
+    state = {k: torch.randn(v.shape, generator=g) for k, v in policy.state("current").items()}
+    policy.load("current", state)
+    layer = layers(transformer)[0]
+    x = torch.randn(3, 5, layer.in_features, generator=g).to(dtype).requires_grad_()
+    weights = [layer.lora_A["current"].weight, layer.lora_B["current"].weight]
+    cotangent = torch.randn(3, 5, layer.out_features, generator=g).to(trained)
+
+    def results(forward) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != trained):
+            y = forward(x)
+        return [y, *torch.autograd.grad((cotangent * y).sum(), [x, *weights])]
+
+    theirs = results(lambda x: lora.Linear.forward(layer, x))
+    for mine, other in zip(results(layer), theirs, strict=True):
+        assert mine.dtype == other.dtype and mine.shape == other.shape
+        assert float((mine - other).detach().norm() / other.detach().norm()) < within

@@ -1,12 +1,15 @@
 """Precisions on a CPU: dtypes, autocast, and fp16's loss scaling."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.models import build_model
 from diffusion_nft.policy import Policy
-from diffusion_nft.precision import Precision
+from diffusion_nft.precision import Precision, keeps_small_changes
 
 CPU = torch.device("cpu")
 
@@ -72,3 +75,25 @@ def test_fp64_computes_in_fp64(shapes_model):
     assert v.dtype == torch.float64
     difference = (v - single).norm() / v.norm()
     assert 1e-9 < float(difference) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "tf32", "weight", "trained", "expected"),
+    [
+        (False, True, torch.float32, torch.float32, True),
+        (False, True, torch.float64, torch.float64, True),
+        (False, True, torch.bfloat16, torch.float32, False),
+        (True, False, torch.float16, torch.float32, False),
+        (True, True, torch.float32, torch.float32, False),
+        (True, False, torch.float32, torch.float32, True),
+        (True, True, torch.float64, torch.float64, True),
+    ],
+)
+def test_small_changes_survive_in_full_precision_only(on_gpu, tf32, weight, trained, expected):
+    tensor: Any = SimpleNamespace(is_cuda=on_gpu, dtype=weight)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        assert keeps_small_changes(tensor, trained) == expected
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
