@@ -29,8 +29,8 @@ UNIFIEDREWARD = ["openai>=1.109"]
 REWARDS = [*HPSV2, *OCR, *UNIFIEDREWARD]
 # Serving rewards to runs elsewhere.
 SERVER = ["fastapi", "uvicorn"]
-# The figure of scripts/benchmark_scaling.py.
-PLOTS = ["matplotlib"]
+# The figures of scripts/benchmark_scaling.py and scripts/experiments_plot.py, and its statistics.
+PLOTS = ["matplotlib", "scipy"]
 TEST = [
     *REWARDS,
     *SERVER,

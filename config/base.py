@@ -105,6 +105,13 @@ def get_config() -> ml_collections.ConfigDict:
     # Share of the sampler's sigmas that each sample is trained at, drawn per sample:
     # int(num_steps * timestep_fraction), at least 1.
     train.timestep_fraction = 0.99
+    # Which of them: random (any) | stratified (one of each equal stretch of the sampler's path) |
+    # first (the noisiest).
+    train.sigma_choice = "random"
+    # All images of a prompt are trained with the same noise and sigmas, not each with its own.
+    train.shared_noise = False
+    # Leave out prompts whose images all scored the same: their advantages are zero.
+    train.skip_flat_groups = False
     train.learning_rate = 3e-4
     # Epochs in which the learning rate halves, again and again; 0: it is constant.
     train.lr_half_life = 0.0

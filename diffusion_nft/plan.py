@@ -7,6 +7,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
+from diffusion_nft.algorithms import build_algorithm
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.policy import ADAPTERS, Policy
 from diffusion_nft.solvers import solve
@@ -54,10 +55,11 @@ def forwards_per_sample(config: ConfigDict) -> float:
     guided = 2 if config.sample.guidance_scale > 1 else 1
     calls, visited = _solver_calls(config.sample.solver, config.sample.num_steps)
     sigmas = max(1, int(visited * config.train.timestep_fraction))
-    no_grad = 2 if config.nft.kl_weight else 1  # the old policy, and the reference
+    algorithm = build_algorithm(config)
+    no_grad = len(algorithm.policies) - 1
     current = CURRENT_FORWARDS + config.perf.gradient_checkpointing  # recomputing is one more
     training = sigmas * (no_grad + current) * config.train.num_inner_epochs
-    return calls * guided + training
+    return calls * guided + training * (guided if algorithm.on_trajectories else 1)
 
 
 def _solver_calls(name: str, num_steps: int) -> tuple[int, int]:

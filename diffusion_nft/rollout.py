@@ -18,7 +18,7 @@ from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.preemption import REASON, Preempted, requested
 from diffusion_nft.randomness import generator, normal
 from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores, quantized
-from diffusion_nft.solvers import solve
+from diffusion_nft.solvers import Trajectory, sample_trajectory, solve
 
 # Batches of pictures that may wait for their scores.
 QUEUE_LENGTH = 4
@@ -95,32 +95,58 @@ class Sampler:
         distinct non-zero sigmas that the solver visited.  Row i depends on row i of ``cond`` and
         generator i alone.
         """
-        velocity = self._velocity(model, cond)
-        x = normal(model.latent_shape, generators).to(model.device, model.precision.trained_dtype)
         return solve(
             self.solver,
-            velocity,
-            x,
+            guided_velocity(model, cond, self.guidance_scale),
+            self._start(model, generators),
             model.sigmas(self.num_steps),
             noise_level=self.noise_level,
             generator=generators,
             shift=model.shift,
         )
 
-    def _velocity(self, model: Any, cond: Conditioning) -> Callable[[Tensor, Tensor], Tensor]:
-        if self.guidance_scale == 1:
-            return lambda x, sigma: model.velocity(x, sigma, cond)
-        empty = model.encode([""] * len(cond.pooled))
-        both = Conditioning(
-            torch.cat([empty.tokens, cond.tokens]), torch.cat([empty.pooled, cond.pooled])
+    @torch.no_grad()
+    def trajectory(
+        self, model: Any, cond: Conditioning, generators: list[torch.Generator]
+    ) -> tuple[Trajectory, Tensor]:
+        """The same latents with all that led to them, and the sigmas ``[N]`` of the steps.
+
+        Raises ValueError if the solver is not a stochastic one.
+        """
+        sigmas = model.sigmas(self.num_steps)
+        trajectory = sample_trajectory(
+            self.solver,
+            guided_velocity(model, cond, self.guidance_scale),
+            self._start(model, generators),
+            sigmas,
+            noise_level=self.noise_level,
+            generator=generators,
         )
+        return trajectory, sigmas[:-1]
 
-        def guided(x: Tensor, sigma: Tensor) -> Tensor:
-            v = model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both)
-            without, with_prompt = v.chunk(2)
-            return without + self.guidance_scale * (with_prompt - without)
+    def _start(self, model: Any, generators: list[torch.Generator]) -> Tensor:
+        noise = normal(model.latent_shape, generators)
+        return noise.to(model.device, model.precision.trained_dtype)
 
-        return guided
+
+def guided_velocity(
+    model: Any, cond: Conditioning, scale: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """``velocity(x, sigma)`` of ``model`` at classifier-free guidance ``scale`` (1: none)."""
+    if scale == 1:
+        return lambda x, sigma: model.velocity(x, sigma, cond)
+    rows = torch.zeros(len(cond.pooled), dtype=torch.long, device=cond.pooled.device)
+    empty = model.encode([""]).select(rows)
+    both = Conditioning(
+        torch.cat([empty.tokens, cond.tokens]), torch.cat([empty.pooled, cond.pooled])
+    )
+
+    def guided(x: Tensor, sigma: Tensor) -> Tensor:
+        v = model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both)
+        without, with_prompt = v.chunk(2)
+        return without + scale * (with_prompt - without)
+
+    return guided
 
 
 def thumbnails(images: Tensor) -> Tensor:
@@ -158,8 +184,9 @@ class Samples:
     cond: Conditioning  # of the prompts in this rank's share, each once
     cond_rows: Tensor  # [n]: the row of ``cond`` of each sample
     x0_rms: float  # root mean square of all N latents
-    sigmas: Tensor  # distinct non-zero noise levels that the solver visited; empty if n is 0
+    sigmas: Tensor  # [N]: distinct non-zero noise levels that the solver visited; empty if n is 0
     pictures: Tensor  # [<= num_pictures, 3, H, W]: the first ones of this rank
+    trajectory: Trajectory | None = None  # of n samples, xs [N + 1, n, C, h, w]; if asked for
 
 
 def summarise(samples: Samples, r: Tensor, group_size: int) -> dict[str, float]:
@@ -214,13 +241,16 @@ def collect(
     epoch: int,
     dist: Distributed,
     num_pictures: int,
+    trajectories: bool = False,
+    ahead: Sequence[Prompt] = (),
 ) -> Samples:
     """Samples ``num_image_per_prompt`` pictures of each prompt with the model's active adapter.
 
     Sample i of the epoch belongs to group ``i // num_image_per_prompt``; its noise is keyed by
     (seed, epoch, i).  Ranks take contiguous near-equal shares.  Scoring runs in the background of
-    sampling.  Raises RewardError on every rank if a reward fails on any, and Preempted if any was
-    asked to stop.
+    sampling.  ``trajectories``: also keep what led to the latents.  ``ahead``: prompts of the next
+    epoch, which are encoded while the last scores are on their way.  Raises RewardError on every
+    rank if a reward fails on any, and Preempted if any was asked to stop.
     """
     size = config.sample.num_image_per_prompt
     indices = shard(len(prompts) * size, dist.rank, dist.world_size)
@@ -231,10 +261,10 @@ def collect(
         config.sample.noise_level,
     )
     first = indices.start // size
-    mine = prompts[first : -(-indices.stop // size)] if indices else []
-    cond = model.encode([prompt.text for prompt in mine])
+    groups_here = slice(first, -(-indices.stop // size) if indices else first)
+    cond = model.encode([prompt.text for prompt in prompts[groups_here]])
     cond_rows = torch.tensor([i // size - first for i in indices], device=model.device).long()
-    latents, thumbs, kept, sigmas = [], [], [], torch.zeros(0)
+    latents, chains, thumbs, kept, sigmas = [], [], [], [], torch.zeros(0)
     with Background(dist.device) as background:
         for start in range(0, len(indices), config.sample.batch_size):
             rows = indices[start : start + config.sample.batch_size]
@@ -242,7 +272,12 @@ def collect(
             texts = [prompt.text for prompt in batch]
             generators = [generator(config.seed, epoch, i, "rollout") for i in rows]
             here = cond.select(cond_rows[start : start + len(rows)])
-            x0, sigmas = sampler(model, here, generators)
+            if trajectories:
+                chain, sigmas = sampler.trajectory(model, here, generators)
+                chains.append(chain)
+                x0 = chain.xs[-1]
+            else:
+                x0, sigmas = sampler(model, here, generators)
             images = model.decode(x0)
             metadata = [prompt.metadata for prompt in batch]
             if not background.submit(rewards, images, texts, metadata):
@@ -251,6 +286,7 @@ def collect(
             thumbs.append(thumbnails(images))
             if start < num_pictures:
                 kept.append(images[: num_pictures - start].cpu())
+        model.encode([prompt.text for prompt in ahead[groups_here]])
         empty = torch.zeros(0, 3 * THUMBNAIL**2)
         scores, all_thumbs = gather_scores(dist, background.results, torch.cat([empty, *thumbs]))
     x0 = torch.cat(latents) if latents else torch.zeros(0, *model.latent_shape)
@@ -267,4 +303,7 @@ def collect(
         cond_rows=cond_rows,
         sigmas=sigmas,
         pictures=torch.cat(kept) if kept else torch.zeros(0, 3, 1, 1),
+        trajectory=Trajectory(*(torch.cat(parts, dim=1) for parts in zip(*chains, strict=True)))
+        if chains
+        else None,
     )

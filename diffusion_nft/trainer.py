@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from diffusion_nft.advantages import group_advantages, optimality, standardized_total
 from diffusion_nft.algorithms import build_algorithm
-from diffusion_nft.data import epoch_prompts
+from diffusion_nft.data import Prompt, epoch_prompts
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.evaluate import evaluate
 from diffusion_nft.inputs import build_named, load_checked_prompts, reward_weights
@@ -60,13 +60,14 @@ class Trainer:
             seed=config.seed,
             dtype=precision.trained_dtype,
         )
+        self.algorithm = build_algorithm(config)
         self.updater = Updater(
             config,
             dist=dist,
             precision=precision,
             model=self.model,
             policy=self.policy,
-            algorithm=build_algorithm(config),
+            algorithm=self.algorithm,
         )
         self.state = RunState(stage, dist=dist, policy=self.policy, updater=self.updater)
         self.state.start(start)
@@ -132,49 +133,58 @@ class Trainer:
 
     def _run_epoch(self) -> dict[str, float]:
         config, started = self.config, time.perf_counter()
+        self.model.take_passes()
         samples = self._sample()
         size = config.sample.num_image_per_prompt
         total = samples.scores.total
         if config.sample.standardize_rewards:
             total = standardized_total(samples.scores.parts, self.rewards.weights, size)
         advantages = group_advantages(total, size, global_std=config.sample.global_std)
-        r = optimality(
-            advantages, adv_clip_max=config.train.adv_clip_max, adv_mode=config.train.adv_mode
-        )
+        weights = self.algorithm.sample_weights(advantages, size)
         with self.timer.phase("train"):
-            values = self.updater.train_epoch(samples, r, epoch=self.state.epoch)
+            values = self.updater.train_epoch(samples, weights, epoch=self.state.epoch)
         self.state.epoch += 1
         self.state.evaluated, self.trained = False, True
         if _due(self.state.epoch, config.log.image_freq):
             self._log_samples(samples)
         seconds = time.perf_counter() - started
+        r = optimality(
+            advantages, adv_clip_max=config.train.adv_clip_max, adv_mode=config.train.adv_mode
+        )
         values |= summarise(samples, r, size) | self.timer.pop()
+        passes = self.dist.gather_objects(self.model.take_passes())
+        values |= {key: sum(rank[key] for rank in passes) for key in passes[0]}
         values["time/epoch"] = seconds
-        values["time/images_per_second"] = len(r) / seconds
+        values["time/images_per_second"] = len(weights) / seconds
         if self.dist.device.type == "cuda":
             values["time/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             torch.cuda.reset_peak_memory_stats()
         return values
 
     def _sample(self) -> Samples:
-        config = self.config
-        chosen = epoch_prompts(
-            len(self.train_prompts),
-            config.sample.num_groups,
-            seed=config.seed,
-            epoch=self.state.epoch,
-        )
-        self.epoch_prompts = [self.train_prompts[i] for i in chosen]
+        config, epoch = self.config, self.state.epoch
+        self.epoch_prompts = self._prompts(epoch)
         with self.timer.phase("sample"), self.policy.using("old"):
             return collect(
                 self.model,
                 self.epoch_prompts,
                 self.rewards,
                 config,
-                epoch=self.state.epoch,
+                epoch=epoch,
                 dist=self.dist,
                 num_pictures=config.log.num_images,
+                trajectories=self.algorithm.on_trajectories,
+                ahead=self._prompts(epoch + 1) if epoch + 1 < config.num_epochs else (),
             )
+
+    def _prompts(self, epoch: int) -> list[Prompt]:
+        chosen = epoch_prompts(
+            len(self.train_prompts),
+            self.config.sample.num_groups,
+            seed=self.config.seed,
+            epoch=epoch,
+        )
+        return [self.train_prompts[i] for i in chosen]
 
     def _log_samples(self, samples: Samples) -> None:
         size = self.config.sample.num_image_per_prompt

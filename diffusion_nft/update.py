@@ -13,7 +13,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from diffusion_nft.algorithms import Algorithm, Batch, Velocity
+from diffusion_nft.algorithms import Algorithm, Batch, Transitions, Velocity
 from diffusion_nft.checkpoint import flatten_optimizer, unflatten_optimizer
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.flow import add_noise
@@ -22,7 +22,27 @@ from diffusion_nft.policy import Policy
 from diffusion_nft.precision import Precision
 from diffusion_nft.preemption import Preempted, requested
 from diffusion_nft.randomness import generator, normal
-from diffusion_nft.rollout import Samples
+from diffusion_nft.rollout import Samples, guided_velocity
+
+
+def sigma_slots(available: int, used: int, choice: str, rng: torch.Generator) -> list[int]:
+    """``used`` of the ``available`` sigmas at which a sample is trained.
+
+    random: any.  stratified: one of each of ``used`` equal stretches of the sampler's path, by
+    systematic sampling, so that each sigma is as likely as another.  first: the noisiest.
+    """
+    if choice == "random":
+        return torch.randperm(available, generator=rng)[:used].tolist()
+    if choice == "first":
+        return list(range(used))
+    start = float(torch.rand((), generator=rng, dtype=torch.float64))
+    return [int((start + i) * available / used) for i in range(used)]
+
+
+def spread_groups(weights: Tensor, group_size: int) -> Tensor:
+    """``[N]``, True for the samples of groups whose ``weights: [N]`` are not all equal."""
+    grouped = weights.reshape(-1, group_size)
+    return (grouped.amax(1) > grouped.amin(1)).repeat_interleave(group_size)
 
 
 def learning_rate(initial: float, half_life: float, epoch: int) -> float:
@@ -75,19 +95,19 @@ class Updater:
         self.step, self.skipped = state["step"], state["skipped"]
         self.skipped_in_row = state["skipped_in_row"]
 
-    def train_epoch(self, samples: Samples, r: Tensor, *, epoch: int) -> dict[str, float]:
+    def train_epoch(self, samples: Samples, weights: Tensor, *, epoch: int) -> dict[str, float]:
         """Updates ``current``, ``ema`` and ``old`` from an epoch's samples; returns ``loss/*``,
         ``optim/*``.
 
-        ``r: [N]`` is the optimality of all samples.  Raises FloatingPointError after more than
-        ``train.max_skipped_steps`` skipped updates in a row.  If any rank was asked to stop, raises
-        Preempted on every rank, with weights, moments and counters as before the epoch.
+        ``weights: [N]`` are the algorithm's, of all samples.  Raises FloatingPointError after more
+        than ``train.max_skipped_steps`` skipped updates in a row.  If any rank was asked to stop,
+        raises Preempted on every rank, with weights, moments and counters as before the epoch.
         """
         if self.config.train.num_inner_epochs * self.config.train.gradient_step_per_epoch == 1:
-            return self._train_epoch(samples, r, epoch)
+            return self._train_epoch(samples, weights, epoch)
         before = self._copy()
         try:
-            return self._train_epoch(samples, r, epoch)
+            return self._train_epoch(samples, weights, epoch)
         except Preempted:
             self._undo(before)
             raise
@@ -111,7 +131,7 @@ class Updater:
                 weight.copy_(value)
         self.load_state_dict(*state)
 
-    def _train_epoch(self, samples: Samples, r: Tensor, epoch: int) -> dict[str, float]:
+    def _train_epoch(self, samples: Samples, weights: Tensor, epoch: int) -> dict[str, float]:
         config = self.config.train
         rate = learning_rate(config.learning_rate, config.lr_half_life, epoch)
         for group in self.optimizer.param_groups:
@@ -119,10 +139,19 @@ class Updater:
         sums: dict[str, Tensor] = {}
         norms: list[float] = []
         before = self.step
+        size = self.config.sample.num_image_per_prompt
+        taught = spread_groups(weights, size) if config.skip_flat_groups else None
         for inner in range(config.num_inner_epochs):
-            steps = self._split(len(r), (epoch, inner))
+            steps = self._split(len(weights), (epoch, inner))
             for part in range(config.gradient_step_per_epoch):
-                norm, parts = self._step(samples, r, steps == part, (epoch, inner))
+                chosen = steps == part
+                pairs = self._pairs(
+                    samples, chosen if taught is None else chosen & taught, (epoch, inner)
+                )
+                # Every chosen sample counts equally, also those that are skipped because they have
+                # nothing to teach: the global count of pairs needs no collective.
+                total = self._sigmas_per_sample(samples) * int(chosen.sum())
+                norm, parts = self._step(samples, weights, pairs, total, (epoch, inner))
                 if math.isfinite(norm):
                     norms.append(norm)
                     for key, value in parts.items():
@@ -165,22 +194,30 @@ class Updater:
     ) -> list[tuple[int, int]]:
         """(row of this rank's share, index of a sigma) of every pair of an optimizer step."""
         available, used = len(samples.sigmas), self._sigmas_per_sample(samples)
+        choice = self.config.train.sigma_choice
         pairs = []
         for row, index in enumerate(samples.indices):
             if chosen[index]:
-                rng = generator(self.config.seed, *key, index, "sigmas")
-                slots = torch.randperm(available, generator=rng)[:used]
-                pairs += [(row, slot) for slot in slots.tolist()]
+                rng = generator(self.config.seed, *key, self._noise_key(index), "sigmas")
+                pairs += [(row, slot) for slot in sigma_slots(available, used, choice, rng)]
         return pairs
+
+    def _noise_key(self, index: int) -> int:
+        """What the noise and the sigmas of sample ``index`` are a function of: the sample, or the
+        group's first one.
+        """
+        size = self.config.sample.num_image_per_prompt if self.config.train.shared_noise else 1
+        return index - index % size
 
     def _step(
         self,
         samples: Samples,
-        r: Tensor,
-        chosen: Tensor,
+        weights: Tensor,
+        pairs: list[tuple[int, int]],
+        total: int,
         key: tuple[int, int],
     ) -> tuple[float, dict[str, Tensor]]:
-        """One update over the samples ``chosen: [N]`` (bool).
+        """One update over this rank's ``pairs`` of ``total`` on all ranks.
 
         Returns the gradient's norm, and the sums of losses and metrics over this rank's pairs.
         A non-finite gradient is the same on every rank, so all of them skip the update alike.
@@ -190,15 +227,15 @@ class Updater:
         scaler, parameters = self.precision.scaler, self.policy.parameters()
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        pairs = self._pairs(samples, chosen, key)
-        # Every chosen sample has equally many pairs: the global count needs no collective.
-        total = self._sigmas_per_sample(samples) * int(chosen.sum())
         size = self.config.train.batch_size
         for start in range(0, len(pairs), size):
             if requested():
                 break
-            batch, cond = self._batch(samples, r, pairs[start : start + size], key)
-            losses, metrics = self.algorithm.loss(self._velocity(batch, cond), batch)
+            part = pairs[start : start + size]
+            if self.algorithm.on_trajectories:
+                losses, metrics = self._trajectory_loss(samples, weights, part)
+            else:
+                losses, metrics = self._forward_loss(samples, weights, part, key)
             scaler.scale(losses.sum() / total).backward()
             values = {"loss/total": losses.detach(), "pairs": torch.ones_like(losses), **metrics}
             for name, value in values.items():
@@ -231,16 +268,19 @@ class Updater:
             )
         return float(norm), sums
 
-    def _batch(
-        self, samples: Samples, r: Tensor, pairs: list[tuple[int, int]], key: tuple[int, int]
-    ) -> tuple[Batch, Conditioning]:
-        """Noisy latents of ``pairs``; the noise is keyed by (seed, epoch, pass, sample, sigma)."""
-        rows = torch.tensor([row for row, _ in pairs])
-        slots = torch.tensor([slot for _, slot in pairs])
+    def _forward_loss(
+        self, samples: Samples, weights: Tensor, pairs: list[tuple[int, int]], key: tuple[int, int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses of ``pairs`` of clean samples, noised anew; the noise is keyed by (seed, epoch,
+        pass, sample, sigma).
+        """
+        rows, slots = torch.tensor(pairs).unbind(1)
         noise = normal(
             self.model.latent_shape,
             [
-                generator(self.config.seed, *key, samples.indices[row], slot, "noise")
+                generator(
+                    self.config.seed, *key, self._noise_key(samples.indices[row]), slot, "noise"
+                )
                 for row, slot in pairs
             ],
         )
@@ -254,9 +294,32 @@ class Updater:
             noise=noise,
             xt=add_noise(x0, noise, sigma),
             sigma=sigma,
-            optimality=self._to_device(r[rows + samples.indices.start]),
+            weight=self._to_device(weights[rows + samples.indices.start]),
         )
-        return batch, samples.cond.select(samples.cond_rows[on_device])
+        cond = samples.cond.select(samples.cond_rows[on_device])
+        return self.algorithm.loss(self._velocity(batch.xt, sigma, cond), batch)
+
+    def _trajectory_loss(
+        self, samples: Samples, weights: Tensor, pairs: list[tuple[int, int]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses of ``pairs`` of samples and steps that the sampler took, under its guidance."""
+        assert samples.trajectory is not None
+        rows, slots = torch.tensor(pairs).unbind(1)
+        on_device, steps = self._to_device(rows), self._to_device(slots)
+        xs, log_probs = samples.trajectory
+        levels = torch.cat([samples.sigmas, torch.zeros_like(samples.sigmas[:1])])
+        batch = Transitions(
+            xt=xs[steps, on_device],
+            xt_next=xs[steps + 1, on_device],
+            sigma=levels[slots],
+            sigma_next=levels[slots + 1],
+            log_prob=log_probs[steps, on_device],
+            weight=self._to_device(weights[rows + samples.indices.start]),
+        )
+        sigma = self._to_device(batch.sigma).to(self.precision.trained_dtype)
+        cond = samples.cond.select(samples.cond_rows[on_device])
+        scale = self.config.sample.guidance_scale
+        return self.algorithm.loss(self._velocity(batch.xt, sigma, cond, scale), batch)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         """A copy that does not wait for the device."""
@@ -264,9 +327,13 @@ class Updater:
             return tensor.pin_memory().to(self.dist.device, non_blocking=True)
         return tensor
 
-    def _velocity(self, batch: Batch, cond: Conditioning) -> Velocity:
+    def _velocity(
+        self, xt: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float = 1.0
+    ) -> Velocity:
+        predict = guided_velocity(self.model, cond, guidance_scale)
+
         def velocity(policy: str) -> Tensor:
             with self.policy.using(policy), torch.set_grad_enabled(policy == "current"):
-                return self.model.velocity(batch.xt, batch.sigma, cond)
+                return predict(xt, sigma)
 
         return velocity

@@ -206,7 +206,7 @@ class Published:
             noise=batch.noise,
             xt=batch.xt,
             sigma=batch.sigma,
-            r=batch.optimality,
+            r=batch.weight,
             **self.algorithm.options,
         )
         return losses

@@ -20,6 +20,7 @@ from diffusion_nft.rollout import (
     collect,
     diversity,
     gather_scores,
+    guided_velocity,
     summarise,
     thumbnails,
 )
@@ -131,8 +132,8 @@ def test_guidance_mixes_two_velocities(shapes_model):
     cond, empty = shapes_model.encode(texts), shapes_model.encode(["", ""])
     x = torch.randn(2, *shapes_model.latent_shape)
     sigma = torch.tensor([0.7, 0.3])
-    guided = Sampler("flow", 4, 3.0)._velocity(shapes_model, cond)
-    plain = Sampler("flow", 4, 1.0)._velocity(shapes_model, cond)
+    guided = guided_velocity(shapes_model, cond, 3.0)
+    plain = guided_velocity(shapes_model, cond, 1.0)
     with torch.no_grad():
         with_prompt = shapes_model.velocity(x, sigma, cond)
         without = shapes_model.velocity(x, sigma, empty)

@@ -1,5 +1,6 @@
 """The update on a linear model whose gradient autograd gives in one batch, and its failures."""
 
+import itertools
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.precision import Precision
 from diffusion_nft.rewards.combine import Scores
 from diffusion_nft.rollout import Samples
-from diffusion_nft.update import Updater
+from diffusion_nft.update import Updater, sigma_slots
 from tests.launch import smoke
 
 CPU = torch.device("cpu")
@@ -144,7 +145,7 @@ def expected_gradient(updater: Updater, weights, batches) -> list[torch.Tensor]:
     """Autograd of the mean over all pairs at once: formulas of the algorithm, written again."""
     joined = {
         name: torch.cat([getattr(batch, name) for batch in batches])
-        for name in ("x0", "noise", "xt", "sigma", "optimality")
+        for name in ("x0", "noise", "xt", "sigma", "weight")
     }
     s = joined["sigma"].reshape(-1, 1, 1, 1)
     theta = [w.requires_grad_() for w in weights["current"]]
@@ -163,7 +164,7 @@ def expected_gradient(updater: Updater, weights, batches) -> list[torch.Tensor]:
 
     positive = branch((1 - beta) * v_old + beta * v_now)
     negative = branch((1 + beta) * v_old - beta * v_now)
-    r = joined["optimality"]
+    r = joined["weight"]
     kl = (v_now - v_ref).square().mean((1, 2, 3))
     loss = (clip * (r * positive + (1 - r) * negative) / beta + 0.1 * kl).mean()
     loss.backward()
@@ -192,7 +193,7 @@ def test_every_sample_counts_once_at_distinct_sigmas_of_the_sampler(tmp_path):
             (1 - batch.sigma.reshape(-1, 1, 1, 1)) * batch.x0
             + batch.sigma.reshape(-1, 1, 1, 1) * batch.noise,
         )
-        for x0, sigma, r in zip(batch.x0, batch.sigma, batch.optimality, strict=True):
+        for x0, sigma, r in zip(batch.x0, batch.sigma, batch.weight, strict=True):
             index = next(i for i in range(NUM) if torch.equal(samples.x0[i], x0))
             assert r == R[index]
             seen.setdefault(index, []).append(float(sigma))
@@ -389,3 +390,52 @@ def test_state_returns_through_json(tmp_path):
     assert other.step == updater.step == 2
     for mine, theirs in zip(other.policy.parameters(), updater.policy.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_sigma_slots():
+    def draw(choice, used, seed):
+        return sigma_slots(10, used, choice, torch.Generator().manual_seed(seed))
+
+    assert draw("first", 9, 0) == list(range(9))
+    counts = torch.zeros(10)
+    for seed in range(2000):
+        slots = draw("stratified", 3, seed)
+        # Systematic sampling: at most the stretch of 10 / 3 rounded up or down apart.
+        assert all(3 <= b - a <= 4 for a, b in itertools.pairwise(slots))
+        counts[slots] += 1
+    # Each of the ten is drawn in 3 of 10 cases; 4 standard errors are 0.041.
+    assert ((counts / 2000 - 0.3).abs() < 0.041).all()
+    assert draw("stratified", 10, 3) == list(range(10))
+    assert sorted(draw("random", 10, 3)) == list(range(10)) != draw("random", 10, 3)
+
+
+def test_images_of_a_prompt_can_share_noise_and_sigmas(tmp_path):
+    updater = make_updater(tmp_path, train__shared_noise=True, train__timestep_fraction=0.5)
+    updater.train_epoch(make_samples(), R, epoch=0)
+    size = updater.config.sample.num_image_per_prompt
+    noise = torch.cat([batch.noise for batch in updater.algorithm.batches]).flatten(1)
+    sigma = torch.cat([batch.sigma for batch in updater.algorithm.batches])
+    pairs = {(s, *row) for s, row in zip(sigma.tolist(), noise.tolist(), strict=True)}
+    assert len(noise) == NUM * 2 and len(pairs) == NUM // size * 2
+
+
+def test_flat_groups_are_skipped_and_still_count_in_the_mean(tmp_path):
+    size = smoke(tmp_path).sample.num_image_per_prompt
+    weights = R.clone()
+    weights[size : 2 * size] = 0.5
+    everything, skipping = (
+        make_updater(tmp_path, train__skip_flat_groups=skip) for skip in (False, True)
+    )
+    for updater in (everything, skipping):
+        updater.train_epoch(make_samples(), weights, epoch=0)
+    seen = torch.cat([batch.weight for batch in skipping.algorithm.batches])
+    pairs = torch.cat([batch.weight for batch in everything.algorithm.batches])
+    assert torch.equal(seen, pairs[pairs != 0.5])
+    # The gradient is that of the remaining pairs, over the number of all.
+    before = copies(make_updater(tmp_path))
+    expected = expected_gradient(skipping, before, skipping.algorithm.batches)
+    for mine, theirs in zip(skipping.dist.reduced[0], expected, strict=True):
+        torch.testing.assert_close(mine, theirs * len(seen) / len(pairs), rtol=1e-10, atol=1e-12)
+    # With nothing left to learn from, every rank still makes the step.
+    skipping.train_epoch(make_samples(), torch.full((NUM,), 0.5), epoch=1)
+    assert all(not gradient.any() for gradient in skipping.dist.reduced[1])

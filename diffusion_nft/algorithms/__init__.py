@@ -1,9 +1,12 @@
 """Algorithms by name: what the trainer minimises.
 
-An algorithm is built from the config and offers ``loss(velocity, batch)`` and
-``old_policy_decay(step)``.  ``velocity(policy)`` is the prediction of ``current`` (with gradient),
+An algorithm is built from the config.  It turns advantages into weights of samples, and offers
+``loss(velocity, batch)``; ``velocity(policy)`` is the prediction of ``current`` (with gradient),
 ``old`` or ``reference`` (without) at the batch's noisy latents.  It knows nothing of ranks,
 precision, checkpoints or logging.
+
+Most algorithms train on the forward process, on clean samples that are noised anew (``Batch``).  A
+policy gradient trains on the steps that the sampler took (``Transitions``).
 """
 
 import importlib
@@ -21,13 +24,25 @@ ALGORITHMS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Batch:
-    """(sample, sigma) pairs: ``x0, noise, xt: [B, C, h, w]``, ``sigma, optimality: [B]``."""
+    """(sample, sigma) pairs: ``x0, noise, xt: [B, C, h, w]``, ``sigma, weight: [B]``."""
 
     x0: Tensor
     noise: Tensor
     xt: Tensor
     sigma: Tensor
-    optimality: Tensor
+    weight: Tensor  # what ``Algorithm.sample_weights`` gave the sample
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """Steps of a stochastic sampler from ``xt`` to ``xt_next``, both ``[B, C, h, w]``."""
+
+    xt: Tensor
+    xt_next: Tensor
+    sigma: Tensor  # [B], on the CPU, as ``solvers.sde_step`` wants it
+    sigma_next: Tensor  # [B], on the CPU
+    log_prob: Tensor  # [B]: of the step under the policy that took it
+    weight: Tensor  # [B], as in ``Batch``
 
 
 class Velocity(Protocol):
@@ -41,7 +56,22 @@ class Velocity(Protocol):
 class Algorithm(Protocol):
     """The contract between a loss and the trainer."""
 
-    def loss(self, velocity: Velocity, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    # Whether ``loss`` takes Transitions, not a Batch.  Velocities then have the rollout's guidance,
+    # as the steps were taken with it; otherwise they have none.
+    on_trajectories: bool
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """The policies whose velocity ``loss`` asks for."""
+        ...
+
+    def sample_weights(self, advantages: Tensor, group_size: int) -> Tensor:
+        """``[N]`` weights of all samples of an epoch, from their advantages ``[N]`` (float64, not
+        clipped), a group's samples side by side.
+        """
+        ...
+
+    def loss(self, velocity: Velocity, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """``[B]`` losses and detached ``[B]`` metrics; the trainer weights and reduces them."""
         ...
 

@@ -16,6 +16,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
+from diffusion_nft.advantages import optimality
 from diffusion_nft.algorithms import Batch, Velocity
 from diffusion_nft.flow import x0_from_velocity
 
@@ -123,6 +124,8 @@ OLD_POLICY_DECAYS: dict[str, Callable[[int], float]] = {
 class NFT:
     """``nft_loss`` and the old policy's schedule, as the config sets them."""
 
+    on_trajectories = False
+
     def __init__(self, config: ConfigDict):
         self.options = dict(
             beta=config.nft.beta,
@@ -131,12 +134,22 @@ class NFT:
             weighting=config.nft.weighting,
             negative_branch=config.nft.negative_branch,
         )
+        self.shaping = dict(adv_clip_max=config.train.adv_clip_max, adv_mode=config.train.adv_mode)
         self.old_policy_decay = OLD_POLICY_DECAYS[config.nft.old_policy_decay]
 
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """No reference forward where the KL term is off."""
+        return ("current", "old", *(["reference"] if self.options["kl_weight"] else []))
+
+    def sample_weights(self, advantages: Tensor, group_size: int) -> Tensor:
+        """The optimality r in [0, 1] of each sample."""
+        return optimality(advantages, **self.shaping)
+
     def loss(self, velocity: Velocity, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses ``[B]`` and metrics ``[B]``; no reference forward where the KL term is off."""
+        """Losses ``[B]`` and metrics ``[B]``."""
         v_old = velocity("old")
-        v_ref = velocity("reference") if self.options["kl_weight"] else None
+        v_ref = velocity("reference") if "reference" in self.policies else None
         return nft_loss(
             velocity("current"),
             v_old,
@@ -145,6 +158,6 @@ class NFT:
             noise=batch.noise,
             xt=batch.xt,
             sigma=batch.sigma,
-            r=batch.optimality,
+            r=batch.weight,
             **self.options,
         )

@@ -73,7 +73,8 @@ class SD3Model:
         for part in self._parts():
             part.requires_grad_(False).eval()
         self.transformer = self.pipe.transformer.to(self.device)
-        self.vae = self.pipe.vae.to(self.device)
+        # Convolutions run faster on it, on CPUs and on tensor cores.
+        self.vae = self.pipe.vae.to(self.device, memory_format=torch.channels_last)
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.match_published = match_published
@@ -82,6 +83,7 @@ class SD3Model:
         self.vae_batch_size = vae_batch_size
         if not offload_text_encoders:
             self._move_text_encoders(self.device)
+        self.passes = {"cost/forwards": 0, "cost/backwards": 0}
         self.encode_cached = EmbeddingCache(self._encode, embed_cache_gb * 1e9)
         side = resolution // self.pipe.vae_scale_factor
         shape = self.transformer.config
@@ -121,6 +123,11 @@ class SD3Model:
             self._move_text_encoders(torch.device("cpu"))
         return rows
 
+    def take_passes(self) -> dict[str, int]:
+        """Samples that went through the transformer, and back, since it was last asked."""
+        taken, self.passes = self.passes, dict.fromkeys(self.passes, 0)
+        return taken
+
     def encode(self, texts: list[str]) -> Conditioning:
         """Embeddings of ``texts`` on the device, one row each; a text is encoded once."""
         return self.encode_cached(texts).to(self.device)
@@ -141,6 +148,9 @@ class SD3Model:
 
         The active adapter of the transformer decides whose policy this is.
         """
+        self.passes["cost/forwards"] += len(x)
+        if torch.is_grad_enabled():
+            self.passes["cost/backwards"] += len(x)
         timestep = timestep_from_sigma(sigma)
         with self.precision.autocast():
             v = self.transformer(
@@ -156,8 +166,9 @@ class SD3Model:
     def decode(self, x0: Tensor) -> Tensor:
         """Latents ``[B, C, h, w]`` -> pictures ``[B, 3, H, W]`` in [0, 1], in slices."""
         config = self.vae.config
+        latents = x0.to(dtype=self.vae.dtype, memory_format=torch.channels_last)
         pictures = [
             self.vae.decode(part / config.scaling_factor + config.shift_factor).sample
-            for part in x0.to(self.vae.dtype).split(self.vae_batch_size)
+            for part in latents.split(self.vae_batch_size)
         ]
         return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1).to(torch.float32)

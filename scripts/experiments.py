@@ -1,0 +1,170 @@
+"""Runs an experiment of config/experiments.py: every arm with every seed, by the training script.
+
+    python scripts/experiments.py --list
+    python scripts/experiments.py fast --seeds 42 43 --arms faithful 5-steps --jobs 2
+
+A run is a process of its own; its directory and log lie in --runs, its numbers in
+--results/EXPERIMENT/ARM-seedSEED.jsonl (experiments_results.py).  The same command goes on where it
+was stopped; finished runs are not run again, and those of an arm that has changed since are
+refused.  scripts/experiments_plot.py draws the results.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments_grid import ROOT, Run, is_done, load, plan
+from experiments_results import THREADS, Incomplete, model_shape, threads, write_result
+
+from diffusion_nft.files import DiskError
+from diffusion_nft.preemption import requested, stop_on_signals
+
+POLL_SECONDS = 0.2
+SHOWN = ("eval/total", "eval/shapes/strict")
+
+
+def parse_flags(experiments: dict[str, Any]) -> argparse.Namespace:
+    """The command line; wrong names end the program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("name", nargs="?", choices=list(experiments), help="of config/experiments.py")
+    add("--seeds", type=int, nargs="+", help="default: the experiment's")
+    add("--arms", nargs="+", help="default: all")
+    add("--jobs", type=int, default=1, help="runs at once; they share the cores")
+    add("--results", type=Path, default=Path("results"))
+    add("--runs", type=Path, default=Path("logs", "experiments"))
+    add("--list", action="store_true", help="show the experiments and which runs are finished")
+    args = parser.parse_args()
+    if not args.name and not args.list:
+        parser.error("name an experiment, or give --list")
+    if args.jobs < 1:
+        parser.error("--jobs must be 1 or more")
+    if args.name and not args.list:
+        arms = experiments[args.name].arms
+        args.arms = args.arms or list(arms)
+        if unknown := [arm for arm in args.arms if arm not in arms]:
+            parser.error(f"--arms {unknown[0]}: choose from {', '.join(arms)}")
+    return args
+
+
+def start(run: Run, jobs: int) -> subprocess.Popen[bytes]:
+    """The training script on ``run``; what it prints is added to its log."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with run.log.open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, *run.command()],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {THREADS: threads(jobs)},
+        )
+
+
+def finish(run: Run, code: int, jobs: int) -> tuple[str, bool]:
+    """What became of a run that ended with ``code``, and whether it failed."""
+    try:
+        if code:
+            raise Incomplete(f"exit status {code}: {_last_line(run.log)}")
+        last = write_result(run, jobs)
+    except ValueError as error:
+        if requested():
+            return "stopped", False
+        return f"FAILED, {error}; log: {run.log}", True
+    shown = ", ".join(f"{key} {last[key]:.3f}" for key in SHOWN if key in last)
+    return f"ended at epoch {last['epoch']}: {shown}", False
+
+
+def _last_line(path: Path) -> str:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    # A progress bar ends its lines with a carriage return.
+    lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
+    return lines[-1] if lines else "it printed nothing"
+
+
+def run_all(todo: list[Run], jobs: int) -> list[Run]:
+    """Works off ``todo``, ``jobs`` at once, until all ended or a stop is asked for; says when a run
+    starts and ends.  Returns those that failed.
+    """
+    waiting, failed = deque(todo), []
+    running: list[tuple[Run, subprocess.Popen[bytes], float]] = []
+    try:
+        while running or (waiting and not requested()):
+            while waiting and len(running) < jobs and not requested():
+                run = waiting.popleft()
+                running.append((run, start(run, jobs), time.monotonic()))
+                print(f"{run.title}: started, log: {run.log}", flush=True)
+            time.sleep(POLL_SECONDS)
+            if requested():
+                _end(process for _, process, _ in running)
+            for entry in [entry for entry in running if entry[1].poll() is not None]:
+                run, process, began = entry
+                running.remove(entry)
+                text, is_failed = finish(run, process.returncode, jobs)
+                seconds = time.monotonic() - began
+                print(f"{run.title}: {text} ({seconds:.0f} s)", flush=True)
+                failed += [run] if is_failed else []
+    finally:
+        _end(process for _, process, _ in running)
+    return failed
+
+
+def _end(processes: Iterator[subprocess.Popen[bytes]]) -> None:
+    """Asks them to save and end, and waits until they have."""
+    asked = list(processes)
+    for process in asked:
+        process.terminate()
+    for process in asked:
+        process.wait()
+
+
+def show(experiments: dict[str, Any], args: argparse.Namespace) -> None:
+    """Prints the experiments, or the one named, with their arms and finished seeds."""
+    for name in [args.name] if args.name else experiments:
+        experiment = experiments[name]
+        print(f"{name}: {experiment.question} (seeds {', '.join(map(str, experiment.seeds))})")
+        for arm, chosen in experiment.arms.items():
+            found = args.results.joinpath(name).glob(f"{arm}-seed*.jsonl")
+            seeds = sorted(int(path.stem.rpartition("seed")[2]) for path in found)
+            finished = f"finished: {', '.join(map(str, seeds))}" if seeds else "not run yet"
+            changes = " ".join(f"{key}={value}" for key, value in chosen.changes.items())
+            print(f"  {arm}: {chosen.preset} {changes}".rstrip() + f"; {finished}")
+
+
+def main() -> None:
+    """Plans, refuses what has changed, runs the rest."""
+    experiments = load(ROOT / "config" / "experiments.py").EXPERIMENTS
+    args = parse_flags(experiments)
+    if args.list:
+        return show(experiments, args)
+    try:
+        runs = plan(args.name, experiments[args.name], args)
+        for run in runs:
+            model_shape(run.config)
+        todo = [run for run in runs if not is_done(run)]
+    except ValueError as error:
+        sys.exit(str(error))
+    print(f"{args.name}: {len(runs)} runs, {len(runs) - len(todo)} of them finished before")
+    try:
+        with stop_on_signals():
+            failed = run_all(todo, args.jobs)
+            stopped = requested()
+    except DiskError as error:
+        sys.exit(str(error))
+    if failed:
+        names = "\n  ".join(f"{run.title}: {run.log}" for run in failed)
+        sys.exit(f"{len(failed)} failed (the same command tries again):\n  {names}")
+    if stopped:
+        sys.exit("stopped; the same command continues")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""Draws and tabulates what scripts/experiments.py left in --results, and nothing else.
+
+    python scripts/experiments_plot.py fast demo_seeds
+
+Of each experiment: --output/NAME.png, held-out strict accuracy against compute and time, the mean
+over seeds with its 95 % band; and --output/NAME.md, a table with paired tests against the
+experiment's baseline.  Intervals are Student's t over seeds.  Needs the extra "plots".
+"""
+
+import argparse
+import json
+import math
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusion_nft.files import write_atomically
+
+STRICT, STRICTER, DIVERSITY = "eval/shapes/strict", "eval/shapes/stricter", "eval/diversity"
+COST, SECONDS = "forward_equivalents", "seconds"
+AXES = {COST: "training compute, thousands of forward-equivalents", SECONDS: "training time, s"}
+CONFIDENCE = 0.95
+# Fewer pairs than this say next to nothing about their spread.
+MIN_PAIRS = 3
+# Okabe and Ito's colours, which the colour-blind can tell apart; markers tell them apart in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+COLUMNS = (
+    "arm",
+    "seeds",
+    "strict",
+    "gain ± 95 %",
+    "stricter",
+    "diversity",
+    "seconds",
+    "forward-equivalents, thousands",
+    "gain per million",
+    "final strict against {baseline} [95 %]",
+    "p",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A file of scripts/experiments.py: what ran, and its evaluations in the order of epochs."""
+
+    about: dict[str, Any]
+    evaluations: list[dict[str, Any]]
+
+    @property
+    def gain(self) -> float:
+        """Strict accuracy at the end minus that at the start."""
+        return self.evaluations[-1][STRICT] - self.evaluations[0][STRICT]
+
+    def last(self, key: str) -> float:
+        """A number of the last evaluation; NaN where it has none."""
+        value = self.evaluations[-1].get(key)
+        return math.nan if value is None else value
+
+
+# arm -> seed -> result; the baseline comes first.
+Results = dict[str, dict[int, Result]]
+
+
+def read(folder: Path) -> Results:
+    """The results of an experiment.
+
+    Raises ValueError if there are none, or if the seeds of an arm ran with different settings.
+    """
+    found: Results = {}
+    baseline = ""
+    paths = sorted(folder.glob("*.jsonl"))
+    if not paths:
+        raise ValueError(f"{folder} holds no results: python scripts/experiments.py {folder.name}")
+    for path in paths:
+        about, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        evaluations = [row for row in rows if "eval/total" in row]
+        if len(evaluations) < 2 or STRICT not in evaluations[0]:
+            raise ValueError(f"{path} must hold two evaluations or more, with {STRICT}")
+        found.setdefault(about["arm"], {})[about["seed"]] = Result(about, evaluations)
+        baseline = about["baseline"]
+    for arm, results in found.items():
+        kinds = {
+            (
+                result.about["preset"],
+                json.dumps(result.about["changes"], sort_keys=True),
+                tuple(row["epoch"] for row in result.evaluations),
+            )
+            for result in results.values()
+        }
+        if len(kinds) > 1:
+            raise ValueError(f"{folder}: the seeds of {arm} differ in {sorted(kinds)}")
+    return {arm: found[arm] for arm in sorted(found, key=lambda arm: (arm != baseline, arm))}
+
+
+def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half its 95 % interval by Student's t; NaN for a single value."""
+    from scipy import stats
+
+    n = len(values)
+    if n < 2:
+        return values[0], math.nan
+    error = statistics.stdev(values) / math.sqrt(n)
+    return statistics.fmean(values), float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
+
+
+def curve(results: dict[int, Result], key: str) -> tuple[list[float], list[float], list[float]]:
+    """(mean of ``key``, mean of strict accuracy, half its interval) at each evaluation."""
+    points = list(zip(*(result.evaluations for result in results.values()), strict=True))
+    x = [statistics.fmean(row[key] for row in rows) for rows in points]
+    means = [mean_and_half_width([row[STRICT] for row in rows]) for rows in points]
+    return x, [mean for mean, _ in means], [half for _, half in means]
+
+
+def paired_test(arm: dict[int, Result], baseline: dict[int, Result]) -> tuple[str, str]:
+    """(difference of the final strict accuracies with its interval, p) over common seeds."""
+    from scipy import stats
+
+    seeds = sorted(arm.keys() & baseline.keys())
+    ours, theirs = ([results[s].last(STRICT) for s in seeds] for results in (arm, baseline))
+    if len(seeds) < MIN_PAIRS:
+        return f"n too small ({len(seeds)} common seeds)", "–"
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean = share(statistics.fmean(differences), "+")
+    if len({round(difference, 9) for difference in differences}) == 1:
+        return f"{mean} for each of n={len(seeds)}", "–"
+    test = stats.ttest_rel(ours, theirs)
+    low, high = test.confidence_interval(CONFIDENCE)
+    interval = f"{mean} [{share(low, '+')}, {share(high, '+')}], n={len(seeds)}"
+    return interval, "<.001" if test.pvalue < 0.001 else share(test.pvalue)
+
+
+def share(value: float, sign: str = "") -> str:
+    """.760, or with ``sign`` "+": +.025; a dash for NaN."""
+    return "–" if math.isnan(value) else f"{value:{sign}.3f}".replace("0.", ".", 1)
+
+
+def cells(arm: str, results: dict[int, Result], baseline: dict[int, Result] | None) -> list[str]:
+    """A row of the table: means over the seeds of ``arm``."""
+
+    def mean(key: str) -> float:
+        return statistics.fmean(result.last(key) for result in results.values())
+
+    start = statistics.fmean(result.evaluations[0][STRICT] for result in results.values())
+    gain, half = mean_and_half_width([result.gain for result in results.values()])
+    rate = statistics.fmean(result.gain / result.last(COST) for result in results.values())
+    against = ("–", "–")
+    if baseline is None:
+        against = ("no results of it", "–")
+    elif baseline is not results:
+        against = paired_test(results, baseline)
+    return [
+        arm,
+        str(len(results)),
+        f"{share(start)} → {share(mean(STRICT))}",
+        f"{share(gain, '+')} ± {share(half)}",
+        share(mean(STRICTER)),
+        share(mean(DIVERSITY)),
+        f"{mean(SECONDS):.0f}",
+        f"{mean(COST) / 1e3:.1f}",
+        f"{rate * 1e6:.2f}",
+        *against,
+    ]
+
+
+def report(name: str, results: Results, args: argparse.Namespace) -> str:
+    """The experiment's page: question, figure, table, how to read it, how to remake it."""
+    abouts = [result.about for seeds in results.values() for result in seeds.values()]
+    about = abouts[-1]
+    baseline = results.get(about["baseline"])
+    rows = [[column.format(baseline=about["baseline"]) for column in COLUMNS]]
+    rows.append(["---"] * len(COLUMNS))
+    rows += [cells(arm, seeds, baseline) for arm, seeds in results.items()]
+    seeds = sorted({about["seed"] for about in abouts})
+    ratios = sorted({about["backward_over_forward"] for about in abouts})
+    again = ["python", "scripts/experiments_plot.py", name]
+    again += ["--results", str(args.results), "--output", str(args.output)]
+    runs = ["python", "scripts/experiments.py", name, "--arms", *results]
+    runs += ["--seeds", *map(str, seeds), "--jobs", str(about["machine"]["jobs"])]
+    return "\n".join(
+        [
+            f"# {name}\n",
+            f"{about['question']}\n",
+            f"![Strict accuracy against compute and time]({name}.png)\n",
+            *("| " + " | ".join(row) + " |" for row in rows),
+            "",
+            "Means over seeds; ± and [ ] are 95 % intervals (Student's t over seeds), p is of a",
+            "paired t-test over common seeds, not corrected for the number of arms. Evaluations",
+            "count in neither seconds nor forward-equivalents. A forward-equivalent is a sample's",
+            "pass through the transformer; a backward pass is",
+            f"{', '.join(f'{ratio:.3f}' for ratio in ratios)} of them by FLOPs. The gain per "
+            f"million is per million of them. Machine: {machines(abouts)}.\n",
+            f"    {shlex.join(again)}\n",
+            "remakes figure and table from the results, which came from\n",
+            f"    {shlex.join(runs)}\n",
+        ]
+    )
+
+
+def machines(abouts: list[dict[str, Any]]) -> str:
+    """Where the seconds were measured, each kind of place once."""
+    places = (about["machine"] for about in abouts)
+    texts = (
+        f"{place['cpu']} with {place['cores']} cores, {place['device']}, "
+        f"{place['threads']} thread(s) a run, {place['jobs']} run(s) at once"
+        for place in places
+    )
+    return "; ".join(dict.fromkeys(texts))
+
+
+def draw(results: Results, path: Path) -> None:
+    """Two panels with the curves of all arms.  Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
+    panels = figure.subplots(1, len(AXES), sharey=True)
+    for panel, (key, label) in zip(panels, AXES.items(), strict=True):
+        for number, (arm, seeds) in enumerate(results.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            x, means, halves = curve(seeds, key)
+            x = [value / 1e3 for value in x] if key == COST else x
+            low = [mean - half for mean, half in zip(means, halves, strict=True)]
+            high = [mean + half for mean, half in zip(means, halves, strict=True)]
+            panel.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+            marker = MARKERS[number % len(MARKERS)]
+            text = f"{arm} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})"
+            panel.plot(x, means, color=colour, marker=marker, markersize=5, label=text)
+        panel.set_xlabel(label)
+        panel.set_xlim(left=0)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("held-out strict accuracy")
+    panels[0].legend(loc="lower right", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def parse_flags() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("names", nargs="+", metavar="NAME", help="of experiments that have results")
+    add("--results", type=Path, default=Path("results"))
+    add("--output", type=Path, default=Path("docs", "figures"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Draws, prints and writes."""
+    args = parse_flags()
+    try:
+        found = {name: read(args.results / name) for name in args.names}
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, results in found.items():
+        try:
+            text = report(name, results, args)
+            draw(results, args.output / f"{name}.png")
+        except ImportError as error:
+            sys.exit(f"{error.name} is missing: pip install 'diffusion-nft[plots]'")
+        write_atomically(args.output / f"{name}.md", text.encode())
+        print(f"{text}\n{args.output / name}.md and .png")
+
+
+if __name__ == "__main__":
+    main()

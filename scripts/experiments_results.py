@@ -1,0 +1,169 @@
+"""The numbers of a run, as a small file that can be committed.
+
+The first line is an object about the run, then follows one an evaluation or epoch, with the
+training seconds and forward-equivalents so far.  Evaluations are in neither.  A forward-equivalent
+is a sample's pass through the transformer without LoRA; a backward pass counts as many as it takes
+FLOPs, by the formulas of benchmark_flops.py.
+"""
+
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmark_flops import backward_cost, forward_cost
+from experiments_grid import ROOT, Run, differences, refuse
+from ml_collections import ConfigDict
+
+from diffusion_nft.checks import EMBEDDED_MODEL
+from diffusion_nft.files import write_atomically
+from diffusion_nft.metrics import ENVIRONMENTS_FILE, METRICS_FILE, read_metrics
+from diffusion_nft.run_dir import CONFIG_FILE, flatten
+
+EMBEDDED_PIPELINE = ROOT / "diffusion_nft" / "shapes" / "pipeline"
+THREADS = "OMP_NUM_THREADS"
+# Of an epoch's metrics; an evaluation's are kept whole.
+KEPT = ("reward/mean", "reward/diversity", "loss/kl")
+# Of more epochs than this, only so many are kept.
+MAX_EPOCHS_KEPT = 80
+SIGNIFICANT = 5
+
+
+class Incomplete(ValueError):
+    """A run has not come to its end, or does not hold what its result needs."""
+
+
+def model_shape(config: ConfigDict) -> tuple[dict[str, Any], int, int]:
+    """(the transformer's configuration, side of its latents, prompt tokens) of a run.
+
+    Raises ValueError for a model that is neither the embedded one nor a folder.
+    """
+    name = config.pretrained.model
+    folder = EMBEDDED_PIPELINE if name == EMBEDDED_MODEL else Path(name)
+    if not folder.is_dir():
+        raise ValueError(
+            f"pretrained.model {name!r}: experiments count the FLOPs of {EMBEDDED_MODEL!r} or of a "
+            "diffusers folder"
+        )
+    read = {
+        part: json.loads((folder / part).read_bytes())
+        for part in (
+            "transformer/config.json",
+            "vae/config.json",
+            "tokenizer/tokenizer_config.json",
+        )
+    }
+    transformer, vae, tokenizer = read.values()
+    side = config.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+    text = tokenizer["model_max_length"] + config.pretrained.max_sequence_length
+    return transformer, side, text
+
+
+def backward_over_forward(config: ConfigDict) -> float:
+    """FLOPs of a backward pass through the frozen transformer to its LoRAs, in forward passes
+    without LoRA.
+    """
+    shape = model_shape(config)
+    return backward_cost(*shape, config.train.lora_rank).flops / forward_cost(*shape).flops
+
+
+def threads(jobs: int) -> str:
+    """Of each run: what the environment says, or an equal share of the cores."""
+    return os.environ.get(THREADS, str(max(1, (os.cpu_count() or 1) // jobs)))
+
+
+def cpu() -> str:
+    """The processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def header(run: Run, ratio: float, jobs: int) -> dict[str, Any]:
+    """What ran, where, and by which version of the program."""
+    starts = (run.folder / ENVIRONMENTS_FILE).read_text(encoding="utf-8").splitlines()
+    about = json.loads(starts[-1])
+    del about["command"]
+    command = shlex.join(["python", *run.command()])
+    return {
+        "experiment": run.experiment,
+        "question": run.question,
+        "baseline": run.baseline,
+        "arm": run.arm,
+        "seed": run.seed,
+        "preset": run.preset,
+        "changes": run.changes,
+        "command": f"{THREADS}={threads(jobs)} {command}",
+        "date": about.pop("time"),
+        "machine": {
+            "cpu": cpu(),
+            "cores": os.cpu_count(),
+            "threads": threads(jobs),
+            "jobs": jobs,
+            "device": about.pop("device"),
+        },
+        "git_revision": about.pop("git_revision"),
+        "git_dirty": about.pop("git_dirty"),
+        "starts": len(starts),
+        "versions": about,
+        "backward_over_forward": ratio,
+        "config": {k: v for k, v in flatten(run.config).items() if k != "save_dir"},
+    }
+
+
+def rows(run: Run, ratio: float) -> Iterator[dict[str, Any]]:
+    """An object an evaluation or epoch, with the sums of the epochs so far.
+
+    Epochs that were lost to an interruption and repeated count once.  Raises Incomplete if an epoch
+    does not say what it cost, or the last one was not evaluated.
+    """
+    every = math.ceil(run.config.num_epochs / MAX_EPOCHS_KEPT)
+    seconds = cost = 0.0
+    ended = False
+    for row in read_metrics(run.folder / METRICS_FILE):
+        evaluation = "eval/total" in row
+        if not evaluation:
+            try:
+                seconds += row["time/epoch"]
+                cost += row["cost/forwards"] + ratio * row["cost/backwards"]
+            except KeyError as error:
+                raise Incomplete(
+                    f"epoch {row['epoch']} in {run.folder / METRICS_FILE} has no {error}: remove "
+                    f"{run.folder} and run it again"
+                ) from error
+        if evaluation or row["epoch"] % every == 0:
+            kept = {k: v for k, v in row.items() if k in KEPT or k.startswith("eval/")}
+            sums = {"seconds": seconds, "forward_equivalents": cost}
+            yield {"epoch": row["epoch"], "step": row["step"], **_rounded(sums | kept)}
+        ended = evaluation and row["epoch"] == run.config.num_epochs
+    if not ended:
+        raise Incomplete(f"it ended before epoch {run.config.num_epochs} was evaluated")
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: float(f"{value:.{SIGNIFICANT}g}") if isinstance(value, float) else value
+        for key, value in values.items()
+    }
+
+
+def write_result(run: Run, jobs: int) -> dict[str, Any]:
+    """Writes the numbers of a run that has ended; returns its last evaluation.
+
+    Raises ValueError if it has not, or if it ran with another configuration than it should have.
+    """
+    ratio = backward_over_forward(run.config)
+    numbers = list(rows(run, ratio))
+    ran = json.loads((run.folder / CONFIG_FILE).read_bytes())
+    refuse(run, run.folder, differences(run, ran, []))
+    lines = [
+        json.dumps(line, separators=(",", ":")) for line in (header(run, ratio, jobs), *numbers)
+    ]
+    run.result.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.result, ("\n".join(lines) + "\n").encode())
+    return numbers[-1]

@@ -1,0 +1,123 @@
+"""Tables and figures of experiments, against numbers computed by hand."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import special
+
+from tests.scripts.in_process import call, script
+
+
+@pytest.fixture(scope="module")
+def plot():
+    return script("experiments_plot")
+
+
+# Final strict accuracies by arm and seed; all start at .25 and cost 2000 forward-equivalents.
+FINALS = {
+    "base": {1: 0.50, 2: 0.60, 3: 0.55},
+    "better": {1: 0.60, 2: 0.72, 3: 0.63, 4: 0.70},
+    "short": {1: 0.50, 2: 0.50},
+    "shifted": {1: 0.40, 2: 0.50, 3: 0.45},
+}
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results" / "made"
+    folder.mkdir(parents=True)
+    machine = {"cpu": "Cpu", "cores": 2, "threads": "1", "jobs": 2, "device": "cpu"}
+    for arm, finals in FINALS.items():
+        for seed, final in finals.items():
+            about = {"experiment": "made", "question": "Which?", "baseline": "base", "arm": arm}
+            about |= {"seed": seed, "preset": "p", "changes": {}, "machine": machine}
+            lines = [about | {"backward_over_forward": 1.25}]
+            for epoch, strict in enumerate((0.25, (0.25 + final) / 2, final)):
+                line = {"epoch": epoch, "seconds": 10.0 * epoch * seed, "eval/total": strict}
+                line |= {"forward_equivalents": 1000.0 * epoch, "eval/diversity": None}
+                lines += [{"epoch": epoch, "reward/mean": 0.5}]
+                lines += [line | {"eval/shapes/strict": strict, "eval/shapes/stricter": 0.4}]
+            text = "\n".join(map(json.dumps, lines)) + "\n"
+            (folder / f"{arm}-seed{seed}.jsonl").write_text(text)
+    return folder
+
+
+def row_of(plot, results, arm: str) -> dict[str, str]:
+    found = plot.read(results)
+    return dict(zip(plot.COLUMNS, plot.cells(arm, found[arm], found["base"]), strict=True))
+
+
+def test_the_table_is_what_one_computes_by_hand(plot, results):
+    assert list(plot.read(results)) == ["base", "better", "shifted", "short"]
+    row = row_of(plot, results, "base")
+    # Gains .25, .35, .30: mean .30, deviation .05; Student's t at 97.5 % with 2 degrees is 4.303.
+    assert row["gain ± 95 %"] == f"+.300 ± .{4.303 * 0.05 / 3**0.5 * 1e3:.0f}"
+    assert row["strict"] == ".250 → .550" and row["stricter"] == ".400"
+    assert row["seconds"] == "40" and row["forward-equivalents, thousands"] == "2.0"
+    assert row["gain per million"] == "150.00"
+    assert row["diversity"] == row["p"] == "–"
+
+
+def test_the_paired_test_is_over_common_seeds(plot, results):
+    row = row_of(plot, results, "better")
+    differences = np.array([0.10, 0.12, 0.08])
+    error = differences.std(ddof=1) / 3**0.5
+    low, high = 0.10 - 4.303 * error, 0.10 + 4.303 * error
+    expected = f"+.100 [+{low:.3f}, +{high:.3f}], n=3".replace("0.", ".")
+    assert row["final strict against {baseline} [95 %]"] == expected
+    # The two-sided tail of Student's t is an incomplete beta function.
+    t, df = 0.10 / error, 2
+    assert row["p"] == f"{special.betainc(df / 2, 0.5, df / (df + t * t)):.3f}"[1:]
+
+
+@pytest.mark.parametrize(
+    "arm, text", [("short", "n too small (2 common seeds)"), ("shifted", "-.100 for each of n=3")]
+)
+def test_what_cannot_be_tested_is_said(plot, results, arm, text):
+    row = row_of(plot, results, arm)
+    assert row["final strict against {baseline} [95 %]"] == text and row["p"] == "–"
+
+
+def test_a_curve_is_the_mean_with_its_interval(plot, results):
+    found = plot.read(results)
+    x, means, halves = plot.curve(found["base"], "seconds")
+    assert x == [0, 20, 40] and means == pytest.approx([0.25, 0.40, 0.55])
+    assert halves == pytest.approx([0, 4.303 * 0.025 / 3**0.5, 4.303 * 0.05 / 3**0.5], rel=1e-3)
+    x, means, halves = plot.curve({1: found["base"][1]}, "forward_equivalents")
+    assert x == [0, 1000, 2000] and means == [0.25, 0.375, 0.5] and np.isnan(halves).all()
+
+
+def test_figure_and_page_are_made_and_the_page_tells_how(plot, results, tmp_path, capsys):
+    output = tmp_path / "figures"
+    call(plot, "made", "--results", results.parent, "--output", output)
+    page = (output / "made.md").read_text()
+    assert page in capsys.readouterr().out
+    again = f"python scripts/experiments_plot.py made --results {results.parent} --output {output}"
+    assert f"    {again}\n" in page
+    assert "--arms base better shifted short --seeds 1 2 3 4 --jobs 2\n" in page
+    assert "a backward pass is\n1.250 of them" in page and "Machine: Cpu with 2 cores" in page
+    with Image.open(output / "made.png") as picture:
+        assert picture.width > 1000 and picture.height > 400
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
+    blue = tuple(bytes.fromhex(plot.COLOURS[0].removeprefix("#")))
+    assert blue in colours
+
+
+def test_without_a_baseline_there_is_no_test(plot, results, tmp_path):
+    for path in results.glob("base-*"):
+        path.unlink()
+    call(plot, "made", "--results", results.parent, "--output", tmp_path)
+    assert (tmp_path / "made.md").read_text().count("| no results of it | – |") == 3
+
+
+def test_results_that_do_not_belong_together_are_refused(plot, results, tmp_path):
+    path = results / "base-seed2.jsonl"
+    path.write_text(path.read_text().replace('"changes": {}', '"changes": {"a": 1}'))
+    with pytest.raises(SystemExit) as stopped:
+        call(plot, "made", "--results", results.parent, "--output", tmp_path)
+    assert "the seeds of base differ" in stopped.value.code
+    with pytest.raises(SystemExit) as stopped:
+        call(plot, "nothing", "--results", results.parent, "--output", tmp_path)
+    assert "holds no results: python scripts/experiments.py nothing" in stopped.value.code
