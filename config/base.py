@@ -25,8 +25,9 @@ def get_config() -> ml_collections.ConfigDict:
     # makes.
     config.num_epochs = 100_000
     # A run in stages: a tuple of mappings, one a stage, each with its own "num_epochs" and, by
-    # dotted key, what is different in it: dataset, reward_fn (all of it), sample.*, nft.*, eval.*
-    # and train.* but train.lora_* and train.adam_*.  Whatever a stage does not set is as below.
+    # dotted key, what is different in it: dataset, reward_fn (all of it), sample.*, nft.*, grpo.*,
+    # matching.*, eval.* and train.* but train.lora_* and train.adam_*.  Whatever a stage does not
+    # set is as below.
     #     config.stages = (
     #         {"num_epochs": 800},
     #         {"num_epochs": 300, "dataset": "geneval", "reward_fn": {"geneval": 1.0}},
@@ -87,7 +88,7 @@ def get_config() -> ml_collections.ConfigDict:
     sample.num_steps = 10
     # Noise of the stochastic solvers flow, dance and ddim (0: their ODE); the others have none.
     sample.noise_level = 0.7
-    # Classifier-free guidance of the rollout; 1 = none.  The loss never uses guidance.
+    # Classifier-free guidance of the rollout; 1 = none.  Of the losses only flow_grpo's uses it.
     sample.guidance_scale = 1.0
     # Standard deviation of the advantage over the whole epoch (True) or over each group (False).
     sample.global_std = True
@@ -96,7 +97,8 @@ def get_config() -> ml_collections.ConfigDict:
     sample.standardize_rewards = False
 
     config.train = train = ml_collections.ConfigDict()
-    # (sample, sigma) pairs in one forward/backward on a rank: a memory knob.
+    # (sample, sigma) pairs in one forward/backward on a rank: a memory knob.  0: as many as the
+    # GPU's memory holds, found by trying once at the start.
     train.batch_size = 8
     # Optimizer steps per pass over the epoch's samples; each takes an equal share of every group.
     train.gradient_step_per_epoch = 1
@@ -149,6 +151,27 @@ def get_config() -> ml_collections.ConfigDict:
     # diffusion_nft.algorithms.nft.OLD_POLICY_DECAYS.
     nft.old_policy_decay = "linear_to_half"
 
+    # Of algorithm "flow_grpo".
+    config.grpo = grpo = ml_collections.ConfigDict()
+    # The ratio of new to old probability is clipped to 1 +- clip_range.  The log-probability of a
+    # step is a mean over its values, so ratios are close to 1.
+    grpo.clip_range = 1e-4
+    # Weight of the divergence of a step's Gaussian from the reference's.
+    grpo.kl_weight = 0.04
+
+    # Of algorithms "reward_weighted", "advantage_weighted" and "best_of_n".
+    config.matching = matching = ml_collections.ConfigDict()
+    # uniform | sigma | one_minus_sigma | adaptive: the flow-matching error (see algorithms/nft.py).
+    matching.weighting = "uniform"
+    # Weight of mean (v_theta - v_ref)^2.
+    matching.kl_weight = 1e-4
+    # reward_weighted: a sample's weight is exp(advantage / temperature).
+    matching.temperature = 1.0
+    # best_of_n: images of each prompt that are trained on.
+    matching.best_of = 1
+    # advantage_weighted: the ratio exp(old error - new error) is clipped to 1 +- clip_range.
+    matching.clip_range = 1.0
+
     config.eval = evaluation = ml_collections.ConfigDict()
     # Rewards that are only evaluated, never trained on: held-out judges of what is gained.
     evaluation.rewards = ()
@@ -161,6 +184,22 @@ def get_config() -> ml_collections.ConfigDict:
     evaluation.batch_size = 16
     # Evaluate before the first epoch.
     evaluation.at_start = True
+
+    # Alarms: signs that the reward rises at the cost of the pictures (diffusion_nft/monitor.py).
+    config.monitor = monitor = ml_collections.ConfigDict()
+    # off | warn | stop (after saving) | raise_kl (each evaluation or epoch with an alarm doubles
+    # the weight of the KL term).
+    monitor.action = "warn"
+    # Also evaluate brightness, saturation and edges, as the held-out reward picture_statistics.
+    monitor.pictures = False
+    # Alarming: a held-out reward lower than at first by more than so many standard errors,
+    monitor.max_drop = 4.0
+    # a diversity lower by more than this share,
+    monitor.max_diversity_drop = 0.3
+    # a size of the latents, brightness, saturation or edges changed by more than this share,
+    monitor.max_picture_change = 0.3
+    # and a distance to the reference, loss/kl, above this (0: any may be).
+    monitor.max_kl = 0.0
 
     config.checkpoint = checkpoint = ml_collections.ConfigDict()
     # Newest checkpoints to keep (0: all); the best one by evaluation is kept besides.
@@ -175,6 +214,9 @@ def get_config() -> ml_collections.ConfigDict:
     perf.vae_batch_size = 8
     # Recompute activations in the backward pass: less memory, about a third more training time.
     perf.gradient_checkpointing = False
+    # Compile the transformer's blocks (torch.compile), for each policy and each size of a batch
+    # once: minutes at the start.
+    perf.compile = False
 
     config.log = log = ml_collections.ConfigDict()
     # online | offline | off.  Without a key, online becomes offline with one line.

@@ -58,6 +58,8 @@ EXPERIMENTS = {
         question="Which cheaper epochs gain as much as those of shapes_demo?",
         arms={
             "faithful": Arm("shapes_demo"),
+            # As the presets of SD3.5: all sigmas but one, drawn anew for each sample.
+            "9-sigmas": Arm("shapes_demo", {"train.timestep_fraction": 0.99, "num_epochs": 12}),
             # Half the sampling; 3 sigmas a sample are trained on, as in shapes_demo.
             "5-steps": Arm("shapes_demo", {"sample.num_steps": 5, "train.timestep_fraction": 0.6}),
             "stratified": Arm("shapes_demo", {"train.sigma_choice": "stratified"}),

@@ -62,14 +62,19 @@ def standardized_total(
     return torch.stack(advantages).sum(dim=0)
 
 
+def shaped(advantages: Tensor, *, adv_clip_max: float, adv_mode: str) -> Tensor:
+    """Advantages clipped to ``+-adv_clip_max`` and then shaped by ``adv_mode`` (ADV_MODES)."""
+    return ADV_MODES[adv_mode](advantages.clamp(-adv_clip_max, adv_clip_max))
+
+
 def optimality(advantages: Tensor, *, adv_clip_max: float, adv_mode: str) -> Tensor:
     """Optimality probability r in [0, 1] of each sample: ``r = clip(A / adv_clip_max / 2 + 1/2, 0,
     1)``.
 
-    ``A`` is the advantage clipped to ``+-adv_clip_max`` and shaped by ``adv_mode`` (ADV_MODES).
+    ``A`` is the ``shaped`` advantage.
     """
-    clipped = ADV_MODES[adv_mode](advantages.clamp(-adv_clip_max, adv_clip_max))
-    return (clipped / adv_clip_max / 2 + 0.5).clamp(0, 1)
+    a = shaped(advantages, adv_clip_max=adv_clip_max, adv_mode=adv_mode)
+    return (a / adv_clip_max / 2 + 0.5).clamp(0, 1)
 
 
 def statistics(rewards: Tensor, group_size: int) -> GroupStatistics:

@@ -7,13 +7,16 @@ GenEval format).  See dataset/README.md.
 
 import json
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from diffusion_nft.randomness import generator
+
+T = TypeVar("T")
 
 DATASET_ROOT = Path(__file__).resolve().parent.parent / "dataset"
 SPLITS = ("train", "test")
@@ -211,21 +214,21 @@ def _parse_json(line: str) -> Prompt:
     return Prompt(text.strip(), metadata)
 
 
-def epoch_prompts(num_prompts: int, num_groups: int, *, seed: int, epoch: int) -> list[int]:
-    """Indices of the prompts of ``epoch``: the first ``num_groups`` of a fresh permutation.
+def epoch_prompts(prompts: Sequence[T], num_groups: int, *, seed: int, epoch: int) -> list[T]:
+    """Those of ``prompts`` that make up ``epoch``: the first ``num_groups`` of a fresh permutation.
 
-    A pure function of its arguments.  No prompt comes twice in an epoch unless ``num_groups``
-    exceeds ``num_prompts``; then further permutations follow, so that the uses of two prompts
-    differ by one at most.
+    A pure function of its arguments.  No prompt comes twice in an epoch unless there are fewer than
+    ``num_groups``; then further permutations follow, so that the uses of two prompts differ by one
+    at most.
     """
-    assert num_prompts > 0, "a loaded prompt set is never empty"
+    assert prompts, "a loaded prompt set is never empty"
     indices: list[int] = []
     cycle = 0
     while len(indices) < num_groups:
-        order = torch.randperm(num_prompts, generator=generator(seed, epoch, cycle, "prompts"))
+        order = torch.randperm(len(prompts), generator=generator(seed, epoch, cycle, "prompts"))
         indices += order.tolist()
         cycle += 1
-    return indices[:num_groups]
+    return [prompts[i] for i in indices[:num_groups]]
 
 
 def shard(num_items: int, rank: int, world_size: int) -> range:

@@ -6,16 +6,19 @@ from ml_collections import ConfigDict
 
 from diffusion_nft.data import Prompt, load_prompts
 from diffusion_nft.distributed import Distributed
+from diffusion_nft.monitor import PICTURES
 from diffusion_nft.rewards import Reward, check_prompts
 from diffusion_nft.rewards.combine import build_rewards
 
 
 def reward_weights(config: ConfigDict) -> tuple[dict[str, float], dict[str, float]]:
-    """Reward -> weight of what ``config`` trains on, and of what it evaluates: those held out too,
-    at 0.
+    """Reward -> weight of what ``config`` trains on, and of what it evaluates: those held out and
+    those that ``monitor.pictures`` watches, too, at 0.
     """
     trained = config.reward_fn.to_dict()
-    return trained, trained | dict.fromkeys(config.eval.rewards, 0.0)
+    watched = (PICTURES,) if config.monitor.pictures else ()
+    held_out = [name for name in (*config.eval.rewards, *watched) if name not in trained]
+    return trained, trained | dict.fromkeys(held_out, 0.0)
 
 
 def load_checked_prompts(config: ConfigDict) -> tuple[list[Prompt], list[Prompt]]:

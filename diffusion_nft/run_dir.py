@@ -12,7 +12,7 @@ from diffusion_nft.files import write_atomically
 CONFIG_FILE = "config.json"
 
 # Keys, or sections ending in a dot, that may change between two starts of one run: they do not
-# alter the trained numbers.
+# alter the trained numbers (alarms, where they raise the KL term's weight, do so openly).
 MAY_CHANGE = (
     "run_name",
     "save_dir",
@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "train.max_skipped_steps",
     "eval.",
     "checkpoint.",
+    "monitor.",
     "perf.",
     "log.",
     "distributed.",

@@ -15,6 +15,7 @@ from diffusion_nft.checkpoint import (
 )
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.lora import export_lora, load_scaled
+from diffusion_nft.monitor import Monitor
 from diffusion_nft.policy import ADAPTERS, Policy
 from diffusion_nft.run_dir import flatten
 from diffusion_nft.stages import Stage
@@ -90,9 +91,17 @@ def _source(config: ConfigDict) -> Checkpoint:
 class RunState:
     """The run's counters beside ``policy`` and ``updater``, saved and restored together."""
 
-    def __init__(self, stage: Stage, *, dist: Distributed, policy: Policy, updater: Updater):
+    def __init__(
+        self,
+        stage: Stage,
+        *,
+        dist: Distributed,
+        policy: Policy,
+        updater: Updater,
+        monitor: Monitor,
+    ):
         self.stage, self.config = stage, stage.config
-        self.dist, self.policy, self.updater = dist, policy, updater
+        self.dist, self.policy, self.updater, self.monitor = dist, policy, updater, monitor
         self.checkpointer = Checkpointer(
             Path(self.config.save_dir), keep=self.config.checkpoint.keep
         )
@@ -130,6 +139,7 @@ class RunState:
         if stage_number(checkpoint) < self.stage.number:
             return  # scores of another stage do not compare
         self.evaluated = state["evaluated"]
+        self.monitor.load_state_dict(state["monitor"])
         now = flatten(self.config)
         # Under other evaluation settings the scores do not compare.
         settings = [key for key in state["config"] if key.startswith("eval.")]
@@ -166,6 +176,7 @@ class RunState:
                 "best_score": self.best_score,
                 "evaluated": self.evaluated,
                 "updater": updater,
+                "monitor": self.monitor.state,
                 "config": flatten(self.config),
             },
             write_extra=self._export,

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from diffusion_nft.checkpoint import load_checkpoint, resolve_checkpoint
 from diffusion_nft.checks import EMBEDDED_MODEL, reward_addresses
+from diffusion_nft.combinations import EMBEDDED_LENGTH, EMBEDDED_RESOLUTION
 from diffusion_nft.data import split_file
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.files import sha256
@@ -21,7 +22,7 @@ from diffusion_nft.precision import COMPUTE_DTYPES
 from diffusion_nft.rewards import REMOTE_TIMEOUT
 from diffusion_nft.rewards.combine import RewardError, RewardSet
 from diffusion_nft.run_dir import section
-from diffusion_nft.validation import EMBEDDED_LENGTH, EMBEDDED_RESOLUTION, validate_settings
+from diffusion_nft.validation import validate_settings
 
 # Settings without a checkpoint; with one, those of its run.
 DEFAULTS: dict[str, Any] = {

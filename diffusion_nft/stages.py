@@ -16,12 +16,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 # What a stage may set, beside its num_epochs: these keys, and those of these sections.
-KEYS, SECTIONS = ("dataset", "reward_fn"), ("sample", "train", "nft", "eval")
+KEYS, SECTIONS = ("dataset", "reward_fn"), ("sample", "train", "nft", "grpo", "matching", "eval")
 # The shape of the LoRA and the constants of the optimizer go with the state that goes on.
 FIXED = ("train.lora_", "train.adam_")
 SETTABLE = (
-    "a stage sets num_epochs, dataset, reward_fn, nft.*, sample.*, eval.* and train.*, without "
-    "train.lora_* and train.adam_*"
+    "a stage sets num_epochs, dataset, reward_fn, nft.*, grpo.*, matching.*, sample.*, eval.* and "
+    "train.*, without train.lora_* and train.adam_*"
 )
 
 

@@ -15,6 +15,7 @@ from diffusion_nft.evaluate import evaluate
 from diffusion_nft.inputs import build_named, load_checked_prompts, reward_weights
 from diffusion_nft.metrics import Timer, make_metrics, write_environment
 from diffusion_nft.models import load_model
+from diffusion_nft.monitor import Alarm, Monitor
 from diffusion_nft.pictures import image_grid, save_png
 from diffusion_nft.plan import describe
 from diffusion_nft.policy import Policy
@@ -69,7 +70,10 @@ class Trainer:
             policy=self.policy,
             algorithm=self.algorithm,
         )
-        self.state = RunState(stage, dist=dist, policy=self.policy, updater=self.updater)
+        self.monitor = Monitor(config, self.algorithm, dist.say)
+        self.state = RunState(
+            stage, dist=dist, policy=self.policy, updater=self.updater, monitor=self.monitor
+        )
         self.state.start(start)
         self.timer = Timer(dist.device)
         self.trained = False  # by this process
@@ -85,15 +89,18 @@ class Trainer:
     def run(self) -> None:
         """Trains to the stage's ``num_epochs`` and says what it gained.
 
-        A failing reward ends the run after its state is saved, and so does a request to stop.
+        A failing reward ends the run after its state is saved, and so does a request to stop, and
+        an alarm where ``monitor.action`` says so.
         """
         try:
             self._train()
-        except (RewardError, Preempted) as error:
-            why = REASON if isinstance(error, Preempted) else "a reward failed"
-            self.dist.say(f"{why}; the state of epoch {self.state.epoch} is being saved")
+        except (RewardError, Preempted, Alarm) as error:
+            whys = {Preempted: REASON, RewardError: "a reward failed", Alarm: "an alarm"}
+            self.dist.say(
+                f"{whys[type(error)]}; the state of epoch {self.state.epoch} is being saved"
+            )
             self.state.save()
-            self.metrics.close(failed=isinstance(error, RewardError))
+            self.metrics.close(failed=not isinstance(error, Preempted))
             raise
         try:
             self._report()
@@ -118,14 +125,17 @@ class Trainer:
             dynamic_ncols=True,
         ) as progress:
             while self.state.epoch < config.num_epochs:
+                self.monitor.stop_if_alarmed()
                 values = self._run_epoch()
+                values |= self.monitor.epoch(values)
                 self._log(values)
                 best = bool(self._evaluate_if_due())
                 last = self.state.epoch == config.num_epochs
                 if best or last or _due(self.state.epoch, config.save_freq):
                     self.state.save(best=best)
                 progress.update()
-                progress.set_postfix(reward=f"{values['reward/mean']:.3f}")
+                reward = {"reward": f"{values['reward/mean']:.3f}"}
+                progress.set_postfix(reward | self.monitor.progress())
 
     def _log(self, values: dict[str, float]) -> None:
         values = self.stage.column | values
@@ -178,13 +188,8 @@ class Trainer:
             )
 
     def _prompts(self, epoch: int) -> list[Prompt]:
-        chosen = epoch_prompts(
-            len(self.train_prompts),
-            self.config.sample.num_groups,
-            seed=self.config.seed,
-            epoch=epoch,
-        )
-        return [self.train_prompts[i] for i in chosen]
+        groups, seed = self.config.sample.num_groups, self.config.seed
+        return epoch_prompts(self.train_prompts, groups, seed=seed, epoch=epoch)
 
     def _log_samples(self, samples: Samples) -> None:
         size = self.config.sample.num_image_per_prompt
@@ -219,7 +224,7 @@ class Trainer:
             return None
         with self.timer.phase("eval"), self.policy.using("ema"):
             evaluation = self.evaluate()
-        values = evaluation.metrics() | self.timer.pop()
+        values = evaluation.metrics() | self.timer.pop() | self.monitor.evaluation(evaluation)
         self._log(values)
         if self.dist.is_main:
             folder = self.run_dir / "eval" / self.stage.folder / f"epoch-{epoch:06d}"

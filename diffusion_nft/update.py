@@ -17,6 +17,7 @@ from diffusion_nft.algorithms import Algorithm, Batch, Transitions, Velocity
 from diffusion_nft.checkpoint import flatten_optimizer, unflatten_optimizer
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.flow import add_noise
+from diffusion_nft.micro_batch import fitting_micro_batch
 from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.policy import Policy
 from diffusion_nft.precision import Precision
@@ -76,6 +77,7 @@ class Updater:
         self.step = 0  # updates made
         self.skipped = 0  # updates skipped for a non-finite gradient, in all
         self.skipped_in_row = 0
+        self._micro_batch = config.train.batch_size  # 0 until it is known
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON values that ``load_state_dict`` continues from."""
@@ -138,16 +140,20 @@ class Updater:
             group["lr"] = rate
         sums: dict[str, Tensor] = {}
         norms: list[float] = []
+        if not self._micro_batch:
+            self._micro_batch = self._find_micro_batch(samples, weights)
         before = self.step
         size = self.config.sample.num_image_per_prompt
-        taught = spread_groups(weights, size) if config.skip_flat_groups else None
+        taught = torch.ones_like(weights, dtype=torch.bool)
+        if config.skip_flat_groups:
+            taught &= spread_groups(weights, size)
+        if self.algorithm.skips_weightless:
+            taught &= weights != 0
         for inner in range(config.num_inner_epochs):
             steps = self._split(len(weights), (epoch, inner))
             for part in range(config.gradient_step_per_epoch):
                 chosen = steps == part
-                pairs = self._pairs(
-                    samples, chosen if taught is None else chosen & taught, (epoch, inner)
-                )
+                pairs = self._pairs(samples, chosen & taught, (epoch, inner))
                 # Every chosen sample counts equally, also those that are skipped because they have
                 # nothing to teach: the global count of pairs needs no collective.
                 total = self._sigmas_per_sample(samples) * int(chosen.sum())
@@ -227,15 +233,11 @@ class Updater:
         scaler, parameters = self.precision.scaler, self.policy.parameters()
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        size = self.config.train.batch_size
+        size = self._micro_batch
         for start in range(0, len(pairs), size):
             if requested():
                 break
-            part = pairs[start : start + size]
-            if self.algorithm.on_trajectories:
-                losses, metrics = self._trajectory_loss(samples, weights, part)
-            else:
-                losses, metrics = self._forward_loss(samples, weights, part, key)
+            losses, metrics = self._loss(samples, weights, pairs[start : start + size], key)
             scaler.scale(losses.sum() / total).backward()
             values = {"loss/total": losses.detach(), "pairs": torch.ones_like(losses), **metrics}
             for name, value in values.items():
@@ -267,6 +269,26 @@ class Updater:
                 "lower train.learning_rate or mixed_precision = 'bf16'"
             )
         return float(norm), sums
+
+    def _find_micro_batch(self, samples: Samples, weights: Tensor) -> int:
+        """As many of this rank's pairs as the device can train at once."""
+
+        def run(size: int) -> None:
+            losses, _ = self._loss(samples, weights, [(0, 0)] * size, (0, 0))
+            losses.sum().backward()
+
+        limit = len(samples.indices) * self._sigmas_per_sample(samples)
+        found = fitting_micro_batch(run, limit, self.dist.device) if limit else 1
+        self.dist.say(f"train.batch_size = 0: {found} pairs at once")
+        return found
+
+    def _loss(
+        self, samples: Samples, weights: Tensor, pairs: list[tuple[int, int]], key: tuple[int, int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses and metrics ``[B]`` of ``pairs``."""
+        if self.algorithm.on_trajectories:
+            return self._trajectory_loss(samples, weights, pairs)
+        return self._forward_loss(samples, weights, pairs, key)
 
     def _forward_loss(
         self, samples: Samples, weights: Tensor, pairs: list[tuple[int, int]], key: tuple[int, int]

@@ -1,35 +1,28 @@
 """The one check of a whole configuration, before any model is loaded.
 
-``SCHEMA`` says what each key of config/base.py may hold, ``COMBINATIONS`` which values cannot go
+``SCHEMA`` says what each key of config/base.py may hold, ``combinations.py`` which values cannot go
 together, ``PUBLISHED_KEYS`` what became of the keys of the published code.  ``validate`` reports
 every problem at once, one a line: the key, its value, and what would be valid.
 """
 
 import difflib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from diffusion_nft import checks, data
+from diffusion_nft import checks
 from diffusion_nft.advantages import ADV_MODES
 from diffusion_nft.algorithms import ALGORITHMS
 from diffusion_nft.algorithms.nft import OLD_POLICY_DECAYS, WEIGHTINGS
-from diffusion_nft.checks import EMBEDDED_MODEL, Check, is_section
+from diffusion_nft.checks import Check, is_section
+from diffusion_nft.combinations import COMBINATIONS, PIXELS_PER_TOKEN
 from diffusion_nft.models import MODELS
 from diffusion_nft.precision import COMPUTE_DTYPES
-from diffusion_nft.solvers import check_solver
 from diffusion_nft.stages import merged_configs, stage_problems
 
-EMBEDDED_RESOLUTION, EMBEDDED_LENGTH = 48, 8
 # Characters of a value that an error quotes.
 MAX_SHOWN = 400
-# SD3: its VAE makes a latent of 8 x 8 pixels, its transformer a token of 2 x 2 latents.
-PIXELS_PER_TOKEN = 16
-# Rewards that read the metadata of a prompt, not only its text.
-METADATA_REWARDS = ("geneval", "shapes")
 
 
 class ConfigError(ValueError):
@@ -74,7 +67,7 @@ SCHEMA: dict[str, Check] = {
     "sample.guidance_scale": checks.number("[1, inf)"),
     "sample.global_std": checks.flag,
     "sample.standardize_rewards": checks.flag,
-    "train.batch_size": checks.integer(1),
+    "train.batch_size": checks.integer(0),
     "train.gradient_step_per_epoch": checks.integer(1),
     "train.num_inner_epochs": checks.integer(1),
     "train.timestep_fraction": checks.number("(0, 1]"),
@@ -100,6 +93,13 @@ SCHEMA: dict[str, Check] = {
     "nft.weighting": checks.one_of(WEIGHTINGS),
     "nft.negative_branch": checks.flag,
     "nft.old_policy_decay": checks.one_of(OLD_POLICY_DECAYS),
+    "grpo.clip_range": checks.number("(0, 1)"),
+    "grpo.kl_weight": checks.number("[0, inf)"),
+    "matching.weighting": checks.one_of(WEIGHTINGS),
+    "matching.kl_weight": checks.number("[0, inf)"),
+    "matching.temperature": checks.number("(0, inf)"),
+    "matching.best_of": checks.integer(1),
+    "matching.clip_range": checks.number("(0, inf)"),
     "eval.rewards": checks.reward_names,
     "eval.num_prompts": checks.integer(0),
     "eval.num_steps": checks.integer(1),
@@ -107,11 +107,18 @@ SCHEMA: dict[str, Check] = {
     "eval.guidance_scale": checks.number("[1, inf)"),
     "eval.batch_size": checks.integer(1),
     "eval.at_start": checks.flag,
+    "monitor.action": checks.one_of(("off", "warn", "stop", "raise_kl")),
+    "monitor.pictures": checks.flag,
+    "monitor.max_drop": checks.number("(0, inf)"),
+    "monitor.max_diversity_drop": checks.number("(0, 1]"),
+    "monitor.max_picture_change": checks.number("(0, inf)"),
+    "monitor.max_kl": checks.number("[0, inf)"),
     "checkpoint.keep": checks.integer(0),
     "perf.embed_cache_gb": checks.number("[0, inf)"),
     "perf.offload_text_encoders": checks.flag,
     "perf.vae_batch_size": checks.integer(1),
     "perf.gradient_checkpointing": checks.flag,
+    "perf.compile": checks.flag,
     "log.wandb": checks.one_of(("online", "offline", "off")),
     "log.wandb_project": checks.filled_text,
     "log.tensorboard": checks.flag,
@@ -121,102 +128,6 @@ SCHEMA: dict[str, Check] = {
 }
 SECTIONS = frozenset(key.rpartition(".")[0] for key in SCHEMA) - {""}
 
-
-@dataclass(frozen=True)
-class Combination:
-    """Keys whose values, each valid, cannot go together; ``check`` takes them in this order."""
-
-    keys: tuple[str, ...]
-    check: Callable[..., str | None]
-
-
-def _some_sigma_is_trained(num_steps: int, timestep_fraction: float) -> str | None:
-    if int(num_steps * timestep_fraction) >= 1:
-        return None
-    return (
-        "leave no sigma to train at; int(num_steps * timestep_fraction) must be at least 1 "
-        f"(with {num_steps} steps, a fraction of at least 1/{num_steps})"
-    )
-
-
-def _steps_share_groups(gradient_steps: int, images: int) -> str | None:
-    if gradient_steps <= images:
-        return None
-    return f"each optimizer step takes an equal share of every group: at most {images} steps"
-
-
-def _resolution_fits(resolution: int, model: str) -> str | None:
-    if model == EMBEDDED_MODEL:
-        right = resolution == EMBEDDED_RESOLUTION
-        return None if right else f"the embedded model draws at {EMBEDDED_RESOLUTION} pixels only"
-    if resolution % PIXELS_PER_TOKEN == 0:
-        return None
-    below = resolution - resolution % PIXELS_PER_TOKEN
-    return f"resolution must be a multiple of 16, such as {below} or {below + PIXELS_PER_TOKEN}"
-
-
-def _length_fits(length: int, model: str) -> str | None:
-    if model != EMBEDDED_MODEL or length == EMBEDDED_LENGTH:
-        return None
-    return f"the embedded model was trained at {EMBEDDED_LENGTH} tokens"
-
-
-def _one_start(resume_from: str, lora_path: str) -> str | None:
-    return "a run begins from one of them" if resume_from and lora_path else None
-
-
-def _noise_level_fits(solver: str, noise_level: float) -> str | None:
-    try:
-        check_solver(solver, noise_level)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _metadata_is_there(
-    splits: Collection[str], rewards: Collection[str], dataset: str
-) -> str | None:
-    blind = [name for name in METADATA_REWARDS if name in rewards]
-    suffixes = {data.split_file(dataset, split).suffix for split in splits}
-    if not blind or suffixes == {".jsonl"}:
-        return None
-    files = " and ".join(f"{split}_metadata.jsonl" for split in splits)
-    return f"reward {blind[0]!r} reads the metadata of each prompt; the prompt set needs {files}"
-
-
-def _held_out(reward_fn: Collection[str], rewards: Collection[str]) -> str | None:
-    trained = [name for name in rewards if name in reward_fn]
-    return f"{trained[0]!r} is trained on, and so evaluated anyway" if trained else None
-
-
-def _in_use(
-    chosen: Collection[str], reward_fn: Collection[str], rewards: Collection[str]
-) -> str | None:
-    idle = [name for name in chosen if name not in reward_fn and name not in rewards]
-    return f"{idle[0]!r} is neither in reward_fn nor in eval.rewards" if idle else None
-
-
-def _options_are_local(options: Collection[str], remote: Collection[str]) -> str | None:
-    served = [name for name in options if name in remote]
-    return f"{served[0]!r} is served: its options go to its server" if served else None
-
-
-COMBINATIONS = (
-    Combination(("sample.num_steps", "train.timestep_fraction"), _some_sigma_is_trained),
-    Combination(
-        ("train.gradient_step_per_epoch", "sample.num_image_per_prompt"), _steps_share_groups
-    ),
-    Combination(("resolution", "pretrained.model"), _resolution_fits),
-    Combination(("pretrained.max_sequence_length", "pretrained.model"), _length_fits),
-    Combination(("resume_from", "train.lora_path"), _one_start),
-    Combination(("sample.solver", "sample.noise_level"), _noise_level_fits),
-    Combination(("reward_fn", "dataset"), partial(_metadata_is_there, data.SPLITS)),
-    Combination(("eval.rewards", "dataset"), partial(_metadata_is_there, ("test",))),
-    Combination(("reward_fn", "eval.rewards"), _held_out),
-    Combination(("remote", "reward_fn", "eval.rewards"), _in_use),
-    Combination(("reward_options", "reward_fn", "eval.rewards"), _in_use),
-    Combination(("reward_options", "remote"), _options_are_local),
-)
 
 # Key of the published code -> (our key, what differs); an empty key: there is nothing to set.
 PUBLISHED_KEYS: dict[str, tuple[str, str]] = {

@@ -27,6 +27,7 @@ from diffusion_nft.distributed import Distributed
 from diffusion_nft.inputs import build_named, load_checked_prompts, reward_weights
 from diffusion_nft.models import load_model
 from diffusion_nft.models.embeddings import Conditioning, EmbeddingCache
+from diffusion_nft.monitor import Monitor
 from diffusion_nft.policy import Policy
 from diffusion_nft.randomness import generator
 from diffusion_nft.rewards import check_prompts
@@ -132,8 +133,7 @@ class Setup:
     def epoch_prompts(self, epoch: int) -> list[Prompt]:
         """The prompts of ``epoch``, as the trainer draws them."""
         groups, seed = self.config.sample.num_groups, self.config.seed
-        chosen = epoch_prompts(len(self.prompts), groups, seed=seed, epoch=epoch)
-        return [self.prompts[i] for i in chosen]
+        return epoch_prompts(self.prompts, groups, seed=seed, epoch=epoch)
 
     def optimality(self, total: Tensor) -> Tensor:
         """r ``[N]`` of an epoch's total rewards ``[N]``, as the trainer makes it."""
@@ -230,13 +230,17 @@ class Product:
             precision=self.model.precision,
             model=self.model,
             policy=self.policy,
-            algorithm=build_algorithm(config),
+            algorithm=(algorithm := build_algorithm(config)),
         )
         self.optimizer = self.updater.optimizer
         # Where an observer finds what it times.
         self.encoder, self.switch, self.waiting = self.model, self.policy, (Background, "results")
         self.state = RunState(
-            stages_of(config)[0], dist=setup.dist, policy=self.policy, updater=self.updater
+            stages_of(config)[0],
+            dist=setup.dist,
+            policy=self.policy,
+            updater=self.updater,
+            monitor=Monitor(config, algorithm, setup.dist.say),
         )
 
     def sample(self, epoch: int) -> tuple[Samples, Tensor]:

@@ -4,7 +4,8 @@
 
 Of each experiment: --output/NAME.png, held-out strict accuracy against compute and time, the mean
 over seeds with its 95 % band; and --output/NAME.md, a table with paired tests against the
-experiment's baseline.  Intervals are Student's t over seeds.  Needs the extra "plots".
+experiment's baseline at equal compute.  Intervals are Student's t over seeds.  Needs the extra
+"plots".
 """
 
 import argparse
@@ -17,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from diffusion_nft.files import write_atomically
 
@@ -38,8 +41,8 @@ COLUMNS = (
     "diversity",
     "seconds",
     "forward-equivalents, thousands",
-    "gain per million",
-    "final strict against {baseline} [95 %]",
+    "strict at {budget:.0f} thousand",
+    "against {baseline} there [95 %]",
     "p",
 )
 
@@ -60,6 +63,11 @@ class Result:
         """A number of the last evaluation; NaN where it has none."""
         value = self.evaluations[-1].get(key)
         return math.nan if value is None else value
+
+    def at(self, cost: float) -> float:
+        """Strict accuracy after ``cost`` forward-equivalents, between evaluations by a line."""
+        costs, values = ([row[key] for row in self.evaluations] for key in (COST, STRICT))
+        return float(np.interp(cost, costs, values))
 
 
 # arm -> seed -> result; the baseline comes first.
@@ -116,12 +124,21 @@ def curve(results: dict[int, Result], key: str) -> tuple[list[float], list[float
     return x, [mean for mean, _ in means], [half for _, half in means]
 
 
-def paired_test(arm: dict[int, Result], baseline: dict[int, Result]) -> tuple[str, str]:
-    """(difference of the final strict accuracies with its interval, p) over common seeds."""
+def common_budget(results: Results) -> float:
+    """The most forward-equivalents that every run has spent."""
+    return min(result.last(COST) for seeds in results.values() for result in seeds.values())
+
+
+def paired_test(
+    arm: dict[int, Result], baseline: dict[int, Result], budget: float
+) -> tuple[str, str]:
+    """(difference of the strict accuracies after ``budget`` forward-equivalents with its interval,
+    p) over common seeds.
+    """
     from scipy import stats
 
     seeds = sorted(arm.keys() & baseline.keys())
-    ours, theirs = ([results[s].last(STRICT) for s in seeds] for results in (arm, baseline))
+    ours, theirs = ([results[s].at(budget) for s in seeds] for results in (arm, baseline))
     if len(seeds) < MIN_PAIRS:
         return f"n too small ({len(seeds)} common seeds)", "–"
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
@@ -139,7 +156,9 @@ def share(value: float, sign: str = "") -> str:
     return "–" if math.isnan(value) else f"{value:{sign}.3f}".replace("0.", ".", 1)
 
 
-def cells(arm: str, results: dict[int, Result], baseline: dict[int, Result] | None) -> list[str]:
+def cells(
+    arm: str, results: dict[int, Result], baseline: dict[int, Result] | None, budget: float
+) -> list[str]:
     """A row of the table: means over the seeds of ``arm``."""
 
     def mean(key: str) -> float:
@@ -147,12 +166,12 @@ def cells(arm: str, results: dict[int, Result], baseline: dict[int, Result] | No
 
     start = statistics.fmean(result.evaluations[0][STRICT] for result in results.values())
     gain, half = mean_and_half_width([result.gain for result in results.values()])
-    rate = statistics.fmean(result.gain / result.last(COST) for result in results.values())
+    equal = statistics.fmean(result.at(budget) for result in results.values())
     against = ("–", "–")
     if baseline is None:
         against = ("no results of it", "–")
     elif baseline is not results:
-        against = paired_test(results, baseline)
+        against = paired_test(results, baseline, budget)
     return [
         arm,
         str(len(results)),
@@ -162,7 +181,7 @@ def cells(arm: str, results: dict[int, Result], baseline: dict[int, Result] | No
         share(mean(DIVERSITY)),
         f"{mean(SECONDS):.0f}",
         f"{mean(COST) / 1e3:.1f}",
-        f"{rate * 1e6:.2f}",
+        share(equal),
         *against,
     ]
 
@@ -172,9 +191,11 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
     abouts = [result.about for seeds in results.values() for result in seeds.values()]
     about = abouts[-1]
     baseline = results.get(about["baseline"])
-    rows = [[column.format(baseline=about["baseline"]) for column in COLUMNS]]
+    budget = common_budget(results)
+    names = {"baseline": about["baseline"], "budget": budget / 1e3}
+    rows = [[column.format(**names) for column in COLUMNS]]
     rows.append(["---"] * len(COLUMNS))
-    rows += [cells(arm, seeds, baseline) for arm, seeds in results.items()]
+    rows += [cells(arm, seeds, baseline, budget) for arm, seeds in results.items()]
     seeds = sorted({about["seed"] for about in abouts})
     ratios = sorted({about["backward_over_forward"] for about in abouts})
     again = ["python", "scripts/experiments_plot.py", name]
@@ -192,8 +213,8 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
             "paired t-test over common seeds, not corrected for the number of arms. Evaluations",
             "count in neither seconds nor forward-equivalents. A forward-equivalent is a sample's",
             "pass through the transformer; a backward pass is",
-            f"{', '.join(f'{ratio:.3f}' for ratio in ratios)} of them by FLOPs. The gain per "
-            f"million is per million of them. Machine: {machines(abouts)}.\n",
+            f"{', '.join(f'{ratio:.3f}' for ratio in ratios)} of them by FLOPs. Compared is at the "
+            f"most that every arm has spent. Machine: {machines(abouts)}.\n",
             f"    {shlex.join(again)}\n",
             "remakes figure and table from the results, which came from\n",
             f"    {shlex.join(runs)}\n",

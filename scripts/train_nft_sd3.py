@@ -60,6 +60,7 @@ def main(argv: list[str]) -> None:
         refuse(str(error))
     # Loading the model libraries takes seconds: a wrong configuration should not have to wait.
     from diffusion_nft.files import DiskError
+    from diffusion_nft.monitor import Alarm
     from diffusion_nft.preemption import Preempted
     from diffusion_nft.rewards.combine import RewardError
     from diffusion_nft.run import StartError, run
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
                 sys.exit(str(error))
             except (DiskError, FloatingPointError) as error:
                 refuse(str(error))
-            except RewardError as error:
+            except (RewardError, Alarm) as error:
                 refuse(f"{error}; the state is saved, {go_on}")
             except Preempted as stop:
                 dist.say(f"{stop}; {go_on}")

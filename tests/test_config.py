@@ -11,7 +11,7 @@ from typing import Any
 
 import absl.flags
 import pytest
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from diffusion_nft import data
 from diffusion_nft.rewards import REWARDS
@@ -32,6 +32,8 @@ def _load(path: str) -> ModuleType:
 
 BASE = _load("config/base.py")
 PRESETS = _load("config/nft.py")
+GRPO = _load("config/grpo.py")
+BASELINES = _load("config/baselines.py")
 SD3 = ["sd3_geneval", "sd3_ocr", "sd3_pickscore", "sd3_hpsv2", "sd3_multi_reward"]
 ALL = [
     *SD3,
@@ -43,6 +45,24 @@ ALL = [
     "shapes_stages",
     "shapes_smoke",
 ]
+ALL_GRPO = [
+    "sd3_geneval_grpo",
+    "sd3_ocr_grpo",
+    "sd3_pickscore_grpo",
+    "shapes_grpo",
+    "shapes_grpo_cfg",
+]
+ALL_BASELINES = ["shapes_rwr", "shapes_awm", "shapes_best_of_n"]
+# Every preset, by name -> (file in config/, its module).
+FILES = {
+    name: (file, module)
+    for file, module, names in (
+        ("nft.py", PRESETS, ALL),
+        ("grpo.py", GRPO, ALL_GRPO),
+        ("baselines.py", BASELINES, ALL_BASELINES),
+    )
+    for name in names
+}
 OBJECT = '{"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "two cats"}\n'
 
 
@@ -73,24 +93,31 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def get_config(name: str) -> ConfigDict:
+    return FILES[name][1].get_config(name)
+
+
 def preset(name: str) -> dict[str, Any]:
-    return leaves(PRESETS.get_config(name).to_dict())
+    return leaves(get_config(name).to_dict())
 
 
-def test_preset_names() -> None:
-    assert list(PRESETS.PRESETS) == ALL
+@pytest.mark.parametrize(
+    ("module", "names"), [(PRESETS, ALL), (GRPO, ALL_GRPO), (BASELINES, ALL_BASELINES)]
+)
+def test_preset_names(module: ModuleType, names: list[str]) -> None:
+    assert list(module.PRESETS) == names
     with pytest.raises(
-        ValueError, match="'sd3_genval' is unknown; choose from sd3_geneval, sd3_ocr"
+        ValueError, match=f"'sd3_genval' is unknown; choose from {', '.join(names)}"
     ):
-        PRESETS.get_config("sd3_genval")
+        module.get_config("sd3_genval")
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", FILES)
 def test_preset_validates_on_any_number_of_gpus(name: str) -> None:
     for world_size in range(1, 17):
-        config = PRESETS.get_config(name)
+        config = get_config(name)
         validate(config, world_size=world_size)
-        assert config == PRESETS.get_config(name), "validation changed the configuration"
+        assert config == get_config(name), "validation changed the configuration"
 
 
 @pytest.mark.parametrize("name", ["geneval", "ocr", "pickscore", "hpsv2", "clipscore"])
@@ -98,17 +125,18 @@ def test_reward_of_a_preset_is_registered(name: str) -> None:
     assert name in REWARDS
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", FILES)
 def test_preset_is_locked_and_names_its_command(name: str) -> None:
-    config = PRESETS.get_config(name)
+    config = get_config(name)
     assert config.is_locked
     with pytest.raises(AttributeError, match="learning_rat"):
         config.train.learning_rat = 1e-4
-    command = r"torchrun --nproc_per_node=\d scripts/train_nft_sd3.py --config\s+config/nft.py:"
-    assert re.search(rf"{command}{name}\b", inspect.getdoc(PRESETS.PRESETS[name]) or "")
+    file, module = FILES[name]
+    command = rf"torchrun --nproc_per_node=\d scripts/train_nft_sd3.py --config\s+config/{file}:"
+    assert re.search(rf"{command}{name}\b", inspect.getdoc(module.PRESETS[name]) or "")
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", FILES)
 def test_no_preset_knows_the_number_of_gpus(name: str) -> None:
     for key, value in preset(name).items():
         assert not re.search(r"gpu|world|nproc|num_process|rank(?<!lora_rank)|node", key), key
@@ -116,7 +144,7 @@ def test_no_preset_knows_the_number_of_gpus(name: str) -> None:
 
 
 def test_save_dirs_differ() -> None:
-    assert len({preset(name)["save_dir"] for name in ALL}) == len(ALL)
+    assert len({preset(name)["save_dir"] for name in FILES}) == len(FILES)
 
 
 @pytest.mark.parametrize("name", SD3)
@@ -196,6 +224,52 @@ PUBLISHED_ROWS = {
 def test_values_of_each_published_preset(name: str) -> None:
     found = preset(name)
     assert tuple(found[key] for key in PUBLISHED_COLUMNS) == PUBLISHED_ROWS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "kl_weight"),
+    [
+        ("sd3_geneval_grpo", "sd3_geneval", 0.009),
+        ("sd3_ocr_grpo", "sd3_ocr", 0.009),
+        ("sd3_pickscore_grpo", "sd3_pickscore", 0.0023),
+    ],
+)
+def test_flow_grpo_presets_hold_its_published_values(
+    name: str, base: str, kl_weight: float
+) -> None:
+    published = {
+        "algorithm": "flow_grpo",
+        "save_dir": f"logs/grpo/sd3/{base.removeprefix('sd3_')}",
+        "sample.solver": "flow",
+        "sample.noise_level": 0.7,
+        "sample.num_steps": 10,
+        "sample.guidance_scale": 4.5,
+        "train.timestep_fraction": 0.99,
+        "train.sigma_choice": "first",
+        "train.gradient_step_per_epoch": 2,
+        "grpo.clip_range": 1e-4,
+        "grpo.kl_weight": kl_weight,
+        "eval.guidance_scale": 4.5,
+    }
+    # All else is as for NFT: 48 x 24 samples, learning rate 3e-4, LoRA 32/64, clip of 5, ...
+    assert preset(name) == preset(base) | published
+
+
+def test_baselines_differ_from_nft_in_the_algorithm_alone() -> None:
+    """On the embedded model: the same prompts, rewards, batch of an epoch and optimizer."""
+    free = ("algorithm", "save_dir", "grpo.", "matching.")
+    sampled_and_trained = (
+        *(f"sample.{key}" for key in ("solver", "guidance_scale")),
+        *(f"train.{key}" for key in ("sigma_choice", "timestep_fraction")),
+        "eval.guidance_scale",
+    )
+    expected = preset("shapes")
+    for name in (*ALL_BASELINES, "shapes_grpo", "shapes_grpo_cfg"):
+        other = preset(name)
+        changed = {key for key in expected if other[key] != expected[key]}
+        allowed = free if name in ALL_BASELINES else (*free, *sampled_and_trained)
+        assert {key for key in changed if not key.startswith(allowed)} == set()
+        assert other["algorithm"] != "nft"
 
 
 def test_the_papers_multi_reward_model_has_five_stages() -> None:

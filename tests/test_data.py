@@ -169,32 +169,34 @@ def test_embedded_prompt_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_epoch_is_without_replacement() -> None:
     for epoch in range(20):
-        chosen = epoch_prompts(50, 48, seed=42, epoch=epoch)
+        chosen = epoch_prompts(range(50), 48, seed=42, epoch=epoch)
         assert len(set(chosen)) == 48
         assert set(chosen) <= set(range(50))
 
 
 def test_epoch_is_a_pure_function_of_seed_and_epoch() -> None:
     """Golden: recorded once from torch 2.15's randperm on the CPU; resuming relies on it."""
-    assert epoch_prompts(10, 6, seed=42, epoch=0) == [7, 1, 3, 2, 5, 0]
-    assert epoch_prompts(10, 6, seed=42, epoch=1) == [1, 7, 4, 8, 3, 0]
-    assert epoch_prompts(10, 6, seed=42, epoch=0) == [7, 1, 3, 2, 5, 0]
-    assert epoch_prompts(10, 3, seed=42, epoch=0) == [7, 1, 3]
-    assert epoch_prompts(10, 6, seed=43, epoch=0) != [7, 1, 3, 2, 5, 0]
+    assert epoch_prompts(range(10), 6, seed=42, epoch=0) == [7, 1, 3, 2, 5, 0]
+    assert epoch_prompts(range(10), 6, seed=42, epoch=1) == [1, 7, 4, 8, 3, 0]
+    assert epoch_prompts(range(10), 6, seed=42, epoch=0) == [7, 1, 3, 2, 5, 0]
+    assert epoch_prompts(range(10), 3, seed=42, epoch=0) == [7, 1, 3]
+    assert epoch_prompts(range(10), 6, seed=43, epoch=0) != [7, 1, 3, 2, 5, 0]
 
 
 def test_every_prompt_is_drawn_equally_often() -> None:
     """4000 epochs of 5 out of 20: each prompt is binomial(4000, 1/4), 1000 +- 27."""
-    counts = Counter(i for epoch in range(4000) for i in epoch_prompts(20, 5, seed=0, epoch=epoch))
+    counts = Counter(
+        i for epoch in range(4000) for i in epoch_prompts(range(20), 5, seed=0, epoch=epoch)
+    )
     assert sorted(counts) == list(range(20))
     assert max(abs(count - 1000) for count in counts.values()) < 5 * 27.4
 
 
 def test_more_groups_than_prompts_cycle_through_whole_permutations() -> None:
-    chosen = epoch_prompts(4, 10, seed=1, epoch=2)
+    chosen = epoch_prompts(range(4), 10, seed=1, epoch=2)
     assert sorted(chosen[:4]) == sorted(chosen[4:8]) == [0, 1, 2, 3]
     assert sorted(Counter(chosen).values()) == [2, 2, 3, 3]
-    orders = [tuple(epoch_prompts(4, 8, seed=1, epoch=e)) for e in range(20)]
+    orders = [tuple(epoch_prompts(range(4), 8, seed=1, epoch=e)) for e in range(20)]
     assert any(order[:4] != order[4:] for order in orders)
 
 

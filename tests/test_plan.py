@@ -29,6 +29,19 @@ def test_forwards_per_sample(tmp_path):
     assert forwards_per_sample(config) == 20 + 9 * 4
 
 
+def test_forwards_of_other_algorithms(tmp_path):
+    config = smoke(tmp_path, {"sample.num_steps": 10, "train.timestep_fraction": 0.99})
+    # At 9 sigmas: current as three, and the reference; the advantage-weighted ratio needs old, too.
+    for name, each in (("reward_weighted", 4), ("best_of_n", 4), ("advantage_weighted", 5)):
+        config.algorithm = name
+        assert forwards_per_sample(config) == 10 + 9 * each
+    # Flow-GRPO has old's log-probabilities from the rollout, and guidance in every forward.
+    config.update({"algorithm": "flow_grpo", "sample": {"solver": "flow", "guidance_scale": 4.5}})
+    assert forwards_per_sample(config) == 2 * (10 + 9 * 4)
+    config.grpo.kl_weight = 0.0
+    assert forwards_per_sample(config) == 2 * (10 + 9 * 3)
+
+
 def test_memory_is_the_bytes_of_the_parameters():
     from diffusion_nft.distributed import Distributed
     from diffusion_nft.models import build_model
@@ -43,7 +56,10 @@ def test_memory_is_the_bytes_of_the_parameters():
         dist=Distributed(0, 1, 0, device),
         precision=Precision("no", device),
     )
-    frozen = sum(p.numel() * 4 for p in model.transformer.parameters())
+    # The table of positions is a buffer.
+    state = model.transformer.state_dict()
+    assert "pos_embed.pos_embed" in state
+    frozen = sum(tensor.numel() * 4 for tensor in state.values())
     policy = Policy(
         model.transformer, targets=LORA_TARGETS, rank=4, alpha=4, seed=0, dtype=torch.float32
     )

@@ -116,8 +116,8 @@ def test_nothing_is_computed_twice(tmp_path, monkeypatch, kl_weight):
     # Every text once in the whole run.
     texts = {prompt.text for prompt in trainer.test_prompts[:EVALUATED]}
     for epoch in range(EPOCHS):
-        chosen = epoch_prompts(len(trainer.train_prompts), 3, seed=config.seed, epoch=epoch)
-        texts |= {trainer.train_prompts[i].text for i in chosen}
+        chosen = epoch_prompts(trainer.train_prompts, 3, seed=config.seed, epoch=epoch)
+        texts |= {prompt.text for prompt in chosen}
     assert counts.encoded == Counter(texts)
     # An adapter is merged when it first samples after a change: old each epoch, EMA at the end.
     layers = sum(isinstance(m, LoraLinear) for m in trainer.model.transformer.modules())

@@ -439,3 +439,25 @@ def test_flat_groups_are_skipped_and_still_count_in_the_mean(tmp_path):
     # With nothing left to learn from, every rank still makes the step.
     skipping.train_epoch(make_samples(), torch.full((NUM,), 0.5), epoch=1)
     assert all(not gradient.any() for gradient in skipping.dist.reduced[1])
+
+
+def test_an_automatic_micro_batch_leaves_the_update_as_it_is(tmp_path, capsys):
+    chosen, found = make_updater(tmp_path), make_updater(tmp_path, train__batch_size=0)
+    for updater in (chosen, found):
+        updater.train_epoch(make_samples(), R, epoch=0)
+    assert "train.batch_size = 0: 24 pairs at once" in capsys.readouterr().out
+    for mine, theirs in zip(chosen.dist.reduced[0], found.dist.reduced[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    # A rank without samples finds its size, too.
+    idle = make_updater(tmp_path, rank=NUM, world_size=NUM + 1, train__batch_size=0)
+    idle.train_epoch(make_samples(NUM, NUM + 1), R, epoch=0)
+
+
+def test_weightless_samples_are_skipped_where_the_algorithm_says_so(tmp_path):
+    updater = make_updater(tmp_path)
+    updater.algorithm.skips_weightless = True
+    weights = R.clone()
+    weights[::2] = 0.0
+    updater.train_epoch(make_samples(), weights, epoch=0)
+    seen = torch.cat([batch.weight for batch in updater.algorithm.batches])
+    assert len(seen) == NUM // 2 * 2 and bool((seen > 0).all())

@@ -162,11 +162,14 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("sample.guidance_scale", 0.5, "a finite number in [1, inf)"),
     ("sample.global_std", "yes", FLAG),
     ("sample.standardize_rewards", 1, FLAG),
-    ("train.batch_size", 0, COUNT),
+    ("train.batch_size", -1, COUNT_OR_NONE),
     ("train.gradient_step_per_epoch", 0, COUNT),
     ("train.num_inner_epochs", 0, COUNT),
     ("train.timestep_fraction", 0.0, "a finite number in (0, 1]"),
     ("train.timestep_fraction", 1.01, "a finite number in (0, 1]"),
+    ("train.sigma_choice", "last", "choose from random, stratified, first"),
+    ("train.shared_noise", 1, FLAG),
+    ("train.skip_flat_groups", 0, FLAG),
     ("train.learning_rate", 0.0, POSITIVE),
     ("train.learning_rate", math.nan, POSITIVE),
     ("train.learning_rate", math.inf, POSITIVE),
@@ -196,6 +199,13 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("nft.negative_branch", 0, FLAG),
     ("nft.old_policy_decay", 1, "linear_to_half"),
     ("nft.old_policy_decay", "linear_to_haf", "did you mean 'linear_to_half'?"),
+    ("grpo.clip_range", 1.0, "a finite number in (0, 1)"),
+    ("grpo.kl_weight", -0.01, NOT_NEGATIVE),
+    ("matching.weighting", "plain", "choose from adaptive, uniform, sigma, one_minus_sigma"),
+    ("matching.kl_weight", -1e-4, NOT_NEGATIVE),
+    ("matching.temperature", 0.0, POSITIVE),
+    ("matching.best_of", 0, COUNT),
+    ("matching.clip_range", 0, POSITIVE),
     ("eval.rewards", "aesthetic", "a tuple of reward names"),
     ("eval.rewards", (3,), "a tuple of reward names"),
     ("eval.rewards", ("asthetic",), "did you mean 'aesthetic'?"),
@@ -206,11 +216,18 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("eval.guidance_scale", 0, "a finite number in [1, inf)"),
     ("eval.batch_size", 0, COUNT),
     ("eval.at_start", 1, FLAG),
+    ("monitor.action", "halt", "choose from off, warn, stop, raise_kl"),
+    ("monitor.pictures", 1, FLAG),
+    ("monitor.max_drop", 0.0, POSITIVE),
+    ("monitor.max_diversity_drop", 1.5, "a finite number in (0, 1]"),
+    ("monitor.max_picture_change", 0.0, POSITIVE),
+    ("monitor.max_kl", -1.0, NOT_NEGATIVE),
     ("checkpoint.keep", -1, COUNT_OR_NONE),
     ("perf.embed_cache_gb", -1.0, NOT_NEGATIVE),
     ("perf.offload_text_encoders", None, FLAG),
     ("perf.vae_batch_size", 0, COUNT),
     ("perf.gradient_checkpointing", "no", FLAG),
+    ("perf.compile", "yes", FLAG),
     ("log.wandb", "disabled", "choose from online, offline, off"),
     ("log.wandb_project", "", "text, not empty"),
     ("log.tensorboard", 2, FLAG),
@@ -408,6 +425,38 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
         },
         "'shapes' is served",
     ),
+    (
+        {"algorithm": "flow_grpo", "sample.solver": "dpm2", "sample.noise_level": 0.7},
+        "choose from dance, ddim, flow, with a noise_level above 0",
+    ),
+    (
+        {"algorithm": "flow_grpo", "sample.solver": "flow", "sample.noise_level": 0.0},
+        "choose from dance, ddim, flow, with a noise_level above 0",
+    ),
+    *(
+        (
+            {
+                "algorithm": "flow_grpo",
+                "sample.solver": "ddim",
+                "sample.num_steps": 10,
+                "train.sigma_choice": choice,
+                "train.timestep_fraction": fraction,
+            },
+            "must be 'first' and int(num_steps * timestep_fraction) less than 10",
+        )
+        for choice, fraction in (("first", 1.0), ("random", 0.5), ("stratified", 0.99))
+    ),
+    *(
+        (
+            {"algorithm": name, "monitor.action": "raise_kl", f"{section}.kl_weight": 0.0},
+            "a weight of 0 cannot be raised",
+        )
+        for name, section in (("nft", "nft"), ("best_of_n", "matching"))
+    ),
+    (
+        {"algorithm": "best_of_n", "matching.best_of": 4, "sample.num_image_per_prompt": 4},
+        "must be fewer than 4",
+    ),
 ]
 
 
@@ -443,6 +492,16 @@ def test_a_held_out_reward_reads_the_metadata_of_the_test_split_alone(tmp_path: 
         {"train.gradient_step_per_epoch": 4, "sample.num_image_per_prompt": 4},
         {"sample.solver": "ddim", "sample.noise_level": 1.0},
         {"sample.solver": "flow", "sample.noise_level": 1.5},
+        {"algorithm": "flow_grpo", "sample.solver": "dance", "train.timestep_fraction": 1.0},
+        {
+            "algorithm": "flow_grpo",
+            "sample.solver": "ddim",
+            "train.timestep_fraction": 0.99,
+            "train.sigma_choice": "first",
+        },
+        {"algorithm": "best_of_n", "matching.best_of": 3, "sample.num_image_per_prompt": 4},
+        {"algorithm": "nft", "matching.best_of": 24},
+        {"algorithm": "nft", "grpo.kl_weight": 0.0, "monitor.action": "raise_kl"},
         {"eval.rewards": ("ocr",), "remote": {"ocr": ("http://a",), "shapes": ("http://a",)}},
         {"eval.rewards": ("ocr",), "reward_options": {"ocr": {"threads": 1, "device": "cpu"}}},
     ],
@@ -465,6 +524,7 @@ def test_all_problems_are_listed_at_once() -> None:
     keys = [re.split(" = | is missing", line)[0] for line in found]
     assert sorted(keys) == [
         "decay_type",
+        "perf.compile",
         "perf.embed_cache_gb",
         "perf.gradient_checkpointing",
         "perf.offload_text_encoders",

@@ -19,6 +19,10 @@ from torch import Tensor
 # config.algorithm -> "module:Class".
 ALGORITHMS: dict[str, str] = {
     "nft": "diffusion_nft.algorithms.nft:NFT",
+    "flow_grpo": "diffusion_nft.algorithms.flow_grpo:FlowGRPO",
+    "reward_weighted": "diffusion_nft.algorithms.matching:RewardWeighted",
+    "advantage_weighted": "diffusion_nft.algorithms.matching:AdvantageWeighted",
+    "best_of_n": "diffusion_nft.algorithms.matching:BestOfN",
 }
 
 
@@ -59,6 +63,10 @@ class Algorithm(Protocol):
     # Whether ``loss`` takes Transitions, not a Batch.  Velocities then have the rollout's guidance,
     # as the steps were taken with it; otherwise they have none.
     on_trajectories: bool
+    # Whether samples of weight 0 are left out: they count in the mean, and cost nothing.
+    skips_weightless: bool
+    # Weight of the distance to the reference in the loss; an alarm may raise it.
+    kl_weight: float
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -80,7 +88,12 @@ class Algorithm(Protocol):
         ...
 
 
+def algorithm_class(name: str) -> Any:
+    """The class of algorithm ``name``."""
+    module, _, cls = ALGORITHMS[name].partition(":")
+    return getattr(importlib.import_module(module), cls)
+
+
 def build_algorithm(config: ConfigDict) -> Any:
     """The algorithm that ``config.algorithm`` names."""
-    module, _, cls = ALGORITHMS[config.algorithm].partition(":")
-    return getattr(importlib.import_module(module), cls)(config)
+    return algorithm_class(config.algorithm)(config)

@@ -125,22 +125,23 @@ class NFT:
     """``nft_loss`` and the old policy's schedule, as the config sets them."""
 
     on_trajectories = False
+    skips_weightless = False
 
     def __init__(self, config: ConfigDict):
         self.options = dict(
             beta=config.nft.beta,
-            kl_weight=config.nft.kl_weight,
             adv_clip_max=config.train.adv_clip_max,
             weighting=config.nft.weighting,
             negative_branch=config.nft.negative_branch,
         )
+        self.kl_weight = config.nft.kl_weight
         self.shaping = dict(adv_clip_max=config.train.adv_clip_max, adv_mode=config.train.adv_mode)
         self.old_policy_decay = OLD_POLICY_DECAYS[config.nft.old_policy_decay]
 
     @property
     def policies(self) -> tuple[str, ...]:
         """No reference forward where the KL term is off."""
-        return ("current", "old", *(["reference"] if self.options["kl_weight"] else []))
+        return ("current", "old", *(["reference"] if self.kl_weight else []))
 
     def sample_weights(self, advantages: Tensor, group_size: int) -> Tensor:
         """The optimality r in [0, 1] of each sample."""
@@ -159,5 +160,6 @@ class NFT:
             xt=batch.xt,
             sigma=batch.sigma,
             r=batch.weight,
+            kl_weight=self.kl_weight,
             **self.options,
         )

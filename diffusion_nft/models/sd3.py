@@ -28,6 +28,10 @@ LORA_TARGETS = tuple(
 )
 
 
+# Most graphs of a block that perf.compile may make: kinds of block x policies x sizes of a batch.
+COMPILED_GRAPHS = 64
+
+
 class SD3Model:
     """One frozen SD3 pipeline on a device.
 
@@ -51,6 +55,7 @@ class SD3Model:
         offload_text_encoders: bool = False,
         vae_batch_size: int = 8,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         match_published: bool = False,
     ):
         """Raises OSError if there is no such model, ValueError if it cannot draw at
@@ -77,6 +82,11 @@ class SD3Model:
         self.vae = self.pipe.vae.to(self.device, memory_format=torch.channels_last)
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+        if compile:
+            # One graph serves all blocks that are alike; each policy and each shape has its own.
+            torch._dynamo.config.recompile_limit = COMPILED_GRAPHS
+            for block in self.transformer.transformer_blocks:
+                block.compile(dynamic=False)
         self.match_published = match_published
         self.max_sequence_length = max_sequence_length
         self.offload_text_encoders = offload_text_encoders

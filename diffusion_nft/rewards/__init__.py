@@ -40,6 +40,7 @@ REWARDS: dict[str, str] = {
     "shapes": "diffusion_nft.rewards.shapes:ShapesReward",
     "jpeg_compressibility": "diffusion_nft.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "diffusion_nft.rewards.jpeg:JpegIncompressibility",
+    "picture_statistics": "diffusion_nft.rewards.picture_statistics:PictureStatistics",
 }
 
 # Rewards that cannot score every prompt -> "module:function" of texts and metadata, which raises

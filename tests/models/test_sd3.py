@@ -7,6 +7,7 @@ from diffusers import StableDiffusion3Pipeline
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.hub import fetch_lora, fetch_pipeline
 from diffusion_nft.models import build_model
+from diffusion_nft.policy import ADAPTERS, REFERENCE, Policy
 from diffusion_nft.precision import Precision
 from diffusion_nft.randomness import generator
 from diffusion_nft.rollout import Sampler
@@ -135,3 +136,51 @@ def test_a_resolution_beyond_the_position_table_is_refused():
             resolution=65536,
             max_sequence_length=8,
         )
+
+
+@pytest.mark.slow
+def test_compiled_blocks_predict_the_same_for_every_policy():
+    # Compiling takes minutes; what it saves on a CPU is little (docs/benchmarks.md).
+    both = []
+    for compiled in (False, True):
+        model = build_model(
+            "sd3",
+            name="shapes",
+            dist=Distributed(0, 1, 0, CPU),
+            precision=Precision("no", CPU),
+            resolution=48,
+            max_sequence_length=8,
+            compile=compiled,
+        )
+        policy = Policy(
+            model.transformer,
+            targets=model.lora_targets,
+            rank=4,
+            alpha=8,
+            seed=0,
+            dtype=torch.float32,
+        )
+        with torch.no_grad():
+            for name in ADAPTERS:
+                for i, weight in enumerate(policy.parameters(name)):
+                    rng = generator(name, i)
+                    weight.copy_(0.05 * torch.randn(weight.shape, generator=rng))
+        both.append((model, policy))
+    x, sigma = torch.randn(4, *both[0][0].latent_shape), torch.full((4,), 0.5)
+    torch._dynamo.utils.counters.clear()
+    for name in (*ADAPTERS, REFERENCE):
+        predicted, gradients = [], []
+        for model, policy in both:
+            cond = model.encode(["a red circle"] * 4)
+            with policy.using(name), torch.set_grad_enabled(name == "current"):
+                v = model.velocity(x, sigma, cond)
+                if name == "current":
+                    v.square().mean().backward()
+                    gradients.append([weight.grad for weight in policy.parameters()])
+            predicted.append(v.detach())
+        torch.testing.assert_close(*predicted, rtol=1e-4, atol=1e-4)
+        if gradients:
+            for eager, compiled in zip(*gradients, strict=True):
+                assert torch.norm(eager - compiled) <= 1e-4 * torch.norm(eager)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"] and 4 <= counters["stats"]["unique_graphs"] <= 16

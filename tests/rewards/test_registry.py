@@ -258,6 +258,14 @@ def jpeg_incompressibility(jpeg_compressibility) -> Case:
     return jpeg_compressibility
 
 
+@pytest.fixture
+def picture_statistics() -> Case:
+    images = torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(3))
+    images = (images * 255).round() / 255  # as rewards see them
+    expected = torch.from_numpy(images.numpy().mean(axis=(1, 2, 3)))
+    return Case(images, [""] * 3, expected)
+
+
 # The rewards, each with a fixture of its name.
 CASES = (
     "geneval",
@@ -271,6 +279,7 @@ CASES = (
     "shapes",
     "jpeg_compressibility",
     "jpeg_incompressibility",
+    "picture_statistics",
 )
 
 

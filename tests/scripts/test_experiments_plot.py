@@ -46,7 +46,8 @@ def results(tmp_path):
 
 def row_of(plot, results, arm: str) -> dict[str, str]:
     found = plot.read(results)
-    return dict(zip(plot.COLUMNS, plot.cells(arm, found[arm], found["base"]), strict=True))
+    cells = plot.cells(arm, found[arm], found["base"], plot.common_budget(found))
+    return dict(zip(plot.COLUMNS, cells, strict=True))
 
 
 def test_the_table_is_what_one_computes_by_hand(plot, results):
@@ -56,7 +57,7 @@ def test_the_table_is_what_one_computes_by_hand(plot, results):
     assert row["gain ± 95 %"] == f"+.300 ± .{4.303 * 0.05 / 3**0.5 * 1e3:.0f}"
     assert row["strict"] == ".250 → .550" and row["stricter"] == ".400"
     assert row["seconds"] == "40" and row["forward-equivalents, thousands"] == "2.0"
-    assert row["gain per million"] == "150.00"
+    assert row["strict at {budget:.0f} thousand"] == ".550"
     assert row["diversity"] == row["p"] == "–"
 
 
@@ -66,7 +67,7 @@ def test_the_paired_test_is_over_common_seeds(plot, results):
     error = differences.std(ddof=1) / 3**0.5
     low, high = 0.10 - 4.303 * error, 0.10 + 4.303 * error
     expected = f"+.100 [+{low:.3f}, +{high:.3f}], n=3".replace("0.", ".")
-    assert row["final strict against {baseline} [95 %]"] == expected
+    assert row["against {baseline} there [95 %]"] == expected
     # The two-sided tail of Student's t is an incomplete beta function.
     t, df = 0.10 / error, 2
     assert row["p"] == f"{special.betainc(df / 2, 0.5, df / (df + t * t)):.3f}"[1:]
@@ -77,7 +78,22 @@ def test_the_paired_test_is_over_common_seeds(plot, results):
 )
 def test_what_cannot_be_tested_is_said(plot, results, arm, text):
     row = row_of(plot, results, arm)
-    assert row["final strict against {baseline} [95 %]"] == text and row["p"] == "–"
+    assert row["against {baseline} there [95 %]"] == text and row["p"] == "–"
+
+
+def test_arms_are_compared_where_the_cheapest_run_ended(plot, results):
+    path = results / "shifted-seed2.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:-2]) + "\n")
+    for seed in (1, 3):
+        path = results / f"shifted-seed{seed}.jsonl"
+        path.write_text("\n".join(path.read_text().splitlines()[:-2]) + "\n")
+    found = plot.read(results)
+    assert plot.common_budget(found) == 1000
+    assert found["base"][1].at(1500) == pytest.approx(0.4375)
+    row = row_of(plot, results, "better")
+    # Half of the way from .25: differences of half the size.
+    assert row["against {baseline} there [95 %]"].startswith("+.050 [")
+    assert row["strict"] == ".250 → .662"
 
 
 def test_a_curve_is_the_mean_with_its_interval(plot, results):

@@ -1,0 +1,108 @@
+"""Alarms for what a rising reward may hide: each evaluation is compared with the first.
+
+Watched are held-out rewards, the diversity of pictures, brightness, saturation and edges (with
+``monitor.pictures``), the distance to the reference and the size of clean latents.  The limits are
+``monitor.*`` of the configuration; docs/experiments.md has the runs they were chosen by.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffusion_nft.algorithms import Algorithm
+from diffusion_nft.results import Evaluation
+
+# The reward whose score and components ``monitor.pictures`` watches.
+PICTURES = "picture_statistics"
+# What an alarm multiplies the weight of the KL term by, under ``raise_kl``.
+KL_FACTOR = 2.0
+
+
+class Alarm(RuntimeError):
+    """An alarm that ends the run, after its state is saved (``monitor.action = "stop"``)."""
+
+
+class Monitor:
+    """Compares evaluations and epochs with the first of their kind, and acts on what it finds.
+
+    ``algorithm.kl_weight`` is raised where that is the action; ``say`` prints a line once.
+    """
+
+    def __init__(self, config: ConfigDict, algorithm: Algorithm, say: Callable[[str], None]):
+        self.limits, self.rewards = config.monitor, tuple(config.eval.rewards)
+        self.algorithm, self.say = algorithm, say
+        self._alarm = ""
+        # What a resumed run goes on with.  "evaluation": of the first, name -> (mean, standard
+        # error); "x0_rms": of the first epoch.
+        self.state: dict[str, Any] = {"alarms": 0, "kl_factor": 1.0}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a former ``state``."""
+        self.state = dict(state)
+        self.algorithm.kl_weight *= self.state["kl_factor"]
+
+    def epoch(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Looks at the metrics of an epoch; returns ``monitor/*`` for the log."""
+        found = []
+        kl, most = values.get("loss/kl", 0.0), self.limits.max_kl
+        if most and kl > most:
+            found.append(f"loss/kl, the distance to the reference, is {kl:.4g} (max_kl {most:g})")
+        rms = values["reward/x0_rms"]
+        first = self.state.setdefault("x0_rms", rms)
+        return self._act(found + self._changed("reward/x0_rms", rms, first))
+
+    def evaluation(self, evaluation: Evaluation) -> dict[str, float]:
+        """Looks at an evaluation; returns ``monitor/*`` for the log."""
+        means = evaluation.averages()["mean"]
+        now = {name: (value["mean"], value.get("stderr", 0.0)) for name, value in means.items()}
+        now["diversity"] = (evaluation.diversity, 0.0)
+        first = self.state.setdefault("evaluation", now)
+        found = []
+        for name in self.rewards:
+            if name in first and name in now:
+                found += self._dropped(name, now[name], first[name])
+        before, after = first["diversity"][0], now["diversity"][0]
+        if after < (1 - self.limits.max_diversity_drop) * before:
+            found.append(f"eval/diversity fell from {before:.4g} to {after:.4g}")
+        for name in now:
+            if name.partition("/")[0] == PICTURES and name in first:
+                found += self._changed(f"eval/{name}", now[name][0], first[name][0])
+        return self._act(found)
+
+    def _act(self, found: list[str]) -> dict[str, float]:
+        if self.limits.action == "off":
+            return {}
+        if found:
+            self.state["alarms"] += 1
+            self._alarm = f"alarm: {'; '.join(found)}"
+            raised = ""
+            if self.limits.action == "raise_kl":
+                self.state["kl_factor"] *= KL_FACTOR
+                self.algorithm.kl_weight *= KL_FACTOR
+                raised = f"; the weight of the KL term is now {self.algorithm.kl_weight:g}"
+            self.say(self._alarm + raised)
+        return {f"monitor/{name}": self.state[name] for name in ("alarms", "kl_factor")}
+
+    def progress(self) -> dict[str, int]:
+        """What the progress bar shows: nothing, until there is an alarm."""
+        return {"alarms": self.state["alarms"]} if self.state["alarms"] else {}
+
+    def stop_if_alarmed(self) -> None:
+        """Raises Alarm after an alarm, where ``monitor.action`` is ``stop``."""
+        if self._alarm and self.limits.action == "stop":
+            raise Alarm(f"{self._alarm} (monitor.action = 'stop')")
+
+    def _dropped(self, name: str, now: tuple, first: tuple) -> list[str]:
+        """A held-out reward that fell by more standard errors of the difference than allowed."""
+        error = math.hypot(now[1], first[1])
+        if name == PICTURES or not error or first[0] - now[0] <= self.limits.max_drop * error:
+            return []
+        errors = (first[0] - now[0]) / error
+        return [f"held-out eval/{name} fell from {first[0]:.4g} to {now[0]:.4g}, {errors:.1f} SE"]
+
+    def _changed(self, name: str, now: float, first: float) -> list[str]:
+        if abs(now - first) <= self.limits.max_picture_change * abs(first):
+            return []
+        return [f"{name} went from {first:.4g} to {now:.4g}"]

@@ -1,0 +1,143 @@
+"""The arithmetic of memory: against real allocations, and how it grows."""
+
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from diffusion_nft.distributed import Distributed
+from diffusion_nft.policy import Policy
+from tests.launch import ROOT, one_thread
+from tests.scripts.in_process import call, script
+
+PIXELS = 96
+
+
+@pytest.fixture(scope="module")
+def module():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    yield script("benchmark_memory")
+    sys.path.remove(str(ROOT / "scripts"))
+
+
+def make_config(module, tmp_path, precision: str):
+    args = SimpleNamespace(
+        arch="sd3.5-tiny",
+        preset=None,
+        rewards=None,
+        set=[f"resolution={PIXELS}", f"mixed_precision={precision}", "train.lora_rank=8"],
+    )
+    return module.make_config(args, str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def shapes(module, tmp_path_factory):
+    return module.Shapes(make_config(module, tmp_path_factory.mktemp("run"), "bf16"), "sd3.5-tiny")
+
+
+@contextmanager
+def layer_norm_as_on_cuda():
+    layer_norm = F.layer_norm
+
+    def widened(x, *args, **options):
+        return layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **options)
+
+    with mock.patch.object(F, "layer_norm", widened):
+        yield
+
+
+def allocated(work) -> int:
+    """The peak of what the CPU's allocator gave out and took back in ``work()``, as it saw it."""
+    with one_thread(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    now = peak = 0
+    events = profiler.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def test_a_forward_and_backward_allocates_what_is_said(module, shapes, tmp_path):
+    """Real tensors under torch's own autocast and attention, watched by its profiler."""
+    from benchmark_models import Setup
+
+    config = make_config(module, tmp_path, "bf16")
+    setup = Setup.of(config, Distributed(0, 1, 0, torch.device("cpu")), "sd3.5-tiny")
+    model = setup.load()
+    policy = Policy(
+        model.transformer,
+        targets=model.lora_targets,
+        rank=8,
+        alpha=8,
+        seed=0,
+        dtype=torch.float32,
+    )
+    for weight in policy.parameters():
+        weight.grad = torch.zeros_like(weight)
+    size = 3
+    x, sigma = torch.randn(size, *model.latent_shape), torch.full((size,), 0.5)
+    cond = model.encode(["a", "b", "c"])
+
+    def real():
+        model.velocity(x, sigma, cond).sum().backward()
+
+    empty = shapes._inputs(size)
+    with mock.patch.object(shapes.model.precision, "autocast", module.nullcontext):
+        said = module.peak_bytes(
+            lambda: shapes.model.velocity(*empty).sum().backward(), torch.bfloat16
+        )
+    with layer_norm_as_on_cuda():
+        assert said == pytest.approx(allocated(real), rel=0.03)
+    with torch.no_grad():
+        assert shapes.decoding(2) * 1e9 == pytest.approx(
+            allocated(lambda: model.decode(x[:2])), rel=0.1
+        )
+
+
+@pytest.mark.slow
+def test_memory_grows_with_the_batch_and_checkpointing_saves_it(shapes):
+    plain = [shapes.training(size, checkpointing=False) for size in (1, 2, 4)]
+    assert plain[2] - plain[1] == pytest.approx(2 * (plain[1] - plain[0]), rel=0.01)
+    assert shapes.training(4, checkpointing=True) < 0.7 * plain[2]
+    # Without gradients nothing is kept for later.
+    assert shapes.sampling(4) < 0.25 * plain[2]
+
+
+def test_live_bytes_are_of_storages_not_of_views(module):
+    def work():
+        x = torch.empty(10)  # 40 bytes
+        y = x.view(2, 5).add_(1)
+        z = y + 1  # 40 more
+        del x, y
+        return z.new_empty(5)  # 20 more, 40 fewer
+
+    with module.LiveBytes() as live:
+        result = work()
+    assert (live.peak, live.now) == (80, result.nbytes)
+
+
+@pytest.mark.slow
+def test_text_encoders_have_the_published_sizes(module):
+    # Bytes of text_encoder, text_encoder_2 and text_encoder_3 of SD3.5-Medium, float16.
+    assert module.text_encoders_gb(torch.float16) == pytest.approx(0.247 + 1.39 + 9.52, rel=0.005)
+
+
+def test_the_script_prints_a_table_and_json(module, tmp_path, capsys):
+    output = tmp_path / "new" / "memory.json"
+    flags = ["--arch", "sd3.5-tiny", "--resolution", "64", "--rank", "4", "--sizes", "1"]
+    call(module, *flags, "--output", output)
+    printed = capsys.readouterr().out
+    results = module.json.loads(output.read_text())
+    row = results["beside_gb"]["1"]
+    assert row["training"] > row["training, gradient checkpointing"] > row["sampling"] > 0
+    assert printed.startswith(output.read_text())
+    assert "| 1 | 0.00 | 0.00 | 0.00 | 0.00 |" in printed
+    with pytest.raises(SystemExit, match="--sizes 0: a micro-batch has at least one sample"):
+        call(module, *flags[:-1], "0")

@@ -1,0 +1,125 @@
+"""Alarms: what is alarming, and what becomes of it."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffusion_nft.data import Prompt
+from diffusion_nft.distributed import Distributed
+from diffusion_nft.monitor import Alarm, Monitor
+from diffusion_nft.results import Evaluation
+from diffusion_nft.rewards import build_reward
+from diffusion_nft.trainer import Trainer
+from tests.launch import one_thread, smoke
+
+CPU = torch.device("cpu")
+
+
+def evaluation(shift: float = 0.0, diversity: float = 0.2, brightness: float = 0.5) -> Evaluation:
+    """Ten prompts; the held-out reward is 0 to 9, all of it moved by ``shift``."""
+    prompts = [Prompt(f"prompt {i}", {}) for i in range(10)]
+    scores = {
+        "total": [0.5] * 10,
+        "clipscore": [i + shift for i in range(10)],
+        "picture_statistics": [brightness] * 10,
+    }
+    return Evaluation(prompts, scores, diversity, torch.zeros(0, 3, 1, 1), [])
+
+
+def make_monitor(tmp_path, **limits) -> tuple[Monitor, list[str]]:
+    settings = {f"monitor.{key}": value for key, value in limits.items()}
+    config = smoke(tmp_path, {"eval.rewards": ("clipscore",), **settings})
+    said: list[str] = []
+    return Monitor(config, SimpleNamespace(kl_weight=0.1), said.append), said  # pyright: ignore
+
+
+# The error of the held-out mean is sqrt(10/9 * 82.5) / 10 = 0.957, that of a difference 1.354.
+@pytest.mark.parametrize(
+    ("change", "alarm"),
+    [
+        ({"shift": 3.0}, ""),
+        ({"shift": -5.3}, ""),  # 3.91 errors
+        ({"shift": -5.5}, "held-out eval/clipscore fell from 4.5 to -1, 4.1 SE"),
+        ({"diversity": 0.15}, ""),
+        ({"diversity": 0.13}, "eval/diversity fell from 0.2 to 0.13"),
+        ({"diversity": 0.9}, ""),
+        ({"brightness": 0.36}, ""),
+        ({"brightness": 0.7}, "eval/picture_statistics went from 0.5 to 0.7"),
+        ({"brightness": 0.3}, "eval/picture_statistics went from 0.5 to 0.3"),
+    ],
+)
+def test_an_evaluation_is_compared_with_the_first(tmp_path, change, alarm):
+    monitor, said = make_monitor(tmp_path)
+    assert monitor.evaluation(evaluation()) == {"monitor/alarms": 0, "monitor/kl_factor": 1.0}
+    values = monitor.evaluation(evaluation(**change))
+    assert values["monitor/alarms"] == bool(alarm)
+    assert said == ([f"alarm: {alarm}"] if alarm else [])
+    assert monitor.progress() == ({"alarms": 1} if alarm else {})
+    monitor.stop_if_alarmed()  # only where the action is to stop
+
+
+def test_an_epoch_is_compared_with_the_first(tmp_path):
+    monitor, said = make_monitor(tmp_path, max_kl=0.05)
+    monitor.epoch({"reward/x0_rms": 1.0, "loss/kl": 0.01})
+    monitor.epoch({"reward/x0_rms": 1.2, "loss/kl": 0.05})
+    assert not said
+    monitor.epoch({"reward/x0_rms": 1.4, "loss/kl": 0.06})
+    assert said == [
+        "alarm: loss/kl, the distance to the reference, is 0.06 (max_kl 0.05); reward/x0_rms went "
+        "from 1 to 1.4"
+    ]
+
+
+def test_actions(tmp_path):
+    kl = {"reward/x0_rms": 1.0, "loss/kl": 1.0}
+    off, said = make_monitor(tmp_path, action="off", max_kl=0.5)
+    assert off.epoch(kl) == {} and not said
+    raising, said = make_monitor(tmp_path, action="raise_kl", max_kl=0.5)
+    values = [raising.epoch(kl) for _ in range(2)][-1]
+    assert values == {"monitor/alarms": 2, "monitor/kl_factor": 4.0}
+    assert raising.algorithm.kl_weight == pytest.approx(0.4)
+    assert said[-1].endswith("the weight of the KL term is now 0.4")
+    # A resumed run goes on with the raised weight and the first evaluation.
+    raising.evaluation(evaluation())
+    resumed, said = make_monitor(tmp_path, action="raise_kl")
+    resumed.load_state_dict(json.loads(json.dumps(raising.state)))
+    assert resumed.algorithm.kl_weight == pytest.approx(0.4)
+    resumed.evaluation(evaluation(diversity=0.01))
+    assert "eval/diversity fell from 0.2 to 0.01" in said[0]
+    stopping, _ = make_monitor(tmp_path, action="stop", max_kl=0.5)
+    stopping.stop_if_alarmed()
+    stopping.epoch(kl)
+    with pytest.raises(Alarm, match=r"loss/kl.*monitor\.action = 'stop'"):
+        stopping.stop_if_alarmed()
+
+
+def test_a_run_stops_after_saving_and_its_log_tells_why(tmp_path, capsys):
+    settings = {"num_epochs": 3, "monitor.max_kl": 1e-12, "monitor.pictures": True}
+    with one_thread(), pytest.raises(Alarm):
+        config = smoke(tmp_path, settings | {"monitor.action": "stop"})
+        Trainer(config, Distributed(0, 1, 0, CPU)).run()
+    out = capsys.readouterr().out
+    assert "alarm: loss/kl" in out and "an alarm; the state of epoch 1 is being saved" in out
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["monitor/alarms"] for row in rows if "monitor/alarms" in row] == [0, 1, 1]
+    assert "eval/picture_statistics/edges" in rows[0]
+    # The same run goes on, once it may.
+    with one_thread():
+        config = smoke(tmp_path, settings | {"monitor.action": "warn"})
+        trainer = Trainer(config, Distributed(0, 1, 0, CPU))
+        assert trainer.state.epoch == 1 and trainer.monitor.state["alarms"] == 1
+        trainer.run()
+    assert trainer.monitor.state["alarms"] == 3
+
+
+def test_picture_statistics():
+    score = build_reward("picture_statistics", CPU)
+    pictures = torch.zeros(3, 3, 4, 4)
+    pictures[1, 0] = 1.0  # pure red
+    pictures[2, :, :, ::2] = 1.0  # white and black columns
+    output = score(pictures, [""] * 3, [{}] * 3)
+    torch.testing.assert_close(output.scores, torch.tensor([0.0, 1 / 3, 0.5]))
+    torch.testing.assert_close(output.components["saturation"], torch.tensor([0.0, 1.0, 0.0]))
+    torch.testing.assert_close(output.components["edges"], torch.tensor([0.0, 0.0, 0.5]))
