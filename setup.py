@@ -12,6 +12,7 @@ CORE = [
     "ml_collections>=1.0",
     "absl-py",
     "httpx",
+    "jinja2",
     "numpy",
     "pillow>=10.1",
     "psutil",

@@ -40,6 +40,11 @@ class Experiment:
 # Five points a curve in the 24 epochs of shapes_demo; pictures are for looking, not for counting.
 DEMO_CURVE = {"eval_freq": 6, "log.num_images": 0}
 
+FAST = {
+    "train.sigma_choice": "stratified",
+    "train.timestep_fraction": 0.2,
+    "train.skip_flat_groups": True,
+}
 CHEAP = {
     "sample.num_steps": 5,
     "train.timestep_fraction": 0.4,
@@ -67,6 +72,8 @@ EXPERIMENTS = {
                 "shapes_demo",
                 {"train.sigma_choice": "stratified", "train.timestep_fraction": 0.2},
             ),
+            "2-stratified-skip": Arm("shapes_demo", FAST),
+            "1-sigma": Arm("shapes_demo", {"train.timestep_fraction": 0.1}),
             "shared-noise": Arm("shapes_demo", {"train.shared_noise": True}),
             "skip-flat": Arm("shapes_demo", {"train.skip_flat_groups": True}),
             # All that makes an epoch cheaper, and as many epochs more.
