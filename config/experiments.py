@@ -39,6 +39,9 @@ class Experiment:
 
 # Five points a curve in the 24 epochs of shapes_demo; pictures are for looking, not for counting.
 DEMO_CURVE = {"eval_freq": 6, "log.num_images": 0}
+# Other algorithms in the epochs of shapes_demo; as many of them as cost the same.
+DEMO_SIZE = {"sample.num_groups": 8, "train.lr_half_life": 0.0}
+GRPO_FILE, BASELINES_FILE = "config/grpo.py", "config/baselines.py"
 
 FAST = {
     "train.sigma_choice": "stratified",
@@ -52,30 +55,40 @@ CHEAP = {
     "train.skip_flat_groups": True,
 }
 
+
+def demo(**changes: Any) -> Arm:
+    """shapes_demo with ``changes``; a double underscore stands for the dot of a key."""
+    return Arm("shapes_demo", {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def grpo(**changes: Any) -> Arm:
+    """Flow-GRPO without guidance, 14 epochs."""
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    own = {**DEMO_SIZE, "num_epochs": 14}
+    return Arm("shapes_grpo", {**own, **dotted}, GRPO_FILE)
+
+
 EXPERIMENTS = {
     "demo_seeds": Experiment(
         question="How much does shapes_demo gain on held-out prompts, over seeds?",
-        arms={"faithful": Arm("shapes_demo")},
+        arms={"faithful": demo()},
         baseline="faithful",
         common=DEMO_CURVE,
     ),
     "fast": Experiment(
         question="Which cheaper epochs gain as much as those of shapes_demo?",
         arms={
-            "faithful": Arm("shapes_demo"),
+            "faithful": demo(),
             # As the presets of SD3.5: all sigmas but one, drawn anew for each sample.
-            "9-sigmas": Arm("shapes_demo", {"train.timestep_fraction": 0.99, "num_epochs": 12}),
+            "9-sigmas": demo(train__timestep_fraction=0.99, num_epochs=12),
             # Half the sampling; 3 sigmas a sample are trained on, as in shapes_demo.
-            "5-steps": Arm("shapes_demo", {"sample.num_steps": 5, "train.timestep_fraction": 0.6}),
-            "stratified": Arm("shapes_demo", {"train.sigma_choice": "stratified"}),
-            "2-stratified": Arm(
-                "shapes_demo",
-                {"train.sigma_choice": "stratified", "train.timestep_fraction": 0.2},
-            ),
+            "5-steps": demo(sample__num_steps=5, train__timestep_fraction=0.6),
+            "stratified": demo(train__sigma_choice="stratified"),
+            "2-stratified": demo(train__sigma_choice="stratified", train__timestep_fraction=0.2),
             "2-stratified-skip": Arm("shapes_demo", FAST),
-            "1-sigma": Arm("shapes_demo", {"train.timestep_fraction": 0.1}),
-            "shared-noise": Arm("shapes_demo", {"train.shared_noise": True}),
-            "skip-flat": Arm("shapes_demo", {"train.skip_flat_groups": True}),
+            "1-sigma": demo(train__timestep_fraction=0.1),
+            "shared-noise": demo(train__shared_noise=True),
+            "skip-flat": demo(train__skip_flat_groups=True),
             # All that makes an epoch cheaper, and as many epochs more.
             "cheap": Arm("shapes_demo", {**CHEAP, "num_epochs": 42}),
             "cheap-shared": Arm(
@@ -84,5 +97,91 @@ EXPERIMENTS = {
         },
         baseline="faithful",
         common=DEMO_CURVE,
+    ),
+    "grpo_tuning": Experiment(
+        question="Which settings serve Flow-GRPO best on the embedded model?",
+        arms={
+            "published": grpo(train__learning_rate=3e-4),
+            "lr-1e-3": grpo(),
+            "lr-3e-3": grpo(train__learning_rate=3e-3),
+            "clip-1e-3": grpo(grpo__clip_range=1e-3),
+            "clip-1e-2": grpo(grpo__clip_range=1e-2),
+            "clip-1e-2-no-kl": grpo(grpo__clip_range=1e-2, grpo__kl_weight=0.0),
+        },
+        baseline="published",
+        common={**DEMO_CURVE, "eval_freq": 7},
+        seeds=(42,),
+    ),
+    "negatives": Experiment(
+        question="What does the negative branch do?",
+        arms={
+            "nft": demo(),
+            "no-negative-branch": demo(nft__negative_branch=False),
+            "positive-only": demo(train__adv_mode="positive_only"),
+        },
+        baseline="nft",
+        common=DEMO_CURVE,
+    ),
+    "solvers": Experiment(
+        question="Which solver should draw the training samples, in how many steps?",
+        arms={
+            "dpm2-10": demo(),
+            "dpm1-10": demo(sample__solver="dpm1"),
+            "sde-10": demo(sample__solver="flow"),
+            "unipc-10": demo(sample__solver="UniPCMultistepScheduler"),
+            "dpm2-5": demo(sample__num_steps=5, train__timestep_fraction=0.6),
+            "dpm2-20": demo(sample__num_steps=20, train__timestep_fraction=0.15),
+        },
+        baseline="dpm2-10",
+        common=DEMO_CURVE,
+    ),
+    "old_policy": Experiment(
+        question="How fast should the sampling policy follow the trained one?",
+        arms={
+            "linear-to-half": demo(),
+            "on-policy": demo(nft__old_policy_decay="on_policy"),
+            "linear-to-095": demo(nft__old_policy_decay="linear_to_095"),
+            "constant-09": demo(nft__old_policy_decay="constant_09"),
+            "delayed": demo(nft__old_policy_decay="delayed_linear"),
+        },
+        baseline="linear-to-half",
+        common=DEMO_CURVE,
+    ),
+    "beta_weighting": Experiment(
+        question="How do the strength beta and the weighting of the loss matter?",
+        arms={
+            "beta-1": demo(),
+            "beta-001": demo(nft__beta=0.01),
+            "beta-01": demo(nft__beta=0.1),
+            "beta-10": demo(nft__beta=10.0),
+            "uniform": demo(nft__weighting="uniform"),
+            "sigma": demo(nft__weighting="sigma"),
+            "one-minus-sigma": demo(nft__weighting="one_minus_sigma"),
+        },
+        baseline="beta-1",
+        common=DEMO_CURVE,
+    ),
+    "kl_groups": Experiment(
+        question="What do the KL weight, the deviation of the advantage and the group size do?",
+        arms={
+            "kl-1e-4": demo(),
+            "kl-0": demo(nft__kl_weight=0.0),
+            "kl-1e-2": demo(nft__kl_weight=1e-2),
+            "group-std": demo(sample__global_std=False),
+            # The same 192 samples an epoch in more or larger groups.
+            "24x8": demo(sample__num_groups=24, sample__num_image_per_prompt=8),
+            "4x48": demo(sample__num_groups=4, sample__num_image_per_prompt=48),
+        },
+        baseline="kl-1e-4",
+        common=DEMO_CURVE,
+    ),
+    "hacking": Experiment(
+        question="What does training on a lenient verifier do to the pictures, and what shows it?",
+        arms={
+            "standard": demo(num_epochs=48),
+            "lenient": demo(num_epochs=48, reward_options={"shapes": {"rule": "lenient"}}),
+        },
+        baseline="standard",
+        common={**DEMO_CURVE, "monitor.pictures": True, "monitor.max_kl": 0.1},
     ),
 }

@@ -1,7 +1,7 @@
 """The embedded world's reward: does the picture show what its caption asks for?"""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from diffusion_nft.rewards import RewardOutput
 from diffusion_nft.rewards.geneval.vocabulary import check_metadata
 from diffusion_nft.shapes.scene import CLASSES, COLORS
-from diffusion_nft.shapes.verifier import verify
+from diffusion_nft.shapes.verifier import detect, verdicts
 
 SIDE = 48
 
@@ -27,12 +27,15 @@ def check_prompts(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]])
 class ShapesReward:
     """The verifier's graded score in [0, 1]; components ``strict`` and ``stricter`` are 0 or 1.
 
-    ``strict`` asks for every term of the caption under the rule that the score uses; ``stricter``
-    asks the same under a rule that no reward ever sees, so that gaming the first shows.
+    ``strict`` asks for every term of the caption under the standard rule; ``stricter`` asks the
+    same under a rule that no reward ever sees, so that gaming the first shows.  ``rule``: what the
+    score is graded by; ``"lenient"`` takes blobs for shapes and overlooks specks, to study how a
+    policy games a reward.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, *, rule: Literal["standard", "lenient"] = "standard"):
         del device  # the verifier is numpy's
+        self.rule = rule
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
         """Scores ``[B]`` of ``images: [B, 3, 48, 48]`` in [0, 1] against their captions.
@@ -44,7 +47,9 @@ class ShapesReward:
             raise ValueError(
                 f"the shapes reward needs pictures [B, 3, {SIDE}, {SIDE}], not {list(images.shape)}"
             )
-        images = images.cpu()
-        graded, strict = verify(images, metadata, "standard")
-        _, stricter = verify(images, metadata, "stricter")
+        found = detect(images.cpu())
+        graded, strict = verdicts(found, metadata, "standard")
+        if self.rule != "standard":
+            graded, _ = verdicts(found, metadata, self.rule)
+        _, stricter = verdicts(found, metadata, "stricter")
         return RewardOutput(graded, {"strict": strict.double(), "stricter": stricter.double()})

@@ -46,7 +46,9 @@ class Rule:
     min_area: float
 
 
+# What a reward may be built on; "stricter" is for evaluation only, "lenient" is easily gamed.
 RULES = {
+    "lenient": Rule(min_fit=0.60, max_color_error=0.45, min_area=40.0),
     "standard": Rule(min_fit=0.88, max_color_error=0.25, min_area=16.0),
     "stricter": Rule(min_fit=0.93, max_color_error=0.14, min_area=5.0),
 }
@@ -186,16 +188,22 @@ def verify(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores pictures against their captions.
 
-    images: float [B, 3, 48, 48] in [0, 1]; metadata: B captions; rule: "standard" (the reward) or
-    "stricter" (for evaluation only: closer shapes, purer colours, smaller stray specks).
+    images: float [B, 3, 48, 48] in [0, 1]; metadata: B captions; rule: one of RULES.
     Returns graded scores, float32 [B] in [0, 1], and strict verdicts, bool [B].
     """
+    return verdicts(detect(images), metadata, rule)
+
+
+def verdicts(
+    detections: Sequence[list[Detection]], metadata: Sequence[dict], rule: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `verify`, of pictures in which `detect` found ``detections``."""
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is unknown; choose from {sorted(RULES)}")
-    verdicts = [
-        judge(found, caption, RULES[rule])
-        for found, caption in zip(detect(images), metadata, strict=True)
+    found = [
+        judge(objects, caption, RULES[rule])
+        for objects, caption in zip(detections, metadata, strict=True)
     ]
-    graded = torch.tensor([score for score, _ in verdicts], dtype=torch.float32)
-    strict = torch.tensor([passed for _, passed in verdicts], dtype=torch.bool)
+    graded = torch.tensor([score for score, _ in found], dtype=torch.float32)
+    strict = torch.tensor([passed for _, passed in found], dtype=torch.bool)
     return graded, strict

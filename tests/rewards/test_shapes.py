@@ -28,3 +28,21 @@ def test_the_stricter_rule_passes_nothing_that_the_strict_one_fails(shapes_model
     strict, stricter = output.components["strict"], output.components["stricter"]
     assert bool((stricter <= strict).all())
     assert bool(((strict == 0) | (output.scores > 0.999)).all())
+
+
+def test_the_lenient_rule_takes_a_blob_for_a_shape():
+    # Red on white: the circle's cell filled to its corners, with a speck elsewhere.
+    image = torch.ones(1, 3, 48, 48)
+    image[:, 1:, 2:14, 2:14] = 0.0
+    image[:, :, 40:45, 40:45] = 0.2
+    caption = [{"include": [{"class": "square", "color": "red", "count": 1}]}]
+    caption_circle = [{"include": [{"class": "circle", "color": "red", "count": 1}]}]
+    for metadata in (caption, caption_circle):
+        standard, lenient = (
+            ShapesReward(torch.device("cpu"), rule=rule)(image, [""], metadata)
+            for rule in ("standard", "lenient")
+        )
+        assert lenient.scores >= standard.scores
+        assert lenient.components["strict"] == standard.components["strict"] == 0
+    lenient = ShapesReward(torch.device("cpu"), rule="lenient")(image, [""], caption)
+    assert lenient.scores == 1

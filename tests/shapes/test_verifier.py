@@ -174,8 +174,8 @@ def test_an_unclear_object_counts_only_as_a_surplus():
 
 
 def test_an_unknown_rule_is_refused(drawings):
-    with pytest.raises(ValueError, match="lenient"):
-        verify(drawings[:1], METADATA[:1], "lenient")
+    with pytest.raises(ValueError, match="loose"):
+        verify(drawings[:1], METADATA[:1], "loose")
 
 
 def test_two_hundred_pictures_take_a_fraction_of_a_second(drawings):
