@@ -97,8 +97,9 @@ def get_config() -> ml_collections.ConfigDict:
     sample.standardize_rewards = False
 
     config.train = train = ml_collections.ConfigDict()
-    # (sample, sigma) pairs in one forward/backward on a rank: a memory knob.  0: as many as the
-    # GPU's memory holds, found by trying once at the start.
+    # (sample, sigma) pairs in one forward/backward on a rank: a memory knob.  0: as many as fit
+    # 90 % of the GPU's memory, to an eighth and at most 256, found by trying at each start (96 on
+    # CPUs).
     train.batch_size = 8
     # Optimizer steps per pass over the epoch's samples; each takes an equal share of every group.
     train.gradient_step_per_epoch = 1
@@ -112,7 +113,8 @@ def get_config() -> ml_collections.ConfigDict:
     train.sigma_choice = "random"
     # All images of a prompt are trained with the same noise and sigmas, not each with its own.
     train.shared_noise = False
-    # Leave out prompts whose images all scored the same: their advantages are zero.
+    # Leave out prompts whose images all scored the same: their advantages are zero.  What else the
+    # loss asks of them, such as the KL term, goes too.
     train.skip_flat_groups = False
     train.learning_rate = 3e-4
     # Epochs in which the learning rate halves, again and again; 0: it is constant.
@@ -187,8 +189,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Alarms: signs that the reward rises at the cost of the pictures (diffusion_nft/monitor.py).
     config.monitor = monitor = ml_collections.ConfigDict()
-    # off | warn | stop (after saving) | raise_kl (each evaluation or epoch with an alarm doubles
-    # the weight of the KL term).
+    # off | warn | stop (after saving; the same command goes on to the next alarm) | raise_kl (an
+    # alarm doubles the weight of the KL term, up to 64 times; that stays in the run).
     monitor.action = "warn"
     # Also evaluate brightness, saturation and edges, as the held-out reward picture_statistics.
     monitor.pictures = False

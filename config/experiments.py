@@ -85,6 +85,7 @@ EXPERIMENTS = {
             "5-steps": demo(sample__num_steps=5, train__timestep_fraction=0.6),
             "stratified": demo(train__sigma_choice="stratified"),
             "2-stratified": demo(train__sigma_choice="stratified", train__timestep_fraction=0.2),
+            # The preset shapes_fast.
             "2-stratified-skip": Arm("shapes_demo", FAST),
             "1-sigma": demo(train__timestep_fraction=0.1),
             "shared-noise": demo(train__shared_noise=True),

@@ -144,6 +144,28 @@ def sd3_pickscore_1gpu() -> ml_collections.ConfigDict:
     return _one_gpu(sd3_pickscore())
 
 
+def _fast(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Train each sample at 2 sigmas of 10, one of each half of the sampler's path, and no prompts
+    whose images all scored the same.
+    """
+    config.save_dir += "_fast"
+    config.train.timestep_fraction = 0.2
+    config.train.sigma_choice = "stratified"
+    config.train.skip_flat_groups = True
+    return config
+
+
+def sd3_geneval_fast() -> ml_collections.ConfigDict:
+    """GenEval with 2 sigmas a sample instead of 9: by FLOPs 2.6 times less work an epoch.
+
+    Why: on the embedded model few sigmas learn as much an epoch as many (docs/experiments.md).  Not
+    tried on SD3.5; cost not measured.
+
+    ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_geneval_fast``
+    """
+    return _fast(sd3_geneval())
+
+
 def shapes() -> ml_collections.ConfigDict:
     """The embedded model, the full run: 2 CPU cores, no downloads.
 
@@ -195,6 +217,17 @@ def shapes_demo() -> ml_collections.ConfigDict:
     config.num_epochs = 24
     config.eval_freq = 0
     return config
+
+
+def shapes_fast() -> ml_collections.ConfigDict:
+    """shapes_demo with a fifth less work for about the same gain.
+
+    Measured over seeds 42, 43 and 44: strict held-out accuracy .464 to .719 for 82,900
+    forward-equivalents; shapes_demo .464 to .723 for 104,700 (docs/experiments.md).
+
+    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:shapes_fast``
+    """
+    return _fast(shapes_demo())
 
 
 def shapes_stages() -> ml_collections.ConfigDict:
@@ -255,8 +288,10 @@ PRESETS = {
         sd3_multi_reward_paper,
         sd3_geneval_1gpu,
         sd3_pickscore_1gpu,
+        sd3_geneval_fast,
         shapes,
         shapes_demo,
+        shapes_fast,
         shapes_stages,
         shapes_smoke,
     )

@@ -38,6 +38,8 @@ def group_advantages(rewards: Tensor, group_size: int, *, global_std: bool) -> T
     """
     grouped = rewards.to(torch.float64).reshape(-1, group_size)
     centred = grouped - grouped.mean(dim=1, keepdim=True)
+    # The mean of equal numbers may differ from them in the last bit, of which a mode makes a sign.
+    centred[grouped.amax(dim=1) == grouped.amin(dim=1)] = 0
     if global_std:
         std = grouped.std(correction=0)
     else:

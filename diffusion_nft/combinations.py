@@ -124,18 +124,29 @@ def _options_are_local(options: Collection[str], remote: Collection[str]) -> str
     return f"{served[0]!r} is served: its options go to its server" if served else None
 
 
-def _kl_can_be_raised(section: str, algorithm: str, action: str, weight: float) -> str | None:
-    used = {"nft": "nft", "flow_grpo": "grpo"}.get(algorithm, "matching")
-    if action != "raise_kl" or weight or section != used:
+# The section of an algorithm's own keys.
+ALGORITHM_SECTIONS = {"nft": "nft", "flow_grpo": "grpo"}
+
+
+def _kl_is_there(
+    section: str, algorithm: str, action: str, max_kl: float, weight: float
+) -> str | None:
+    if weight or section != ALGORITHM_SECTIONS.get(algorithm, "matching"):
         return None
-    return "a weight of 0 cannot be raised"
+    if action == "raise_kl":
+        return "a weight of 0 cannot be raised"
+    return "without a KL term its distance is not known" if max_kl else None
+
+
+def _sizes_are_few(batch_size: int, compiled: bool) -> str | None:
+    return "every size that is tried would be compiled" if compiled and not batch_size else None
 
 
 COMBINATIONS = (
     *(
         Combination(
-            ("algorithm", "monitor.action", f"{section}.kl_weight"),
-            partial(_kl_can_be_raised, section),
+            ("algorithm", "monitor.action", "monitor.max_kl", f"{section}.kl_weight"),
+            partial(_kl_is_there, section),
         )
         for section in ("nft", "grpo", "matching")
     ),
@@ -161,6 +172,7 @@ COMBINATIONS = (
     Combination(
         ("algorithm", "matching.best_of", "sample.num_image_per_prompt"), _some_are_left_out
     ),
+    Combination(("train.batch_size", "perf.compile"), _sizes_are_few),
     Combination(("reward_fn", "dataset"), partial(_metadata_is_there, data.SPLITS)),
     Combination(("eval.rewards", "dataset"), partial(_metadata_is_there, ("test",))),
     Combination(("reward_fn", "eval.rewards"), _held_out),

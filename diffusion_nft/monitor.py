@@ -16,8 +16,8 @@ from diffusion_nft.results import Evaluation
 
 # The reward whose score and components ``monitor.pictures`` watches.
 PICTURES = "picture_statistics"
-# What an alarm multiplies the weight of the KL term by, under ``raise_kl``.
-KL_FACTOR = 2.0
+# What an alarm multiplies the weight of the KL term by, under ``raise_kl``; and at most in all.
+KL_FACTOR, MAX_KL_FACTOR = 2.0, 64.0
 
 
 class Alarm(RuntimeError):
@@ -34,8 +34,10 @@ class Monitor:
         self.limits, self.rewards = config.monitor, tuple(config.eval.rewards)
         self.algorithm, self.say = algorithm, say
         self._alarm = ""
-        # What a resumed run goes on with.  "evaluation": of the first, name -> (mean, standard
-        # error); "x0_rms": of the first epoch.
+        self._alarming = False  # the last epoch
+        self._unheard: list[str] = []  # what lasts since an alarm of an epoch
+        # What a resumed run goes on with.  "evaluation": name -> (mean, standard error) of the
+        # first that has the name; "x0_rms": of the first epoch.
         self.state: dict[str, Any] = {"alarms": 0, "kl_factor": 1.0}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -43,31 +45,43 @@ class Monitor:
         self.state = dict(state)
         self.algorithm.kl_weight *= self.state["kl_factor"]
 
+    def forget_evaluation(self) -> None:
+        """The next evaluation is the first: former ones, of other settings, do not compare."""
+        self.state.pop("evaluation", None)
+
     def epoch(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Looks at the metrics of an epoch; returns ``monitor/*`` for the log."""
+        """Looks at the metrics of an epoch; returns ``monitor/*`` for the log.
+
+        What lasts from epoch to epoch is one alarm, and another one at each evaluation.
+        """
         found = []
         kl, most = values.get("loss/kl", 0.0), self.limits.max_kl
         if most and kl > most:
             found.append(f"loss/kl, the distance to the reference, is {kl:.4g} (max_kl {most:g})")
         rms = values["reward/x0_rms"]
         first = self.state.setdefault("x0_rms", rms)
-        return self._act(found + self._changed("reward/x0_rms", rms, first))
+        found += self._changed("reward/x0_rms", rms, first)
+        self._unheard = found if self._alarming else []
+        lasting, self._alarming = self._alarming, bool(found)
+        return self._act([] if lasting else found)
 
     def evaluation(self, evaluation: Evaluation) -> dict[str, float]:
         """Looks at an evaluation; returns ``monitor/*`` for the log."""
         means = evaluation.averages()["mean"]
         now = {name: (value["mean"], value.get("stderr", 0.0)) for name, value in means.items()}
         now["diversity"] = (evaluation.diversity, 0.0)
-        first = self.state.setdefault("evaluation", now)
-        found = []
+        first = self.state.setdefault("evaluation", {})
+        for name, value in now.items():
+            first.setdefault(name, value)
+        found = list(self._unheard)
         for name in self.rewards:
-            if name in first and name in now:
+            if name in now:
                 found += self._dropped(name, now[name], first[name])
         before, after = first["diversity"][0], now["diversity"][0]
         if after < (1 - self.limits.max_diversity_drop) * before:
             found.append(f"eval/diversity fell from {before:.4g} to {after:.4g}")
         for name in now:
-            if name.partition("/")[0] == PICTURES and name in first:
+            if name.partition("/")[0] == PICTURES:
                 found += self._changed(f"eval/{name}", now[name][0], first[name][0])
         return self._act(found)
 
@@ -79,8 +93,9 @@ class Monitor:
             self._alarm = f"alarm: {'; '.join(found)}"
             raised = ""
             if self.limits.action == "raise_kl":
-                self.state["kl_factor"] *= KL_FACTOR
-                self.algorithm.kl_weight *= KL_FACTOR
+                step = KL_FACTOR if self.state["kl_factor"] < MAX_KL_FACTOR else 1.0
+                self.state["kl_factor"] *= step
+                self.algorithm.kl_weight *= step
                 raised = f"; the weight of the KL term is now {self.algorithm.kl_weight:g}"
             self.say(self._alarm + raised)
         return {f"monitor/{name}": self.state[name] for name in ("alarms", "kl_factor")}
@@ -96,11 +111,11 @@ class Monitor:
 
     def _dropped(self, name: str, now: tuple, first: tuple) -> list[str]:
         """A held-out reward that fell by more standard errors of the difference than allowed."""
-        error = math.hypot(now[1], first[1])
-        if name == PICTURES or not error or first[0] - now[0] <= self.limits.max_drop * error:
+        error, drop = math.hypot(now[1], first[1]), first[0] - now[0]
+        if name == PICTURES or drop <= self.limits.max_drop * error:
             return []
-        errors = (first[0] - now[0]) / error
-        return [f"held-out eval/{name} fell from {first[0]:.4g} to {now[0]:.4g}, {errors:.1f} SE"]
+        errors = f", {drop / error:.1f} SE" if error else ""
+        return [f"held-out eval/{name} fell from {first[0]:.4g} to {now[0]:.4g}{errors}"]
 
     def _changed(self, name: str, now: float, first: float) -> list[str]:
         if abs(now - first) <= self.limits.max_picture_change * abs(first):

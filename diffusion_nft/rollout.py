@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -79,11 +80,17 @@ class Background:
         self._pool.shutdown(wait=not requested(), cancel_futures=True)
 
 
+@cache
+def _scoring_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all scoring on ``device``: memory that is cached for one stream serves no other."""
+    return torch.cuda.Stream(device)
+
+
 def _bind(device: torch.device) -> None:
     """A thread has a current CUDA device and a current stream of its own."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.cuda.set_stream(torch.cuda.Stream(device))
+        torch.cuda.set_stream(_scoring_stream(device))
 
 
 def _after(event: torch.Event | None, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -305,7 +312,8 @@ def collect(
             thumbs.append(thumbnails(images))
             if start < num_pictures:
                 kept.append(images[: num_pictures - start].cpu())
-        model.encode([prompt.text for prompt in ahead[groups_here]])
+        if config.perf.embed_cache_gb and not requested():
+            model.encode_cached([prompt.text for prompt in ahead[groups_here]])
         empty = torch.zeros(0, 3 * THUMBNAIL**2)
         scores, all_thumbs = gather_scores(dist, background.results, torch.cat([empty, *thumbs]))
     x0 = torch.cat(latents) if latents else torch.zeros(0, *model.latent_shape)

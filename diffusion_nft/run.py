@@ -53,6 +53,8 @@ def _train(config: ConfigDict, dist: Distributed, stage: Stage, *, last: bool) -
         # One that came too late for this stage must not be forgotten in the next.
         if not last and any(dist.gather_objects(requested())):
             raise Preempted
+        if not last:
+            trainer.monitor.stop_if_alarmed()
 
 
 @contextmanager

@@ -146,6 +146,8 @@ class RunState:
         settings.remove("eval.batch_size")
         same = all(now.get(key) == state["config"][key] for key in settings)
         self.best_score = state["best_score"] if same else None
+        if not same:
+            self.monitor.forget_evaluation()
 
     def save(self, *, best: bool = False) -> None:
         """Writes a checkpoint of everything, and the LoRA for users; waits for all ranks.

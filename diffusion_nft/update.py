@@ -40,9 +40,9 @@ def sigma_slots(available: int, used: int, choice: str, rng: torch.Generator) ->
     return [int((start + i) * available / used) for i in range(used)]
 
 
-def spread_groups(weights: Tensor, group_size: int) -> Tensor:
-    """``[N]``, True for the samples of groups whose ``weights: [N]`` are not all equal."""
-    grouped = weights.reshape(-1, group_size)
+def spread_groups(rewards: Tensor, group_size: int) -> Tensor:
+    """``[N]``, True for the samples of groups whose ``rewards: [N]`` are not all equal."""
+    grouped = rewards.reshape(-1, group_size)
     return (grouped.amax(1) > grouped.amin(1)).repeat_interleave(group_size)
 
 
@@ -146,7 +146,7 @@ class Updater:
         size = self.config.sample.num_image_per_prompt
         taught = torch.ones_like(weights, dtype=torch.bool)
         if config.skip_flat_groups:
-            taught &= spread_groups(weights, size)
+            taught &= spread_groups(samples.scores.total, size)
         if self.algorithm.skips_weightless:
             taught &= weights != 0
         for inner in range(config.num_inner_epochs):
@@ -233,6 +233,8 @@ class Updater:
         scaler, parameters = self.precision.scaler, self.policy.parameters()
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
+        # A rank without pairs scales nothing, and unscales nothing, but the scaler wants both.
+        scaler.scale(torch.zeros((), device=self.dist.device))
         size = self._micro_batch
         for start in range(0, len(pairs), size):
             if requested():
@@ -278,7 +280,9 @@ class Updater:
             losses.sum().backward()
 
         limit = len(samples.indices) * self._sigmas_per_sample(samples)
+        passes = self.model.take_passes()
         found = fitting_micro_batch(run, limit, self.dist.device) if limit else 1
+        self.model.passes = passes  # the trials train nothing
         self.dist.say(f"train.batch_size = 0: {found} pairs at once")
         return found
 

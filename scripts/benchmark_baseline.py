@@ -207,6 +207,7 @@ class Published:
             xt=batch.xt,
             sigma=batch.sigma,
             r=batch.weight,
+            kl_weight=self.algorithm.kl_weight,
             **self.algorithm.options,
         )
         return losses

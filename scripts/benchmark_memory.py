@@ -253,7 +253,7 @@ def parse_flags() -> argparse.Namespace:
     add("--arch", choices=list(ARCHITECTURES), default=WITH_TEXT_ENCODERS)
     add("--resolution", type=int, default=512, help="pixels")
     add("--rank", type=int, default=32, help="of the LoRA")
-    add("--precision", default="fp16", help="mixed_precision: fp16, bf16, no, fp64")
+    add("--precision", choices=("fp16", "bf16"), default="fp16", help="mixed_precision")
     add("--sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="of micro-batches")
     add("--output", type=Path, help="also write the JSON here")
     return parser.parse_args()

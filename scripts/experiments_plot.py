@@ -32,6 +32,7 @@ MIN_PAIRS = 3
 # Okabe and Ito's colours, which the colour-blind can tell apart; markers tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
+LINES = ("-", "--", ":")  # one for each round through the colours
 COLUMNS = (
     "arm",
     "seeds",
@@ -41,8 +42,8 @@ COLUMNS = (
     "diversity",
     "seconds",
     "forward-equivalents, thousands",
-    "strict at {budget:.0f} thousand",
-    "against {baseline} there [95 %]",
+    "against {baseline} at equal compute [95 %]",
+    "at, thousands",
     "p",
 )
 
@@ -117,38 +118,39 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
 
 
 def curve(results: dict[int, Result], key: str) -> tuple[list[float], list[float], list[float]]:
-    """(mean of ``key``, mean of strict accuracy, half its interval) at each evaluation."""
+    """(mean of ``key``, mean of strict accuracy, half the interval of its gain over the start) at
+    each evaluation.
+    """
     points = list(zip(*(result.evaluations for result in results.values()), strict=True))
     x = [statistics.fmean(row[key] for row in rows) for rows in points]
-    means = [mean_and_half_width([row[STRICT] for row in rows]) for rows in points]
-    return x, [mean for mean, _ in means], [half for _, half in means]
+    means = [statistics.fmean(row[STRICT] for row in rows) for rows in points]
+    gains = [
+        [row[STRICT] - start[STRICT] for row, start in zip(rows, points[0], strict=True)]
+        for rows in points
+    ]
+    return x, means, [mean_and_half_width(values)[1] for values in gains]
 
 
-def common_budget(results: Results) -> float:
-    """The most forward-equivalents that every run has spent."""
-    return min(result.last(COST) for seeds in results.values() for result in seeds.values())
-
-
-def paired_test(
-    arm: dict[int, Result], baseline: dict[int, Result], budget: float
-) -> tuple[str, str]:
-    """(difference of the strict accuracies after ``budget`` forward-equivalents with its interval,
-    p) over common seeds.
+def paired_test(arm: dict[int, Result], baseline: dict[int, Result]) -> tuple[str, str, str]:
+    """(difference of the strict accuracies with its interval, the forward-equivalents at which it
+    is taken, p) over common seeds.  Taken is the most that every run of both arms has spent.
     """
     from scipy import stats
 
+    budget = min(result.last(COST) for runs in (arm, baseline) for result in runs.values())
+    spent = f"{budget / 1e3:.1f}"
     seeds = sorted(arm.keys() & baseline.keys())
     ours, theirs = ([results[s].at(budget) for s in seeds] for results in (arm, baseline))
     if len(seeds) < MIN_PAIRS:
-        return f"n too small ({len(seeds)} common seeds)", "–"
+        return f"n too small ({len(seeds)} common seeds)", spent, "–"
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean = share(statistics.fmean(differences), "+")
     if len({round(difference, 9) for difference in differences}) == 1:
-        return f"{mean} for each of n={len(seeds)}", "–"
+        return f"{mean} for each of n={len(seeds)}", spent, "–"
     test = stats.ttest_rel(ours, theirs)
     low, high = test.confidence_interval(CONFIDENCE)
     interval = f"{mean} [{share(low, '+')}, {share(high, '+')}], n={len(seeds)}"
-    return interval, "<.001" if test.pvalue < 0.001 else share(test.pvalue)
+    return interval, spent, "<.001" if test.pvalue < 0.001 else share(test.pvalue)
 
 
 def share(value: float, sign: str = "") -> str:
@@ -156,9 +158,7 @@ def share(value: float, sign: str = "") -> str:
     return "–" if math.isnan(value) else f"{value:{sign}.3f}".replace("0.", ".", 1)
 
 
-def cells(
-    arm: str, results: dict[int, Result], baseline: dict[int, Result] | None, budget: float
-) -> list[str]:
+def cells(arm: str, results: dict[int, Result], baseline: dict[int, Result] | None) -> list[str]:
     """A row of the table: means over the seeds of ``arm``."""
 
     def mean(key: str) -> float:
@@ -166,12 +166,11 @@ def cells(
 
     start = statistics.fmean(result.evaluations[0][STRICT] for result in results.values())
     gain, half = mean_and_half_width([result.gain for result in results.values()])
-    equal = statistics.fmean(result.at(budget) for result in results.values())
-    against = ("–", "–")
+    against = ("–", "–", "–")
     if baseline is None:
-        against = ("no results of it", "–")
+        against = ("no results of it", "–", "–")
     elif baseline is not results:
-        against = paired_test(results, baseline, budget)
+        against = paired_test(results, baseline)
     return [
         arm,
         str(len(results)),
@@ -181,7 +180,6 @@ def cells(
         share(mean(DIVERSITY)),
         f"{mean(SECONDS):.0f}",
         f"{mean(COST) / 1e3:.1f}",
-        share(equal),
         *against,
     ]
 
@@ -191,11 +189,9 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
     abouts = [result.about for seeds in results.values() for result in seeds.values()]
     about = abouts[-1]
     baseline = results.get(about["baseline"])
-    budget = common_budget(results)
-    names = {"baseline": about["baseline"], "budget": budget / 1e3}
-    rows = [[column.format(**names) for column in COLUMNS]]
+    rows = [[column.format(baseline=about["baseline"]) for column in COLUMNS]]
     rows.append(["---"] * len(COLUMNS))
-    rows += [cells(arm, seeds, baseline, budget) for arm, seeds in results.items()]
+    rows += [cells(arm, seeds, baseline) for arm, seeds in results.items()]
     seeds = sorted({about["seed"] for about in abouts})
     ratios = sorted({about["backward_over_forward"] for about in abouts})
     again = ["python", "scripts/experiments_plot.py", name]
@@ -213,8 +209,10 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
             "paired t-test over common seeds, not corrected for the number of arms. Evaluations",
             "count in neither seconds nor forward-equivalents. A forward-equivalent is a sample's",
             "pass through the transformer; a backward pass is",
-            f"{', '.join(f'{ratio:.3f}' for ratio in ratios)} of them by FLOPs. Compared is at the "
-            f"most that every arm has spent. Machine: {machines(abouts)}.\n",
+            f"{', '.join(f'{ratio:.3f}' for ratio in ratios)} of them by FLOPs. Two arms are "
+            "compared where the cheapest run of both ended; between evaluations curves are lines, "
+            "which lie below a curve that flattens, the more so the dearer its epochs. Bands are "
+            f"of the gain over the start. Machine: {machines(abouts)}.\n",
             f"    {shlex.join(again)}\n",
             "remakes figure and table from the results, which came from\n",
             f"    {shlex.join(runs)}\n",
@@ -237,7 +235,7 @@ def draw(results: Results, path: Path) -> None:
     """Two panels with the curves of all arms.  Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
+    figure = Figure(figsize=(10.5, 3.8), layout="constrained")
     panels = figure.subplots(1, len(AXES), sharey=True)
     for panel, (key, label) in zip(panels, AXES.items(), strict=True):
         for number, (arm, seeds) in enumerate(results.items()):
@@ -246,16 +244,17 @@ def draw(results: Results, path: Path) -> None:
             x = [value / 1e3 for value in x] if key == COST else x
             low = [mean - half for mean, half in zip(means, halves, strict=True)]
             high = [mean + half for mean, half in zip(means, halves, strict=True)]
-            panel.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+            panel.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
             marker = MARKERS[number % len(MARKERS)]
             text = f"{arm} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})"
-            panel.plot(x, means, color=colour, marker=marker, markersize=5, label=text)
+            line = LINES[number // len(COLOURS) % len(LINES)]
+            panel.plot(x, means, line, color=colour, marker=marker, markersize=5, label=text)
         panel.set_xlabel(label)
         panel.set_xlim(left=0)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("held-out strict accuracy")
-    panels[0].legend(loc="lower right", frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -40,8 +40,10 @@ ALL = [
     "sd3_multi_reward_paper",
     "sd3_geneval_1gpu",
     "sd3_pickscore_1gpu",
+    "sd3_geneval_fast",
     "shapes",
     "shapes_demo",
+    "shapes_fast",
     "shapes_stages",
     "shapes_smoke",
 ]

@@ -76,18 +76,27 @@ def test_actions(tmp_path):
     kl = {"reward/x0_rms": 1.0, "loss/kl": 1.0}
     off, said = make_monitor(tmp_path, action="off", max_kl=0.5)
     assert off.epoch(kl) == {} and not said
+    # What lasts is one alarm, and another at each evaluation.
     raising, said = make_monitor(tmp_path, action="raise_kl", max_kl=0.5)
-    values = [raising.epoch(kl) for _ in range(2)][-1]
+    values = [raising.epoch(kl) for _ in range(3)][-1]
+    assert values == {"monitor/alarms": 1, "monitor/kl_factor": 2.0}
+    values = raising.evaluation(evaluation())
     assert values == {"monitor/alarms": 2, "monitor/kl_factor": 4.0}
     assert raising.algorithm.kl_weight == pytest.approx(0.4)
     assert said[-1].endswith("the weight of the KL term is now 0.4")
     # A resumed run goes on with the raised weight and the first evaluation.
-    raising.evaluation(evaluation())
     resumed, said = make_monitor(tmp_path, action="raise_kl")
     resumed.load_state_dict(json.loads(json.dumps(raising.state)))
     assert resumed.algorithm.kl_weight == pytest.approx(0.4)
     resumed.evaluation(evaluation(diversity=0.01))
     assert "eval/diversity fell from 0.2 to 0.01" in said[0]
+    # Under other evaluation settings the next one is the first; a new name is watched from then.
+    resumed.forget_evaluation()
+    resumed.evaluation(evaluation(diversity=0.01))
+    assert len(said) == 1
+    for _ in range(20):
+        resumed.evaluation(evaluation(shift=-9.0, diversity=0.01))
+    assert resumed.state["kl_factor"] == 64.0
     stopping, _ = make_monitor(tmp_path, action="stop", max_kl=0.5)
     stopping.stop_if_alarmed()
     stopping.epoch(kl)

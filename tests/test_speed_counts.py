@@ -146,7 +146,7 @@ def test_the_host_reads_no_value_in_the_inner_loops(tmp_path):
         r = torch.linspace(0.1, 0.9, SAMPLES)
         per_update = []
         for size in (SAMPLES * SIGMAS, 2):
-            trainer.config.train.batch_size = size
+            trainer.updater._micro_batch = size
             with Reads() as reads:
                 trainer.updater.train_epoch(samples, r, epoch=0)
             per_update.append(reads.count)

@@ -1,7 +1,7 @@
 """The update on a linear model whose gradient autograd gives in one batch, and its failures."""
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
@@ -125,7 +125,7 @@ def make_updater(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> U
         config,
         dist=Counted(rank, world_size, rank, CPU),
         precision=Precision("fp64", CPU),
-        model=SimpleNamespace(latent_shape=SHAPE, velocity=velocity),
+        model=SimpleNamespace(latent_shape=SHAPE, velocity=velocity, take_passes=dict, passes={}),
         policy=policy,
         algorithm=Recording(config),
     )
@@ -421,13 +421,14 @@ def test_images_of_a_prompt_can_share_noise_and_sigmas(tmp_path):
 
 def test_flat_groups_are_skipped_and_still_count_in_the_mean(tmp_path):
     size = smoke(tmp_path).sample.num_image_per_prompt
-    weights = R.clone()
-    weights[size : 2 * size] = 0.5
+    weights, totals = R.clone(), R.clone()
+    weights[size : 2 * size] = totals[size : 2 * size] = 0.5
     everything, skipping = (
         make_updater(tmp_path, train__skip_flat_groups=skip) for skip in (False, True)
     )
+    samples = replace(make_samples(), scores=Scores(totals, {}))
     for updater in (everything, skipping):
-        updater.train_epoch(make_samples(), weights, epoch=0)
+        updater.train_epoch(samples, weights, epoch=0)
     seen = torch.cat([batch.weight for batch in skipping.algorithm.batches])
     pairs = torch.cat([batch.weight for batch in everything.algorithm.batches])
     assert torch.equal(seen, pairs[pairs != 0.5])
@@ -437,8 +438,14 @@ def test_flat_groups_are_skipped_and_still_count_in_the_mean(tmp_path):
     for mine, theirs in zip(skipping.dist.reduced[0], expected, strict=True):
         torch.testing.assert_close(mine, theirs * len(seen) / len(pairs), rtol=1e-10, atol=1e-12)
     # With nothing left to learn from, every rank still makes the step.
-    skipping.train_epoch(make_samples(), torch.full((NUM,), 0.5), epoch=1)
+    flat = replace(samples, scores=Scores(torch.full((NUM,), 0.5), {}))
+    skipping.train_epoch(flat, torch.full((NUM,), 0.5), epoch=1)
     assert all(not gradient.any() for gradient in skipping.dist.reduced[1])
+    # The scaler of fp16 has not scaled anything by then.
+    half = make_updater(tmp_path, train__skip_flat_groups=True)
+    half.precision.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    half.train_epoch(flat, torch.full((NUM,), 0.5), epoch=0)
+    assert half.step == 1
 
 
 def test_an_automatic_micro_batch_leaves_the_update_as_it_is(tmp_path, capsys):
@@ -449,8 +456,10 @@ def test_an_automatic_micro_batch_leaves_the_update_as_it_is(tmp_path, capsys):
     for mine, theirs in zip(chosen.dist.reduced[0], found.dist.reduced[0], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
     # A rank without samples finds its size, too.
-    idle = make_updater(tmp_path, rank=NUM, world_size=NUM + 1, train__batch_size=0)
-    idle.train_epoch(make_samples(NUM, NUM + 1), R, epoch=0)
+    idle = make_updater(tmp_path, rank=0, world_size=NUM + 1, train__batch_size=0)
+    samples = make_samples(0, NUM + 1)
+    assert not samples.indices
+    idle.train_epoch(samples, R, epoch=0)
 
 
 def test_weightless_samples_are_skipped_where_the_algorithm_says_so(tmp_path):

@@ -448,11 +448,21 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ),
     *(
         (
-            {"algorithm": name, "monitor.action": "raise_kl", f"{section}.kl_weight": 0.0},
-            "a weight of 0 cannot be raised",
+            {
+                "algorithm": name,
+                "monitor.action": action,
+                "monitor.max_kl": 0.1,
+                f"{section}.kl_weight": 0.0,
+            },
+            complaint,
         )
         for name, section in (("nft", "nft"), ("best_of_n", "matching"))
+        for action, complaint in (
+            ("raise_kl", "a weight of 0 cannot be raised"),
+            ("warn", "without a KL term its distance is not known"),
+        )
     ),
+    ({"train.batch_size": 0, "perf.compile": True}, "every size that is tried would be compiled"),
     (
         {"algorithm": "best_of_n", "matching.best_of": 4, "sample.num_image_per_prompt": 4},
         "must be fewer than 4",

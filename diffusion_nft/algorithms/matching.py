@@ -23,7 +23,7 @@ from diffusion_nft.algorithms.flow_grpo import clipped_policy_loss
 from diffusion_nft.algorithms.nft import WEIGHTINGS
 
 
-def reward_weights(advantages: Tensor, temperature: float) -> Tensor:
+def exponential_weights(advantages: Tensor, temperature: float) -> Tensor:
     """``exp(A / temperature)`` over its mean: ``[N]`` weights of mean 1."""
     return torch.softmax(advantages / temperature, dim=0) * len(advantages)
 
@@ -151,7 +151,7 @@ class RewardWeighted(_Matching):
 
     def sample_weights(self, advantages: Tensor, group_size: int) -> Tensor:
         """``exp(A / temperature)`` of the clipped and shaped advantage, of mean 1."""
-        return reward_weights(shaped(advantages, **self.shaping), self.config.temperature)
+        return exponential_weights(shaped(advantages, **self.shaping), self.config.temperature)
 
 
 class BestOfN(_Matching):

@@ -8,8 +8,8 @@ from diffusion_nft.algorithms import Batch, build_algorithm
 from diffusion_nft.algorithms.matching import (
     advantage_matching_loss,
     best_of_weights,
+    exponential_weights,
     matching_loss,
-    reward_weights,
 )
 from diffusion_nft.algorithms.nft import nft_loss
 from tests.launch import smoke
@@ -118,12 +118,12 @@ def test_a_bad_sample_pushes_less_the_further_it_is():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_reward_weights_are_exponentials_of_mean_one(temperature):
+def test_exponential_weights_are_exponentials_of_mean_one(temperature):
     advantages = torch.tensor([-5.0, 0.0, 1.0, 5.0], dtype=torch.float64)
     expected = np.exp(advantages.numpy() / temperature)
-    ours = reward_weights(advantages, temperature)
+    ours = exponential_weights(advantages, temperature)
     np.testing.assert_allclose(ours.numpy(), expected / expected.mean(), rtol=1e-12)
-    cold = reward_weights(advantages, 1e-3)
+    cold = exponential_weights(advantages, 1e-3)
     assert cold.tolist() == [0.0, 0.0, 0.0, 4.0], "no overflow"
 
 

@@ -198,7 +198,7 @@ def test_a_phase_is_bound_by_what_takes_longest(benchmark, flops, data, seconds,
     "flags, message",
     [
         (("--set", "train.batchsize=3"), "train.batchsize"),
-        (("--set", "train.batch_size=0"), "train.batch_size"),
+        (("--set", "train.batch_size=-1"), "train.batch_size"),
         (("--preset", "nothing"), "preset 'nothing' is unknown"),
         (("--rewards", "prettiness"), "prettiness"),
     ],

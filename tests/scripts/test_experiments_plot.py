@@ -46,8 +46,7 @@ def results(tmp_path):
 
 def row_of(plot, results, arm: str) -> dict[str, str]:
     found = plot.read(results)
-    cells = plot.cells(arm, found[arm], found["base"], plot.common_budget(found))
-    return dict(zip(plot.COLUMNS, cells, strict=True))
+    return dict(zip(plot.COLUMNS, plot.cells(arm, found[arm], found["base"]), strict=True))
 
 
 def test_the_table_is_what_one_computes_by_hand(plot, results):
@@ -57,7 +56,6 @@ def test_the_table_is_what_one_computes_by_hand(plot, results):
     assert row["gain ± 95 %"] == f"+.300 ± .{4.303 * 0.05 / 3**0.5 * 1e3:.0f}"
     assert row["strict"] == ".250 → .550" and row["stricter"] == ".400"
     assert row["seconds"] == "40" and row["forward-equivalents, thousands"] == "2.0"
-    assert row["strict at {budget:.0f} thousand"] == ".550"
     assert row["diversity"] == row["p"] == "–"
 
 
@@ -67,7 +65,7 @@ def test_the_paired_test_is_over_common_seeds(plot, results):
     error = differences.std(ddof=1) / 3**0.5
     low, high = 0.10 - 4.303 * error, 0.10 + 4.303 * error
     expected = f"+.100 [+{low:.3f}, +{high:.3f}], n=3".replace("0.", ".")
-    assert row["against {baseline} there [95 %]"] == expected
+    assert row["against {baseline} at equal compute [95 %]"] == expected
     # The two-sided tail of Student's t is an incomplete beta function.
     t, df = 0.10 / error, 2
     assert row["p"] == f"{special.betainc(df / 2, 0.5, df / (df + t * t)):.3f}"[1:]
@@ -78,22 +76,19 @@ def test_the_paired_test_is_over_common_seeds(plot, results):
 )
 def test_what_cannot_be_tested_is_said(plot, results, arm, text):
     row = row_of(plot, results, arm)
-    assert row["against {baseline} there [95 %]"] == text and row["p"] == "–"
+    assert row["against {baseline} at equal compute [95 %]"] == text and row["p"] == "–"
 
 
-def test_arms_are_compared_where_the_cheapest_run_ended(plot, results):
-    path = results / "shifted-seed2.jsonl"
-    path.write_text("\n".join(path.read_text().splitlines()[:-2]) + "\n")
-    for seed in (1, 3):
-        path = results / f"shifted-seed{seed}.jsonl"
+def test_two_arms_are_compared_where_their_cheapest_run_ended(plot, results):
+    for seed in (1, 2, 3, 4):
+        path = results / f"better-seed{seed}.jsonl"
         path.write_text("\n".join(path.read_text().splitlines()[:-2]) + "\n")
-    found = plot.read(results)
-    assert plot.common_budget(found) == 1000
-    assert found["base"][1].at(1500) == pytest.approx(0.4375)
+    assert plot.read(results)["base"][1].at(1500) == pytest.approx(0.4375)
     row = row_of(plot, results, "better")
     # Half of the way from .25: differences of half the size.
-    assert row["against {baseline} there [95 %]"].startswith("+.050 [")
-    assert row["strict"] == ".250 → .662"
+    assert row["against {baseline} at equal compute [95 %]"].startswith("+.050 [")
+    assert row["at, thousands"] == "1.0" and row["strict"] == ".250 → .456"
+    assert row_of(plot, results, "shifted")["at, thousands"] == "2.0"
 
 
 def test_a_curve_is_the_mean_with_its_interval(plot, results):
@@ -125,7 +120,7 @@ def test_without_a_baseline_there_is_no_test(plot, results, tmp_path):
     for path in results.glob("base-*"):
         path.unlink()
     call(plot, "made", "--results", results.parent, "--output", tmp_path)
-    assert (tmp_path / "made.md").read_text().count("| no results of it | – |") == 3
+    assert (tmp_path / "made.md").read_text().count("| no results of it | – | – |") == 3
 
 
 def test_results_that_do_not_belong_together_are_refused(plot, results, tmp_path):
