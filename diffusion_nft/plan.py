@@ -29,7 +29,10 @@ def describe(stage: Stage, model: Any, policy: Policy, dist: Distributed) -> str
         outline(stage),
         "memory by arithmetic (activations come on top and grow with the micro-batches):",
     ]
-    lines += [f"  {gigabytes:9.3f} GB  {what}" for what, gigabytes in memory(model, policy, share)]
+    # A trajectory is kept with its start and its end, and the end once more.
+    kept = config.sample.num_steps + 2 if build_algorithm(config).on_trajectories else 1
+    sizes = memory(model, policy, share * kept)
+    lines += [f"  {gigabytes:9.3f} GB  {what}" for what, gigabytes in sizes]
     if dist.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(dist.device)
         lines.append(f"  {free / 1e9:9.3f} GB  free of {total / 1e9:.1f} GB on the device now")
@@ -76,13 +79,15 @@ def _solver_calls(name: str, num_steps: int) -> tuple[int, int]:
     return calls, len(visited)
 
 
-def memory(model: Any, policy: Policy, num_samples: int) -> list[tuple[str, float]]:
-    """(what, GB) of everything whose size is known before the first step."""
+def memory(model: Any, policy: Policy, num_latents: int) -> list[tuple[str, float]]:
+    """(what, GB) of everything whose size is known before the first step; ``num_latents`` are kept
+    for the training of an epoch.
+    """
     pipe = model.pipe
     encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
     lora = sum(p.nbytes for p in policy.parameters())
     adapters = len(ADAPTERS) * lora
-    latents = num_samples * torch.Size(model.latent_shape).numel() * 4
+    latents = num_latents * torch.Size(model.latent_shape).numel() * 4
     where = "in host memory" if model.offload_text_encoders else "on the device"
     sizes = [
         ("frozen transformer", _nbytes(pipe.transformer) - adapters),
