@@ -68,6 +68,13 @@ def grpo(**changes: Any) -> Arm:
     return Arm("shapes_grpo", {**own, **dotted}, GRPO_FILE)
 
 
+def baseline(preset: str, **changes: Any) -> Arm:
+    """A preset of weighted matching, its epochs and KL weight those of shapes_demo."""
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    own = {**DEMO_SIZE, "matching.kl_weight": 1e-4, "num_epochs": 24}
+    return Arm(preset, {**own, **dotted}, BASELINES_FILE)
+
+
 EXPERIMENTS = {
     "demo_seeds": Experiment(
         question="How much does shapes_demo gain on held-out prompts, over seeds?",
@@ -112,6 +119,18 @@ EXPERIMENTS = {
         baseline="published",
         common={**DEMO_CURVE, "eval_freq": 7},
         seeds=(42,),
+    ),
+    "algorithms": Experiment(
+        question="Does NFT learn more from the same compute than other algorithms?",
+        arms={
+            "nft": demo(),
+            "flow-grpo": grpo(),
+            "reward-weighted": baseline("shapes_rwr", num_epochs=28),
+            "advantage-weighted": baseline("shapes_awm"),
+            "best-of-n": baseline("shapes_best_of_n", num_epochs=46),
+        },
+        baseline="nft",
+        common=DEMO_CURVE,
     ),
     "negatives": Experiment(
         question="What does the negative branch do?",

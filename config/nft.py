@@ -158,8 +158,8 @@ def _fast(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 def sd3_geneval_fast() -> ml_collections.ConfigDict:
     """GenEval with 2 sigmas a sample instead of 9: by FLOPs 2.6 times less work an epoch.
 
-    Why: on the embedded model few sigmas learn as much an epoch as many (docs/experiments.md).  Not
-    tried on SD3.5; cost not measured.
+    Why: on the embedded model few sigmas learn more than 9 from the same compute, though less an
+    epoch (docs/experiments.md).  Not tried on SD3.5; cost not measured.
 
     ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_geneval_fast``
     """

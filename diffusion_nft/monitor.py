@@ -1,8 +1,8 @@
 """Alarms for what a rising reward may hide: each evaluation is compared with the first.
 
 Watched are held-out rewards, the diversity of pictures, brightness, saturation and edges (with
-``monitor.pictures``), the distance to the reference and the size of clean latents.  The limits are
-``monitor.*`` of the configuration; docs/experiments.md has the runs they were chosen by.
+``monitor.pictures``); and in each epoch the distance to the reference and the size of clean
+latents.  The limits are ``monitor.*`` of the configuration.
 """
 
 import math

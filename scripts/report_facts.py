@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from report_charts import number
-from report_runs import Part, Row, Run
+from report_runs import Part, Row, Run, is_picture_statistic
 
 from diffusion_nft.results import NUM_SAMPLES
 from diffusion_nft.run_dir import differences
@@ -87,7 +87,7 @@ def config_differences(runs: list[Run]) -> list[tuple[str, bool, list[str]]]:
 
 def with_error(value: float | None, error: float | None, sign: str = "") -> str:
     """``"0.760 ± 0.042"``, to two figures of the error; without an error the number alone."""
-    if value is None or not error:
+    if value is None or not error or not math.isfinite(error):
         return number(value, sign)
     decimals = max(0, 1 - math.floor(math.log10(error)))
     if decimals > MOST_DECIMALS:
@@ -168,7 +168,8 @@ def timing(runs: list[Run]) -> Table:
 
 def notices(run: Run) -> list[Notice]:
     """What deserves a second look; warnings first."""
-    warnings = [*_skipped(run), *_non_finite(run), *_flat_groups(run), *_diversity(run)]
+    warnings = [*_alarms(run), *_skipped(run), *_non_finite(run), *_flat_groups(run)]
+    warnings += _diversity(run)
     warnings += [text for part in run.parts for text in _evaluations(part)]
     notes = [*_unfinished(run), *_restarts(run)]
     return [Notice(run.name, True, t) for t in warnings] + [
@@ -239,6 +240,18 @@ def _diversity(run: Run) -> list[str]:
     ]
 
 
+def _alarms(run: Run) -> list[str]:
+    rows = [row for row in run.rows if row.get("monitor/alarms")]
+    if not rows:
+        return []
+    factor = rows[-1]["monitor/kl_factor"]
+    raised = f"; the KL term's weight was raised {factor:g} times" if factor > 1 else ""
+    return [
+        f"{rows[-1]['monitor/alarms']:g} alarm(s) of the monitor, the first in epoch "
+        f"{rows[0]['epoch']}{raised}; the run printed what they were."
+    ]
+
+
 def _evaluations(part: Part) -> list[str]:
     if len(part.tests) < 2:
         return []
@@ -246,16 +259,17 @@ def _evaluations(part: Part) -> list[str]:
     texts = []
     for name in part.names:
         change = part.change(name)
-        if change.direction == "down":
+        if change.direction == "down" and not is_picture_statistic(name):
             kind = "held-out " if part.is_held_out(name) else ""
             gain = with_error(change.gain, change.gain_error)
             texts.append(f"{where}{kind}eval/{name} fell by training: {gain}.")
     known = [test for test in part.tests if test.value("total") is not None]
     best = max(known, key=lambda test: test.row["eval/total"], default=None)
-    if best and best.row["eval/total"] > part.tests[-1].row["eval/total"]:
+    last = part.tests[-1].value("total")
+    if best and last is not None and best.row["eval/total"] > last:
         texts.append(
             f"{where}the best eval/total, {number(best.value('total'))}, was at epoch "
-            f"{best.epoch}, not at the end ({number(part.tests[-1].value('total'))})."
+            f"{best.epoch}, not at the end ({number(last)})."
         )
     return texts
 

@@ -38,7 +38,7 @@ TRAINING = {
 }
 COST = {
     "time/epoch": "training time, s",
-    "cost/forwards": "forward passes",
+    "cost/forwards": "forward passes (those back are not counted)",
 }
 
 
@@ -134,10 +134,14 @@ def training_curve(run: Run, colour: int, key: str) -> Curve:
 
 
 def _stage_ends(runs: list[Run]) -> list[float]:
-    """Where a stage begins, if there is one run only: the stages of several would not agree."""
+    """Where a stage ends and another begins, if there is one run only: the stages of several would
+    not agree.
+    """
     if len(runs) > 1:
         return []
-    return [float(part.tests[0].epoch) for part in runs[0].parts[1:] if part.tests]
+    numbers = [part.number for part in runs[0].parts[:-1]]
+    ends = ([row["epoch"] for row in runs[0].epochs if row.get("stage") == n] for n in numbers)
+    return [float(max(epochs)) for epochs in ends if epochs]
 
 
 def evaluation_charts(runs: list[Run]) -> list[Chart]:
@@ -158,7 +162,9 @@ def evaluation_charts(runs: list[Run]) -> list[Chart]:
     if len(runs) > 1:
         for key, label in COST.items():
             known = [
-                (i, run) for i, run in enumerate(runs) if any(key in row for row in run.epochs)
+                (i, run)
+                for i, run in enumerate(runs)
+                if run.epochs and all(key in row for row in run.epochs)
             ]
             curves = [evaluation_curve(run, i, "total", key) for i, run in known]
             found.append(chart(f"eval/total by {label}", curves, x_label=label, dots=True))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_nft.metrics import ENVIRONMENTS_FILE, METRICS_FILE, read_metrics
+from diffusion_nft.monitor import PICTURES
 from diffusion_nft.report import pictures_file
 from diffusion_nft.results import (
     AVERAGES_FILE,
@@ -19,6 +20,11 @@ from diffusion_nft.run_dir import CONFIG_FILE, section
 Row = dict[str, Any]
 # Standard errors that a change must exceed to be called one.
 ERRORS = 2.0
+
+
+def is_picture_statistic(name: str) -> bool:
+    """Of brightness and the like, neither more nor less is better."""
+    return name.partition("/")[0] == PICTURES
 
 
 @dataclass(frozen=True)
@@ -245,7 +251,7 @@ def read_run(path: Path) -> Run:
     if not numbers:
         numbers = [int(any(map(_is_stage_length, config)))]
     parts = [_read_part(path, config, rows, number) for number in numbers]
-    name = config.get("run_name") or path.resolve().name
+    name = str(config.get("run_name") or path.resolve().name)
     return Run(path, name, config, read_lines(path / ENVIRONMENTS_FILE), rows, parts)
 
 
@@ -275,11 +281,12 @@ def _read_part(path: Path, config: Row, rows: list[Row], number: int) -> Part:
         if "eval/total" in row and row.get("stage", 0) == number
     ]
     merged = config | own
+    watched = [PICTURES] if config.get("monitor.pictures") else []
     return Part(
         number,
         merged.get("dataset", ""),
         rewards,
-        [name for name in merged.get("eval.rewards", []) if name not in rewards],
+        [name for name in (*merged.get("eval.rewards", []), *watched) if name not in rewards],
         [t for t in tests if t.row.get(NUM_SAMPLES) == tests[-1].row.get(NUM_SAMPLES)],
         path / pictures_file(number),
     )

@@ -291,7 +291,9 @@ def test_a_comparison_names_all_and_shows_what_differs(report, tmp_path):
     ]
     points = page.chart("eval/total by training time, s")["curves"][1]["points"]
     assert [point[:2] for point in points] == [[0, 0.25], [90, 0.75]]
-    points = page.chart("eval/total by forward passes")["curves"][0]["points"]
+    points = page.chart("eval/total by forward passes (those back are not counted)")["curves"][0][
+        "points"
+    ]
     assert [point[:2] for point in points] == [[0, 0.25], [36000, 0.75]]
     assert page.text.index("What differs") < page.text.index("Results First")
     assert "does not compare" not in page.text
@@ -445,3 +447,13 @@ def test_a_browser_shows_it_without_errors_or_requests(report, tmp_path, browser
         context.close()
     means = {scheme: np.asarray(Image.open(path)).mean() for scheme, path in shots.items()}
     assert means["light"] > 200 and means["dark"] < 90
+
+
+def test_alarms_are_warnings(report, tmp_path):
+    rows = [epoch_row(1), epoch_row(2, **{"monitor/alarms": 1, "monitor/kl_factor": 2.0})]
+    rows += [epoch_row(3, **{"monitor/alarms": 2, "monitor/kl_factor": 4.0})]
+    page = made(report, tmp_path, make_run(tmp_path / "run", rows=rows))
+    assert (
+        "2 alarm(s) of the monitor, the first in epoch 2; the KL term's weight was raised 4 times"
+        in page.text
+    )
