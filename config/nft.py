@@ -204,8 +204,8 @@ def shapes() -> ml_collections.ConfigDict:
 def shapes_demo() -> ml_collections.ConfigDict:
     """The embedded model in a few minutes on 2 CPU cores: what ``make demo`` runs.
 
-    Measured on 2 CPU cores: 151 to 175 s for the 24 epochs; strict held-out accuracy
-    .485 to .760, .444 to .690 and .463 to .721 for seeds 42, 43 and 44 (docs/experiments.md).
+    Measured on 2 CPU cores: 145 s for the 24 epochs; strict held-out accuracy .485 to .762, .444
+    to .696 and .463 to .710 for seeds 42, 43 and 44 (docs/experiments.md).
 
     ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:shapes_demo``
     """
