@@ -112,6 +112,8 @@ EXPERIMENTS = {
             "published": grpo(train__learning_rate=3e-4),
             "lr-1e-3": grpo(),
             "lr-3e-3": grpo(train__learning_rate=3e-3),
+            "lr-1e-2": grpo(train__learning_rate=1e-2),
+            "lr-3e-3-clip-1e-3": grpo(train__learning_rate=3e-3, grpo__clip_range=1e-3),
             "clip-1e-3": grpo(grpo__clip_range=1e-3),
             "clip-1e-2": grpo(grpo__clip_range=1e-2),
             "clip-1e-2-no-kl": grpo(grpo__clip_range=1e-2, grpo__kl_weight=0.0),
