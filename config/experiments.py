@@ -126,7 +126,8 @@ EXPERIMENTS = {
         question="Does NFT learn more from the same compute than other algorithms?",
         arms={
             "nft": demo(),
-            "flow-grpo": grpo(),
+            # The best of grpo_tuning.
+            "flow-grpo": grpo(train__learning_rate=3e-3, grpo__clip_range=1e-3),
             "reward-weighted": baseline("shapes_rwr", num_epochs=28),
             "advantage-weighted": baseline("shapes_awm"),
             "best-of-n": baseline("shapes_best_of_n", num_epochs=46),
