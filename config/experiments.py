@@ -56,23 +56,26 @@ CHEAP = {
 }
 
 
+def dotted(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``changes`` whose names have a double underscore for the dot of a key, by dotted key."""
+    return {name.replace("__", "."): value for name, value in changes.items()}
+
+
 def demo(**changes: Any) -> Arm:
-    """shapes_demo with ``changes``; a double underscore stands for the dot of a key."""
-    return Arm("shapes_demo", {key.replace("__", "."): value for key, value in changes.items()})
+    """shapes_demo with ``changes``."""
+    return Arm("shapes_demo", dotted(changes))
 
 
 def grpo(**changes: Any) -> Arm:
     """Flow-GRPO without guidance, 14 epochs."""
-    dotted = {key.replace("__", "."): value for key, value in changes.items()}
     own = {**DEMO_SIZE, "num_epochs": 14}
-    return Arm("shapes_grpo", {**own, **dotted}, GRPO_FILE)
+    return Arm("shapes_grpo", {**own, **dotted(changes)}, GRPO_FILE)
 
 
 def baseline(preset: str, **changes: Any) -> Arm:
     """A preset of weighted matching, its epochs and KL weight those of shapes_demo."""
-    dotted = {key.replace("__", "."): value for key, value in changes.items()}
     own = {**DEMO_SIZE, "matching.kl_weight": 1e-4, "num_epochs": 24}
-    return Arm(preset, {**own, **dotted}, BASELINES_FILE)
+    return Arm(preset, {**own, **dotted(changes)}, BASELINES_FILE)
 
 
 EXPERIMENTS = {
