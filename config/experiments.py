@@ -72,6 +72,14 @@ def grpo(**changes: Any) -> Arm:
     return Arm("shapes_grpo", {**own, **dotted(changes)}, GRPO_FILE)
 
 
+def grpo_cfg(**changes: Any) -> Arm:
+    """Flow-GRPO with guidance 2 in rollout, training and evaluation: half of the epochs, since
+    every step passes through the transformer twice.
+    """
+    own = {**DEMO_SIZE, "num_epochs": 7, "eval_freq": 3}
+    return Arm("shapes_grpo_cfg", {**own, **dotted(changes)}, GRPO_FILE)
+
+
 def baseline(preset: str, **changes: Any) -> Arm:
     """A preset of weighted matching, its epochs and KL weight those of shapes_demo."""
     own = {**DEMO_SIZE, "matching.kl_weight": 1e-4, "num_epochs": 24}
@@ -79,12 +87,6 @@ def baseline(preset: str, **changes: Any) -> Arm:
 
 
 EXPERIMENTS = {
-    "demo_seeds": Experiment(
-        question="How much does shapes_demo gain on held-out prompts, over seeds?",
-        arms={"faithful": demo()},
-        baseline="faithful",
-        common=DEMO_CURVE,
-    ),
     "fast": Experiment(
         question="Which cheaper epochs gain as much as those of shapes_demo?",
         arms={
@@ -120,6 +122,13 @@ EXPERIMENTS = {
             "clip-1e-3": grpo(grpo__clip_range=1e-3),
             "clip-1e-2": grpo(grpo__clip_range=1e-2),
             "clip-1e-2-no-kl": grpo(grpo__clip_range=1e-2, grpo__kl_weight=0.0),
+            "lr-3e-3-clip-1e-2": grpo(train__learning_rate=3e-3, grpo__clip_range=1e-2),
+            "lr-1e-2-clip-1e-3": grpo(train__learning_rate=1e-2, grpo__clip_range=1e-3),
+            "lr-3e-3-clip-1e-3-no-kl": grpo(
+                train__learning_rate=3e-3, grpo__clip_range=1e-3, grpo__kl_weight=0.0
+            ),
+            "cfg-lr-1e-3": grpo_cfg(train__learning_rate=1e-3, grpo__clip_range=1e-3),
+            "cfg-lr-3e-3": grpo_cfg(train__learning_rate=3e-3, grpo__clip_range=1e-3),
         },
         baseline="published",
         common={**DEMO_CURVE, "eval_freq": 7},
@@ -131,6 +140,7 @@ EXPERIMENTS = {
             "nft": demo(),
             # The best of grpo_tuning.
             "flow-grpo": grpo(train__learning_rate=3e-3, grpo__clip_range=1e-3),
+            "flow-grpo-cfg": grpo_cfg(train__learning_rate=3e-3, grpo__clip_range=1e-3),
             "reward-weighted": baseline("shapes_rwr", num_epochs=28),
             "advantage-weighted": baseline("shapes_awm"),
             "best-of-n": baseline("shapes_best_of_n", num_epochs=46),
@@ -188,7 +198,7 @@ EXPERIMENTS = {
         common=DEMO_CURVE,
     ),
     "kl_groups": Experiment(
-        question="What do the KL weight, the deviation of the advantage and the group size do?",
+        question="What do KL weight, deviation of the advantage, group size and guidance do?",
         arms={
             "kl-1e-4": demo(),
             "kl-0": demo(nft__kl_weight=0.0),
@@ -197,6 +207,10 @@ EXPERIMENTS = {
             # The same 192 samples an epoch in more or larger groups.
             "24x8": demo(sample__num_groups=24, sample__num_image_per_prompt=8),
             "4x48": demo(sample__num_groups=4, sample__num_image_per_prompt=48),
+            # The same training as kl-1e-4, evaluated with guidance.
+            "cfg-at-the-end": demo(eval__guidance_scale=2.0),
+            # Guidance in the rollout, and none at the end.
+            "cfg-rollout": demo(sample__guidance_scale=2.0),
         },
         baseline="kl-1e-4",
         common=DEMO_CURVE,

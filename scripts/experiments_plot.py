@@ -1,6 +1,6 @@
 """Draws and tabulates what scripts/experiments.py left in --results, and nothing else.
 
-    python scripts/experiments_plot.py fast demo_seeds
+    python scripts/experiments_plot.py fast negatives
 
 Of each experiment: --output/NAME.png, held-out strict accuracy against compute and time, the mean
 over seeds with its 95 % band; and --output/NAME.md, a table with paired tests against the
