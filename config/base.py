@@ -194,7 +194,8 @@ def get_config() -> ml_collections.ConfigDict:
     monitor.action = "warn"
     # Also evaluate brightness, saturation and edges, as the held-out reward picture_statistics.
     monitor.pictures = False
-    # Alarming: a held-out reward lower than at first by more than so many standard errors,
+    # Alarming: an evaluated reward, or a component of one, lower than at first by more than so many
+    # standard errors,
     monitor.max_drop = 4.0
     # a diversity lower by more than this share,
     monitor.max_diversity_drop = 0.3

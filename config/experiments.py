@@ -23,7 +23,8 @@ class Arm:
 @dataclass(frozen=True)
 class Experiment:
     """``baseline``: the arm that the others are tested against.  ``common``: changes of every arm,
-    such as how often it is evaluated, which must be the same for curves to compare.
+    such as how often it is evaluated, which must be the same for curves to compare.  ``watched``:
+    metrics that are drawn beside strict accuracy.
     """
 
     question: str
@@ -31,6 +32,7 @@ class Experiment:
     baseline: str
     common: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = SEEDS
+    watched: tuple[str, ...] = ()
 
     def changes(self, arm: str) -> dict[str, Any]:
         """What ``arm`` changes in its preset, by dotted key."""
@@ -223,5 +225,15 @@ EXPERIMENTS = {
         },
         baseline="standard",
         common={**DEMO_CURVE, "monitor.pictures": True, "monitor.max_kl": 0.1},
+        watched=(
+            "reward/mean",
+            "eval/shapes/strict",
+            "eval/shapes/stricter",
+            "eval/diversity",
+            "eval/picture_statistics",
+            "eval/picture_statistics/saturation",
+            "eval/picture_statistics/edges",
+            "loss/kl",
+        ),
     ),
 }

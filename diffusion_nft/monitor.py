@@ -1,8 +1,8 @@
 """Alarms for what a rising reward may hide: each evaluation is compared with the first.
 
-Watched are held-out rewards, the diversity of pictures, brightness, saturation and edges (with
-``monitor.pictures``); and in each epoch the distance to the reference and the size of clean
-latents.  The limits are ``monitor.*`` of the configuration.
+Watched are all evaluated rewards and their components, the diversity of pictures, brightness,
+saturation and edges (with ``monitor.pictures``); and in each epoch the distance to the reference
+and the size of clean latents.  The limits are ``monitor.*`` of the configuration.
 """
 
 import math
@@ -31,7 +31,7 @@ class Monitor:
     """
 
     def __init__(self, config: ConfigDict, algorithm: Algorithm, say: Callable[[str], None]):
-        self.limits, self.rewards = config.monitor, tuple(config.eval.rewards)
+        self.limits = config.monitor
         self.algorithm, self.say = algorithm, say
         self._alarm = ""
         self._alarming = False  # the last epoch
@@ -54,16 +54,18 @@ class Monitor:
 
         What lasts from epoch to epoch is one alarm, and another one at each evaluation.
         """
-        found = []
-        kl, most = values.get("loss/kl", 0.0), self.limits.max_kl
-        if most and kl > most:
-            found.append(f"loss/kl, the distance to the reference, is {kl:.4g} (max_kl {most:g})")
+        checks = {}
+        if most := self.limits.max_kl:
+            kl = values.get("loss/kl", 0.0)
+            text = f"loss/kl, the distance to the reference, is {kl:.4g} (max_kl {most:g})"
+            checks["loss/kl"] = text if kl > most else ""
         rms = values["reward/x0_rms"]
         first = self.state.setdefault("x0_rms", rms)
-        found += self._changed("reward/x0_rms", rms, first)
+        checks["reward/x0_rms"] = self._changed("reward/x0_rms", rms, first)
+        found = [text for text in checks.values() if text]
         self._unheard = found if self._alarming else []
         lasting, self._alarming = self._alarming, bool(found)
-        return self._act([] if lasting else found)
+        return self._act(checks, [] if lasting else found)
 
     def evaluation(self, evaluation: Evaluation) -> dict[str, float]:
         """Looks at an evaluation; returns ``monitor/*`` for the log."""
@@ -73,19 +75,19 @@ class Monitor:
         first = self.state.setdefault("evaluation", {})
         for name, value in now.items():
             first.setdefault(name, value)
-        found = list(self._unheard)
-        for name in self.rewards:
-            if name in now:
-                found += self._dropped(name, now[name], first[name])
-        before, after = first["diversity"][0], now["diversity"][0]
-        if after < (1 - self.limits.max_diversity_drop) * before:
-            found.append(f"eval/diversity fell from {before:.4g} to {after:.4g}")
-        for name in now:
-            if name.partition("/")[0] == PICTURES:
-                found += self._changed(f"eval/{name}", now[name][0], first[name][0])
-        return self._act(found)
+        checks = {}
+        for name, value in now.items():
+            if name == "diversity":
+                text = self._narrowed(value[0], first[name][0])
+            elif name.partition("/")[0] == PICTURES:
+                text = self._changed(f"eval/{name}", value[0], first[name][0])
+            else:
+                text = self._dropped(f"eval/{name}", value, first[name])
+            checks[f"eval/{name}"] = text
+        return self._act(checks, [*self._unheard, *(text for text in checks.values() if text)])
 
-    def _act(self, found: list[str]) -> dict[str, float]:
+    def _act(self, checks: Mapping[str, str], found: list[str]) -> dict[str, float]:
+        """Alarms of ``found``; what is logged says of each check whether its limit is passed."""
         if self.limits.action == "off":
             return {}
         if found:
@@ -98,7 +100,8 @@ class Monitor:
                 self.algorithm.kl_weight *= step
                 raised = f"; the weight of the KL term is now {self.algorithm.kl_weight:g}"
             self.say(self._alarm + raised)
-        return {f"monitor/{name}": self.state[name] for name in ("alarms", "kl_factor")}
+        sums = {f"monitor/{name}": self.state[name] for name in ("alarms", "kl_factor")}
+        return sums | {f"monitor/alarm/{name}": int(bool(text)) for name, text in checks.items()}
 
     def progress(self) -> dict[str, int]:
         """What the progress bar shows: nothing, until there is an alarm."""
@@ -109,15 +112,20 @@ class Monitor:
         if self._alarm and self.limits.action == "stop":
             raise Alarm(f"{self._alarm} (monitor.action = 'stop')")
 
-    def _dropped(self, name: str, now: tuple, first: tuple) -> list[str]:
-        """A held-out reward that fell by more standard errors of the difference than allowed."""
+    def _dropped(self, name: str, now: tuple, first: tuple) -> str:
+        """A score that fell by more standard errors of the difference than allowed."""
         error, drop = math.hypot(now[1], first[1]), first[0] - now[0]
-        if name == PICTURES or drop <= self.limits.max_drop * error:
-            return []
+        if drop <= self.limits.max_drop * error:
+            return ""
         errors = f", {drop / error:.1f} SE" if error else ""
-        return [f"held-out eval/{name} fell from {first[0]:.4g} to {now[0]:.4g}{errors}"]
+        return f"{name} fell from {first[0]:.4g} to {now[0]:.4g}{errors}"
 
-    def _changed(self, name: str, now: float, first: float) -> list[str]:
+    def _narrowed(self, now: float, first: float) -> str:
+        if now >= (1 - self.limits.max_diversity_drop) * first:
+            return ""
+        return f"eval/diversity fell from {first:.4g} to {now:.4g}"
+
+    def _changed(self, name: str, now: float, first: float) -> str:
         if abs(now - first) <= self.limits.max_picture_change * abs(first):
-            return []
-        return [f"{name} went from {first:.4g} to {now:.4g}"]
+            return ""
+        return f"{name} went from {first:.4g} to {now:.4g}"

@@ -5,8 +5,9 @@
 
 A run is a process of its own; its directory and log lie in --runs, its numbers in
 --results/EXPERIMENT/ARM-seedSEED.jsonl (experiments_results.py).  The same command goes on where it
-was stopped; finished runs are not run again, and those of an arm that has changed since are
-refused.  scripts/experiments_plot.py draws the results.
+was stopped.  What has finished is not run again, in another experiment neither if the arm is the
+same there; results of an arm that has changed since are refused.  scripts/experiments_plot.py draws
+them.
 """
 
 import argparse
@@ -21,7 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from experiments_grid import ROOT, Run, is_done, load, plan
-from experiments_results import THREADS, Incomplete, model_shape, threads, write_result
+from experiments_results import (
+    THREADS,
+    Incomplete,
+    model_shape,
+    same_elsewhere,
+    take_over,
+    threads,
+    write_result,
+)
 
 from diffusion_nft.files import DiskError
 from diffusion_nft.preemption import requested, stop_on_signals
@@ -90,6 +99,15 @@ def _last_line(path: Path) -> str:
     return lines[-1] if lines else "it printed nothing"
 
 
+def taken_over(run: Run) -> bool:
+    """Whether another experiment has run the same, whose result then is that of ``run`` too."""
+    source = same_elsewhere(run)
+    if source:
+        take_over(run, source)
+        print(f"{run.title}: the run of {source}")
+    return source is not None
+
+
 def run_all(todo: list[Run], jobs: int) -> list[Run]:
     """Works off ``todo``, ``jobs`` at once, until all ended or a stop is asked for; says when a run
     starts and ends.  Returns those that failed.
@@ -149,7 +167,7 @@ def main() -> None:
         runs = plan(args.name, experiments[args.name], args)
         for run in runs:
             model_shape(run.config)
-        todo = [run for run in runs if not is_done(run)]
+        todo = [run for run in runs if not is_done(run) and not taken_over(run)]
     except ValueError as error:
         sys.exit(str(error))
     print(f"{args.name}: {len(runs)} runs, {len(runs) - len(todo)} of them finished before")

@@ -29,6 +29,7 @@ class Run:
     experiment: str
     question: str
     baseline: str
+    watched: tuple[str, ...]
     arm: str
     seed: int
     preset: str  # file:name
@@ -100,6 +101,7 @@ def make_run(name: str, experiment: Any, arm: str, seed: int, args: argparse.Nam
         experiment=name,
         question=experiment.question,
         baseline=experiment.baseline,
+        watched=experiment.watched,
         arm=arm,
         seed=seed,
         preset=f"{os.path.relpath(ROOT / chosen.file)}:{chosen.preset}",

@@ -4,8 +4,9 @@
 
 Of each experiment: --output/NAME.png, held-out strict accuracy against compute and time, the mean
 over seeds with its 95 % band; and --output/NAME.md, a table with paired tests against the
-experiment's baseline at equal compute.  Intervals are Student's t over seeds.  Needs the extra
-"plots".
+experiment's baseline at equal compute.  Intervals are Student's t over seeds.  Where an experiment
+watches other metrics, --output/NAME-watched.png has those; alarms of the monitor are tabulated.
+Needs the extra "plots".
 """
 
 import argparse
@@ -14,8 +15,10 @@ import math
 import shlex
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from diffusion_nft.files import write_atomically
 
 STRICT, STRICTER, DIVERSITY = "eval/shapes/strict", "eval/shapes/stricter", "eval/diversity"
 COST, SECONDS = "forward_equivalents", "seconds"
+ALARM = "monitor/alarm/"
+NEVER = sys.maxsize
 AXES = {COST: "training compute, thousands of forward-equivalents", SECONDS: "training time, s"}
 CONFIDENCE = 0.95
 # Fewer pairs than this say next to nothing about their spread.
@@ -50,10 +55,30 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Result:
-    """A file of scripts/experiments.py: what ran, and its evaluations in the order of epochs."""
+    """A file of scripts/experiments.py: what ran, and its evaluations and epochs in their order."""
 
     about: dict[str, Any]
-    evaluations: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows that are evaluations."""
+        return [row for row in self.rows if "eval/total" in row]
+
+    def first_alarms(self) -> dict[str, int]:
+        """The epoch at which each alarm of the monitor is first on, earliest first; and those that
+        never are, at NEVER.
+        """
+        first: dict[str, int] = {}
+        for row in self.rows:
+            for key, on in row.items():
+                if key.startswith(ALARM):
+                    epoch = row["epoch"] if on else NEVER
+                    first[key] = min(first.get(key, NEVER), epoch)
+        return {
+            key.removeprefix(ALARM): epoch
+            for key, epoch in sorted(first.items(), key=lambda item: item[1])
+        }
 
     @property
     def gain(self) -> float:
@@ -87,10 +112,10 @@ def read(folder: Path) -> Results:
         raise ValueError(f"{folder} holds no results: python scripts/experiments.py {folder.name}")
     for path in paths:
         about, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        evaluations = [row for row in rows if "eval/total" in row]
-        if len(evaluations) < 2 or STRICT not in evaluations[0]:
+        result = Result(about, rows)
+        if len(result.evaluations) < 2 or STRICT not in result.evaluations[0]:
             raise ValueError(f"{path} must hold two evaluations or more, with {STRICT}")
-        found.setdefault(about["arm"], {})[about["seed"]] = Result(about, evaluations)
+        found.setdefault(about["arm"], {})[about["seed"]] = result
         baseline = about["baseline"]
     for arm, results in found.items():
         kinds = {
@@ -190,7 +215,6 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
     about = abouts[-1]
     baseline = results.get(about["baseline"])
     rows = [[column.format(baseline=about["baseline"]) for column in COLUMNS]]
-    rows.append(["---"] * len(COLUMNS))
     rows += [cells(arm, seeds, baseline) for arm, seeds in results.items()]
     seeds = sorted({about["seed"] for about in abouts})
     ratios = sorted({about["backward_over_forward"] for about in abouts})
@@ -203,8 +227,9 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
             f"# {name}\n",
             f"{about['question']}\n",
             f"![Strict accuracy against compute and time]({name}.png)\n",
-            *("| " + " | ".join(row) + " |" for row in rows),
+            *table(rows),
             "",
+            *watched_lines(name, results),
             "Means over seeds; ± and [ ] are 95 % intervals (Student's t over seeds), p is of a",
             "paired t-test over common seeds, not corrected for the number of arms. Evaluations",
             "count in neither seconds nor forward-equivalents. A forward-equivalent is a sample's",
@@ -218,6 +243,64 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
             f"    {shlex.join(runs)}\n",
         ]
     )
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    """Markdown; the first row is the head."""
+    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
+    return [head, "|" + "---|" * len(rows[0]), *body]
+
+
+def watched(results: Results) -> list[str]:
+    """The metrics that the experiment draws beside strict accuracy."""
+    abouts = [result.about for seeds in results.values() for result in seeds.values()]
+    return abouts[-1].get("watched", [])
+
+
+def watched_lines(name: str, results: Results) -> list[str]:
+    """The figure of what is watched, and a table of when each alarm was first on."""
+    lines = []
+    if watched(results):
+        lines += [f"![Watched metrics by epoch]({name}-watched.png)", ""]
+    rows = alarms(results)
+    if len(rows) > 1:
+        lines += [*table(rows), ""]
+        lines += [
+            "Alarms: runs in which the limit was passed, and the median of the epochs in which"
+        ]
+        lines += ["it first was (first to last of them). Evaluations are not of every epoch.", ""]
+    return lines
+
+
+def alarms(results: Results) -> list[list[str]]:
+    """A row an alarm, the earliest first, a column an arm; and one of what was first in a run."""
+    firsts = {arm: [run.first_alarms() for run in runs.values()] for arm, runs in results.items()}
+    every = [
+        (epoch, name) for runs in firsts.values() for run in runs for name, epoch in run.items()
+    ]
+    rows = [["alarm", *firsts]]
+    for name in dict.fromkeys(name for _, name in sorted(every)):
+        row = [name]
+        for runs in firsts.values():
+            epochs = sorted(epoch for run in runs if (epoch := run.get(name, NEVER)) < NEVER)
+            text = f"{len(epochs)} of {len(runs)}"
+            if epochs:
+                text += f": {statistics.median(epochs):g} ({epochs[0]} to {epochs[-1]})"
+            row.append(text)
+        rows.append(row)
+    if every:
+        rows.append(["first of all", *map(_first_of_all, firsts.values())])
+    return rows
+
+
+def _first_of_all(runs: list[dict[str, int]]) -> str:
+    """``"loss/kl 4, eval/diversity 1"``; alarms of the same epoch are named together."""
+    names = []
+    for run in runs:
+        epoch = min(run.values(), default=NEVER)
+        if epoch < NEVER:
+            names.append(" + ".join(name for name, when in run.items() if when == epoch))
+    return ", ".join(f"{name} {count}" for name, count in Counter(names).most_common()) or "none"
 
 
 def machines(abouts: list[dict[str, Any]]) -> str:
@@ -258,6 +341,39 @@ def draw(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def draw_watched(results: Results, path: Path) -> None:
+    """A panel a watched metric, by epoch: each run a thin line, the mean over seeds a thick one."""
+    from matplotlib.figure import Figure
+
+    names, columns = watched(results), 4
+    lines = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(10.5, 2.6 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for panel in list(panels)[len(names) :]:
+        panel.remove()
+    for name, panel in zip(names, panels, strict=False):
+        for number, (arm, seeds) in enumerate(results.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            by_epoch: dict[int, list[float]] = {}
+            for result in seeds.values():
+                points = {
+                    row["epoch"]: row[name] for row in result.rows if row.get(name) is not None
+                }
+                panel.plot(points.keys(), points.values(), color=colour, alpha=0.35, linewidth=0.7)
+                for epoch, value in points.items():
+                    by_epoch.setdefault(epoch, []).append(value)
+            means = {epoch: statistics.fmean(values) for epoch, values in sorted(by_epoch.items())}
+            panel.plot(means.keys(), means.values(), color=colour, linewidth=2, label=arm)
+        panel.set_title(name, fontsize=9)
+        panel.set_xlabel("epoch", fontsize=8)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(results), frameon=False)
+    figure.savefig(path, dpi=150)
+
+
 def parse_flags() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -282,6 +398,8 @@ def main() -> None:
         try:
             text = report(name, results, args)
             draw(results, args.output / f"{name}.png")
+            if watched(results):
+                draw_watched(results, args.output / f"{name}-watched.png")
         except ImportError as error:
             sys.exit(f"{error.name} is missing: pip install 'diffusion-nft[plots]'")
         write_atomically(args.output / f"{name}.md", text.encode())

@@ -27,8 +27,8 @@ from diffusion_nft.run_dir import CONFIG_FILE, flatten
 
 EMBEDDED_PIPELINE = ROOT / "diffusion_nft" / "shapes" / "pipeline"
 THREADS = "OMP_NUM_THREADS"
-# Of an epoch's metrics; an evaluation's are kept whole.
-KEPT = ("reward/mean", "reward/diversity", "loss/kl")
+# Of an epoch's metrics, beside those of the monitor; an evaluation's are kept whole.
+KEPT = ("reward/mean", "reward/diversity", "reward/x0_rms", "loss/kl")
 # Of more epochs than this, only so many are kept.
 MAX_EPOCHS_KEPT = 80
 SIGNIFICANT = 5
@@ -84,6 +84,17 @@ def cpu() -> str:
     return names[0] if names else platform.machine()
 
 
+def place(run: Run) -> dict[str, Any]:
+    """What the header says of the experiment; the rest of it is about the run alone."""
+    return {
+        "experiment": run.experiment,
+        "question": run.question,
+        "baseline": run.baseline,
+        "watched": run.watched,
+        "arm": run.arm,
+    }
+
+
 def header(run: Run, ratio: float, jobs: int) -> dict[str, Any]:
     """What ran, where, and by which version of the program."""
     starts = (run.folder / ENVIRONMENTS_FILE).read_text(encoding="utf-8").splitlines()
@@ -91,10 +102,7 @@ def header(run: Run, ratio: float, jobs: int) -> dict[str, Any]:
     del about["command"]
     command = shlex.join(["python", *run.command()])
     return {
-        "experiment": run.experiment,
-        "question": run.question,
-        "baseline": run.baseline,
-        "arm": run.arm,
+        **place(run),
         "seed": run.seed,
         "preset": run.preset,
         "changes": run.changes,
@@ -137,7 +145,9 @@ def rows(run: Run, ratio: float) -> Iterator[dict[str, Any]]:
                     f"{run.folder} and run it again"
                 ) from error
         if evaluation or row["epoch"] % every == 0:
-            kept = {k: v for k, v in row.items() if k in KEPT or k.startswith("eval/")}
+            kept = {
+                k: v for k, v in row.items() if k in KEPT or k.startswith(("eval/", "monitor/"))
+            }
             sums = {"seconds": seconds, "forward_equivalents": cost}
             yield {"epoch": row["epoch"], "step": row["step"], **_rounded(sums | kept)}
         ended = evaluation and row["epoch"] == run.config.num_epochs
@@ -161,9 +171,34 @@ def write_result(run: Run, jobs: int) -> dict[str, Any]:
     numbers = list(rows(run, ratio))
     ran = json.loads((run.folder / CONFIG_FILE).read_bytes())
     refuse(run, run.folder, differences(run, ran, []))
-    lines = [
-        json.dumps(line, separators=(",", ":")) for line in (header(run, ratio, jobs), *numbers)
-    ]
+    lines = [_json(line) for line in (header(run, ratio, jobs), *numbers)]
     run.result.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(run.result, ("\n".join(lines) + "\n").encode())
     return numbers[-1]
+
+
+def _json(line: dict[str, Any]) -> str:
+    return json.dumps(line, separators=(",", ":"))
+
+
+def same_elsewhere(run: Run) -> Path | None:
+    """The newest result of another experiment whose arm is the same as that of ``run``."""
+    found = []
+    for path in run.result.parent.parent.glob(f"*/*-seed{run.seed}.jsonl"):
+        with path.open(encoding="utf-8") as file:
+            about = json.loads(file.readline())
+        same = about["preset"] == run.preset and _json(about["changes"]) == _json(run.changes)
+        if same and not differences(run, about["config"], list(about["changes"])):
+            found.append((about["date"], path))
+    return max(found)[1] if found else None
+
+
+def take_over(run: Run, source: Path) -> None:
+    """Writes the numbers at ``source`` as the result of ``run``; the header says whose they are."""
+    first, _, rest = source.read_text(encoding="utf-8").partition("\n")
+    about = json.loads(first)
+    ran_as = about.get("ran_as", f"{about['experiment']} {about['arm']}")
+    run.result.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        run.result, f"{_json(about | place(run) | {'ran_as': ran_as})}\n{rest}".encode()
+    )

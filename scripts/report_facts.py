@@ -22,6 +22,8 @@ MOST_DECIMALS = 5
 # A null here is a number that was not finite; elsewhere it may mean "does not apply".
 MUST_BE_FINITE = ("loss/", "reward/mean", "reward/std", "reward/x0_rms", "eval/total")
 NOT_PHASES = ("time/epoch", "time/eval", "time/images_per_second", "time/peak_memory_gb")
+# Metrics that are 1 where what they name is beyond its limit.
+ALARM = "monitor/alarm/"
 # Where a run lies and what it is called is no setting to compare.
 NAMES = ("save_dir", "run_name")
 
@@ -246,9 +248,11 @@ def _alarms(run: Run) -> list[str]:
         return []
     factor = rows[-1]["monitor/kl_factor"]
     raised = f"; the KL term's weight was raised {factor:g} times" if factor > 1 else ""
+    which = [name.removeprefix(ALARM) for name in rows[0] if name.startswith(ALARM)]
+    first = ", ".join(name for name in which if rows[0][ALARM + name])
     return [
         f"{rows[-1]['monitor/alarms']:g} alarm(s) of the monitor, the first in epoch "
-        f"{rows[0]['epoch']}{raised}; the run printed what they were."
+        f"{rows[0]['epoch']} of {first or 'what the run printed'}{raised}."
     ]
 
 

@@ -17,20 +17,29 @@ from tests.launch import one_thread, smoke
 CPU = torch.device("cpu")
 
 
-def evaluation(shift: float = 0.0, diversity: float = 0.2, brightness: float = 0.5) -> Evaluation:
-    """Ten prompts; the held-out reward is 0 to 9, all of it moved by ``shift``."""
+def evaluation(
+    shift: float = 0.0, diversity: float = 0.2, brightness: float = 0.5, part: float = 0.5
+) -> Evaluation:
+    """Ten prompts; the reward is 0 to 9, all of it moved by ``shift``; all have one ``part``."""
     prompts = [Prompt(f"prompt {i}", {}) for i in range(10)]
     scores = {
         "total": [0.5] * 10,
         "clipscore": [i + shift for i in range(10)],
+        "clipscore/part": [part] * 10,
         "picture_statistics": [brightness] * 10,
     }
     return Evaluation(prompts, scores, diversity, torch.zeros(0, 3, 1, 1), [])
 
 
+def flags(values: dict[str, float]) -> dict[str, float]:
+    """Of what a monitor logs: what is beyond its limit, and what is not."""
+    start = "monitor/alarm/"
+    return {k.removeprefix(start): v for k, v in values.items() if k.startswith(start)}
+
+
 def make_monitor(tmp_path, **limits) -> tuple[Monitor, list[str]]:
     settings = {f"monitor.{key}": value for key, value in limits.items()}
-    config = smoke(tmp_path, {"eval.rewards": ("clipscore",), **settings})
+    config = smoke(tmp_path, settings)
     said: list[str] = []
     return Monitor(config, SimpleNamespace(kl_weight=0.1), said.append), said  # pyright: ignore
 
@@ -41,7 +50,8 @@ def make_monitor(tmp_path, **limits) -> tuple[Monitor, list[str]]:
     [
         ({"shift": 3.0}, ""),
         ({"shift": -5.3}, ""),  # 3.91 errors
-        ({"shift": -5.5}, "held-out eval/clipscore fell from 4.5 to -1, 4.1 SE"),
+        ({"shift": -5.5}, "eval/clipscore fell from 4.5 to -1, 4.1 SE"),
+        ({"part": 0.3}, "eval/clipscore/part fell from 0.5 to 0.3"),
         ({"diversity": 0.15}, ""),
         ({"diversity": 0.13}, "eval/diversity fell from 0.2 to 0.13"),
         ({"diversity": 0.9}, ""),
@@ -52,9 +62,20 @@ def make_monitor(tmp_path, **limits) -> tuple[Monitor, list[str]]:
 )
 def test_an_evaluation_is_compared_with_the_first(tmp_path, change, alarm):
     monitor, said = make_monitor(tmp_path)
-    assert monitor.evaluation(evaluation()) == {"monitor/alarms": 0, "monitor/kl_factor": 1.0}
+    values = monitor.evaluation(evaluation())
+    assert values["monitor/alarms"] == 0 and values["monitor/kl_factor"] == 1.0
+    assert set(flags(values)) == {
+        "eval/total",
+        "eval/clipscore",
+        "eval/clipscore/part",
+        "eval/diversity",
+        "eval/picture_statistics",
+    }
+    assert not any(flags(values).values())
     values = monitor.evaluation(evaluation(**change))
     assert values["monitor/alarms"] == bool(alarm)
+    named = {name: int(alarm.startswith(f"{name} ")) for name in flags(values)}
+    assert flags(values) == named and sum(named.values()) == bool(alarm)
     assert said == ([f"alarm: {alarm}"] if alarm else [])
     assert monitor.progress() == ({"alarms": 1} if alarm else {})
     monitor.stop_if_alarmed()  # only where the action is to stop
@@ -62,10 +83,12 @@ def test_an_evaluation_is_compared_with_the_first(tmp_path, change, alarm):
 
 def test_an_epoch_is_compared_with_the_first(tmp_path):
     monitor, said = make_monitor(tmp_path, max_kl=0.05)
-    monitor.epoch({"reward/x0_rms": 1.0, "loss/kl": 0.01})
+    values = monitor.epoch({"reward/x0_rms": 1.0, "loss/kl": 0.01})
+    assert flags(values) == {"loss/kl": 0, "reward/x0_rms": 0}
     monitor.epoch({"reward/x0_rms": 1.2, "loss/kl": 0.05})
     assert not said
-    monitor.epoch({"reward/x0_rms": 1.4, "loss/kl": 0.06})
+    values = monitor.epoch({"reward/x0_rms": 1.4, "loss/kl": 0.06})
+    assert flags(values) == {"loss/kl": 1, "reward/x0_rms": 1}
     assert said == [
         "alarm: loss/kl, the distance to the reference, is 0.06 (max_kl 0.05); reward/x0_rms went "
         "from 1 to 1.4"
@@ -79,9 +102,9 @@ def test_actions(tmp_path):
     # What lasts is one alarm, and another at each evaluation.
     raising, said = make_monitor(tmp_path, action="raise_kl", max_kl=0.5)
     values = [raising.epoch(kl) for _ in range(3)][-1]
-    assert values == {"monitor/alarms": 1, "monitor/kl_factor": 2.0}
+    assert (values["monitor/alarms"], values["monitor/kl_factor"]) == (1, 2.0)
     values = raising.evaluation(evaluation())
-    assert values == {"monitor/alarms": 2, "monitor/kl_factor": 4.0}
+    assert (values["monitor/alarms"], values["monitor/kl_factor"]) == (2, 4.0)
     assert raising.algorithm.kl_weight == pytest.approx(0.4)
     assert said[-1].endswith("the weight of the KL term is now 0.4")
     # A resumed run goes on with the raised weight and the first evaluation.

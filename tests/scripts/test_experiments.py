@@ -193,6 +193,34 @@ def test_a_result_says_what_ran_and_sums_the_epochs(tiny, runner):
     assert rows[-1]["eval/shapes/strict"] == 0.5 and rows[-1]["eval/diversity"] is None
 
 
+def test_what_another_experiment_has_run_is_taken_over(tiny, capsys):
+    tiny.run("--arms", "few", "--seeds", 1)
+    other = tiny.results / "other" / "less-seed1.jsonl"
+    other.parent.mkdir()
+    result = tiny.results / "tiny" / "few-seed1.jsonl"
+    about, numbers = result.read_text().split("\n", 1)
+    header = json.loads(about)
+    theirs = header | {"experiment": "other", "arm": "less", "baseline": "more", "question": "?"}
+    other.write_text(f"{json.dumps(theirs)}\n{numbers}")
+    result.unlink()
+    capsys.readouterr()
+    tiny.run("--arms", "few")
+    printed = capsys.readouterr().out
+    assert f"tiny few seed 1: the run of {other}" in printed
+    # Of seed 2 there is none.
+    assert printed.count("started") == 1 and "tiny few seed 2: started" in printed
+    about, taken = result.read_text().split("\n", 1)
+    assert taken == numbers and json.loads(about) == header | {"ran_as": "other less"}
+    # The same changes of other settings are another run.
+    result.unlink()
+    theirs["config"]["train.learning_rate"] = 0.5
+    other.write_text(f"{json.dumps(theirs)}\n{numbers}")
+    for path in tiny.runs.rglob("*.jsonl"):
+        path.unlink()
+    tiny.run("--arms", "few", "--seeds", 1)
+    assert "tiny few seed 1: started" in capsys.readouterr().out
+
+
 def test_a_failing_run_leaves_the_others_and_is_named(tiny, monkeypatch, capsys):
     monkeypatch.setenv("FAKE", "fail few-seed1")
     with pytest.raises(SystemExit) as stopped:

@@ -132,3 +132,32 @@ def test_results_that_do_not_belong_together_are_refused(plot, results, tmp_path
     with pytest.raises(SystemExit) as stopped:
         call(plot, "nothing", "--results", results.parent, "--output", tmp_path)
     assert "holds no results: python scripts/experiments.py nothing" in stopped.value.code
+
+
+def test_alarms_and_watched_metrics_are_shown(plot, results, tmp_path):
+    # Epochs at which each alarm is on, by arm and seed.
+    on = {
+        ("base", 1): {"loss/kl": (2,)},
+        ("better", 1): {"loss/kl": (1, 2), "eval/diversity": (2,)},
+        ("better", 2): {"loss/kl": (2,), "eval/diversity": (2,)},
+    }
+    for path in results.glob("*.jsonl"):
+        about, *rows = map(json.loads, path.read_text().splitlines())
+        about["watched"] = ["reward/mean", "eval/shapes/strict"]
+        if about["arm"] in ("base", "better"):
+            epochs = on.get((about["arm"], about["seed"]), {})
+            for row in rows:
+                name = "eval/diversity" if "eval/total" in row else "loss/kl"
+                row[f"monitor/alarm/{name}"] = int(row["epoch"] in epochs.get(name, ()))
+        path.write_text("\n".join(map(json.dumps, [about, *rows])) + "\n")
+    call(plot, "made", "--results", results.parent, "--output", tmp_path)
+    page = (tmp_path / "made.md").read_text()
+    assert "(made-watched.png)" in page and (tmp_path / "made-watched.png").is_file()
+    table = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    table = table[[row[0] for row in table].index("alarm") :]
+    assert table == [
+        ["alarm", "base", "better", "shifted", "short"],
+        ["loss/kl", "1 of 3: 2 (2 to 2)", "2 of 4: 1.5 (1 to 2)", "0 of 3", "0 of 2"],
+        ["eval/diversity", "0 of 3", "2 of 4: 2 (2 to 2)", "0 of 3", "0 of 2"],
+        ["first of all", "loss/kl 1", "loss/kl 1, loss/kl + eval/diversity 1", "none", "none"],
+    ]

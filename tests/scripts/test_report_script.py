@@ -450,10 +450,12 @@ def test_a_browser_shows_it_without_errors_or_requests(report, tmp_path, browser
 
 
 def test_alarms_are_warnings(report, tmp_path):
-    rows = [epoch_row(1), epoch_row(2, **{"monitor/alarms": 1, "monitor/kl_factor": 2.0})]
+    first = {"monitor/alarms": 1, "monitor/kl_factor": 2.0}
+    first |= {"monitor/alarm/loss/kl": 1, "monitor/alarm/reward/x0_rms": 0}
+    rows = [epoch_row(1), epoch_row(2, **first)]
     rows += [epoch_row(3, **{"monitor/alarms": 2, "monitor/kl_factor": 4.0})]
     page = made(report, tmp_path, make_run(tmp_path / "run", rows=rows))
     assert (
-        "2 alarm(s) of the monitor, the first in epoch 2; the KL term's weight was raised 4 times"
-        in page.text
+        "2 alarm(s) of the monitor, the first in epoch 2 of loss/kl; the KL term's weight was "
+        "raised 4 times" in page.text
     )
