@@ -101,7 +101,7 @@ class Monitor:
                 raised = f"; the weight of the KL term is now {self.algorithm.kl_weight:g}"
             self.say(self._alarm + raised)
         sums = {f"monitor/{name}": self.state[name] for name in ("alarms", "kl_factor")}
-        return sums | {f"monitor/alarm/{name}": int(bool(text)) for name, text in checks.items()}
+        return sums | {f"monitor/alarm/{name}": float(bool(text)) for name, text in checks.items()}
 
     def progress(self) -> dict[str, int]:
         """What the progress bar shows: nothing, until there is an alarm."""
