@@ -12,6 +12,7 @@ Needs the extra "plots".
 import argparse
 import json
 import math
+import re
 import shlex
 import statistics
 import sys
@@ -26,6 +27,7 @@ import numpy as np
 
 from diffusion_nft.files import write_atomically
 
+TAG_STRICT = re.compile("eval/tag/(.+)/shapes/strict")
 STRICT, STRICTER, DIVERSITY = "eval/shapes/strict", "eval/shapes/stricter", "eval/diversity"
 COST, SECONDS = "forward_equivalents", "seconds"
 ALARM = "monitor/alarm/"
@@ -189,7 +191,6 @@ def cells(arm: str, results: dict[int, Result], baseline: dict[int, Result] | No
     def mean(key: str) -> float:
         return statistics.fmean(result.last(key) for result in results.values())
 
-    start = statistics.fmean(result.evaluations[0][STRICT] for result in results.values())
     gain, half = mean_and_half_width([result.gain for result in results.values()])
     against = ("–", "–", "–")
     if baseline is None:
@@ -199,7 +200,7 @@ def cells(arm: str, results: dict[int, Result], baseline: dict[int, Result] | No
     return [
         arm,
         str(len(results)),
-        f"{share(start)} → {share(mean(STRICT))}",
+        start_and_end(results, STRICT),
         f"{share(gain, '+')} ± {share(half)}",
         share(mean(STRICTER)),
         share(mean(DIVERSITY)),
@@ -207,6 +208,22 @@ def cells(arm: str, results: dict[int, Result], baseline: dict[int, Result] | No
         f"{mean(COST) / 1e3:.1f}",
         *against,
     ]
+
+
+def start_and_end(results: dict[int, Result], key: str) -> str:
+    """``".485 → .762"``: means over seeds of the first and the last evaluation."""
+    start = statistics.fmean(result.evaluations[0][key] for result in results.values())
+    return f"{share(start)} → {share(statistics.fmean(r.last(key) for r in results.values()))}"
+
+
+def by_tag(results: Results) -> list[list[str]]:
+    """Strict accuracy of each tag, a row an arm."""
+    first = next(iter(next(iter(results.values())).values()))
+    tags = {found[1]: key for key in first.evaluations[0] if (found := TAG_STRICT.fullmatch(key))}
+    rows = [["strict by tag", *tags]]
+    for arm, seeds in results.items():
+        rows.append([arm, *(start_and_end(seeds, key) for key in tags.values())])
+    return rows
 
 
 def report(name: str, results: Results, args: argparse.Namespace) -> str:
@@ -228,6 +245,8 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
             f"{about['question']}\n",
             f"![Strict accuracy against compute and time]({name}.png)\n",
             *table(rows),
+            "",
+            *table(by_tag(results)),
             "",
             *watched_lines(name, results),
             "Means over seeds; ± and [ ] are 95 % intervals (Student's t over seeds), p is of a",

@@ -38,7 +38,8 @@ def results(tmp_path):
                 line = {"epoch": epoch, "seconds": 10.0 * epoch * seed, "eval/total": strict}
                 line |= {"forward_equivalents": 1000.0 * epoch, "eval/diversity": None}
                 lines += [{"epoch": epoch, "reward/mean": 0.5}]
-                lines += [line | {"eval/shapes/strict": strict, "eval/shapes/stricter": 0.4}]
+                line |= {"eval/shapes/strict": strict, "eval/shapes/stricter": 0.4}
+                lines += [line | {"eval/tag/colors/shapes/strict": strict / 2}]
             text = "\n".join(map(json.dumps, lines)) + "\n"
             (folder / f"{arm}-seed{seed}.jsonl").write_text(text)
     return folder
@@ -108,6 +109,7 @@ def test_figure_and_page_are_made_and_the_page_tells_how(plot, results, tmp_path
     again = f"python scripts/experiments_plot.py made --results {results.parent} --output {output}"
     assert f"    {again}\n" in page
     assert "--arms base better shifted short --seeds 1 2 3 4 --jobs 2\n" in page
+    assert "| strict by tag | colors |\n|---|---|\n| base | .125 → .275 |\n" in page
     assert "a backward pass is\n1.250 of them" in page and "Machine: Cpu with 2 cores" in page
     with Image.open(output / "made.png") as picture:
         assert picture.width > 1000 and picture.height > 400
