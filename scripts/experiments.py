@@ -1,6 +1,7 @@
-"""Runs an experiment of config/experiments.py: every arm with every seed, by the training script.
+"""Runs experiments of config/experiments.py: every arm with every seed, by the training script.
 
     python scripts/experiments.py --list
+    python scripts/experiments.py negatives solvers --jobs 2
     python scripts/experiments.py fast --seeds 42 43 --arms faithful 5-steps --jobs 2
 
 A run is a process of its own; its directory and log lie in --runs, its numbers in
@@ -45,21 +46,24 @@ def parse_flags(experiments: dict[str, Any]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("name", nargs="?", choices=list(experiments), help="of config/experiments.py")
+    add("names", nargs="*", metavar="NAME", help="of config/experiments.py, one after another")
     add("--seeds", type=int, nargs="+", help="default: the experiment's")
-    add("--arms", nargs="+", help="default: all")
+    add("--arms", nargs="+", help="of one experiment; default: all")
     add("--jobs", type=int, default=1, help="runs at once; they share the cores")
     add("--results", type=Path, default=Path("results"))
     add("--runs", type=Path, default=Path("logs", "experiments"))
     add("--list", action="store_true", help="show the experiments and which runs are finished")
     args = parser.parse_args()
-    if not args.name and not args.list:
+    if not args.names and not args.list:
         parser.error("name an experiment, or give --list")
+    if unknown := [name for name in args.names if name not in experiments]:
+        parser.error(f"invalid choice: {unknown[0]!r} (choose from {', '.join(experiments)})")
     if args.jobs < 1:
         parser.error("--jobs must be 1 or more")
-    if args.name and not args.list:
-        arms = experiments[args.name].arms
-        args.arms = args.arms or list(arms)
+    if args.arms and len(args.names) != 1:
+        parser.error("--arms are those of one experiment: name it alone")
+    if args.arms:
+        arms = experiments[args.names[0]].arms
         if unknown := [arm for arm in args.arms if arm not in arms]:
             parser.error(f"--arms {unknown[0]}: choose from {', '.join(arms)}")
     return args
@@ -118,6 +122,8 @@ def run_all(todo: list[Run], jobs: int) -> list[Run]:
         while running or (waiting and not requested()):
             while waiting and len(running) < jobs and not requested():
                 run = waiting.popleft()
+                if taken_over(run):
+                    continue
                 running.append((run, start(run, jobs), time.monotonic()))
                 print(f"{run.title}: started, log: {run.log}", flush=True)
             time.sleep(POLL_SECONDS)
@@ -145,8 +151,8 @@ def _end(processes: Iterator[subprocess.Popen[bytes]]) -> None:
 
 
 def show(experiments: dict[str, Any], args: argparse.Namespace) -> None:
-    """Prints the experiments, or the one named, with their arms and finished seeds."""
-    for name in [args.name] if args.name else experiments:
+    """Prints the experiments, or those named, with their arms and finished seeds."""
+    for name in args.names or experiments:
         experiment = experiments[name]
         print(f"{name}: {experiment.question} (seeds {', '.join(map(str, experiment.seeds))})")
         for arm, chosen in experiment.arms.items():
@@ -164,13 +170,13 @@ def main() -> None:
     if args.list:
         return show(experiments, args)
     try:
-        runs = plan(args.name, experiments[args.name], args)
+        runs = [run for name in args.names for run in plan(name, experiments[name], args)]
         for run in runs:
             model_shape(run.config)
-        todo = [run for run in runs if not is_done(run) and not taken_over(run)]
+        todo = [run for run in runs if not is_done(run)]
     except ValueError as error:
         sys.exit(str(error))
-    print(f"{args.name}: {len(runs)} runs, {len(runs) - len(todo)} of them finished before")
+    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before")
     try:
         with stop_on_signals():
             failed = run_all(todo, args.jobs)

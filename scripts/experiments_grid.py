@@ -79,7 +79,7 @@ def plan(name: str, experiment: Any, args: argparse.Namespace) -> list[Run]:
     return [
         make_run(name, experiment, arm, seed, args)
         for seed in dict.fromkeys(args.seeds or experiment.seeds)
-        for arm in dict.fromkeys(args.arms)
+        for arm in dict.fromkeys(args.arms or experiment.arms)
     ]
 
 

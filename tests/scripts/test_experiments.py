@@ -105,9 +105,10 @@ def named_runs(runner, tmp_path):
     """Every run of config/experiments.py."""
     import experiments_grid as grid
 
-    args = SimpleNamespace(seeds=None, runs=tmp_path / "runs", results=tmp_path / "results")
+    args = SimpleNamespace(
+        seeds=None, arms=None, runs=tmp_path / "runs", results=tmp_path / "results"
+    )
     for name, experiment in grid.load(ROOT / "config" / "experiments.py").EXPERIMENTS.items():
-        args.arms = list(experiment.arms)
         yield name, experiment, grid.plan(name, experiment, args)
 
 
@@ -306,6 +307,7 @@ def test_a_key_of_a_later_version_does_not_make_results_old(tiny):
         ((), "name an experiment"),
         (("tiny", "--arms", "fewer"), "--arms fewer: choose from plain, few"),
         (("tiny", "--jobs", 0), "--jobs must be 1 or more"),
+        (("tiny", "tiny", "--arms", "few"), "--arms are those of one experiment"),
     ],
 )
 def test_a_wrong_command_line_is_refused(tiny, runner, capsys, given, message):
