@@ -16,6 +16,8 @@ from diffusion_nft.results import Evaluation
 
 # The reward whose score and components ``monitor.pictures`` watches.
 PICTURES = "picture_statistics"
+# Metrics of this start are 1 where what they name is beyond its limit, else 0.
+ALARM = "monitor/alarm/"
 # What an alarm multiplies the weight of the KL term by, under ``raise_kl``; and at most in all.
 KL_FACTOR, MAX_KL_FACTOR = 2.0, 64.0
 
@@ -70,20 +72,23 @@ class Monitor:
     def evaluation(self, evaluation: Evaluation) -> dict[str, float]:
         """Looks at an evaluation; returns ``monitor/*`` for the log."""
         means = evaluation.averages()["mean"]
-        now = {name: (value["mean"], value.get("stderr", 0.0)) for name, value in means.items()}
-        now["diversity"] = (evaluation.diversity, 0.0)
+        now = {name: (value["mean"], value["stderr"]) for name, value in means.items()}
+        if not math.isnan(evaluation.diversity):
+            now["diversity"] = (evaluation.diversity, None)
         first = self.state.setdefault("evaluation", {})
         for name, value in now.items():
             first.setdefault(name, value)
         checks = {}
-        for name, value in now.items():
+        for name, (mean, error) in now.items():
+            before, error_before = first[name]
+            key = f"eval/{name}"
             if name == "diversity":
-                text = self._narrowed(value[0], first[name][0])
+                checks[key] = self._narrowed(mean, before)
             elif name.partition("/")[0] == PICTURES:
-                text = self._changed(f"eval/{name}", value[0], first[name][0])
-            else:
-                text = self._dropped(f"eval/{name}", value, first[name])
-            checks[f"eval/{name}"] = text
+                checks[key] = self._changed(key, mean, before)
+            # A single prompt has no standard error.
+            elif error is not None and error_before is not None:
+                checks[key] = self._dropped(key, (mean, error), (before, error_before))
         return self._act(checks, [*self._unheard, *(text for text in checks.values() if text)])
 
     def _act(self, checks: Mapping[str, str], found: list[str]) -> dict[str, float]:
@@ -101,7 +106,7 @@ class Monitor:
                 raised = f"; the weight of the KL term is now {self.algorithm.kl_weight:g}"
             self.say(self._alarm + raised)
         sums = {f"monitor/{name}": self.state[name] for name in ("alarms", "kl_factor")}
-        return sums | {f"monitor/alarm/{name}": float(bool(text)) for name, text in checks.items()}
+        return sums | {f"{ALARM}{name}": float(bool(text)) for name, text in checks.items()}
 
     def progress(self) -> dict[str, int]:
         """What the progress bar shows: nothing, until there is an alarm."""
@@ -113,7 +118,9 @@ class Monitor:
             raise Alarm(f"{self._alarm} (monitor.action = 'stop')")
 
     def _dropped(self, name: str, now: tuple, first: tuple) -> str:
-        """A score that fell by more standard errors of the difference than allowed."""
+        """A score that fell by more standard errors of the difference than allowed; these are of
+        independent evaluations, more than those of the same lines and noise.
+        """
         error, drop = math.hypot(now[1], first[1]), first[0] - now[0]
         if drop <= self.limits.max_drop * error:
             return ""
@@ -121,9 +128,9 @@ class Monitor:
         return f"{name} fell from {first[0]:.4g} to {now[0]:.4g}{errors}"
 
     def _narrowed(self, now: float, first: float) -> str:
-        if now >= (1 - self.limits.max_diversity_drop) * first:
-            return ""
-        return f"eval/diversity fell from {first:.4g} to {now:.4g}"
+        if now < (1 - self.limits.max_diversity_drop) * first:
+            return f"eval/diversity fell from {first:.4g} to {now:.4g}"
+        return ""
 
     def _changed(self, name: str, now: float, first: float) -> str:
         if abs(now - first) <= self.limits.max_picture_change * abs(first):

@@ -104,7 +104,7 @@ def _last_line(path: Path) -> str:
 
 
 def taken_over(run: Run) -> bool:
-    """Whether another experiment has run the same, whose result then is that of ``run`` too."""
+    """Whether another arm or experiment has run the same, whose result is that of ``run`` then."""
     source = same_elsewhere(run)
     if source:
         take_over(run, source)
@@ -170,7 +170,9 @@ def main() -> None:
     if args.list:
         return show(experiments, args)
     try:
-        runs = [run for name in args.names for run in plan(name, experiments[name], args)]
+        runs = [
+            run for name in dict.fromkeys(args.names) for run in plan(name, experiments[name], args)
+        ]
         for run in runs:
             model_shape(run.config)
         todo = [run for run in runs if not is_done(run)]
@@ -181,7 +183,7 @@ def main() -> None:
         with stop_on_signals():
             failed = run_all(todo, args.jobs)
             stopped = requested()
-    except DiskError as error:
+    except (DiskError, ValueError) as error:
         sys.exit(str(error))
     if failed:
         names = "\n  ".join(f"{run.title}: {run.log}" for run in failed)

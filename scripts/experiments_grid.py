@@ -128,6 +128,17 @@ def differences(run: Run, former: dict[str, Any], former_changes: Sequence[str])
     return lines
 
 
+def read_header(path: Path) -> dict[str, Any]:
+    """The first line of a result.  Raises ValueError if it is none."""
+    with path.open(encoding="utf-8") as file:
+        line = file.readline()
+    try:
+        header = json.loads(line)
+        return {**header, "config": dict(header["config"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no result of an experiment: {error!r}") from error
+
+
 def is_done(run: Run) -> bool:
     """Whether the result of ``run`` is there.
 
@@ -135,8 +146,7 @@ def is_done(run: Run) -> bool:
     """
     done = run.result.is_file()
     if done:
-        with run.result.open(encoding="utf-8") as file:
-            header = json.loads(file.readline())
+        header = read_header(run.result)
         refuse(run, run.result, differences(run, header["config"], list(header["changes"])))
     elif (path := run.folder / CONFIG_FILE).is_file():
         refuse(run, run.folder, differences(run, json.loads(path.read_bytes()), []))

@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 
 from diffusion_nft.files import write_atomically
+from diffusion_nft.monitor import ALARM
 
 TAG_STRICT = re.compile("eval/tag/(.+)/shapes/strict")
 STRICT, STRICTER, DIVERSITY = "eval/shapes/strict", "eval/shapes/stricter", "eval/diversity"
 COST, SECONDS = "forward_equivalents", "seconds"
-ALARM = "monitor/alarm/"
 NEVER = sys.maxsize
 AXES = {COST: "training compute, thousands of forward-equivalents", SECONDS: "training time, s"}
 CONFIDENCE = 0.95
@@ -218,8 +218,11 @@ def start_and_end(results: dict[int, Result], key: str) -> str:
 
 def by_tag(results: Results) -> list[list[str]]:
     """Strict accuracy of each tag, a row an arm."""
-    first = next(iter(next(iter(results.values())).values()))
-    tags = {found[1]: key for key in first.evaluations[0] if (found := TAG_STRICT.fullmatch(key))}
+    runs = [result for seeds in results.values() for result in seeds.values()]
+    keys = set.intersection(*(set(row) for result in runs for row in result.evaluations))
+    tags = {found[1]: key for key in sorted(keys) if (found := TAG_STRICT.fullmatch(key))}
+    if not tags:
+        return []
     rows = [["strict by tag", *tags]]
     for arm, seeds in results.items():
         rows.append([arm, *(start_and_end(seeds, key) for key in tags.values())])
@@ -245,9 +248,7 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
             f"{about['question']}\n",
             f"![Strict accuracy against compute and time]({name}.png)\n",
             *table(rows),
-            "",
             *table(by_tag(results)),
-            "",
             *watched_lines(name, results),
             "Means over seeds; ± and [ ] are 95 % intervals (Student's t over seeds), p is of a",
             "paired t-test over common seeds, not corrected for the number of arms. Evaluations",
@@ -258,16 +259,19 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
             "which lie below a curve that flattens, the more so the dearer its epochs. Bands are "
             f"of the gain over the start. Machine: {machines(abouts)}.\n",
             f"    {shlex.join(again)}\n",
-            "remakes figure and table from the results, which came from\n",
+            "remakes figures and tables from the results, which came from\n",
             f"    {shlex.join(runs)}\n",
+            f"at revision {revisions(abouts)}.{elsewhere(abouts)}\n",
         ]
     )
 
 
 def table(rows: list[list[str]]) -> list[str]:
-    """Markdown; the first row is the head."""
+    """Markdown; the first row is the head.  Nothing of no rows."""
+    if not rows:
+        return []
     head, *body = ("| " + " | ".join(row) + " |" for row in rows)
-    return [head, "|" + "---|" * len(rows[0]), *body]
+    return [head, "|" + "---|" * len(rows[0]), *body, ""]
 
 
 def watched(results: Results) -> list[str]:
@@ -281,35 +285,36 @@ def watched_lines(name: str, results: Results) -> list[str]:
     lines = []
     if watched(results):
         lines += [f"![Watched metrics by epoch]({name}-watched.png)", ""]
-    rows = alarms(results)
-    if len(rows) > 1:
-        lines += [*table(rows), ""]
-        lines += [
-            "Alarms: runs in which the limit was passed, and the median of the epochs in which"
-        ]
-        lines += ["it first was (first to last of them). Evaluations are not of every epoch.", ""]
+    if rows := alarms(results):
+        lines += table(rows)
+        lines += ["Alarms: runs in which the limit was passed, of those that watched it, and the"]
+        lines += ["median of the epochs in which it first was (first to last of them). Evaluations"]
+        lines += ["are not of every epoch.", ""]
     return lines
 
 
 def alarms(results: Results) -> list[list[str]]:
-    """A row an alarm, the earliest first, a column an arm; and one of what was first in a run."""
+    """A row an alarm that was ever on, the earliest first, a column an arm; and one of what was
+    first in a run.  A dash: no run of the arm watched it.
+    """
     firsts = {arm: [run.first_alarms() for run in runs.values()] for arm, runs in results.items()}
-    every = [
-        (epoch, name) for runs in firsts.values() for run in runs for name, epoch in run.items()
-    ]
+    every = [item for runs in firsts.values() for run in runs for item in run.items()]
+    if not every:
+        return []
+    on = sorted((epoch, name) for name, epoch in every if epoch < NEVER)
     rows = [["alarm", *firsts]]
-    for name in dict.fromkeys(name for _, name in sorted(every)):
-        row = [name]
-        for runs in firsts.values():
-            epochs = sorted(epoch for run in runs if (epoch := run.get(name, NEVER)) < NEVER)
-            text = f"{len(epochs)} of {len(runs)}"
-            if epochs:
-                text += f": {statistics.median(epochs):g} ({epochs[0]} to {epochs[-1]})"
-            row.append(text)
-        rows.append(row)
-    if every:
-        rows.append(["first of all", *map(_first_of_all, firsts.values())])
-    return rows
+    for name in dict.fromkeys(name for _, name in on):
+        seen = ([run[name] for run in runs if name in run] for runs in firsts.values())
+        rows.append([name, *map(_first_epochs, seen)])
+    return [*rows, ["first of all", *map(_first_of_all, firsts.values())]]
+
+
+def _first_epochs(seen: list[int]) -> str:
+    epochs = sorted(epoch for epoch in seen if epoch < NEVER)
+    if not epochs:
+        return f"0 of {len(seen)}" if seen else "–"
+    span = f"{statistics.median(epochs):g} ({epochs[0]} to {epochs[-1]})"
+    return f"{len(epochs)} of {len(seen)}: {span}"
 
 
 def _first_of_all(runs: list[dict[str, int]]) -> str:
@@ -319,7 +324,8 @@ def _first_of_all(runs: list[dict[str, int]]) -> str:
         epoch = min(run.values(), default=NEVER)
         if epoch < NEVER:
             names.append(" + ".join(name for name, when in run.items() if when == epoch))
-    return ", ".join(f"{name} {count}" for name, count in Counter(names).most_common()) or "none"
+    counts = ", ".join(f"{name} {count}" for name, count in Counter(names).most_common())
+    return counts or ("none" if any(runs) else "–")
 
 
 def machines(abouts: list[dict[str, Any]]) -> str:
@@ -331,6 +337,20 @@ def machines(abouts: list[dict[str, Any]]) -> str:
         for place in places
     )
     return "; ".join(dict.fromkeys(texts))
+
+
+def revisions(abouts: list[dict[str, Any]]) -> str:
+    """Of the program, each once, the commonest first; a star: the working tree had changes."""
+    names = [about["git_revision"][:9] + "*" * about["git_dirty"] for about in abouts]
+    text = ", ".join(name for name, _ in Counter(names).most_common())
+    return f"{text} (* with changes that were not committed)" if "*" in text else text
+
+
+def elsewhere(abouts: list[dict[str, Any]]) -> str:
+    """Which results are those of the same arm in another experiment."""
+    taken = Counter((about["arm"], about["ran_as"]) for about in abouts if "ran_as" in about)
+    texts = (f"{arm} ({count} seeds) ran as {ran_as}" for (arm, ran_as), count in taken.items())
+    return f" Taken from other experiments: {'; '.join(texts)}." if taken else ""
 
 
 def draw(results: Results, path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_flops import backward_cost, forward_cost
-from experiments_grid import ROOT, Run, differences, refuse
+from experiments_grid import ROOT, Run, differences, read_header, refuse
 from ml_collections import ConfigDict
 
 from diffusion_nft.checks import EMBEDDED_MODEL
@@ -181,13 +181,22 @@ def _json(line: dict[str, Any]) -> str:
     return json.dumps(line, separators=(",", ":"))
 
 
+def _same(ours: Any, theirs: Any) -> bool:
+    return json.dumps(ours, sort_keys=True) == json.dumps(theirs, sort_keys=True)
+
+
 def same_elsewhere(run: Run) -> Path | None:
-    """The newest result of another experiment whose arm is the same as that of ``run``."""
+    """The newest result of another arm or experiment that ran what ``run`` would, from a committed
+    version of the program.  Results that were taken over themselves do not count.
+
+    Raises ValueError for a file among the results that is none.
+    """
     found = []
     for path in run.result.parent.parent.glob(f"*/*-seed{run.seed}.jsonl"):
-        with path.open(encoding="utf-8") as file:
-            about = json.loads(file.readline())
-        same = about["preset"] == run.preset and _json(about["changes"]) == _json(run.changes)
+        about = read_header(path)
+        if path == run.result or "ran_as" in about or about["git_dirty"]:
+            continue
+        same = about["preset"] == run.preset and _same(about["changes"], run.changes)
         if same and not differences(run, about["config"], list(about["changes"])):
             found.append((about["date"], path))
     return max(found)[1] if found else None
@@ -197,7 +206,7 @@ def take_over(run: Run, source: Path) -> None:
     """Writes the numbers at ``source`` as the result of ``run``; the header says whose they are."""
     first, _, rest = source.read_text(encoding="utf-8").partition("\n")
     about = json.loads(first)
-    ran_as = about.get("ran_as", f"{about['experiment']} {about['arm']}")
+    ran_as = f"{about['experiment']} {about['arm']}"
     run.result.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(
         run.result, f"{_json(about | place(run) | {'ran_as': ran_as})}\n{rest}".encode()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from report_charts import number
 from report_runs import Part, Row, Run, is_picture_statistic
 
+from diffusion_nft.monitor import ALARM
 from diffusion_nft.results import NUM_SAMPLES
 from diffusion_nft.run_dir import differences
 
@@ -22,8 +23,6 @@ MOST_DECIMALS = 5
 # A null here is a number that was not finite; elsewhere it may mean "does not apply".
 MUST_BE_FINITE = ("loss/", "reward/mean", "reward/std", "reward/x0_rms", "eval/total")
 NOT_PHASES = ("time/epoch", "time/eval", "time/images_per_second", "time/peak_memory_gb")
-# Metrics that are 1 where what they name is beyond its limit.
-ALARM = "monitor/alarm/"
 # Where a run lies and what it is called is no setting to compare.
 NAMES = ("save_dir", "run_name")
 
@@ -251,8 +250,8 @@ def _alarms(run: Run) -> list[str]:
     which = [name.removeprefix(ALARM) for name in rows[0] if name.startswith(ALARM)]
     first = ", ".join(name for name in which if rows[0][ALARM + name])
     return [
-        f"{rows[-1]['monitor/alarms']:g} alarm(s) of the monitor, the first in epoch "
-        f"{rows[0]['epoch']} of {first or 'what the run printed'}{raised}."
+        f"{rows[-1]['monitor/alarms']:g} alarm(s) of the monitor, the first, of "
+        f"{first or 'what the run printed'}, in epoch {rows[0]['epoch']}{raised}."
     ]
 
 

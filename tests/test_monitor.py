@@ -1,6 +1,8 @@
 """Alarms: what is alarming, and what becomes of it."""
 
 import json
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +57,7 @@ def make_monitor(tmp_path, **limits) -> tuple[Monitor, list[str]]:
         ({"diversity": 0.15}, ""),
         ({"diversity": 0.13}, "eval/diversity fell from 0.2 to 0.13"),
         ({"diversity": 0.9}, ""),
+        ({"diversity": math.nan}, ""),
         ({"brightness": 0.36}, ""),
         ({"brightness": 0.7}, "eval/picture_statistics went from 0.5 to 0.7"),
         ({"brightness": 0.3}, "eval/picture_statistics went from 0.5 to 0.3"),
@@ -74,11 +77,23 @@ def test_an_evaluation_is_compared_with_the_first(tmp_path, change, alarm):
     assert not any(flags(values).values())
     values = monitor.evaluation(evaluation(**change))
     assert values["monitor/alarms"] == bool(alarm)
+    measured = "eval/diversity" in flags(values)
+    assert measured == (not math.isnan(change.get("diversity", 0.0)))
     named = {name: int(alarm.startswith(f"{name} ")) for name in flags(values)}
     assert flags(values) == named and sum(named.values()) == bool(alarm)
     assert said == ([f"alarm: {alarm}"] if alarm else [])
     assert monitor.progress() == ({"alarms": 1} if alarm else {})
     monitor.stop_if_alarmed()  # only where the action is to stop
+
+
+def test_a_single_prompt_has_no_error_to_compare_by(tmp_path):
+    monitor, said = make_monitor(tmp_path)
+    for shift in (0.0, -9.0):
+        one = evaluation(shift)
+        scores = {name: values[:1] for name, values in one.scores.items()}
+        values = monitor.evaluation(replace(one, prompts=one.prompts[:1], scores=scores))
+        assert set(flags(values)) == {"eval/diversity", "eval/picture_statistics"}
+    assert not said
 
 
 def test_an_epoch_is_compared_with_the_first(tmp_path):
@@ -102,6 +117,7 @@ def test_actions(tmp_path):
     # What lasts is one alarm, and another at each evaluation.
     raising, said = make_monitor(tmp_path, action="raise_kl", max_kl=0.5)
     values = [raising.epoch(kl) for _ in range(3)][-1]
+    assert flags(values) == {"loss/kl": 1, "reward/x0_rms": 0}
     assert (values["monitor/alarms"], values["monitor/kl_factor"]) == (1, 2.0)
     values = raising.evaluation(evaluation())
     assert (values["monitor/alarms"], values["monitor/kl_factor"]) == (2, 4.0)

@@ -54,7 +54,7 @@ PROMPT_CHECKS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class RewardOutput:
-    """``scores: [B]`` (higher is better) and named ``components: [B]`` for the logs.
+    """``scores: [B]`` and named ``components: [B]``, which are logged; higher is better for both.
 
     NaN in a component means "does not apply to this sample" and is left out of its mean.  A score
     is always finite.

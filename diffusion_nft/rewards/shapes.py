@@ -29,8 +29,8 @@ class ShapesReward:
 
     ``strict`` asks for every term of the caption under the standard rule; ``stricter`` asks the
     same under a rule that no reward ever sees, so that gaming the first shows.  ``rule``: what the
-    score is graded by; ``"lenient"`` takes blobs for shapes and overlooks specks, to study how a
-    policy games a reward.
+    score is graded by; ``"lenient"`` takes blobs for shapes and overlooks what is drawn beyond the
+    caption, to study how a policy games a reward.
     """
 
     def __init__(self, device: torch.device, *, rule: Literal["standard", "lenient"] = "standard"):

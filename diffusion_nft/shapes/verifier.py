@@ -38,17 +38,19 @@ class Rule:
 
     min_fit: Tanimoto coefficient with the best template, in [0, 1];
     max_color_error: root mean square distance (RGB in [0, 1]) of its inside to the palette colour;
-    min_area: foreground of fewer pixels than this in a cell is ignored.
+    min_area: foreground of fewer pixels than this in a cell is ignored;
+    at_least: counts ask for so many objects or more.
     """
 
     min_fit: float
     max_color_error: float
     min_area: float
+    at_least: bool = False
 
 
 # What a reward may be built on; "stricter" is for evaluation only, "lenient" is easily gamed.
 RULES = {
-    "lenient": Rule(min_fit=0.60, max_color_error=0.45, min_area=40.0),
+    "lenient": Rule(min_fit=0.60, max_color_error=0.45, min_area=40.0, at_least=True),
     "standard": Rule(min_fit=0.88, max_color_error=0.25, min_area=16.0),
     "stricter": Rule(min_fit=0.93, max_color_error=0.14, min_area=5.0),
 }
@@ -136,7 +138,9 @@ def detect(images: torch.Tensor) -> list[list[Detection]]:
     return detections
 
 
-def _agreement(found: int, required: int) -> float:
+def _agreement(found: int, required: int, rule: Rule) -> float:
+    if rule.at_least:
+        found = min(found, required)
     return max(0.0, 1.0 - abs(found - required) / required)
 
 
@@ -145,7 +149,8 @@ def judge(detections: Sequence[Detection], caption: dict, rule: Rule) -> tuple[f
 
     The graded score is the mean of the terms: for each clause its count, its colour and its
     position, as far as it has them, and once the total number of objects. Counts score
-    1 - |found - required| / required. The strict verdict asks for every term to be one.
+    1 - |found - required| / required, where the rule is `at_least` without what is found beyond.
+    The strict verdict asks for every term to be one.
     """
     present = [item for item in detections if item.area >= rule.min_area]
     clear = [item for item in present if item.is_clear(rule)]
@@ -158,12 +163,13 @@ def judge(detections: Sequence[Detection], caption: dict, rule: Rule) -> tuple[f
         ]
         for clause in include
     ]
-    terms = [_agreement(len(present), sum(clause["count"] for clause in include))]
+    terms = [_agreement(len(present), sum(clause["count"] for clause in include), rule)]
     for clause, matched in zip(include, matches, strict=True):
         required = clause["count"]
-        terms.append(_agreement(sum(item.name == clause["class"] for item in clear), required))
+        of_class = sum(item.name == clause["class"] for item in clear)
+        terms.append(_agreement(of_class, required, rule))
         if "color" in clause:
-            terms.append(_agreement(len(matched), required))
+            terms.append(_agreement(len(matched), required, rule))
         if "position" in clause:
             relation, target = clause["position"]
             holds = [

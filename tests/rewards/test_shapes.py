@@ -46,3 +46,15 @@ def test_the_lenient_rule_takes_a_blob_for_a_shape():
         assert lenient.components["strict"] == standard.components["strict"] == 0
     lenient = ShapesReward(torch.device("cpu"), rule="lenient")(image, [""], caption)
     assert lenient.scores == 1
+
+
+def test_the_lenient_rule_overlooks_further_objects():
+    image = torch.ones(1, 3, 48, 48)
+    for corner in (2, 18, 34):
+        image[:, 1:, 2:14, corner : corner + 12] = 0.0
+    scores = {}
+    for count in (1, 2, 3, 4):
+        caption = [{"include": [{"class": "square", "color": "red", "count": count}]}]
+        scores[count] = ShapesReward(torch.device("cpu"), rule="lenient")(image, [""], caption)
+    assert [scores[count].scores.item() for count in (1, 2, 3, 4)] == [1, 1, 1, 0.75]
+    assert [scores[count].components["strict"].item() for count in (1, 2, 3, 4)] == [0, 0, 1, 0]

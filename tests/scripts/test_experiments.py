@@ -112,23 +112,26 @@ def named_runs(runner, tmp_path):
         yield name, experiment, grid.plan(name, experiment, args)
 
 
-# What an arm of another cost or kind of guidance may change in how it is evaluated.
-FREE = ("eval_freq", "eval.guidance_scale")
+# Arms that are evaluated with guidance, after other epochs.
+GUIDED = ("flow-grpo-cfg", "cfg-lr-1e-3", "cfg-lr-3e-3", "cfg-at-the-end")
 
 
 def test_the_named_experiments_are_sound_and_their_arms_evaluated_alike(runner, tmp_path):
+    import experiments_results as results
+
     for name, experiment, runs in named_runs(runner, tmp_path):
         assert experiment.baseline in experiment.arms
         assert all(re.fullmatch(r"[a-z0-9_-]+", word) for word in (name, *experiment.arms))
         assert len({run.result for run in runs}) == len(experiment.arms) * len(experiment.seeds)
         evaluated = {
-            json.dumps(
-                {k: v for k, v in settings.items() if k.startswith("eval") and k not in FREE}
-            )
-            for settings in (flatten(run.config) for run in runs)
+            json.dumps({k: v for k, v in flatten(run.config).items() if k.startswith("eval")})
+            for run in runs
+            if run.arm not in GUIDED
         }
         assert len(evaluated) == 1
         assert all(run.config.num_epochs / run.config.eval_freq >= 2 for run in runs)
+        kept = results.KEPT
+        assert all(key in kept or key.startswith("eval/") for key in experiment.watched)
 
 
 def test_five_steps_train_at_as_many_sigmas_as_the_demo(runner, tmp_path):

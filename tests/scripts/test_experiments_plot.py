@@ -33,6 +33,7 @@ def results(tmp_path):
         for seed, final in finals.items():
             about = {"experiment": "made", "question": "Which?", "baseline": "base", "arm": arm}
             about |= {"seed": seed, "preset": "p", "changes": {}, "machine": machine}
+            about |= {"git_revision": "0123456789ab", "git_dirty": arm == "short"}
             lines = [about | {"backward_over_forward": 1.25}]
             for epoch, strict in enumerate((0.25, (0.25 + final) / 2, final)):
                 line = {"epoch": epoch, "seconds": 10.0 * epoch * seed, "eval/total": strict}
@@ -110,6 +111,7 @@ def test_figure_and_page_are_made_and_the_page_tells_how(plot, results, tmp_path
     assert f"    {again}\n" in page
     assert "--arms base better shifted short --seeds 1 2 3 4 --jobs 2\n" in page
     assert "| strict by tag | colors |\n|---|---|\n| base | .125 → .275 |\n" in page
+    assert "at revision 012345678, 012345678* (* with changes that were not committed)." in page
     assert "a backward pass is\n1.250 of them" in page and "Machine: Cpu with 2 cores" in page
     with Image.open(output / "made.png") as picture:
         assert picture.width > 1000 and picture.height > 400
@@ -159,7 +161,7 @@ def test_alarms_and_watched_metrics_are_shown(plot, results, tmp_path):
     table = table[[row[0] for row in table].index("alarm") :]
     assert table == [
         ["alarm", "base", "better", "shifted", "short"],
-        ["loss/kl", "1 of 3: 2 (2 to 2)", "2 of 4: 1.5 (1 to 2)", "0 of 3", "0 of 2"],
-        ["eval/diversity", "0 of 3", "2 of 4: 2 (2 to 2)", "0 of 3", "0 of 2"],
-        ["first of all", "loss/kl 1", "loss/kl 1, loss/kl + eval/diversity 1", "none", "none"],
+        ["loss/kl", "1 of 3: 2 (2 to 2)", "2 of 4: 1.5 (1 to 2)", "–", "–"],
+        ["eval/diversity", "0 of 3", "2 of 4: 2 (2 to 2)", "–", "–"],
+        ["first of all", "loss/kl 1", "loss/kl 1, loss/kl + eval/diversity 1", "–", "–"],
     ]

@@ -456,6 +456,6 @@ def test_alarms_are_warnings(report, tmp_path):
     rows += [epoch_row(3, **{"monitor/alarms": 2, "monitor/kl_factor": 4.0})]
     page = made(report, tmp_path, make_run(tmp_path / "run", rows=rows))
     assert (
-        "2 alarm(s) of the monitor, the first in epoch 2 of loss/kl; the KL term's weight was "
+        "2 alarm(s) of the monitor, the first, of loss/kl, in epoch 2; the KL term's weight was "
         "raised 4 times" in page.text
     )

@@ -45,7 +45,7 @@ def test_drawings_pass(drawings, rule):
     assert graded[strict].eq(1).all()
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["standard", "stricter"])
 def test_pictures_of_other_captions_fail(drawings, rule):
     shuffled = np.random.default_rng(0).permutation(len(METADATA))
     _, strict = verify(drawings, [METADATA[index] for index in shuffled], rule)
