@@ -1,18 +1,29 @@
 """Tables and figures of experiments, against numbers computed by hand."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import special
 
+from tests.launch import ROOT
 from tests.scripts.in_process import call, script
 
 
 @pytest.fixture(scope="module")
 def plot():
-    return script("experiments_plot")
+    sys.path.insert(0, str(ROOT / "scripts"))
+    yield script("experiments_plot")
+    sys.path.remove(str(ROOT / "scripts"))
+
+
+@pytest.fixture
+def tables(plot):
+    import experiments_tables
+
+    return experiments_tables
 
 
 # Final strict accuracies by arm and seed; all start at .25 and cost 2000 forward-equivalents.
@@ -46,14 +57,14 @@ def results(tmp_path):
     return folder
 
 
-def row_of(plot, results, arm: str) -> dict[str, str]:
-    found = plot.read(results)
-    return dict(zip(plot.COLUMNS, plot.cells(arm, found[arm], found["base"]), strict=True))
+def row_of(tables, results, arm: str) -> dict[str, str]:
+    found = tables.read(results)
+    return dict(zip(tables.COLUMNS, tables.cells(arm, found[arm], found["base"]), strict=True))
 
 
-def test_the_table_is_what_one_computes_by_hand(plot, results):
-    assert list(plot.read(results)) == ["base", "better", "shifted", "short"]
-    row = row_of(plot, results, "base")
+def test_the_table_is_what_one_computes_by_hand(tables, results):
+    assert list(tables.read(results)) == ["base", "better", "shifted", "short"]
+    row = row_of(tables, results, "base")
     # Gains .25, .35, .30: mean .30, deviation .05; Student's t at 97.5 % with 2 degrees is 4.303.
     assert row["gain ± 95 %"] == f"+.300 ± .{4.303 * 0.05 / 3**0.5 * 1e3:.0f}"
     assert row["strict"] == ".250 → .550" and row["stricter"] == ".400"
@@ -61,8 +72,8 @@ def test_the_table_is_what_one_computes_by_hand(plot, results):
     assert row["diversity"] == row["p"] == "–"
 
 
-def test_the_paired_test_is_over_common_seeds(plot, results):
-    row = row_of(plot, results, "better")
+def test_the_paired_test_is_over_common_seeds(tables, results):
+    row = row_of(tables, results, "better")
     differences = np.array([0.10, 0.12, 0.08])
     error = differences.std(ddof=1) / 3**0.5
     low, high = 0.10 - 4.303 * error, 0.10 + 4.303 * error
@@ -76,21 +87,21 @@ def test_the_paired_test_is_over_common_seeds(plot, results):
 @pytest.mark.parametrize(
     "arm, text", [("short", "n too small (2 common seeds)"), ("shifted", "-.100 for each of n=3")]
 )
-def test_what_cannot_be_tested_is_said(plot, results, arm, text):
-    row = row_of(plot, results, arm)
+def test_what_cannot_be_tested_is_said(tables, results, arm, text):
+    row = row_of(tables, results, arm)
     assert row["against {baseline} at equal compute [95 %]"] == text and row["p"] == "–"
 
 
-def test_two_arms_are_compared_where_their_cheapest_run_ended(plot, results):
+def test_two_arms_are_compared_where_their_cheapest_run_ended(tables, results):
     for seed in (1, 2, 3, 4):
         path = results / f"better-seed{seed}.jsonl"
         path.write_text("\n".join(path.read_text().splitlines()[:-2]) + "\n")
-    assert plot.read(results)["base"][1].at(1500) == pytest.approx(0.4375)
-    row = row_of(plot, results, "better")
+    assert tables.read(results)["base"][1].at(1500) == pytest.approx(0.4375)
+    row = row_of(tables, results, "better")
     # Half of the way from .25: differences of half the size.
     assert row["against {baseline} at equal compute [95 %]"].startswith("+.050 [")
     assert row["at, thousands"] == "1.0" and row["strict"] == ".250 → .456"
-    assert row_of(plot, results, "shifted")["at, thousands"] == "2.0"
+    assert row_of(tables, results, "shifted")["at, thousands"] == "2.0"
 
 
 def test_a_curve_is_the_mean_with_its_interval(plot, results):
