@@ -156,15 +156,12 @@ EXPERIMENTS = {
         seeds=(42,),
     ),
     "algorithms": Experiment(
-        question="Does NFT learn more from the same compute than other algorithms?",
+        question="Does NFT learn more from the same compute than Flow-GRPO?",
         arms={
             "nft": demo(),
             # The best of grpo_tuning.
             "flow-grpo": grpo(train__learning_rate=3e-3, grpo__clip_range=1e-3),
             "flow-grpo-cfg": grpo_cfg(train__learning_rate=3e-3, grpo__clip_range=1e-3),
-            "reward-weighted": baseline("shapes_rwr", num_epochs=28),
-            "advantage-weighted": baseline("shapes_awm"),
-            "best-of-n": baseline("shapes_best_of_n", num_epochs=46),
         },
         baseline="nft",
         common=DEMO_CURVE,

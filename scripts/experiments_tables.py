@@ -4,6 +4,7 @@ Intervals are Student's t over seeds.
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -40,6 +41,7 @@ COLUMNS = (
     "against {baseline} at equal compute [95 %]",
     "at, thousands",
     "p",
+    "{baseline} is there after",
 )
 
 
@@ -84,6 +86,19 @@ class Result:
         """Strict accuracy after ``cost`` forward-equivalents, between evaluations by a line."""
         costs, values = ([row[key] for row in self.evaluations] for key in (COST, STRICT))
         return float(np.interp(cost, costs, values))
+
+    def reaches(self, accuracy: float) -> float:
+        """The forward-equivalents at which strict accuracy first is ``accuracy``, between
+        evaluations by a line; infinite if it never is.
+        """
+        rows = self.evaluations
+        if rows[0][STRICT] >= accuracy:
+            return 0.0
+        for before, after in itertools.pairwise(rows):
+            if after[STRICT] >= accuracy:
+                part = (accuracy - before[STRICT]) / (after[STRICT] - before[STRICT])
+                return before[COST] + part * (after[COST] - before[COST])
+        return math.inf
 
 
 # arm -> seed -> result; the baseline comes first.
@@ -154,6 +169,19 @@ def paired_test(arm: dict[int, Result], baseline: dict[int, Result]) -> tuple[st
     return interval, spent, "<.001" if test.pvalue < 0.001 else share(test.pvalue)
 
 
+def head_start(arm: dict[int, Result], baseline: dict[int, Result]) -> str:
+    """The share of an arm's compute after which the baseline is where the arm ends, mean and range
+    over common seeds, and in how many it gets there.
+    """
+    seeds = sorted(arm.keys() & baseline.keys())
+    needed = [baseline[s].reaches(arm[s].last(STRICT)) / arm[s].last(COST) for s in seeds]
+    there = [value for value in needed if math.isfinite(value)]
+    if not there:
+        return f"0 of {len(seeds)}"
+    span = f"{share(statistics.fmean(there))} ({share(min(there))} to {share(max(there))})"
+    return span if len(there) == len(seeds) else f"{len(there)} of {len(seeds)}: {span}"
+
+
 def share(value: float, sign: str = "") -> str:
     """.760, or with ``sign`` "+": +.025; a dash for NaN."""
     return "–" if math.isnan(value) else f"{value:{sign}.3f}".replace("0.", ".", 1)
@@ -166,11 +194,11 @@ def cells(arm: str, results: dict[int, Result], baseline: dict[int, Result] | No
         return statistics.fmean(result.last(key) for result in results.values())
 
     gain, half = mean_and_half_width([result.gain for result in results.values()])
-    against = ("–", "–", "–")
+    against = ("–", "–", "–", "–")
     if baseline is None:
-        against = ("no results of it", "–", "–")
+        against = ("no results of it", "–", "–", "–")
     elif baseline is not results:
-        against = paired_test(results, baseline)
+        against = (*paired_test(results, baseline), head_start(results, baseline))
     return [
         arm,
         str(len(results)),
@@ -230,7 +258,9 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
             "pass through the transformer; a backward pass is",
             f"{', '.join(f'{ratio:.3f}' for ratio in ratios)} of them by FLOPs. Two arms are "
             "compared where the cheapest run of both ended; between evaluations curves are lines, "
-            "which lie below a curve that flattens, the more so the dearer its epochs. Bands are "
+            "which lie below a curve that flattens, the more so the dearer its epochs. The last "
+            "column is the share of an arm's compute that the baseline needs for the accuracy with "
+            "which the arm ends, mean (range), where it gets there. Bands are "
             f"of the gain over the start. Machine: {machines(abouts)}.\n",
             f"    {shlex.join(again)}\n",
             "remakes figures and tables from the results, which came from\n",
@@ -259,7 +289,10 @@ def watched_lines(name: str, results: Results) -> list[str]:
     lines = []
     if watched(results):
         lines += [f"![Watched metrics by epoch]({name}-watched.png)", ""]
-    if rows := alarms(results):
+    rows = alarms(results)
+    if len(rows) == 2:
+        lines += ["No alarm of the monitor was on in the runs that watched for them.", ""]
+    elif rows:
         lines += table(rows)
         lines += ["Alarms: runs in which the limit was passed, of those that watched it, and the"]
         lines += ["median of the epochs in which it first was (first to last of them). Evaluations"]

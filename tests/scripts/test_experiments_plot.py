@@ -84,6 +84,14 @@ def test_the_paired_test_is_over_common_seeds(tables, results):
     assert row["p"] == f"{special.betainc(df / 2, 0.5, df / (df + t * t)):.3f}"[1:]
 
 
+def test_where_the_baseline_reaches_an_arms_end(tables, results):
+    # On base's lines .40, .50 and .45 lie at 1200, 1429 and 1333 of 2000 forward-equivalents.
+    row = row_of(tables, results, "shifted")
+    assert row["{baseline} is there after"] == ".660 (.600 to .714)"
+    row = row_of(tables, results, "better")
+    assert row["{baseline} is there after"] == "0 of 3"
+
+
 @pytest.mark.parametrize(
     "arm, text", [("short", "n too small (2 common seeds)"), ("shifted", "-.100 for each of n=3")]
 )
@@ -135,7 +143,7 @@ def test_without_a_baseline_there_is_no_test(plot, results, tmp_path):
     for path in results.glob("base-*"):
         path.unlink()
     call(plot, "made", "--results", results.parent, "--output", tmp_path)
-    assert (tmp_path / "made.md").read_text().count("| no results of it | – | – |") == 3
+    assert (tmp_path / "made.md").read_text().count("| no results of it | – | – | – |") == 3
 
 
 def test_results_that_do_not_belong_together_are_refused(plot, results, tmp_path):
