@@ -239,12 +239,16 @@ def side_by_side(
         old = before_scores[i] if before_scores is not None else None
         new = after_scores[i] if after_scores is not None else None
         pair_width = sum(picture.width for picture in pair) + MARGIN // 2
+        texts = (
+            (_labelled(labels[0], old), GREY),
+            (_labelled(labels[1], new), _change_color(old, new)),
+        )
         cells.append(
             _Cell(
                 pictures=list(pair),
                 under=[
-                    [Line(_labelled(labels[0], old), GREY)],
-                    [Line(_labelled(labels[1], new), _change_color(old, new))],
+                    [Line(part, color) for part in _wrapped(text, pair[0].width, font)]
+                    for text, color in texts
                 ],
                 caption=_wrapped(captions[i], pair_width, font),
             )

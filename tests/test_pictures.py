@@ -104,6 +104,14 @@ def test_side_by_side_shows_both_pictures_and_colours_the_change():
     assert not {red, green} & colors(0.5, float("nan"))
 
 
+def test_a_label_wider_than_its_picture_takes_two_lines():
+    heights = [
+        side_by_side(solid(1), solid(1), ["a"], labels=("base", label)).height
+        for label in ("run", "a run of a long name")
+    ]
+    assert heights[1] > heights[0]
+
+
 def test_side_by_side_without_scores_and_with_title():
     pair = side_by_side(solid(3), solid(3), ["a", "b", "c"], columns=2)
     titled = side_by_side(solid(3), solid(3), ["a", "b", "c"], columns=2, title="0.4 -> 0.6")
