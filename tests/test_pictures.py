@@ -107,7 +107,7 @@ def test_side_by_side_shows_both_pictures_and_colours_the_change():
 def test_a_label_wider_than_its_picture_takes_two_lines():
     heights = [
         side_by_side(solid(1), solid(1), ["a"], labels=("base", label)).height
-        for label in ("run", "a run of a long name")
+        for label in ("run", "a run of a rather long name")
     ]
     assert heights[1] > heights[0]
 
