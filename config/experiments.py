@@ -181,8 +181,14 @@ EXPERIMENTS = {
         question="Does NFT learn more from the same compute than Flow-GRPO?",
         arms={
             "nft": demo(),
-            # The best of grpo_tuning.
+            # The best of grpo_tuning with the KL term, without it, and with guidance.
             "flow-grpo": grpo(train__learning_rate=3e-3, grpo__clip_range=1e-3),
+            "flow-grpo-no-kl": grpo(
+                train__learning_rate=3e-3,
+                grpo__clip_range=1e-3,
+                grpo__kl_weight=0.0,
+                num_epochs=18,
+            ),
             "flow-grpo-cfg": grpo_cfg(train__learning_rate=3e-3, grpo__clip_range=1e-3),
         },
         baseline="nft",

@@ -78,14 +78,16 @@ def draw(results: Results, path: Path) -> None:
 
 
 def draw_watched(results: Results, path: Path) -> None:
-    """A panel a watched metric, by epoch: each run a thin line, the mean over seeds a thick one."""
+    """A panel a watched metric, by epoch: each run a thin line, the mean over seeds a thick one.
+    Raises ImportError without matplotlib.
+    """
     from matplotlib.figure import Figure
 
     names, columns = watched(results), 4
     lines = math.ceil(len(names) / columns)
     figure = Figure(figsize=(10.5, 2.6 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flat
-    for panel in list(panels)[len(names) :]:
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for panel in panels[len(names) :]:
         panel.remove()
     for name, panel in zip(names, panels, strict=False):
         for number, (arm, seeds) in enumerate(results.items()):

@@ -57,6 +57,18 @@ def results(tmp_path):
     return folder
 
 
+def colours(path, height: int) -> set[tuple[int, ...]]:
+    """Of a figure that is wide and at least ``height`` high."""
+    with Image.open(path) as picture:
+        assert picture.width > 1000 and picture.height > height
+        return {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
+
+
+def blue(plot) -> tuple[int, ...]:
+    """The first arm's colour."""
+    return tuple(bytes.fromhex(plot.COLOURS[0].removeprefix("#")))
+
+
 def row_of(tables, results, arm: str) -> dict[str, str]:
     found = tables.read(results)
     return dict(zip(tables.COLUMNS, tables.cells(arm, found[arm], found["base"]), strict=True))
@@ -132,11 +144,7 @@ def test_figure_and_page_are_made_and_the_page_tells_how(plot, results, tmp_path
     assert "| strict by tag | colors |\n|---|---|\n| base | .125 → .275 |\n" in page
     assert "at revision 012345678, 012345678* (* with changes that were not committed)." in page
     assert "a backward pass is\n1.250 of them" in page and "Machine: Cpu with 2 cores" in page
-    with Image.open(output / "made.png") as picture:
-        assert picture.width > 1000 and picture.height > 400
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
-    blue = tuple(bytes.fromhex(plot.COLOURS[0].removeprefix("#")))
-    assert blue in colours
+    assert blue(plot) in colours(output / "made.png", 400)
 
 
 def test_without_a_baseline_there_is_no_test(plot, results, tmp_path):
@@ -175,7 +183,9 @@ def test_alarms_and_watched_metrics_are_shown(plot, results, tmp_path):
         path.write_text("\n".join(map(json.dumps, [about, *rows])) + "\n")
     call(plot, "made", "--results", results.parent, "--output", tmp_path)
     page = (tmp_path / "made.md").read_text()
-    assert "(made-watched.png)" in page and (tmp_path / "made-watched.png").is_file()
+    assert "(made-watched.png)" in page
+    for name, height in (("made-watched", 350), ("made", 500)):
+        assert colours(tmp_path / f"{name}.png", height) >= {blue(plot)}
     table = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     table = table[[row[0] for row in table].index("alarm") :]
     assert table == [
