@@ -263,7 +263,8 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
             "which the arm ends, mean (range), where it gets there. Bands are "
             f"of the gain over the start. Machine: {machines(abouts)}.\n",
             f"    {shlex.join(again)}\n",
-            "remakes figures and tables from the results, which came from\n",
+            "remakes figures and tables from the results, which came from (with another --results, "
+            "since what is there is not run again)\n",
             f"    {shlex.join(runs)}\n",
             f"at revision {revisions(abouts)}.{elsewhere(abouts)}\n",
         ]
