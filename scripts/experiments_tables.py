@@ -171,9 +171,11 @@ def paired_test(arm: dict[int, Result], baseline: dict[int, Result]) -> tuple[st
 
 def head_start(arm: dict[int, Result], baseline: dict[int, Result]) -> str:
     """The share of an arm's compute after which the baseline is where the arm ends, mean and range
-    over common seeds, and in how many it gets there.
+    over common seeds, and in how many it gets there.  A dash if the arm only lost.
     """
     seeds = sorted(arm.keys() & baseline.keys())
+    if all(arm[s].gain < 0 for s in seeds):
+        return "–"
     needed = [baseline[s].reaches(arm[s].last(STRICT)) / arm[s].last(COST) for s in seeds]
     there = [value for value in needed if math.isfinite(value)]
     if not there:
@@ -184,7 +186,7 @@ def head_start(arm: dict[int, Result], baseline: dict[int, Result]) -> str:
 
 def share(value: float, sign: str = "") -> str:
     """.760, or with ``sign`` "+": +.025; a dash for NaN."""
-    return "–" if math.isnan(value) else f"{value:{sign}.3f}".replace("0.", ".", 1)
+    return "–" if math.isnan(value) else re.sub(r"^([+-]?)0\.", r"\1.", f"{value:{sign}.3f}")
 
 
 def cells(arm: str, results: dict[int, Result], baseline: dict[int, Result] | None) -> list[str]:

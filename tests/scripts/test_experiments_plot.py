@@ -102,6 +102,12 @@ def test_where_the_baseline_reaches_an_arms_end(tables, results):
     assert row["{baseline} is there after"] == ".660 (.600 to .714)"
     row = row_of(tables, results, "better")
     assert row["{baseline} is there after"] == "0 of 3"
+    found = tables.read(results)
+    better, base = found["better"], found["base"]
+    # .60 of "better" lies at 2000 of seed 2's line, .63 nowhere on it; 10.5 is no .5.
+    pair = {1: better[1], 2: better[3]}, {1: base[2], 2: base[2]}
+    assert tables.head_start(*pair) == "1 of 2: 1.000 (1.000 to 1.000)"
+    assert tables.share(10.5) == "10.500" and tables.share(-0.5) == "-.500"
 
 
 @pytest.mark.parametrize(
