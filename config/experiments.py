@@ -23,7 +23,7 @@ class Arm:
 @dataclass(frozen=True)
 class Experiment:
     """``baseline``: the arm that the others are tested against.  ``common``: changes of every arm,
-    such as how often it is evaluated, which must be the same for curves to compare.  ``watched``:
+    such as how often it is evaluated; an arm may have its own.  ``watched``:
     metrics that are drawn beside strict accuracy.
     """
 

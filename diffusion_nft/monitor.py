@@ -22,6 +22,11 @@ ALARM = "monitor/alarm/"
 KL_FACTOR, MAX_KL_FACTOR = 2.0, 64.0
 
 
+def is_picture_statistic(name: str) -> bool:
+    """Of brightness and the like, neither more nor less is better."""
+    return name.partition("/")[0] == PICTURES
+
+
 class Alarm(RuntimeError):
     """An alarm that ends the run, after its state is saved (``monitor.action = "stop"``)."""
 
@@ -84,7 +89,7 @@ class Monitor:
             key = f"eval/{name}"
             if name == "diversity":
                 checks[key] = self._narrowed(mean, before)
-            elif name.partition("/")[0] == PICTURES:
+            elif is_picture_statistic(name):
                 checks[key] = self._changed(key, mean, before)
             # A single prompt has no standard error.
             elif error is not None and error_before is not None:

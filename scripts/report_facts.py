@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from report_charts import number
-from report_runs import Part, Row, Run, is_picture_statistic
+from report_runs import Part, Row, Run
 
-from diffusion_nft.monitor import ALARM
+from diffusion_nft.monitor import ALARM, is_picture_statistic
 from diffusion_nft.results import NUM_SAMPLES
 from diffusion_nft.run_dir import differences
 

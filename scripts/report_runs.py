@@ -22,11 +22,6 @@ Row = dict[str, Any]
 ERRORS = 2.0
 
 
-def is_picture_statistic(name: str) -> bool:
-    """Of brightness and the like, neither more nor less is better."""
-    return name.partition("/")[0] == PICTURES
-
-
 @dataclass(frozen=True)
 class Change:
     """A number before and after, each with its standard error; None where it is not known."""
