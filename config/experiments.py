@@ -164,14 +164,17 @@ EXPERIMENTS = {
             "awm": baseline("shapes_awm"),
             "awm-lr-3e-4": baseline("shapes_awm", train__learning_rate=3e-4),
             "awm-kl-01": baseline("shapes_awm", matching__kl_weight=0.1),
+            "awm-kl-1": baseline("shapes_awm", matching__kl_weight=1.0),
             "rwr": baseline("shapes_rwr", num_epochs=28),
             "rwr-lr-3e-4": baseline("shapes_rwr", num_epochs=28, train__learning_rate=3e-4),
             "rwr-kl-01": baseline("shapes_rwr", num_epochs=28, matching__kl_weight=0.1),
+            "rwr-kl-1": baseline("shapes_rwr", num_epochs=28, matching__kl_weight=1.0),
             "best-of-n": baseline("shapes_best_of_n", num_epochs=46),
             "best-of-n-lr-3e-4": baseline(
                 "shapes_best_of_n", num_epochs=46, train__learning_rate=3e-4
             ),
             "best-of-n-kl-01": baseline("shapes_best_of_n", num_epochs=46, matching__kl_weight=0.1),
+            "best-of-n-kl-1": baseline("shapes_best_of_n", num_epochs=46, matching__kl_weight=1.0),
         },
         baseline="awm",
         common=DEMO_CURVE,
