@@ -149,8 +149,8 @@ def get_config() -> ml_collections.ConfigDict:
     nft.weighting = "adaptive"
     # False drops the (1-r) term: the paper's no-negative ablation.
     nft.negative_branch = True
-    # How fast the sampling policy follows: a name in
-    # diffusion_nft.algorithms.nft.OLD_POLICY_DECAYS.
+    # How fast the sampling policy follows: on_policy | linear_to_half | linear_to_095 |
+    # delayed_linear | constant_09, or linear:SLOPE:START:CAP for a run of another length.
     nft.old_policy_decay = "linear_to_half"
 
     # Of algorithm "flow_grpo".

@@ -225,9 +225,13 @@ EXPERIMENTS = {
         arms={
             "linear-to-half": demo(),
             "on-policy": demo(nft__old_policy_decay="on_policy"),
-            "linear-to-095": demo(nft__old_policy_decay="linear_to_095"),
             "constant-09": demo(nft__old_policy_decay="constant_09"),
-            "delayed": demo(nft__old_policy_decay="delayed_linear"),
+            # In these 48 optimizer steps linear_to_half comes to 0.048, linear_to_095 is the same
+            # and delayed_linear is on_policy.  As published, ten times as fast:
+            "linear-to-half-x10": demo(nft__old_policy_decay="linear:0.01:0:0.5"),
+            "delayed-x10": demo(nft__old_policy_decay="linear:0.075:7:0.999"),
+            # At its cap after 24 steps.
+            "linear-to-095-x40": demo(nft__old_policy_decay="linear:0.04:0:0.95"),
         },
         baseline="linear-to-half",
         common=DEMO_CURVE,

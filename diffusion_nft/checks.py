@@ -16,6 +16,7 @@ import httpx
 from ml_collections import ConfigDict
 
 from diffusion_nft import data
+from diffusion_nft.algorithms.nft import OLD_POLICY_DECAYS, old_policy_schedule
 from diffusion_nft.rewards import REWARDS, check_options
 from diffusion_nft.solvers import SOLVERS, check_solver
 
@@ -189,6 +190,15 @@ def solver(value: Any) -> str | None:
     except ValueError as error:
         return f"{error}{did_you_mean(value, SOLVERS)}"
     return None
+
+
+def old_policy_decay(value: Any) -> str | None:
+    """A schedule of NFT's old policy."""
+    try:
+        old_policy_schedule(str(value))
+    except ValueError as error:
+        return f"{error}{did_you_mean(value, OLD_POLICY_DECAYS)}"
+    return None if isinstance(value, str) else "must be text"
 
 
 def dataset(value: Any) -> str | None:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from diffusion_nft import checks
 from diffusion_nft.advantages import ADV_MODES
 from diffusion_nft.algorithms import ALGORITHMS
-from diffusion_nft.algorithms.nft import OLD_POLICY_DECAYS, WEIGHTINGS
+from diffusion_nft.algorithms.nft import WEIGHTINGS
 from diffusion_nft.checks import Check, is_section
 from diffusion_nft.combinations import COMBINATIONS, PIXELS_PER_TOKEN
 from diffusion_nft.models import MODELS
@@ -92,7 +92,7 @@ SCHEMA: dict[str, Check] = {
     "nft.kl_weight": checks.number("[0, inf)"),
     "nft.weighting": checks.one_of(WEIGHTINGS),
     "nft.negative_branch": checks.flag,
-    "nft.old_policy_decay": checks.one_of(OLD_POLICY_DECAYS),
+    "nft.old_policy_decay": checks.old_policy_decay,
     "grpo.clip_range": checks.number("(0, 1)"),
     "grpo.kl_weight": checks.number("[0, inf)"),
     "matching.weighting": checks.one_of(WEIGHTINGS),

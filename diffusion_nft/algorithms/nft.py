@@ -10,6 +10,7 @@ A sample of optimality probability r trains the positive one as a flow-matching 
 and the negative one with weight 1 - r.  No trajectory, no likelihood: only clean samples x0.
 """
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -119,6 +120,24 @@ OLD_POLICY_DECAYS: dict[str, Callable[[int], float]] = {
     "delayed_linear": _capped_line(0.0075, 75, 0.999),
     "constant_09": lambda step: 0.9,
 }
+_NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
+
+
+def old_policy_schedule(name: str) -> Callable[[int], float]:
+    """eta by optimizer step: one of ``OLD_POLICY_DECAYS``, or "linear:SLOPE:START:CAP", which is
+    min(SLOPE max(step - START, 0), CAP).  The named ones are made for runs of hundreds of steps.
+
+    Raises ValueError for any other text.
+    """
+    if name in OLD_POLICY_DECAYS:
+        return OLD_POLICY_DECAYS[name]
+    line = re.fullmatch(rf"linear:({_NUMBER}):(\d{{1,9}}):({_NUMBER})", name, re.ASCII)
+    if not line or float(line[3]) >= 1:
+        raise ValueError(
+            f"choose from {', '.join(OLD_POLICY_DECAYS)}, or linear:SLOPE:START:CAP with a whole "
+            "number of steps and a cap in [0, 1), such as linear:0.01:0:0.5"
+        )
+    return _capped_line(float(line[1]), int(line[2]), float(line[3]))
 
 
 class NFT:
@@ -136,7 +155,7 @@ class NFT:
         )
         self.kl_weight = config.nft.kl_weight
         self.shaping = dict(adv_clip_max=config.train.adv_clip_max, adv_mode=config.train.adv_mode)
-        self.old_policy_decay = OLD_POLICY_DECAYS[config.nft.old_policy_decay]
+        self.old_policy_decay = old_policy_schedule(config.nft.old_policy_decay)
 
     @property
     def policies(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_nft.algorithms.nft import OLD_POLICY_DECAYS, nft_loss
+from diffusion_nft.algorithms.nft import nft_loss, old_policy_schedule
 
 SHAPE = (3, 2, 4, 4)
 
@@ -186,7 +186,12 @@ def test_kl_without_a_reference_is_refused():
         ("delayed_linear", 76, 0.0075),
         ("delayed_linear", 5000, 0.999),
         ("constant_09", 1, 0.9),
+        ("linear:0.01:0:0.5", 7, 0.07),
+        ("linear:0.01:0:0.5", 70, 0.5),
+        ("linear:0.075:8:0.999", 8, 0.0),
+        ("linear:0.075:8:0.999", 10, 0.15),
+        ("linear:1:0:0.7", 1, 0.7),
     ],
 )
 def test_old_policy_decay(name, step, eta):
-    assert OLD_POLICY_DECAYS[name](step) == pytest.approx(eta, abs=1e-12)
+    assert old_policy_schedule(name)(step) == pytest.approx(eta, abs=1e-12)
