@@ -164,7 +164,11 @@ EXPERIMENTS = {
             "awm": baseline("shapes_awm"),
             "awm-lr-3e-4": baseline("shapes_awm", train__learning_rate=3e-4),
             "awm-kl-01": baseline("shapes_awm", matching__kl_weight=0.1),
+            "awm-kl-003": baseline("shapes_awm", matching__kl_weight=0.03),
             "awm-kl-1": baseline("shapes_awm", matching__kl_weight=1.0),
+            "awm-kl-01-lr-2e-3": baseline(
+                "shapes_awm", matching__kl_weight=0.1, train__learning_rate=2e-3
+            ),
             "rwr": baseline("shapes_rwr", num_epochs=28),
             "rwr-lr-3e-4": baseline("shapes_rwr", num_epochs=28, train__learning_rate=3e-4),
             "rwr-kl-01": baseline("shapes_rwr", num_epochs=28, matching__kl_weight=0.1),
