@@ -173,12 +173,16 @@ EXPERIMENTS = {
             "rwr-lr-3e-4": baseline("shapes_rwr", num_epochs=28, train__learning_rate=3e-4),
             "rwr-kl-01": baseline("shapes_rwr", num_epochs=28, matching__kl_weight=0.1),
             "rwr-kl-1": baseline("shapes_rwr", num_epochs=28, matching__kl_weight=1.0),
+            "rwr-kl-10": baseline("shapes_rwr", num_epochs=28, matching__kl_weight=10.0),
             "best-of-n": baseline("shapes_best_of_n", num_epochs=46),
             "best-of-n-lr-3e-4": baseline(
                 "shapes_best_of_n", num_epochs=46, train__learning_rate=3e-4
             ),
             "best-of-n-kl-01": baseline("shapes_best_of_n", num_epochs=46, matching__kl_weight=0.1),
             "best-of-n-kl-1": baseline("shapes_best_of_n", num_epochs=46, matching__kl_weight=1.0),
+            "best-of-n-kl-10": baseline(
+                "shapes_best_of_n", num_epochs=46, matching__kl_weight=10.0
+            ),
         },
         baseline="awm",
         common=DEMO_CURVE,

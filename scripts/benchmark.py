@@ -13,7 +13,6 @@ alternate in this process, and the ratio is taken of neighbours.  Prints a table
 import argparse
 import ast
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -31,6 +30,7 @@ from benchmark_models import ARCHITECTURES, Product, Setup
 from benchmark_phases import Observer, Peaks, report, synchronize
 from ml_collections import ConfigDict
 
+from diffusion_nft.config_files import load_file
 from diffusion_nft.distributed import Distributed, distributed
 from diffusion_nft.files import write_atomically
 from diffusion_nft.validation import SCHEMA, unknown_key, validate
@@ -63,11 +63,9 @@ def parse_flags() -> argparse.Namespace:
 
 def make_config(args: argparse.Namespace, save_dir: str) -> ConfigDict:
     """The preset with the command line's changes.  Raises ValueError for what cannot be."""
-    spec = importlib.util.spec_from_file_location("_nft", CONFIG_FILE)
-    assert spec and spec.loader
-    presets = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(presets)
-    config = presets.get_config(args.preset or PRESETS.get(args.arch, DEFAULT_PRESET))
+    config = load_file(CONFIG_FILE).get_config(
+        args.preset or PRESETS.get(args.arch, DEFAULT_PRESET)
+    )
     config.save_dir = save_dir
     config.stages = ()
     rewards = args.rewards

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments_grid import ROOT, Run, is_done, load, plan
+from experiments_grid import ROOT, Run, is_done, plan
 from experiments_results import (
     THREADS,
     Incomplete,
@@ -33,6 +33,7 @@ from experiments_results import (
     write_result,
 )
 
+from diffusion_nft.config_files import load_file
 from diffusion_nft.files import DiskError
 from diffusion_nft.preemption import requested, stop_on_signals
 
@@ -165,7 +166,7 @@ def show(experiments: dict[str, Any], args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Plans, refuses what has changed, runs the rest."""
-    experiments = load(ROOT / "config" / "experiments.py").EXPERIMENTS
+    experiments = load_file(ROOT / "config" / "experiments.py").EXPERIMENTS
     args = parse_flags(experiments)
     if args.list:
         return show(experiments, args)

@@ -1,17 +1,16 @@
 """What an experiment runs: a configuration for every arm and seed, and what is left to do."""
 
 import argparse
-import importlib.util
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from diffusion_nft.config_files import load_file
 from diffusion_nft.run_dir import CONFIG_FILE, flatten
 from diffusion_nft.validation import SCHEMA, unknown_key, validate
 
@@ -62,15 +61,6 @@ class Run:
         return [os.path.relpath(TRAIN), f"--config={self.preset}", *flags]
 
 
-def load(path: Path) -> ModuleType:
-    """The configuration file as a module (``config`` is no package)."""
-    spec = importlib.util.spec_from_file_location(f"_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def plan(name: str, experiment: Any, args: argparse.Namespace) -> list[Run]:
     """The runs asked for, a seed of every arm before the next seed.
 
@@ -91,7 +81,7 @@ def make_run(name: str, experiment: Any, arm: str, seed: int, args: argparse.Nam
         if key not in SCHEMA and not key.startswith("reward_fn."):
             raise ValueError(f"{name}, arm {arm}: {key} {unknown_key(key)}")
     try:
-        config = load(ROOT / chosen.file).get_config(chosen.preset)
+        config = load_file(ROOT / chosen.file).get_config(chosen.preset)
         config.update_from_flattened_dict(changes)
         config.seed, config.save_dir = seed, str(args.runs / name / stem)
         validate(config, world_size=1)

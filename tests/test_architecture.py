@@ -17,6 +17,7 @@ FLOORS = {
     "diffusion_nft.pictures": 0,
     "diffusion_nft.distributed": 0,
     "diffusion_nft.download": 0,
+    "diffusion_nft.config_files": 0,
     "diffusion_nft.files": 0,
     "diffusion_nft.micro_batch": 0,
     "diffusion_nft.preemption": 0,

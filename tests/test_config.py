@@ -1,6 +1,5 @@
 """The presets hold the published values, name no number of GPUs, and all pass validation."""
 
-import importlib.util
 import inspect
 import json
 import re
@@ -14,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict, config_flags
 
 from diffusion_nft import data
+from diffusion_nft.config_files import load_file
 from diffusion_nft.rewards import REWARDS
 from diffusion_nft.run_dir import flatten
 from diffusion_nft.stages import stages_of
@@ -22,18 +22,10 @@ from diffusion_nft.validation import ConfigError, validate
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-BASE = _load("config/base.py")
-PRESETS = _load("config/nft.py")
-GRPO = _load("config/grpo.py")
-BASELINES = _load("config/baselines.py")
+BASE = load_file(ROOT / "config/base.py")
+PRESETS = load_file(ROOT / "config/nft.py")
+GRPO = load_file(ROOT / "config/grpo.py")
+BASELINES = load_file(ROOT / "config/baselines.py")
 SD3 = ["sd3_geneval", "sd3_ocr", "sd3_pickscore", "sd3_hpsv2", "sd3_multi_reward"]
 ALL = [
     *SD3,

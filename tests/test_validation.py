@@ -1,12 +1,10 @@
 """Every rule of validation can fail, and says the key, the value and what would be valid."""
 
-import importlib.util
 import math
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import ml_collections
@@ -14,21 +12,14 @@ import numpy as np
 import pytest
 
 from diffusion_nft import data
+from diffusion_nft.config_files import load_file
 from diffusion_nft.validation import PUBLISHED_KEYS, SCHEMA, SECTIONS, ConfigError, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-BASE = _load("config/base.py")
-PRESETS = _load("config/nft.py")
+BASE = load_file(ROOT / "config/base.py")
+PRESETS = load_file(ROOT / "config/nft.py")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """Values that no key can have, for every key: refused by name before anything is loaded."""
 
 import copy
-import importlib.util
 import math
 from fractions import Fraction
 from functools import cache
@@ -10,24 +9,17 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from diffusion_nft.config_files import load_file
 from diffusion_nft.validation import SCHEMA, validate
 from tests.launch import ROOT
 from tests.reliability.bad_inputs import Case, parametrized, parse, train, watch
-
-
-def _base() -> dict:
-    spec = importlib.util.spec_from_file_location("base", ROOT / "config" / "base.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config().to_dict()
 
 
 def _defaults() -> dict[str, object]:
     """Dotted key -> default, from config/base.py."""
     mappings = {"reward_fn", "remote", "reward_options"}
     found = {}
-    for name, value in _base().items():
+    for name, value in load_file(ROOT / "config" / "base.py").get_config().to_dict().items():
         if isinstance(value, dict) and name not in mappings:
             found |= {f"{name}.{key}": item for key, item in value.items()}
         else:

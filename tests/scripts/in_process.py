@@ -1,19 +1,15 @@
 """The project's scripts, called in this process: it saves the seconds that importing takes."""
 
-import importlib.util
 import sys
 from types import ModuleType
 
+from diffusion_nft.config_files import load_file
 from tests.launch import ROOT, one_thread
 
 
 def script(name: str) -> ModuleType:
     """The module ``scripts/<name>.py``."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(ROOT / "scripts" / f"{name}.py")
 
 
 def call(module: ModuleType, *flags: object) -> int | None:

@@ -14,6 +14,7 @@ import torch
 from absl import flags
 from ml_collections import config_flags
 
+from diffusion_nft.config_files import load_file
 from diffusion_nft.run_dir import flatten
 from diffusion_nft.solvers import solve
 from tests.launch import ROOT, train_here
@@ -74,7 +75,7 @@ def tiny(runner, tmp_path, monkeypatch):
     """
     import experiments_grid as grid
 
-    real = grid.load(ROOT / "config" / "experiments.py")
+    real = load_file(ROOT / "config" / "experiments.py")
     train = tmp_path / "train.py"
     train.write_text(FAKE_TRAIN)
     monkeypatch.setattr(grid, "TRAIN", train)
@@ -93,7 +94,7 @@ def tiny(runner, tmp_path, monkeypatch):
         )
         return SimpleNamespace(EXPERIMENTS={"tiny": experiment})
 
-    monkeypatch.setattr(runner, "load", load)
+    monkeypatch.setattr(runner, "load_file", load)
     world.folders = ("--results", world.results, "--runs", world.runs)
     world.run = lambda *more: call(runner, "tiny", *world.folders, *more)
     world.found = lambda: sorted(path.name for path in (world.results / "tiny").glob("*"))
@@ -108,7 +109,7 @@ def named_runs(runner, tmp_path):
     args = SimpleNamespace(
         seeds=None, arms=None, runs=tmp_path / "runs", results=tmp_path / "results"
     )
-    for name, experiment in grid.load(ROOT / "config" / "experiments.py").EXPERIMENTS.items():
+    for name, experiment in load_file(ROOT / "config" / "experiments.py").EXPERIMENTS.items():
         yield name, experiment, grid.plan(name, experiment, args)
 
 
@@ -344,7 +345,7 @@ def test_the_list_names_arms_and_finished_seeds(tiny, runner, capsys):
 def made_run(runner, tiny, arm: str = "plain", **changes):
     import experiments_grid as grid
 
-    experiment = runner.load(None).EXPERIMENTS["tiny"]
+    experiment = runner.load_file(None).EXPERIMENTS["tiny"]
     args = SimpleNamespace(runs=tiny.runs, results=tiny.results)
     run = grid.make_run("tiny", experiment, arm, 1, args)
     run.config.update_from_flattened_dict(changes)
