@@ -205,6 +205,18 @@ EXPERIMENTS = {
         baseline="nft",
         common=DEMO_CURVE,
     ),
+    "matching": Experiment(
+        question="Does NFT learn more from the same compute than weighted matching?",
+        arms={
+            "nft": demo(),
+            # The best of matching_tuning.
+            "awm": baseline("shapes_awm", matching__kl_weight=0.1),
+            "rwr": baseline("shapes_rwr", num_epochs=28, matching__kl_weight=1.0),
+            "best-of-n": baseline("shapes_best_of_n", num_epochs=46, matching__kl_weight=10.0),
+        },
+        baseline="nft",
+        common=DEMO_CURVE,
+    ),
     "negatives": Experiment(
         question="What does the negative branch do?",
         arms={
