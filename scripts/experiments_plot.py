@@ -61,8 +61,8 @@ def draw(results: Results, path: Path) -> None:
             colour = COLOURS[number % len(COLOURS)]
             x, means, halves = curve(seeds, key)
             x = [value / 1e3 for value in x] if key == COST else x
-            low = [mean - half for mean, half in zip(means, halves, strict=True)]
-            high = [mean + half for mean, half in zip(means, halves, strict=True)]
+            low = [max(mean - half, 0) for mean, half in zip(means, halves, strict=True)]
+            high = [min(mean + half, 1) for mean, half in zip(means, halves, strict=True)]
             panel.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
             marker = MARKERS[number % len(MARKERS)]
             text = f"{arm} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})"

@@ -149,7 +149,8 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
 
 def paired_test(arm: dict[int, Result], baseline: dict[int, Result]) -> tuple[str, str, str]:
     """(difference of the strict accuracies with its interval, the forward-equivalents at which it
-    is taken, p) over common seeds.  Taken is the most that every run of both arms has spent.
+    is taken, p) over common seeds; fewer than three are not tested.  Taken is the most that every
+    run of both arms has spent.
     """
     from scipy import stats
 
@@ -157,10 +158,12 @@ def paired_test(arm: dict[int, Result], baseline: dict[int, Result]) -> tuple[st
     spent = f"{budget / 1e3:.1f}"
     seeds = sorted(arm.keys() & baseline.keys())
     ours, theirs = ([results[s].at(budget) for s in seeds] for results in (arm, baseline))
-    if len(seeds) < MIN_PAIRS:
-        return f"n too small ({len(seeds)} common seeds)", spent, "–"
+    if not seeds:
+        return "no common seed", spent, "–"
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean = share(statistics.fmean(differences), "+")
+    if len(seeds) < MIN_PAIRS:
+        return f"{mean}, n={len(seeds)}: not tested", spent, "–"
     if len({round(difference, 9) for difference in differences}) == 1:
         return f"{mean} for each of n={len(seeds)}", spent, "–"
     test = stats.ttest_rel(ours, theirs)

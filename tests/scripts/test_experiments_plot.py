@@ -111,7 +111,7 @@ def test_where_the_baseline_reaches_an_arms_end(tables, results):
 
 
 @pytest.mark.parametrize(
-    "arm, text", [("short", "n too small (2 common seeds)"), ("shifted", "-.100 for each of n=3")]
+    "arm, text", [("short", "-.050, n=2: not tested"), ("shifted", "-.100 for each of n=3")]
 )
 def test_what_cannot_be_tested_is_said(tables, results, arm, text):
     row = row_of(tables, results, arm)
