@@ -276,6 +276,8 @@ EXPERIMENTS = {
             "kl-1e-4": demo(),
             "kl-0": demo(nft__kl_weight=0.0),
             "kl-1e-2": demo(nft__kl_weight=1e-2),
+            # What serves advantage-weighted matching best (matching_tuning).
+            "kl-01": demo(nft__kl_weight=0.1),
             "group-std": demo(sample__global_std=False),
             # The same 192 samples an epoch in more or larger groups.
             "24x8": demo(sample__num_groups=24, sample__num_image_per_prompt=8),
