@@ -296,7 +296,7 @@ def watched_lines(name: str, results: Results) -> list[str]:
     if watched(results):
         lines += [f"![Watched metrics by epoch]({name}-watched.png)", ""]
     rows = alarms(results)
-    if len(rows) == 2:
+    if rows and len(rows[0]) == 2:
         lines += ["No alarm of the monitor was on in the runs that watched for them.", ""]
     elif rows:
         lines += table(rows)
@@ -307,7 +307,7 @@ def watched_lines(name: str, results: Results) -> list[str]:
 
 
 def alarms(results: Results) -> list[list[str]]:
-    """A row an alarm that was ever on, the earliest first, a column an arm; and one of what was
+    """A row an arm, a column an alarm that was ever on, the earliest first; and one of what was
     first in a run.  A dash: no run of the arm watched it.
     """
     firsts = {arm: [run.first_alarms() for run in runs.values()] for arm, runs in results.items()}
@@ -315,11 +315,12 @@ def alarms(results: Results) -> list[list[str]]:
     if not every:
         return []
     on = sorted((epoch, name) for name, epoch in every if epoch < NEVER)
-    rows = [["alarm", *firsts]]
+    columns = [["first epochs of alarms", *firsts]]
     for name in dict.fromkeys(name for _, name in on):
         seen = ([run[name] for run in runs if name in run] for runs in firsts.values())
-        rows.append([name, *map(_first_epochs, seen)])
-    return [*rows, ["first of all", *map(_first_of_all, firsts.values())]]
+        columns.append([name, *map(_first_epochs, seen)])
+    columns.append(["first of all", *map(_first_of_all, firsts.values())])
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _first_epochs(seen: list[int]) -> str:
