@@ -363,5 +363,5 @@ def revisions(abouts: list[dict[str, Any]]) -> str:
 def elsewhere(abouts: list[dict[str, Any]]) -> str:
     """Which results are those of the same arm in another experiment."""
     taken = Counter((about["arm"], about["ran_as"]) for about in abouts if "ran_as" in about)
-    texts = (f"{arm} ({count} seeds) ran as {ran_as}" for (arm, ran_as), count in taken.items())
+    texts = (f"{arm} (seeds: {count}) ran as {ran_as}" for (arm, ran_as), count in taken.items())
     return f" Taken from other experiments: {'; '.join(texts)}." if taken else ""
