@@ -149,8 +149,9 @@ def get_config() -> ml_collections.ConfigDict:
     nft.weighting = "adaptive"
     # False drops the (1-r) term: the paper's no-negative ablation.
     nft.negative_branch = True
-    # How fast the sampling policy follows: on_policy | linear_to_half | linear_to_095 |
-    # delayed_linear | constant_09, or linear:SLOPE:START:CAP for a run of another length.
+    # How fast the sampling policy follows, once an epoch: theta_old <- eta theta_old + (1 - eta)
+    # theta.  on_policy | linear_to_half | linear_to_095 | delayed_linear | constant_09, or
+    # linear:SLOPE:START:CAP, which is eta = min(SLOPE (optimizer step - START), CAP).
     nft.old_policy_decay = "linear_to_half"
 
     # Of algorithm "flow_grpo".

@@ -2,7 +2,8 @@
 ``--config config/baselines.py:NAME``.
 
 They are config/nft.py:shapes under another algorithm (diffusion_nft/algorithms/matching.py), with
-its prompts, batch of an epoch, solver and learning rate.  Cost and results: not measured.
+its prompts, batch of an epoch, solver and learning rate, and each with the KL weight that did best
+in trials of shapes_demo's size (docs/experiments.md).  Cost and results at full size: not measured.
 """
 
 import importlib.util
@@ -24,11 +25,11 @@ def _load_nft() -> ModuleType:
 NFT = _load_nft()
 
 
-def _shapes(algorithm: str, name: str) -> ml_collections.ConfigDict:
+def _shapes(algorithm: str, name: str, *, kl_weight: float) -> ml_collections.ConfigDict:
     config = NFT.shapes()
     config.algorithm = algorithm
     config.save_dir = f"logs/baselines/shapes/{name}"
-    config.matching.kl_weight = config.nft.kl_weight
+    config.matching.kl_weight = kl_weight
     return config
 
 
@@ -37,7 +38,7 @@ def shapes_rwr() -> ml_collections.ConfigDict:
 
     ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/baselines.py:shapes_rwr``
     """
-    return _shapes("reward_weighted", "rwr")
+    return _shapes("reward_weighted", "rwr", kl_weight=1.0)
 
 
 def shapes_awm() -> ml_collections.ConfigDict:
@@ -45,7 +46,7 @@ def shapes_awm() -> ml_collections.ConfigDict:
 
     ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/baselines.py:shapes_awm``
     """
-    return _shapes("advantage_weighted", "awm")
+    return _shapes("advantage_weighted", "awm", kl_weight=0.1)
 
 
 def shapes_best_of_n() -> ml_collections.ConfigDict:
@@ -54,7 +55,7 @@ def shapes_best_of_n() -> ml_collections.ConfigDict:
     ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config
     config/baselines.py:shapes_best_of_n``
     """
-    config = _shapes("best_of_n", "best_of_n")
+    config = _shapes("best_of_n", "best_of_n", kl_weight=10.0)
     config.matching.best_of = 4
     return config
 

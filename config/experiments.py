@@ -249,6 +249,7 @@ EXPERIMENTS = {
             # In these 48 optimizer steps linear_to_half comes to 0.048, linear_to_095 is the same
             # and delayed_linear is on_policy.  As published, ten times as fast:
             "linear-to-half-x10": demo(nft__old_policy_decay="linear:0.01:0:0.5"),
+            # (at 0.999 from step 22: the second half samples with a policy that stands still)
             "delayed-x10": demo(nft__old_policy_decay="linear:0.075:7:0.999"),
             # At its cap after 24 steps.
             "linear-to-095-x40": demo(nft__old_policy_decay="linear:0.04:0:0.95"),
@@ -259,13 +260,21 @@ EXPERIMENTS = {
     "beta_weighting": Experiment(
         question="How do the strength beta and the weighting of the loss matter?",
         arms={
+            # The old policy is nearly the trained one in these runs.  Where they are equal, as at
+            # the first of an epoch's two steps, the gradient is that of advantage-weighted matching
+            # whatever beta is; at the second beta pulls back.
             "beta-1": demo(),
             "beta-001": demo(nft__beta=0.01),
             "beta-01": demo(nft__beta=0.1),
             "beta-10": demo(nft__beta=10.0),
+            # With an old policy that lags, beta matters at both.
+            "lag-beta-1": demo(nft__old_policy_decay="linear:0.01:0:0.5"),
+            "lag-beta-01": demo(nft__old_policy_decay="linear:0.01:0:0.5", nft__beta=0.1),
             "uniform": demo(nft__weighting="uniform"),
             "sigma": demo(nft__weighting="sigma"),
             "one-minus-sigma": demo(nft__weighting="one_minus_sigma"),
+            # What advantage-weighted matching has in the experiment `matching`.
+            "uniform-kl-01": demo(nft__weighting="uniform", nft__kl_weight=0.1),
         },
         baseline="beta-1",
         common=DEMO_CURVE,
@@ -273,8 +282,10 @@ EXPERIMENTS = {
     "kl_groups": Experiment(
         question="What do KL weight, deviation of the advantage, group size and guidance do?",
         arms={
+            # 8 groups of 24, the deviation of the epoch, no guidance.
             "kl-1e-4": demo(),
-            "kl-0": demo(nft__kl_weight=0.0),
+            # No pass of the reference: as many epochs as cost the same.
+            "kl-0": demo(nft__kl_weight=0.0, num_epochs=28),
             "kl-1e-2": demo(nft__kl_weight=1e-2),
             # What serves advantage-weighted matching best (matching_tuning).
             "kl-01": demo(nft__kl_weight=0.1),
@@ -282,10 +293,10 @@ EXPERIMENTS = {
             # The same 192 samples an epoch in more or larger groups.
             "24x8": demo(sample__num_groups=24, sample__num_image_per_prompt=8),
             "4x48": demo(sample__num_groups=4, sample__num_image_per_prompt=48),
-            # The same training as kl-1e-4, evaluated with guidance.
-            "cfg-at-the-end": demo(eval__guidance_scale=2.0),
-            # Guidance in the rollout, and none at the end.
-            "cfg-rollout": demo(sample__guidance_scale=2.0),
+            # The same training as kl-1e-4, evaluated with guidance, before it too.
+            "cfg-in-evaluation": demo(eval__guidance_scale=2.0),
+            # Guidance in the rollout, none in evaluation; the epochs that cost the same.
+            "cfg-in-rollout": demo(sample__guidance_scale=2.0, num_epochs=17),
         },
         baseline="kl-1e-4",
         common=DEMO_CURVE,

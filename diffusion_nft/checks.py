@@ -194,11 +194,13 @@ def solver(value: Any) -> str | None:
 
 def old_policy_decay(value: Any) -> str | None:
     """A schedule of NFT's old policy."""
+    if not isinstance(value, str):
+        return one_of(OLD_POLICY_DECAYS)(value)
     try:
-        old_policy_schedule(str(value))
+        old_policy_schedule(value)
     except ValueError as error:
         return f"{error}{did_you_mean(value, OLD_POLICY_DECAYS)}"
-    return None if isinstance(value, str) else "must be text"
+    return None
 
 
 def dataset(value: Any) -> str | None:

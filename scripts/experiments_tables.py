@@ -236,6 +236,19 @@ def by_tag(results: Results) -> list[list[str]]:
     return rows
 
 
+def commands(name: str, results: Results) -> list[str]:
+    """What ran the experiment: a command for each choice of seeds, with the arms that had it."""
+    arms: dict[tuple[int, ...], list[str]] = {}
+    for arm, runs in results.items():
+        arms.setdefault(tuple(sorted(runs)), []).append(arm)
+    jobs = next(iter(next(iter(results.values())).values())).about["machine"]["jobs"]
+    start = ["python", "scripts/experiments.py", name, "--arms"]
+    return [
+        shlex.join([*start, *names, "--seeds", *map(str, seeds), "--jobs", str(jobs)])
+        for seeds, names in arms.items()
+    ]
+
+
 def report(name: str, results: Results, args: argparse.Namespace) -> str:
     """The experiment's page: question, figure, table, how to read it, how to remake it."""
     abouts = [result.about for seeds in results.values() for result in seeds.values()]
@@ -243,12 +256,9 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
     baseline = results.get(about["baseline"])
     rows = [[column.format(baseline=about["baseline"]) for column in COLUMNS]]
     rows += [cells(arm, seeds, baseline) for arm, seeds in results.items()]
-    seeds = sorted({about["seed"] for about in abouts})
     ratios = sorted({about["backward_over_forward"] for about in abouts})
     again = ["python", "scripts/experiments_plot.py", name]
     again += ["--results", str(args.results), "--output", str(args.output)]
-    runs = ["python", "scripts/experiments.py", name, "--arms", *results]
-    runs += ["--seeds", *map(str, seeds), "--jobs", str(about["machine"]["jobs"])]
     return "\n".join(
         [
             f"# {name}\n",
@@ -270,7 +280,8 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
             f"    {shlex.join(again)}\n",
             "remakes figures and tables from the results, which came from (with another --results, "
             "since what is there is not run again)\n",
-            f"    {shlex.join(runs)}\n",
+            *(f"    {command}" for command in commands(name, results)),
+            "",
             f"at revision {revisions(abouts)}.{elsewhere(abouts)}\n",
         ]
     )

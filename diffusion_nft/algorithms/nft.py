@@ -125,19 +125,19 @@ _NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
 
 def old_policy_schedule(name: str) -> Callable[[int], float]:
     """eta by optimizer step: one of ``OLD_POLICY_DECAYS``, or "linear:SLOPE:START:CAP", which is
-    min(SLOPE max(step - START, 0), CAP).  The named ones are made for runs of hundreds of steps.
+    min(SLOPE max(step - START, 0), CAP).  The named lines are made for runs of hundreds of steps.
 
     Raises ValueError for any other text.
     """
     if name in OLD_POLICY_DECAYS:
         return OLD_POLICY_DECAYS[name]
-    line = re.fullmatch(rf"linear:({_NUMBER}):(\d{{1,9}}):({_NUMBER})", name, re.ASCII)
-    if not line or float(line[3]) >= 1:
+    found = re.fullmatch(rf"linear:({_NUMBER}):(\d{{1,9}}):({_NUMBER})", name, re.ASCII)
+    if not found or float(found[3]) >= 1:
         raise ValueError(
-            f"choose from {', '.join(OLD_POLICY_DECAYS)}, or linear:SLOPE:START:CAP with a whole "
-            "number of steps and a cap in [0, 1), such as linear:0.01:0:0.5"
+            f"choose from {', '.join(OLD_POLICY_DECAYS)}, or linear:SLOPE:START:CAP in plain "
+            "decimals, START a whole number of steps and CAP in [0, 1), such as linear:0.01:0:0.5"
         )
-    return _capped_line(float(line[1]), int(line[2]), float(line[3]))
+    return _capped_line(float(found[1]), int(found[2]), float(found[3]))
 
 
 class NFT:

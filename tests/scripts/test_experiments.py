@@ -114,7 +114,7 @@ def named_runs(runner, tmp_path):
 
 
 # Arms that are evaluated with guidance, after other epochs.
-GUIDED = ("flow-grpo-cfg", "cfg-lr-1e-3", "cfg-lr-3e-3", "cfg-at-the-end")
+GUIDED = ("flow-grpo-cfg", "cfg-lr-1e-3", "cfg-lr-3e-3", "cfg-in-evaluation")
 
 
 def test_the_named_experiments_are_sound_and_their_arms_evaluated_alike(runner, tmp_path):

@@ -147,7 +147,9 @@ def test_figure_and_page_are_made_and_the_page_tells_how(plot, results, tmp_path
     assert page in capsys.readouterr().out
     again = f"python scripts/experiments_plot.py made --results {results.parent} --output {output}"
     assert f"    {again}\n" in page
-    assert "--arms base better shifted short --seeds 1 2 3 4 --jobs 2\n" in page
+    assert "--arms base shifted --seeds 1 2 3 --jobs 2\n" in page
+    assert "--arms better --seeds 1 2 3 4 --jobs 2\n" in page
+    assert "--arms short --seeds 1 2 --jobs 2\n" in page
     assert "| strict by tag | colors |\n|---|---|\n| base | .125 → .275 |\n" in page
     assert "at revision 012345678, 012345678* (* with changes that were not committed)." in page
     assert "a backward pass is\n1.250 of them" in page and "Machine: Cpu with 2 cores" in page
