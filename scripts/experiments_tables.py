@@ -236,12 +236,11 @@ def by_tag(results: Results) -> list[list[str]]:
     return rows
 
 
-def commands(name: str, results: Results) -> list[str]:
+def commands(name: str, results: Results, jobs: int) -> list[str]:
     """What ran the experiment: a command for each choice of seeds, with the arms that had it."""
     arms: dict[tuple[int, ...], list[str]] = {}
     for arm, runs in results.items():
         arms.setdefault(tuple(sorted(runs)), []).append(arm)
-    jobs = next(iter(next(iter(results.values())).values())).about["machine"]["jobs"]
     start = ["python", "scripts/experiments.py", name, "--arms"]
     return [
         shlex.join([*start, *names, "--seeds", *map(str, seeds), "--jobs", str(jobs)])
@@ -280,7 +279,7 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
             f"    {shlex.join(again)}\n",
             "remakes figures and tables from the results, which came from (with another --results, "
             "since what is there is not run again)\n",
-            *(f"    {command}" for command in commands(name, results)),
+            *(f"    {line}" for line in commands(name, results, about["machine"]["jobs"])),
             "",
             f"at revision {revisions(abouts)}.{elsewhere(abouts)}\n",
         ]
