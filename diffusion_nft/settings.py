@@ -18,7 +18,7 @@ from diffusion_nft.hub import fetch_lora
 from diffusion_nft.lora import DEFAULT_ADAPTER, lora_file
 from diffusion_nft.models import MODELS, load_model
 from diffusion_nft.policy import Policy, policy_of_lora
-from diffusion_nft.precision import COMPUTE_DTYPES
+from diffusion_nft.precision import COMPUTE_DTYPES, set_tf32
 from diffusion_nft.rewards import REMOTE_TIMEOUT
 from diffusion_nft.rewards.combine import RewardError, RewardSet
 from diffusion_nft.run_dir import section
@@ -179,6 +179,8 @@ class Choice:
 
         Raises what ``rewards.build_reward`` raises.
         """
+        # They may score without a model, whose loading would have set it.
+        set_tf32(self.settings["allow_tf32"])
         addresses = section(self.settings, "remote") | dict(remote)
         return RewardSet.build(
             weights,

@@ -140,6 +140,7 @@ class Updater:
             group["lr"] = rate
         sums: dict[str, Tensor] = {}
         norms: list[float] = []
+        nonfinite = torch.zeros((), dtype=torch.long, device=self.dist.device)
         if not self._micro_batch:
             self._micro_batch = self._find_micro_batch(samples, weights)
         before = self.step
@@ -158,6 +159,7 @@ class Updater:
                 # nothing to teach: the global count of pairs needs no collective.
                 total = self._sigmas_per_sample(samples) * int(chosen.sum())
                 norm, parts = self._step(samples, weights, pairs, total, (epoch, inner))
+                nonfinite += parts.pop("nonfinite", 0)
                 if math.isfinite(norm):
                     norms.append(norm)
                     for key, value in parts.items():
@@ -166,15 +168,17 @@ class Updater:
         if self.step > before:
             self.policy.blend("old", decay)
         totals: dict[str, float] = {}
-        for local in self.dist.gather_objects({key: float(value) for key, value in sums.items()}):
+        mine = {key: float(value) for key, value in (sums | {"nonfinite": nonfinite}).items()}
+        for local in self.dist.gather_objects(mine):
             for key, value in local.items():
                 totals[key] = totals.get(key, 0.0) + value
-        pairs = totals.pop("pairs", 0.0)
+        pairs, faults = totals.pop("pairs", 0.0), totals.pop("nonfinite")
         return {key: value / pairs for key, value in totals.items()} | {
             "optim/grad_norm": sum(norms) / len(norms) if norms else math.nan,
             "optim/learning_rate": rate,
             "optim/old_policy_decay": decay,
             "optim/skipped_steps": self.skipped,
+            "optim/nonfinite_losses": int(faults),
             "optim/loss_scale": self.precision.scaler.get_scale(),
         }
 
@@ -242,6 +246,7 @@ class Updater:
             losses, metrics = self._loss(samples, weights, pairs[start : start + size], key)
             scaler.scale(losses.sum() / total).backward()
             values = {"loss/total": losses.detach(), "pairs": torch.ones_like(losses), **metrics}
+            values["nonfinite"] = ~losses.isfinite()
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + value.detach().sum()
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -300,7 +305,7 @@ class Updater:
         """Losses of ``pairs`` of clean samples, noised anew; the noise is keyed by (seed, epoch,
         pass, sample, sigma).
         """
-        rows, slots = torch.tensor(pairs).unbind(1)
+        rows, slots = torch.tensor(pairs).T.contiguous()
         noise = normal(
             self.model.latent_shape,
             [
@@ -330,7 +335,7 @@ class Updater:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses of ``pairs`` of samples and steps that the sampler took, under its guidance."""
         assert samples.trajectory is not None
-        rows, slots = torch.tensor(pairs).unbind(1)
+        rows, slots = torch.tensor(pairs).T.contiguous()
         on_device, steps = self._to_device(rows), self._to_device(slots)
         xs, log_probs = samples.trajectory
         levels = torch.cat([samples.sigmas, torch.zeros_like(samples.sigmas[:1])])

@@ -25,6 +25,7 @@ import psutil
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from diffusion_nft.precision import set_tf32
 from diffusion_nft.rewards import REWARDS, build_reward
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.rewards.unifiedreward import START_COMMAND
@@ -161,6 +162,7 @@ def main() -> None:
     args = parser.parse_args()
     names, options, remote = wanted(args)
     device = torch.device(args.device)
+    set_tf32(True)  # as in runs, unless they have allow_tf32 = False
     findings = []
     for name in names:
         print(f"checking {name} ...", file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from diffusion_nft.precision import set_tf32
 from diffusion_nft.rewards import REWARDS, build_reward
 from diffusion_nft.rewards.protocol import TOKEN_VARIABLE, shared_token
 
@@ -112,6 +113,7 @@ def main() -> None:
             f"a reward server needs: pip install fastapi uvicorn ({error})"
         ) from error
     token, options = shared_token(), dict(args.option)
+    set_tf32(True)  # as in runs, unless they have allow_tf32 = False
     # Before the reward loads, which may take minutes: a port in use should show at once.
     bound = bind(args.host, args.port, token)
     app = create_app(

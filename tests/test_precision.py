@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from diffusion_nft.algorithms.nft import nft_loss
 from diffusion_nft.distributed import Distributed
+from diffusion_nft.flow import add_noise
 from diffusion_nft.models import build_model
 from diffusion_nft.policy import Policy
 from diffusion_nft.precision import Precision, keeps_small_changes
@@ -63,6 +65,51 @@ def test_bf16_stores_frozen_weights_in_bf16_and_trains_in_fp32(shapes_model):
         exact = shapes_model.velocity(x, sigma, shapes_model.encode(texts))
     error = (v.detach() - exact).norm() / exact.norm()
     assert 1e-5 < float(error) < 0.05
+
+
+# Of sd3_geneval: pairs an update, and values of a latent.
+SD3_PAIRS, SD3_VALUES = 48 * 24 * 9, 16 * 64 * 64
+
+
+def lora_gradient(name: str, scale: float) -> torch.Tensor:
+    """That of four pairs among SD3_PAIRS, as small as at SD3_VALUES, with the loss times ``scale``
+    on its way.
+    """
+    model = build(name)
+    policy = Policy(
+        model.transformer, targets=model.lora_targets, rank=4, alpha=8, seed=0, dtype=torch.float32
+    )
+    x0, noise = torch.randn(
+        2, 4, *model.latent_shape, generator=torch.Generator().manual_seed(0)
+    ).unbind()
+    sigma = torch.tensor([0.95, 0.7, 0.4, 0.15])
+    xt = add_noise(x0, noise, sigma)
+    v = model.velocity(xt, sigma, model.encode(["a red circle"] * 4))
+    losses, _ = nft_loss(
+        v,
+        v.detach(),
+        v.detach(),
+        x0=x0,
+        noise=noise,
+        xt=xt,
+        sigma=sigma,
+        r=torch.tensor([0.6, 0.4, 0.55, 0.3]),
+        beta=1.0,
+        kl_weight=1e-4,
+        adv_clip_max=5.0,
+    )
+    loss = losses.sum() / SD3_PAIRS * (x0[0].numel() / SD3_VALUES)
+    (loss * scale).backward()
+    return torch.cat([p.grad.flatten() / scale for p in policy.parameters() if p.grad is not None])
+
+
+def test_the_first_loss_scale_keeps_small_gradients():
+    exact = lora_gradient("no", 1.0)
+    ours, torchs = (
+        float((lora_gradient("fp16", scale) - exact).norm() / exact.norm())
+        for scale in (Precision("fp16", CPU).scaler.get_scale(), 2.0**16)
+    )
+    assert ours < 0.0025 < 0.004 < torchs
 
 
 def test_fp64_computes_in_fp64(shapes_model):

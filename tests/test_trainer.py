@@ -52,7 +52,8 @@ def test_the_log_names_every_promised_metric(run_dir):
         "reward/optimality_0.0", "reward/optimality_0.9", "reward/x0_rms", "reward/shapes",
         "reward/shapes/strict", "loss/policy", "loss/kl", "loss/old_distance",
         "optim/grad_norm", "optim/learning_rate", "optim/old_policy_decay",
-        "optim/skipped_steps", "time/sample", "time/train", "time/images_per_second",
+        "optim/skipped_steps", "optim/nonfinite_losses",
+        "time/sample", "time/train", "time/images_per_second",
     }  # fmt: skip
     for row in trained:
         assert promised <= row.keys()

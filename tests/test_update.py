@@ -11,7 +11,7 @@ from diffusion_nft.algorithms.nft import NFT
 from diffusion_nft.data import shard
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.models.embeddings import Conditioning
-from diffusion_nft.precision import Precision
+from diffusion_nft.precision import FIRST_LOSS_SCALE, Precision
 from diffusion_nft.rewards.combine import Scores
 from diffusion_nft.rollout import Samples
 from diffusion_nft.update import Updater, sigma_slots
@@ -340,7 +340,7 @@ def make_fp16_updater(folder):
 def test_the_fp16_scaler_skips_an_overflow_and_halves_its_scale(tmp_path):
     updater = make_fp16_updater(tmp_path)
     scale = updater.precision.scaler.get_scale()
-    assert scale == 65536
+    assert scale == FIRST_LOSS_SCALE
     overflow = make_samples()
     overflow = Samples(**{**vars(overflow), "x0": (overflow.x0 * 1e36).float()})
     updater.train_epoch(overflow, R, epoch=0)

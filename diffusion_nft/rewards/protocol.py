@@ -1,7 +1,8 @@
 """What travels between a run and a reward server: JSON with PNGs, over HTTP.
 
 A PNG keeps 8 bits a channel exactly and JSON's numbers are the shortest decimals that name their
-float64, so a served score is the local one to the last bit.  Nothing is pickled.
+float64, so a served score is the local one to the last bit, where both are computed on the same
+device in the same batches.  Nothing is pickled.
 """
 
 import base64

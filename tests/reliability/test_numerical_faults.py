@@ -15,6 +15,7 @@ from diffusion_nft.advantages import group_advantages, optimality
 from diffusion_nft.checkpoint import Checkpointer
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.metrics import read_metrics
+from diffusion_nft.precision import FIRST_LOSS_SCALE
 from diffusion_nft.rewards import REWARDS, RewardOutput
 from diffusion_nft.rollout import Samples, summarise
 from diffusion_nft.trainer import Trainer
@@ -120,6 +121,7 @@ def test_a_nan_in_one_samples_latent_costs_that_epoch_alone(tmp_path, monkeypatc
         trainer.run()
     rows = rows_of_epochs(tmp_path)
     assert [row["optim/skipped_steps"] for row in rows] == [0, 1, 1]
+    assert [row["optim/nonfinite_losses"] > 0 for row in rows] == [False, True, False]
     assert [row["step"] for row in rows] == [1, 1, 2]
     # JSON has no NaN.
     assert [row["reward/x0_rms"] is None for row in rows] == [False, True, False]
@@ -188,10 +190,11 @@ def test_fp16_overflow_halves_the_scale_until_a_step_fits(tmp_path):
         values = updater.train_epoch(samples, R, epoch=epoch)
         scales.append(values["optim/loss_scale"])
         skipped.append(values["optim/skipped_steps"])
+        assert values["optim/nonfinite_losses"] == 0
         if updater.step:
             break
     assert updater.step == 1 and skipped[-1] == len(skipped) - 1 > 0
-    assert scales == [65536 / 2 ** min(i + 1, skipped[-1]) for i in range(len(scales))]
+    assert scales == [FIRST_LOSS_SCALE / 2 ** min(i + 1, skipped[-1]) for i in range(len(scales))]
     assert updater.skipped_in_row == 0 and math.isfinite(values["optim/grad_norm"])
 
 
