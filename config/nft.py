@@ -124,7 +124,7 @@ def _one_gpu(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 def sd3_geneval_1gpu() -> ml_collections.ConfigDict:
     """GenEval on one card of 24-48 GB.
 
-    Memory by arithmetic: 17 GB while encoding, 11 GB while training, the reward's models beside it
+    Memory by arithmetic: 19 GB while encoding, 11 GB while training, the reward's models beside it
     (docs/benchmarks.md).  Memory and cost on a GPU: not measured.
 
     ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:sd3_geneval_1gpu``
@@ -135,7 +135,7 @@ def sd3_geneval_1gpu() -> ml_collections.ConfigDict:
 def sd3_pickscore_1gpu() -> ml_collections.ConfigDict:
     """PickScore on one card of 24-48 GB.
 
-    Memory by arithmetic: 17 GB while encoding, 11 GB while training, PickScore's 3.9 beside it
+    Memory by arithmetic: 19 GB while encoding, 11 GB while training, PickScore's 3.9 beside it
     (docs/benchmarks.md).  Memory and cost on a GPU: not measured.
 
     ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config

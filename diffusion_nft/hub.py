@@ -1,6 +1,9 @@
 """Models and LoRAs by local path or hub name."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
@@ -12,16 +15,14 @@ from diffusion_nft.shapes.model import PIPELINE_DIR
 def fetch_pipeline(name: str, revision: str = "") -> Path:
     """The local folder of a pipeline: ``shapes``, a folder, or a hub name (downloaded if need be).
 
-    Raises OSError with the remedy when the model is missing, gated or out of reach.
+    Raises OSError with the remedy when the model is missing or gated, or out of reach and not in
+    the hub's cache either.
     """
     if name == EMBEDDED_MODEL:
         return PIPELINE_DIR
     if Path(name).is_dir():
         return Path(name)
-    try:
-        return Path(DiffusionPipeline.download(name, revision=revision or None))
-    except (OSError, ValueError) as error:
-        raise _unreachable("model", name, error) from error
+    return _fetch("model", name, DiffusionPipeline.download, revision=revision or None)
 
 
 def fetch_lora(name: str) -> Path:
@@ -31,15 +32,25 @@ def fetch_lora(name: str) -> Path:
     """
     if Path(name).exists():
         return Path(name)
+    return _fetch("LoRA", name, snapshot_download, allow_patterns=["*.safetensors", "*.json"])
+
+
+def _fetch(kind: str, name: str, download: Callable[..., Any], **options: Any) -> Path:
+    """What ``download`` brings, or what it brought earlier if the hub does not answer."""
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
-    except (OSError, ValueError) as error:
-        raise _unreachable("LoRA", name, error) from error
-
-
-def _unreachable(kind: str, name: str, error: Exception) -> OSError:
-    return OSError(
-        f"{kind} {name!r} is no local path and could not be fetched from the hub "
-        f"({type(error).__name__}).  Gated models (SD3.5 is one): accept the licence at "
-        f"https://huggingface.co/{name} and run `hf auth login`.  Offline: give a local path."
-    )
+        return Path(download(name, **options))
+    # The hub's client, diffusers and the HTTP library beneath have families of errors of their own,
+    # which change with their versions; a time-out is in none of the others.
+    except Exception as error:
+        try:
+            folder = Path(download(name, local_files_only=True, **options))
+        except Exception:
+            raise OSError(
+                f"{kind} {name!r} is no local path and could not be fetched from the hub "
+                f"({type(error).__name__}).  Gated models (SD3.5 is one): accept the licence at "
+                f"https://huggingface.co/{name} and run `hf auth login`.  Offline: give a local "
+                "path, or set HF_HUB_OFFLINE=1 if it has been downloaded."
+            ) from error
+        text = f"{kind} {name!r} is taken from the cache, as the hub gave {type(error).__name__}"
+        print(text, file=sys.stderr)
+        return folder

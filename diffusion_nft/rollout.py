@@ -275,7 +275,8 @@ def collect(
     Sample i of the epoch belongs to group ``i // num_image_per_prompt``; its noise is keyed by
     (seed, epoch, i).  Ranks take contiguous near-equal shares.  Scoring runs in the background of
     sampling.  ``trajectories``: also keep what led to the latents.  ``ahead``: prompts of the next
-    epoch, which are encoded while the last scores are on their way.  Raises RewardError on every
+    epoch, which are encoded while the last scores are on their way, unless text encoders are
+    offloaded.  Raises RewardError on every
     rank if a reward fails on any, and Preempted if any was asked to stop.
     """
     size = config.sample.num_image_per_prompt
@@ -312,7 +313,9 @@ def collect(
             thumbs.append(thumbnails(images))
             if start < num_pictures:
                 kept.append(images[: num_pictures - start].cpu())
-        if config.perf.embed_cache_gb and not requested():
+        # Encoders that visit the device would meet the last scores there.
+        early = config.perf.embed_cache_gb and not config.perf.offload_text_encoders
+        if early and not requested():
             model.encode_cached([prompt.text for prompt in ahead[groups_here]])
         empty = torch.zeros(0, 3 * THUMBNAIL**2)
         scores, all_thumbs = gather_scores(dist, background.results, torch.cat([empty, *thumbs]))

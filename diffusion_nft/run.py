@@ -30,6 +30,7 @@ def run(config: ConfigDict, dist: Distributed) -> None:
     against hundreds of epochs.  A finished run says again what it gained, without loading a model.
     Raises StartError, and what ``Trainer.run`` raises.
     """
+    dist.say(devices(dist))
     with _start_errors():
         check_shared("save_dir", Path(config.save_dir), dist)
         check_run_dir(config)
@@ -43,6 +44,18 @@ def run(config: ConfigDict, dist: Distributed) -> None:
         # Two models would not fit the device; a trainer's parts refer to each other.
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def devices(dist: Distributed) -> str:
+    """What the ranks compute on, in a line; a GPU that a build for CUDA cannot use should show
+    before a large model crawls on CPUs.
+    """
+    if dist.device.type == "cuda":
+        return f"{dist.world_size} process(es), this one on {torch.cuda.get_device_name()}"
+    build = f"torch {torch.__version__}"
+    if torch.version.cuda:
+        build += f", built for CUDA {torch.version.cuda}, finds no GPU that it can use"
+    return f"{dist.world_size} process(es) on CPUs ({build})"
 
 
 def _train(config: ConfigDict, dist: Distributed, stage: Stage, *, last: bool) -> None:

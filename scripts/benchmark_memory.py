@@ -240,8 +240,13 @@ def text_encoders_gb(dtype: torch.dtype) -> float:
             CLIPTextModelWithProjection(giant),
             T5EncoderModel(xxl),
         ]
-    values = sum(p.numel() for encoder in encoders for p in encoder.parameters())
-    return values * dtype.itemsize / 1e9
+    size = 0
+    for encoder in encoders:
+        for name, weight in encoder.named_parameters():
+            # transformers keeps T5's second projections in float32 where fp16 is asked for.
+            wide = dtype == torch.float16 and isinstance(encoder, T5EncoderModel) and ".wo." in name
+            size += weight.numel() * (4 if wide else dtype.itemsize)
+    return size / 1e9
 
 
 def parse_flags() -> argparse.Namespace:

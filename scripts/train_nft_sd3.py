@@ -19,6 +19,11 @@ from diffusion_nft.validation import SCHEMA, unknown_key, validate
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="path:preset")
 flags.mark_flags_as_required(["config"])
+# All of them may differ when a run continues.
+OUT_OF_MEMORY = (
+    "on a GPU without room lower train.batch_size, sample.batch_size, eval.batch_size or "
+    "perf.vae_batch_size, or turn on perf.gradient_checkpointing or perf.offload_text_encoders"
+)
 
 
 def refuse(message: str) -> NoReturn:
@@ -59,6 +64,8 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         refuse(str(error))
     # Loading the model libraries takes seconds: a wrong configuration should not have to wait.
+    from torch import OutOfMemoryError
+
     from diffusion_nft.files import DiskError
     from diffusion_nft.monitor import Alarm
     from diffusion_nft.preemption import Preempted
@@ -77,6 +84,8 @@ def main(argv: list[str]) -> None:
                 refuse(str(error))
             except (RewardError, Alarm) as error:
                 refuse(f"{error}; the state is saved, {go_on}")
+            except OutOfMemoryError as error:
+                sys.exit(f"{str(error).splitlines()[0]}\n{OUT_OF_MEMORY}; {go_on}")
             except Preempted as stop:
                 dist.say(f"{stop}; {go_on}")
     except LostContact as error:

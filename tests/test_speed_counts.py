@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffusion_nft import rollout
 from diffusion_nft.data import epoch_prompts
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.policy import LoraLinear
@@ -125,6 +126,30 @@ def test_nothing_is_computed_twice(tmp_path, monkeypatch, kl_weight):
     # One reduction per optimizer step, of all gradients and the request to stop.
     weights = len(trainer.policy.parameters())
     assert trainer.dist.reductions == [weights + 1] * (EPOCHS * STEPS)  # pyright: ignore
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_next_prompts_are_encoded_beside_the_scores_where_both_fit(
+    tmp_path, monkeypatch, offload
+):
+    trainer = make_trainer(tmp_path, **{"perf.offload_text_encoders": offload})
+    encoded, encode, gather = [], trainer.model.pipe.encode_prompt, rollout.gather_scores
+    seen = []
+
+    def count_encode(*, prompt, **options):
+        encoded.append(prompt)
+        return encode(prompt=prompt, **options)
+
+    def count_gather(*given):
+        seen.append(len(encoded))
+        return gather(*given)
+
+    monkeypatch.setattr(trainer.model.pipe, "encode_prompt", count_encode)
+    monkeypatch.setattr(rollout, "gather_scores", count_gather)
+    with one_thread():
+        trainer._sample()
+    groups = trainer.config.sample.num_groups
+    assert seen == [groups if offload else 2 * groups]
 
 
 class Reads(TorchDispatchMode):

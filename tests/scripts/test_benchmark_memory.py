@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
+from transformers import T5Config, T5EncoderModel
 
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.policy import Policy
@@ -126,7 +127,22 @@ def test_live_bytes_are_of_storages_not_of_views(module):
 @pytest.mark.slow
 def test_text_encoders_have_the_published_sizes(module):
     # Bytes of text_encoder, text_encoder_2 and text_encoder_3 of SD3.5-Medium, float16.
-    assert module.text_encoders_gb(torch.float16) == pytest.approx(0.247 + 1.39 + 9.52, rel=0.005)
+    halves = 0.247 + 1.39 + 9.52
+    assert module.text_encoders_gb(torch.bfloat16) == pytest.approx(halves, rel=0.005)
+    # 24 second projections of T5 stay in float32.
+    wide = 24 * 10240 * 4096 * 2 / 1e9
+    assert module.text_encoders_gb(torch.float16) == pytest.approx(halves + wide, rel=0.005)
+
+
+def test_what_transformers_keeps_in_float32(tmp_path):
+    """The rule that the count follows, on a T5 on disk."""
+    config = T5Config(d_model=8, d_ff=16, d_kv=4, num_heads=2, num_layers=1, vocab_size=32)
+    config.feed_forward_proj, config.is_gated_act = "gated-gelu", True
+    T5EncoderModel(config).save_pretrained(tmp_path)
+    for dtype in (torch.float16, torch.bfloat16):
+        loaded = T5EncoderModel.from_pretrained(tmp_path, dtype=dtype)
+        wide = {n for n, p in loaded.named_parameters() if p.dtype == torch.float32}
+        assert all(".wo." in name for name in wide) and bool(wide) == (dtype == torch.float16)
 
 
 def test_the_script_prints_a_table_and_json(module, tmp_path, capsys):

@@ -1,11 +1,16 @@
 """The training command: mistakes cost one line, and it runs under torchrun."""
 
 import json
+import re
 import sys
 
 import pytest
+import torch
 
+from diffusion_nft.distributed import Distributed
 from diffusion_nft.metrics import read_metrics
+from diffusion_nft.run import devices
+from diffusion_nft.validation import SCHEMA
 from tests.launch import run, train, train_command
 
 MISTAKES = {
@@ -50,6 +55,40 @@ def test_a_preset_that_is_not_named_rightly_costs_one_line(config, word):
     assert_one_line_error(
         run([sys.executable, "scripts/train_nft_sd3.py", "--config", config]), word
     )
+
+
+FULL_GPU = """
+import runpy, sys, torch
+import diffusion_nft.run
+
+def run(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nStack:")
+
+diffusion_nft.run.run = run
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.multiproc
+def test_a_full_gpu_costs_two_lines_that_say_what_to_turn(tmp_path):
+    done = run([sys.executable, "-c", FULL_GPU, *train_command(tmp_path / "run")[1:]])
+    first, second = done.stderr.splitlines()
+    assert done.returncode == 1 and first == "CUDA out of memory. Tried to allocate 2.00 GiB."
+    for key in re.findall(r"[a-z]+\.[a-z_]+", second.partition(";")[0]):
+        assert key in SCHEMA
+    assert "lower train.batch_size" in second and f"continues the run in {tmp_path}" in second
+
+
+def test_the_devices_are_named(monkeypatch):
+    ranks = Distributed(0, 2, 0, torch.device("cpu"))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert devices(ranks) == f"2 process(es) on CPUs (torch {torch.__version__})"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert devices(ranks).endswith(", built for CUDA 13.0, finds no GPU that it can use)")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    ranks = Distributed(0, 2, 0, torch.device("cuda"))
+    assert devices(ranks) == "2 process(es), this one on NVIDIA H100"
 
 
 @pytest.mark.multiproc
