@@ -1,5 +1,8 @@
 """Stable Diffusion 3 and 3.5: loading, prompts to embeddings, velocities, latents to pictures."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
@@ -30,6 +33,21 @@ LORA_TARGETS = tuple(
 
 # Most graphs of a block that perf.compile may make: kinds of block x policies x sizes of a batch.
 COMPILED_GRAPHS = 64
+
+
+@contextmanager
+def visiting(modules: list[torch.nn.Module], device: torch.device) -> Iterator[None]:
+    """The frozen weights of ``modules`` are on ``device`` in here.  Nothing is copied back: what
+    they were before is kept and taken up again.
+    """
+    homes = [(weight, weight.data) for module in modules for weight in module.parameters()]
+    try:
+        for module in modules:
+            module.to(device)
+        yield
+    finally:
+        for weight, home in homes:
+            weight.data = home
 
 
 class SD3Model:
@@ -92,7 +110,8 @@ class SD3Model:
         self.offload_text_encoders = offload_text_encoders
         self.vae_batch_size = vae_batch_size
         if not offload_text_encoders:
-            self._move_text_encoders(self.device)
+            for encoder in self._text_encoders():
+                encoder.to(self.device)
         self.passes = {"cost/forwards": 0, "cost/backwards": 0}
         self.encode_cached = EmbeddingCache(self._encode, embed_cache_gb * 1e9)
         side = resolution // self.pipe.vae_scale_factor
@@ -109,14 +128,14 @@ class SD3Model:
     def _parts(self) -> list[torch.nn.Module]:
         return [self.pipe.transformer, self.pipe.vae, *self._text_encoders()]
 
-    def _move_text_encoders(self, device: torch.device) -> None:
-        for encoder in self._text_encoders():
-            encoder.to(device)
+    def _encode(self, texts: list[str]) -> list[Conditioning]:
+        if not self.offload_text_encoders:
+            return self._encode_here(texts)
+        with visiting(self._text_encoders(), self.device):
+            return self._encode_here(texts)
 
     @torch.no_grad()
-    def _encode(self, texts: list[str]) -> list[Conditioning]:
-        if self.offload_text_encoders:
-            self._move_text_encoders(self.device)
+    def _encode_here(self, texts: list[str]) -> list[Conditioning]:
         rows = []
         for text in texts:
             tokens, _, pooled, _ = self.pipe.encode_prompt(
@@ -129,8 +148,6 @@ class SD3Model:
             )
             assert tokens is not None and pooled is not None
             rows.append(Conditioning(tokens.cpu(), pooled.cpu()))
-        if self.offload_text_encoders:
-            self._move_text_encoders(torch.device("cpu"))
         return rows
 
     def take_passes(self) -> dict[str, int]:

@@ -7,6 +7,7 @@ from diffusers import StableDiffusion3Pipeline
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.hub import fetch_lora, fetch_pipeline
 from diffusion_nft.models import build_model
+from diffusion_nft.models.sd3 import visiting
 from diffusion_nft.policy import ADAPTERS, REFERENCE, Policy
 from diffusion_nft.precision import Precision
 from diffusion_nft.randomness import generator
@@ -91,6 +92,24 @@ def test_offloading_and_checkpointing_give_the_same_numbers(shapes_model):
     with torch.no_grad():
         assert torch.equal(other.velocity(x, sigma, ours), shapes_model.velocity(x, sigma, theirs))
     assert not any(p.requires_grad for p in other.transformer.parameters())
+
+
+def test_visiting_weights_come_home_without_a_copy(monkeypatch):
+    """Also after an error.  A move to a GPU gives a parameter other data, as this one does."""
+
+    def move(module, device):
+        assert device == CPU
+        for weight in module.parameters():
+            weight.data = weight.data.clone()
+
+    monkeypatch.setattr(torch.nn.Linear, "to", move)
+    modules = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)]
+    weights = [weight for module in modules for weight in module.parameters()]
+    homes = [weight.data_ptr() for weight in weights]
+    with pytest.raises(MemoryError), visiting(modules, CPU):
+        assert all(w.data_ptr() != home for w, home in zip(weights, homes, strict=True))
+        raise MemoryError
+    assert [weight.data_ptr() for weight in weights] == homes
 
 
 def test_a_model_out_of_reach_names_the_remedy(monkeypatch):
