@@ -178,7 +178,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval = evaluation = ml_collections.ConfigDict()
     # Rewards that are only evaluated, never trained on: held-out judges of what is gained.
     evaluation.rewards = ()
-    # Lines of the test set to use; 0: all.
+    # Lines of the test set to use, drawn once and for all; 0: all.
     evaluation.num_prompts = 0
     evaluation.num_steps = 40
     evaluation.solver = "flow"

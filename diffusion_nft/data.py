@@ -9,6 +9,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TypeVar
 
@@ -152,6 +153,44 @@ def load_prompts(dataset: str | Path, split: str) -> list[Prompt]:
     if lines == [b""]:
         raise ValueError(f"{path}: the file is empty; it needs one prompt a line")
     return [_parse_line(path, number, line, parse) for number, line in enumerate(lines, start=1)]
+
+
+def draw_lines(prompts: Sequence[Prompt], number: int, together: int = 1) -> list[int]:
+    """Which ``number`` of ``prompts`` to look at (all, if there are no more), in their order; the
+    same ones at every call.
+
+    They are drawn, since files tend to be sorted, and equally of each tag where there are tags.
+    ``together``: so many lines of a prompt stay together where they can, for what is measured
+    between pictures of one prompt.
+    """
+    if number >= len(prompts):
+        return list(range(len(prompts)))
+    by_tag: dict[str, list[list[int]]] = {}
+    unfilled: dict[str, list[int]] = {}
+    for line, prompt in enumerate(prompts):
+        unit = unfilled.setdefault(prompt.text, [])
+        if not unit:
+            by_tag.setdefault(str(prompt.metadata.get("tag", "")), []).append(unit)
+        unit.append(line)
+        if len(unit) == together:
+            del unfilled[prompt.text]
+    drawn = [
+        [units[i] for i in torch.randperm(len(units), generator=generator("lines", tag)).tolist()]
+        for tag, units in by_tag.items()
+    ]
+    rounds = chain.from_iterable(zip_longest(*drawn, fillvalue=[]))
+    return sorted(list(chain.from_iterable(rounds))[:number])
+
+
+def evaluated_lines(dataset: str | Path, number: int) -> tuple[list[Prompt], list[int]]:
+    """``number`` lines of a test set (0: all), and where they stand in it, from 0.
+
+    Lines of a prompt come in pairs, since ``eval/diversity`` needs two.  Raises as
+    ``load_prompts``.
+    """
+    prompts = load_prompts(dataset, "test")
+    lines = draw_lines(prompts, number or len(prompts), together=2)
+    return [prompts[line] for line in lines], lines
 
 
 def _parse_line(path: Path, number: int, line: bytes, parse: Callable[[str], Prompt]) -> Prompt:

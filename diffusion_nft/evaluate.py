@@ -5,7 +5,7 @@ is always made beside the same neighbours; its noise is keyed by (seed, line num
 taken in float64 in line order.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_nft.data import Prompt
+from diffusion_nft.data import Prompt, draw_lines
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.randomness import generator
 from diffusion_nft.results import (
@@ -91,18 +91,22 @@ def evaluate(
     settings: Mapping[str, Any],
     *,
     dist: Distributed,
+    lines: Sequence[int] | None = None,
     num_pictures: int = 0,
     folder: Path | None = None,
 ) -> Evaluation:
     """Samples and scores every line of ``prompts`` with the model's active adapter.
 
     ``settings``: a flat configuration; ``seed`` and ``eval.{solver, num_steps, guidance_scale,
-    batch_size}`` are read.  ``num_pictures``: how many of the first lines' pictures to return.
+    batch_size}`` are read.  ``lines``: where each prompt stands in its test set, which keys its
+    noise (None: as here).  ``num_pictures``: how many of a rank's pictures it returns, of drawn
+    lines.
     ``folder``: where every picture and the scores of every finished chunk are kept; what an
     interrupted call has left there is not made again (``complete`` sees to it that the settings
     were the same).  Raises RewardError on every rank if a reward fails on any.
     """
     seed, batch_size = settings["seed"], settings["eval.batch_size"]
+    numbers = range(len(prompts)) if lines is None else lines
     sampler = Sampler(
         settings["eval.solver"], settings["eval.num_steps"], settings["eval.guidance_scale"]
     )
@@ -117,7 +121,7 @@ def evaluate(
     def draw(lines: range) -> Tensor:
         if folder is not None and lines in drawn:
             return read_pictures(folder, lines).to(dist.device)
-        generators = [generator(seed, "eval", line) for line in lines]
+        generators = [generator(seed, "eval", numbers[line]) for line in lines]
         rows = torch.tensor([row[prompts[line].text] for line in lines])
         cond = embedded.select(rows).to(model.device)
         images = model.decode(sampler(model, cond, generators)[0])
@@ -146,13 +150,15 @@ def complete(
     model: Callable[[], Any],
     rewards: Callable[[Mapping[str, float]], RewardSet],
     dist: Distributed,
+    lines: Sequence[int],
     keep_pictures: bool,
 ) -> None:
     """Does what the evaluation of ``prompts`` in ``folder`` still lacks, and writes its results.
 
-    ``record``: all that decides the pictures, and ``PER_REWARD``.  ``model`` and ``rewards`` are
-    called only where pictures or scores are missing; scores of earlier rewards stay.  Raises
-    ValueError if ``folder`` holds other pictures, and what ``evaluate`` raises.
+    ``lines`` as in ``evaluate``.  ``record``: all that decides the pictures, and ``PER_REWARD``.
+    ``model`` and ``rewards`` are called only where pictures or scores are missing; scores of
+    earlier rewards stay.  Raises ValueError if ``folder`` holds other pictures, and what
+    ``evaluate`` raises.
     """
     claim(folder, record, dist)
     done, drawn = finished(folder), has_pictures(folder, range(len(prompts)))
@@ -172,7 +178,7 @@ def complete(
             result, _ = beside(result, missing, *read_results(folder, prompts))
     else:
         scorer, kept = rewards(record["rewards"]), folder if keep_pictures else None
-        result = evaluate(model(), prompts, scorer, settings, dist=dist, folder=kept)
+        result = evaluate(model(), prompts, scorer, settings, dist=dist, lines=lines, folder=kept)
     if dist.is_main:
         write_results(result, folder, settings=record)
     dist.barrier()
@@ -234,6 +240,8 @@ def _collect(
 ) -> Evaluation:
     """Deals fixed chunks of lines to the ranks, scores in the background, restores the order."""
     by_rank = _chunks(len(prompts), batch_size, dist)
+    mine = [line for chunk in by_rank[dist.rank] for line in chunk]
+    shown = {mine[i] for i in draw_lines([prompts[line] for line in mine], num_pictures)}
     thumbs, kept, kept_lines = [], [], []
     with Background(dist.device) as background:
         for chunk in tqdm(
@@ -243,9 +251,9 @@ def _collect(
             if not background.submit(score, images, chunk):
                 break
             thumbs.append(thumbnails(images))
-            first = max(0, min(num_pictures - chunk.start, len(chunk)))
-            kept.append(images[:first].cpu())
-            kept_lines += chunk[:first]
+            chosen = [line for line in chunk if line in shown]
+            kept += [images[line - chunk.start].cpu() for line in chosen]
+            kept_lines += chosen
         no_thumbs = torch.zeros(0, 3 * THUMBNAIL**2)
         scores, all_thumbs = gather_scores(
             dist, background.results, torch.cat([no_thumbs, *thumbs])
@@ -256,6 +264,6 @@ def _collect(
         prompts=prompts,
         scores={name: values[order].tolist() for name, values in named.items()},
         diversity=diversity(all_thumbs[order], [prompt.text for prompt in prompts]),
-        pictures=torch.cat(kept) if kept else torch.zeros(0, 3, 1, 1),
+        pictures=torch.stack(kept) if kept else torch.zeros(0, 3, 1, 1),
         picture_lines=kept_lines,
     )

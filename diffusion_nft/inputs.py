@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from diffusion_nft.data import Prompt, load_prompts
+from diffusion_nft.data import Prompt, evaluated_lines, load_prompts
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.monitor import PICTURES
 from diffusion_nft.rewards import Reward, check_prompts
@@ -21,16 +21,17 @@ def reward_weights(config: ConfigDict) -> tuple[dict[str, float], dict[str, floa
     return trained, trained | dict.fromkeys(held_out, 0.0)
 
 
-def load_checked_prompts(config: ConfigDict) -> tuple[list[Prompt], list[Prompt]]:
-    """The training prompts of ``config``, and the lines of the test set that it evaluates.
+def load_checked_prompts(config: ConfigDict) -> tuple[list[Prompt], list[Prompt], list[int]]:
+    """The training prompts of ``config``, the lines of the test set that it evaluates, and where
+    they stand in it.
 
     Raises ValueError or OSError if they cannot be had, or one of the rewards cannot score them.
     """
     train = load_prompts(config.dataset, "train")
-    test = load_prompts(config.dataset, "test")[: config.eval.num_prompts or None]
+    test, lines = evaluated_lines(config.dataset, config.eval.num_prompts)
     for names, prompts in zip(reward_weights(config), (train, test), strict=True):
         check_prompts(names, [p.text for p in prompts], [p.metadata for p in prompts])
-    return train, test
+    return train, test, lines
 
 
 def build_named(config: ConfigDict, names: Iterable[str], dist: Distributed) -> dict[str, Reward]:

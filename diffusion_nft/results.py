@@ -34,13 +34,13 @@ RESULTS_FILE, AVERAGES_FILE = "evaluation_results.jsonl", "average_scores.json"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of N test lines, in line order, and a few pictures of the first lines."""
+    """Scores of N test lines, in line order, and a few pictures."""
 
     prompts: list[Prompt]
     scores: dict[str, list[float]]  # "total", each reward and component -> N numbers
     diversity: float
-    pictures: Tensor  # [<= num_pictures, 3, H, W], rank 0's share of the first lines
-    picture_lines: list[int]
+    pictures: Tensor  # [<= num_pictures, 3, H, W], of this rank's lines
+    picture_lines: list[int]  # of which of the N
 
     def averages(self) -> dict[str, Any]:
         """What ``average_scores.json`` holds: means and standard errors, also per tag; no NaN."""

@@ -27,6 +27,8 @@ QUEUE_LENGTH = 4
 POLL_S = 0.2
 # Side of the thumbnails by which the variety of pictures is measured.
 THUMBNAIL = 8
+# Pictures beside one another in the grids that are logged.
+GRID_COLUMNS = 4
 # Bins of the optimality histogram in the log.
 OPTIMALITY_BINS = 10
 
@@ -211,7 +213,8 @@ class Samples:
     cond_rows: Tensor  # [n]: the row of ``cond`` of each sample
     x0_rms: float  # root mean square of all N latents
     sigmas: Tensor  # [N]: distinct non-zero noise levels that the solver visited; empty if n is 0
-    pictures: Tensor  # [<= num_pictures, 3, H, W]: the first ones of this rank
+    pictures: Tensor  # [<= num_pictures, 3, H, W], of this rank
+    shown: list[int]  # which of the N samples those are
     trajectory: Trajectory | None = None  # of n samples, xs [N + 1, n, C, h, w]; if asked for
 
 
@@ -258,6 +261,17 @@ def gather_scores(
     return Scores.concatenate(filled), torch.cat([t for _, t, _ in gathered])
 
 
+def shown_samples(indices: range, group_size: int, number: int) -> list[int]:
+    """Up to ``number`` of a rank's samples for a grid of GRID_COLUMNS: lines of one prompt each, of
+    as many prompts as there are.
+    """
+    groups: dict[int, list[int]] = {}
+    for i in indices:
+        groups.setdefault(i // group_size, []).append(i)
+    lines = math.ceil(number / max(len(groups), 1) / GRID_COLUMNS)
+    return [i for group in groups.values() for i in group[: lines * GRID_COLUMNS]][:number]
+
+
 def collect(
     model: Any,
     prompts: list[Prompt],
@@ -291,6 +305,7 @@ def collect(
     groups_here = slice(first, -(-indices.stop // size) if indices else first)
     cond = model.encode([prompt.text for prompt in prompts[groups_here]])
     cond_rows = torch.tensor([i // size - first for i in indices], device=model.device).long()
+    shown = shown_samples(indices, size, num_pictures)
     latents, chains, thumbs, kept, sigmas = [], [], [], [], torch.zeros(0)
     with Background(dist.device) as background:
         for start in range(0, len(indices), config.sample.batch_size):
@@ -311,8 +326,7 @@ def collect(
                 break
             latents.append(x0)
             thumbs.append(thumbnails(images))
-            if start < num_pictures:
-                kept.append(images[: num_pictures - start].cpu())
+            kept += [images[i - rows.start].cpu() for i in rows if i in shown]
         # Encoders that visit the device would meet the last scores there.
         early = config.perf.embed_cache_gb and not config.perf.offload_text_encoders
         if early and not requested():
@@ -332,7 +346,8 @@ def collect(
         cond=cond,
         cond_rows=cond_rows,
         sigmas=sigmas,
-        pictures=torch.cat(kept) if kept else torch.zeros(0, 3, 1, 1),
+        pictures=torch.stack(kept) if kept else torch.zeros(0, 3, 1, 1),
+        shown=shown,
         trajectory=Trajectory(*(torch.cat(parts, dim=1) for parts in zip(*chains, strict=True)))
         if chains
         else None,

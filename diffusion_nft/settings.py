@@ -100,7 +100,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add("--output_dir", type=Path)
     add("--seed", type=int, help="of the noise")
     add("--batch_size", dest="eval.batch_size", type=positive, help="pictures at once")
-    add("--limit", type=positive, help="only the first lines of a test set")
+    add("--limit", type=positive, default=0, help="only so many lines of a test set, drawn")
     add("--skip_rewards", default="", help="comma-separated")
     add(
         "--remote",
@@ -133,16 +133,16 @@ class Choice:
     name: str  # of the model, for people and file names
     usual: dict[str, Any]  # what ``settings`` are without run and flags
 
-    def folder_name(self, limit: int | None) -> str:
-        """For an evaluation of the first ``limit`` lines (None: all) of a test set: the model,
-        guidance and seed, and what differs from the usual settings."""
+    def folder_name(self, limit: int) -> str:
+        """For an evaluation of ``limit`` lines (0: all) of a test set: the model, guidance and
+        seed, and what differs from the usual settings."""
         parts = [self.name, f"cfg{self.settings['eval.guidance_scale']:g}"]
         parts.append(f"seed{self.settings['seed']}")
         parts += ["published"] if self.settings["match_published"] else []
         for key, form in NAMED.items():
             if self.settings[key] != self.usual[key]:
                 parts.append(form.format(self.settings[key]))
-        parts += [f"first{limit}"] if limit else []
+        parts += [f"{limit}lines"] if limit else []
         return "-".join(parts)
 
     def record(
@@ -150,7 +150,7 @@ class Choice:
         dist: Distributed,
         dataset: str,
         weights: Mapping[str, float],
-        limit: int | None,
+        limit: int,
         remote: Mapping[str, tuple[str, ...]],
     ) -> dict[str, Any]:
         """All that decides the numbers of an evaluation, to be kept with them."""

@@ -177,7 +177,7 @@ def as_markdown(suite: Suite, rows: Sequence[Row]) -> str:
     parts = [
         result_table(suite, rows),
         "± is the standard error of the mean, clustered by prompt.  A row whose name ends in "
-        "first<N> is of the first N lines of each test set only.",
+        "<N>lines is of N lines of each test set only, drawn the same way each time.",
         "\n".join(counts),
         _comparison(rows, "settings"),
         _comparison(rows, "environment"),

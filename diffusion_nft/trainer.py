@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 from ml_collections import ConfigDict
+from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_nft.advantages import group_advantages, optimality, standardized_total
 from diffusion_nft.algorithms import build_algorithm
-from diffusion_nft.data import Prompt, epoch_prompts
+from diffusion_nft.data import Prompt, draw_lines, epoch_prompts
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.evaluate import evaluate
 from diffusion_nft.inputs import build_named, load_checked_prompts, reward_weights
@@ -23,7 +24,7 @@ from diffusion_nft.preemption import REASON, Preempted
 from diffusion_nft.report import compare_pictures, pictures_file, result
 from diffusion_nft.results import Evaluation, write_results
 from diffusion_nft.rewards.combine import RewardError, RewardSet
-from diffusion_nft.rollout import Samples, collect, summarise
+from diffusion_nft.rollout import GRID_COLUMNS, Samples, collect, summarise
 from diffusion_nft.run_dir import check_run_dir, flatten, write_config
 from diffusion_nft.run_state import RunState, check_start, newest_checkpoint, stage_number
 from diffusion_nft.stages import Stage, stages_of
@@ -44,7 +45,7 @@ class Trainer:
         self.stage = stage = stage or stages_of(config)[0]
         self.config = config = stage.config
         self.run_dir = Path(config.save_dir)
-        self.train_prompts, self.test_prompts = load_checked_prompts(config)
+        self.train_prompts, self.test_prompts, self.test_lines = load_checked_prompts(config)
         trained, evaluated = reward_weights(config)
         start = newest_checkpoint(config, dist)
         if start is None:
@@ -193,24 +194,29 @@ class Trainer:
 
     def _log_samples(self, samples: Samples) -> None:
         size = self.config.sample.num_image_per_prompt
-        rows = samples.indices[: len(samples.pictures)]
-        if rows and self.dist.is_main:
-            grid = image_grid(
-                samples.pictures,
-                [self.epoch_prompts[i // size].text for i in rows],
-                columns=4,
-                scores=samples.scores.total[rows.start : rows.stop].tolist(),
-            )
-            self.metrics.log_images("train", grid, epoch=self.state.epoch)
+        prompts = [self.epoch_prompts[i // size] for i in samples.shown]
+        scores = samples.scores.total[samples.shown].tolist()
+        self._log_pictures("train", samples.pictures, prompts, scores)
 
-    def evaluate(self, limit: int | None = None) -> Evaluation:
-        """The first ``limit`` test lines under the evaluation settings, with the active policy."""
+    def _log_pictures(
+        self, name: str, pictures: Tensor, prompts: list[Prompt], scores: list[float]
+    ) -> None:
+        if prompts and self.dist.is_main:
+            texts = [prompt.text for prompt in prompts]
+            grid = image_grid(pictures, texts, columns=GRID_COLUMNS, scores=scores)
+            self.metrics.log_images(name, grid, epoch=self.state.epoch)
+
+    def evaluate(self, number: int | None = None) -> Evaluation:
+        """``number`` test lines, or all, under the evaluation settings, with the active policy."""
+        count = len(self.test_prompts)
+        chosen = draw_lines(self.test_prompts, count if number is None else number)
         return evaluate(
             self.model,
-            self.test_prompts[:limit],
+            [self.test_prompts[i] for i in chosen],
             self.eval_rewards,
             flatten(self.config),
             dist=self.dist,
+            lines=[self.test_lines[i] for i in chosen],
             num_pictures=self.config.log.num_images,
         )
 
@@ -229,6 +235,9 @@ class Trainer:
         if self.dist.is_main:
             folder = self.run_dir / "eval" / self.stage.folder / f"epoch-{epoch:06d}"
             write_results(evaluation, folder, settings={"epoch": epoch} | self.stage.column)
+        lines, totals = evaluation.picture_lines, evaluation.scores["total"]
+        prompts = [evaluation.prompts[line] for line in lines]
+        self._log_pictures("eval", evaluation.pictures, prompts, [totals[line] for line in lines])
         score = values["eval/total"]
         self.dist.say(f"epoch {epoch}: eval/total {score:.4f}")
         best = self.state.best_score is None or score > self.state.best_score

@@ -120,7 +120,7 @@ class Setup:
             prompts = [Prompt(f"prompt {i}") for i in range(NUM_SYNTHETIC_PROMPTS)]
             check_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts])
         else:
-            prompts, _ = load_checked_prompts(config)
+            prompts, *_ = load_checked_prompts(config)
         return cls(
             config, dist, arch, prompts, RewardSet(weights, build_named(config, weights, dist))
         )

@@ -15,7 +15,7 @@ import argparse
 import json
 from pathlib import Path
 
-from diffusion_nft.data import load_prompts, resolve_dataset, split_file
+from diffusion_nft.data import evaluated_lines, resolve_dataset, split_file
 from diffusion_nft.distributed import Distributed, check_shared, distributed
 from diffusion_nft.evaluate import choose_rewards, complete, rescore
 from diffusion_nft.results import beside, finished, read_results, write_results
@@ -53,7 +53,7 @@ def parse_flags() -> argparse.Namespace:
 def run(args: argparse.Namespace, dist: Distributed) -> None:
     """Does what is not yet there, or scores the pictures that are there, and writes the results."""
     choice, folder = args.choice, args.output_dir
-    prompts = load_prompts(args.dataset, "test")[: args.limit]
+    prompts, lines = evaluated_lines(args.dataset, args.limit)
     check_prompts(args.rewards, [p.text for p in prompts], [p.metadata for p in prompts])
     if not args.rescore:
         complete(
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace, dist: Distributed) -> None:
             model=lambda: choice.model(dist),
             rewards=lambda weights: choice.rewards(weights, dist, args.remote),
             dist=dist,
+            lines=lines,
             keep_pictures=args.save_images,
         )
         return

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion_nft.checks import EMBEDDED_MODEL
-from diffusion_nft.data import Prompt, load_prompts
+from diffusion_nft.data import Prompt, draw_lines, evaluated_lines
 from diffusion_nft.distributed import Distributed, check_shared, distributed
 from diffusion_nft.evaluate import choose_rewards, complete
 from diffusion_nft.files import write_atomically
@@ -45,6 +45,7 @@ class Task:
 
     dataset: str
     prompts: list[Prompt]
+    lines: list[int]  # of the test set, where the prompts stand
     weights: dict[str, float]  # of its rewards
     folder: Path
 
@@ -87,12 +88,12 @@ def tasks(args: argparse.Namespace) -> list[Task]:
         if not weights:
             continue
         try:
-            prompts = load_prompts(name, "test")[: args.limit]
+            prompts, lines = evaluated_lines(name, args.limit)
         except ValueError as error:
             problems.append(str(error))
             continue
         check_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts])
-        found.append(Task(name, prompts, weights, args.model_dir / name))
+        found.append(Task(name, prompts, lines, weights, args.model_dir / name))
     if problems:
         raise ValueError("\n  ".join(["test sets are missing:", *problems]))
     if not found:
@@ -115,15 +116,15 @@ def check_rewards(choice: Choice, args: argparse.Namespace, dist: Distributed) -
 
 
 def draw_grid(task: Task) -> None:
-    """A look at the first pictures of a finished test set."""
-    first = range(min(NUM_PICTURES, len(task.prompts)))
+    """A look at some pictures of a finished test set."""
+    shown = draw_lines(task.prompts, NUM_PICTURES)
     reward = next(iter(task.weights))
     scores, _ = read_results(task.folder, task.prompts)
     grid = image_grid(
-        read_pictures(task.folder, first),
-        [task.prompts[line].text for line in first],
+        read_pictures(task.folder, shown),
+        [task.prompts[line].text for line in shown],
         columns=4,
-        scores=scores[reward][: len(first)],
+        scores=[scores[reward][line] for line in shown],
     )
     save_png(grid, task.folder / "grid.png")
 
@@ -156,6 +157,7 @@ def main() -> None:
                 model=model,
                 rewards=lambda weights: choice.rewards(weights, dist, args.remote),
                 dist=dist,
+                lines=task.lines,
                 keep_pictures=True,
             )
             if dist.is_main:

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from diffusion_nft import data
-from diffusion_nft.data import Prompt, epoch_prompts, load_prompts, resolve_dataset, shard
+from diffusion_nft.data import (
+    Prompt,
+    draw_lines,
+    epoch_prompts,
+    evaluated_lines,
+    load_prompts,
+    resolve_dataset,
+    shard,
+)
 
 CATS = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "two cats"}
 
@@ -211,3 +219,37 @@ def test_shards_are_contiguous_and_nearly_equal(num_items: int, world_size: int)
 def test_shard_by_hand() -> None:
     assert [list(shard(7, rank, 3)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5, 6]]
     assert [list(shard(1, rank, 3)) for rank in range(3)] == [[], [], [0]]
+
+
+@pytest.mark.parametrize("tagged", [False, True])
+def test_lines_are_drawn_from_all_of_a_sorted_file(root, tagged):
+    # As GenEval's: tag by tag, four lines a prompt.
+    rows = [
+        {"tag": tag} | {"prompt": f"{tag} {i}"}
+        for tag in "abcdef"
+        for i in range(90)
+        for _ in "1234"
+    ]
+    if tagged:
+        write(root / "sorted", test="\n".join(map(json.dumps, rows)).encode())
+    else:
+        write(root / "sorted", test="\n".join(row["prompt"] for row in rows))
+    prompts = load_prompts("sorted", "test")
+    chosen, lines = evaluated_lines("sorted", 128)
+    assert chosen == [prompts[line] for line in lines]
+    assert lines == sorted(set(lines)) and len(lines) == 128
+    assert (chosen, lines) == evaluated_lines("sorted", 128)
+    counts = Counter(prompt.text[0] for prompt in chosen)
+    assert len(counts) == 6 and min(counts.values()) >= (20 if tagged else 8)
+    assert set(Counter(prompt.text for prompt in chosen).values()) <= {2, 4}
+    assert evaluated_lines("sorted", 0) == (prompts, list(range(len(prompts))))
+    # Odd numbers break a pair; more lines than there are come to all.
+    assert len(evaluated_lines("sorted", 7)[1]) == 7
+    assert len(evaluated_lines("sorted", 10_000)[1]) == len(prompts)
+
+
+def test_lines_to_look_at_are_of_many_prompts():
+    prompts = [Prompt(f"{i}") for i in range(40) for _ in range(5)]
+    shown = draw_lines(prompts, 16)
+    assert len({prompts[line].text for line in shown}) > 11
+    assert draw_lines(prompts, 0) == [] == draw_lines([], 3)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_nft.data import Prompt, load_prompts
+from diffusion_nft.data import Prompt, draw_lines, load_prompts
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.evaluate import complete, evaluate, rescore
 from diffusion_nft.results import (
@@ -125,6 +125,17 @@ def whole(shapes_model, prompts, tmp_path_factory):
     return result, folder
 
 
+def test_some_lines_are_the_samples_that_they_are_among_all(whole, prompts, shapes_model, tmp_path):
+    chosen = [3, 5]
+    some = [prompts[line] for line in chosen]
+    result = evaluate(
+        shapes_model, some, rewards(), SETTINGS, dist=ONE, lines=chosen, folder=tmp_path
+    )
+    difference = read_pictures(tmp_path, range(2)) - read_pictures(whole[1], chosen)
+    assert float(difference.abs().max()) <= 1 / 255 + 1e-6
+    assert result.scores["shapes"] == [whole[0].scores["shapes"][line] for line in chosen]
+
+
 def test_every_line_is_a_sample_with_its_own_noise(whole, prompts):
     result, folder = whole
     assert all(len(values) == 7 for values in result.scores.values())
@@ -132,9 +143,9 @@ def test_every_line_is_a_sample_with_its_own_noise(whole, prompts):
     assert len(list((folder / "images").iterdir())) == 7
     # Lines 0 and 2 share a prompt, not a picture.
     assert float((pictures[0] - pictures[2]).abs().max()) > 0.05
-    assert result.picture_lines == [0, 1, 2]
-    for line in range(3):
-        assert float((result.pictures[line] - pictures[line]).abs().max()) <= 0.5 / 255 + 1e-6
+    assert result.picture_lines == draw_lines(prompts, 3) != [0, 1, 2]
+    for line, picture in zip(result.picture_lines, result.pictures, strict=True):
+        assert float((picture - pictures[line]).abs().max()) <= 0.5 / 255 + 1e-6
     for line, picture in enumerate(pictures):
         alone = rewards()(picture[None], [prompts[line].text], [prompts[line].metadata])
         ours = {name: values[line] for name, values in result.scores.items()}
@@ -298,6 +309,7 @@ def test_rewards_that_are_added_score_each_picture_once(shapes_model, prompts, t
             model=lambda: models.pop(),
             rewards=lambda chosen: Counting.build(chosen, CPU),
             dist=ONE,
+            lines=range(len(prompts)),
             keep_pictures=True,
         )
         return json.loads((tmp_path / "average_scores.json").read_text())

@@ -118,7 +118,9 @@ def test_every_sample_is_scored_against_its_own_prompt(shapes_model, tmp_path):
     assert samples.cond_rows.tolist() == [i // 4 for i in range(12)]
     assert len(samples.pictures) == 7
     images = shapes_model.decode(samples.x0)
-    assert torch.allclose(samples.pictures, images[:7], atol=1e-5)
+    # Two lines of four, as near as three prompts come to it.
+    assert samples.shown == [*range(4), *range(4, 7)]
+    assert torch.allclose(samples.pictures, images[samples.shown], atol=1e-5)
     assert samples.x0_rms == pytest.approx(float(samples.x0.square().mean().sqrt()), rel=1e-5)
     again = rewards(images, [t for t, _ in expected], [m for _, m in expected])
     assert torch.equal(samples.scores.total, again.total)
@@ -165,6 +167,7 @@ def test_the_summary_by_hand():
         cond_rows=torch.zeros(0),
         sigmas=torch.zeros(0),
         pictures=torch.zeros(0),
+        shown=[],
     )
     values = summarise(samples, torch.tensor([0.0, 0.55, 0.58, 1.0]), 2)
     assert values["reward/mean"] == values["reward/a"] == 1.25

@@ -49,12 +49,12 @@ def test_the_published_length_is_for_the_published_model():
 
 
 def test_a_folder_is_named_by_what_is_most_often_varied(run_dir):
-    assert choose().folder_name(None) == "base-cfg1-seed42"
+    assert choose().folder_name(0) == "base-cfg1-seed42"
     flags = ("--guidance_scale", 4.5, "--seed", 1, "--match_published")
-    assert choose(*flags).folder_name(8) == "base-cfg4.5-seed1-published-first8"
-    assert choose("--checkpoint_path", run_dir).folder_name(None).startswith("mine-checkpoint-")
+    assert choose(*flags).folder_name(8) == "base-cfg4.5-seed1-published-8lines"
+    assert choose("--checkpoint_path", run_dir).folder_name(0).startswith("mine-checkpoint-")
     other = choose("--solver", "dpm2", "--num_inference_steps", 20, "--mixed_precision", "bf16")
-    assert other.folder_name(None) == "base-cfg1-seed42-dpm2-20steps-bf16"
+    assert other.folder_name(0) == "base-cfg1-seed42-dpm2-20steps-bf16"
     # LoRAs that lie in folders of the same name.
     (weights,) = run_dir.glob("checkpoints/checkpoint-*/lora")
     name = choose("--pretrained", "shapes", "--lora_hf_path", weights, "--adapter", "old").name

@@ -218,7 +218,8 @@ def test_evaluation_settings_may_change_and_the_result_says_which_epoch(tmp_path
 
 
 def test_a_held_out_reward_is_evaluated_and_never_trained_on(tmp_path):
-    overrides = TINY | {"num_epochs": 1}
+    # An alarm needs an error, and that two prompts.
+    overrides = TINY | {"num_epochs": 1, "eval.num_prompts": 3}
     train_here(tmp_path / "without", overrides)
     train_here(tmp_path / "with", overrides | {"eval.rewards": ("jpeg_compressibility",)})
     ours, theirs = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("with", "without"))

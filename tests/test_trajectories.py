@@ -107,6 +107,7 @@ def make_samples(updater: Updater, scale: float, rank: int = 0, world_size: int 
         cond_rows=torch.arange(n),
         sigmas=LEVELS[:-1] if n else torch.zeros(0),
         pictures=torch.zeros(0, 3, 1, 1),
+        shown=[],
         trajectory=Trajectory(xs[:, mine], log_probs[:, mine]) if n else None,
     )
 

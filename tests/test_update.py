@@ -102,6 +102,7 @@ def make_samples(rank: int = 0, world_size: int = 1) -> Samples:
         cond_rows=torch.arange(n),
         sigmas=torch.tensor([1.0, 0.8, 0.5, 0.2], dtype=torch.float64) if n else torch.zeros(0),
         pictures=torch.zeros(0, 3, 1, 1),
+        shown=[],
     )
 
 

@@ -76,7 +76,7 @@ def test_a_killed_reproduction_repeats_no_finished_picture(tmp_path):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    images = tmp_path / "base-cfg1-seed42-first24" / "shapes" / "images"
+    images = tmp_path / "base-cfg1-seed42-24lines" / "shapes" / "images"
     made = {path.name: path.stat().st_mtime_ns for path in images.glob("0*.png")}
     assert 8 <= len(made) < 24, "killed too early or too late"
     reproduce(*flags)
