@@ -18,6 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     # The run directory.  The same command continues the run that lies there.
     config.save_dir = ""
     # All randomness is a function of (seed, epoch, sample, purpose): never of ranks or batch sizes.
+    # Evaluation's noise too: compare the gains of runs whose seeds differ.
     config.seed = 42
     # The loss: a name in diffusion_nft.algorithms.ALGORITHMS.
     config.algorithm = "nft"

@@ -39,7 +39,8 @@ def sd3_geneval() -> ml_collections.ConfigDict:
 
 
 def sd3_ocr() -> ml_collections.ConfigDict:
-    """Text rendering on SD3.5-Medium, as published for 8 GPUs of 80 GB.  Cost here: not measured.
+    """Text rendering on SD3.5-Medium, as published for 8 GPUs of 80 GB but for the OCR, RapidOCR
+    instead of PaddleOCR (docs/rewards.md).  Cost here: not measured.
 
     ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_ocr``
     """

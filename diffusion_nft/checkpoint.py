@@ -267,7 +267,8 @@ def resolve_checkpoint(path: Path) -> Path:
     """
     latest = path if (path / MANIFEST).is_file() else Checkpointer(path).latest()
     if latest is None:
-        raise ValueError(f"{path} is neither a checkpoint nor a run directory that holds one")
+        hint = "; its LoRA can be given by --lora_hf_path" if (path / "lora").is_dir() else ""
+        raise ValueError(f"{path} is neither a checkpoint nor a run directory that holds one{hint}")
     return latest
 
 

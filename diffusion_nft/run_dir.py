@@ -32,6 +32,20 @@ MAY_CHANGE = (
     "log.",
     "distributed.",
 )
+# Options of every reward that say where it computes and how fast, and move scores by rounding at
+# most: a reward that ran out of memory can be mended.
+PLACING_OPTIONS = frozenset(
+    {
+        "device",
+        "batch_size",
+        "threads",
+        "concurrency",
+        "timeout",
+        "max_retries",
+        "base_url",
+        "api_key",
+    }
+)
 
 
 class RunDirError(ValueError):
@@ -75,6 +89,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         # A stage sets the same keys; but where it ends tells what is trained on next.
         name = re.sub(r"^stages\.\d+\.(?!num_epochs$)", "", key)
         free = any(name == k or (k.endswith(".") and name.startswith(k)) for k in MAY_CHANGE)
+        option = re.fullmatch(r"reward_options\.[^.]+\.([^.]+)", name)
+        free |= option is not None and option[1] in PLACING_OPTIONS
         before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
         if not free and before != after:
             lines.append(f"{key}: {before!r} -> {after!r}")
@@ -101,7 +117,8 @@ def check_run_dir(config: ConfigDict) -> None:
         raise RunDirError(
             f"{config.save_dir} holds a run with another configuration:\n  "
             + "\n  ".join(lines)
-            + "\nchoose another --config.save_dir, or give the former values"
+            + "\nchoose another --config.save_dir, or give the former values; another run that begins "
+            f"with the policies of this one has --config.resume_from={config.save_dir}"
         )
 
 

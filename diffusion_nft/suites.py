@@ -60,6 +60,7 @@ SUITES: dict[str, Suite] = {
             Column("ImageReward", "drawbench", "imagereward", 2),
             Column("UnifiedReward", "drawbench", "unifiedreward", 2, scale=5.0),
         ),
+        # Of Flow-GRPO each model's own score.
         references={
             "base, no guidance": (0.24, 0.12, 20.51, 0.237, 0.204, 5.13, -0.58, 2.02),
             "base, guidance 4.5": (0.63, 0.59, 22.34, 0.285, 0.279, 5.36, 0.85, 3.03),

@@ -144,6 +144,7 @@ PUBLISHED_KEYS: dict[str, tuple[str, str]] = {
     ),
     "use_lora": ("", "training is always of a LoRA; its size is train.lora_rank"),
     "logdir": ("save_dir", "logs lie in the run directory"),
+    "num_checkpoint_limit": ("checkpoint.keep", "the best one is kept besides; 0 keeps all"),
     "debug": ("", "for a run of seconds take the preset shapes_smoke"),
     "sample.train_batch_size": ("sample.batch_size", "a memory knob, free of the group size"),
     "sample.num_batches_per_epoch": (
@@ -151,6 +152,7 @@ PUBLISHED_KEYS: dict[str, tuple[str, str]] = {
         "prompts per epoch, on all GPUs together",
     ),
     "sample.eval_num_steps": ("eval.num_steps", ""),
+    "sample.eval_guidance_scale": ("eval.guidance_scale", ""),
     "sample.test_batch_size": ("eval.batch_size", ""),
     "sample.deterministic": (
         "sample.solver",
@@ -161,6 +163,7 @@ PUBLISHED_KEYS: dict[str, tuple[str, str]] = {
         "train.gradient_step_per_epoch",
         "optimizer steps per epoch; how much is accumulated follows from it",
     ),
+    "train.clip_range": ("grpo.clip_range", "of Flow-GRPO"),
     "train.ema": ("train.ema_decay", "0 turns it off"),
     "test.*": ("eval.*", "num_steps, batch_size, guidance_scale, num_prompts, solver"),
 }

@@ -2,7 +2,7 @@
 
     python scripts/experiments.py --list
     python scripts/experiments.py negatives solvers --jobs 2
-    python scripts/experiments.py fast --seeds 42 43 --arms faithful 5-steps --jobs 2
+    python scripts/experiments.py fast --seeds 42 43 --arms faithful 9-sigmas --jobs 2
 
 A run is a process of its own; its directory and log lie in --runs, its numbers in
 --results/EXPERIMENT/ARM-seedSEED.jsonl (experiments_results.py).  The same command goes on where it

@@ -80,11 +80,18 @@ def test_a_reward_may_move_to_a_server_and_back_but_not_change_its_options(smoke
         del smoke_config.remote.shapes
     check_run_dir(smoke_config)
     with smoke_config.reward_options.unlocked():
-        smoke_config.reward_options.shapes = {"device": "cuda:1"}
-    with pytest.raises(
-        RunDirError, match=r"reward_options.shapes.device: '\(absent\)' -> 'cuda:1'"
-    ):
+        smoke_config.reward_options.shapes = {"rule": "lenient"}
+    with pytest.raises(RunDirError, match=r"options.shapes.rule: '\(absent\)' -> 'lenient'"):
         check_run_dir(smoke_config)
+
+
+def test_where_and_how_fast_a_reward_computes_may_change():
+    old = {"reward_options.a.device": "cuda:1", "reward_options.a.batch_size": 32}
+    new = {"stages.2.reward_options.a.threads": 2, "reward_options.b.base_url": "http://gpu7"}
+    assert differences(old, new) == differences(new, old) == []
+    # The same words elsewhere, and other options, are what they were.
+    old = {"reward_options.a.dtype": "fp16", "reward_fn.device": 1.0, "reward_options.device.x": 1}
+    assert len(differences(old, {})) == 3
 
 
 def test_tuples_come_back_from_the_file_as_they_went(smoke_config, tmp_path):

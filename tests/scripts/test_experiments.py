@@ -135,16 +135,18 @@ def test_the_named_experiments_are_sound_and_their_arms_evaluated_alike(runner, 
         assert all(key in kept or key.startswith("eval/") for key in experiment.watched)
 
 
-def test_five_steps_train_at_as_many_sigmas_as_the_demo(runner, tmp_path):
+def test_fewer_and_more_steps_train_at_as_many_sigmas(runner, tmp_path):
     used = {}
-    (runs,) = (runs for name, _, runs in named_runs(runner, tmp_path) if name == "fast")
+    (runs,) = (runs for name, _, runs in named_runs(runner, tmp_path) if name == "solvers")
     for run in runs:
         steps = run.config.sample.num_steps
         sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         start = torch.zeros(1, 1, 1, 1)
+        if run.config.sample.solver != "dpm2":
+            continue
         _, visited = solve("dpm2", lambda x, sigma: torch.zeros_like(x), start, sigmas, shift=1.0)
         used[run.arm] = int(len(visited) * run.config.train.timestep_fraction)
-    assert used["faithful"] == used["5-steps"] == 3
+    assert used["dpm2-10"] == used["dpm2-5"] == used["dpm2-20"] == 3
 
 
 def test_a_runs_command_gives_its_configuration(runner, tmp_path, monkeypatch):
