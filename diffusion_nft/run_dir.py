@@ -117,8 +117,8 @@ def check_run_dir(config: ConfigDict) -> None:
         raise RunDirError(
             f"{config.save_dir} holds a run with another configuration:\n  "
             + "\n  ".join(lines)
-            + "\nchoose another --config.save_dir, or give the former values; another run that begins "
-            f"with the policies of this one has --config.resume_from={config.save_dir}"
+            + "\nchoose another --config.save_dir, or give the former values; another run begins "
+            f"with the policies of this one by --config.resume_from={config.save_dir}"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from diffusion_nft.checkpoint import load_checkpoint, resolve_checkpoint
-from diffusion_nft.checks import EMBEDDED_MODEL, reward_addresses
+from diffusion_nft.checks import EMBEDDED_MODEL, reward_addresses, reward_options
 from diffusion_nft.combinations import EMBEDDED_LENGTH, EMBEDDED_RESOLUTION
 from diffusion_nft.data import split_file
 from diffusion_nft.distributed import Distributed
@@ -19,7 +19,7 @@ from diffusion_nft.lora import DEFAULT_ADAPTER, lora_file
 from diffusion_nft.models import MODELS, load_model
 from diffusion_nft.policy import Policy, policy_of_lora
 from diffusion_nft.precision import COMPUTE_DTYPES, set_tf32
-from diffusion_nft.rewards import REMOTE_TIMEOUT
+from diffusion_nft.rewards import REMOTE_TIMEOUT, parse_option
 from diffusion_nft.rewards.combine import RewardError, RewardSet
 from diffusion_nft.run_dir import section
 from diffusion_nft.validation import validate_settings
@@ -109,16 +109,43 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="NAME=URL",
-        help="served rewards",
+        help="served rewards; NAME=local for one that the run had served",
+    )
+    add(
+        "--option",
+        type=_reward_option,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME.KEY=VALUE",
+        help="an argument of the reward's class, before the run's",
     )
 
 
+def named_rewards(args: argparse.Namespace) -> set[str]:
+    """The rewards that --remote and --option name."""
+    return {name for name, _ in args.remote} | {key.split(".")[1] for key, _ in args.option}
+
+
 def _served(text: str) -> tuple[str, tuple[str, ...]]:
-    """argparse's type of a served reward: NAME=URL, with commas between several addresses."""
+    """argparse's type of a served reward: NAME=URL, with commas between several addresses, or
+    NAME=local.
+    """
     name, _, addresses = text.partition("=")
+    if addresses == "local":
+        return name, ()
     if complaint := reward_addresses({name: tuple(addresses.split(","))}):
         raise argparse.ArgumentTypeError(complaint)
     return name, tuple(addresses.split(","))
+
+
+def _reward_option(text: str) -> tuple[str, Any]:
+    """argparse's type of NAME.KEY=VALUE: the setting by dotted key, and its value."""
+    key, value = parse_option(text)
+    name, _, option = key.partition(".")
+    if complaint := reward_options({name: {option: value}}):
+        raise argparse.ArgumentTypeError(complaint)
+    return f"reward_options.{key}", value
 
 
 @dataclass(frozen=True)
@@ -132,6 +159,7 @@ class Choice:
     adapter: str
     name: str  # of the model, for people and file names
     usual: dict[str, Any]  # what ``settings`` are without run and flags
+    served: dict[str, tuple[str, ...]]  # rewards that servers score, and where
 
     def folder_name(self, limit: int) -> str:
         """For an evaluation of ``limit`` lines (0: all) of a test set: the model, guidance and
@@ -151,14 +179,12 @@ class Choice:
         dataset: str,
         weights: Mapping[str, float],
         limit: int,
-        remote: Mapping[str, tuple[str, ...]],
     ) -> dict[str, Any]:
         """All that decides the numbers of an evaluation, to be kept with them."""
-        remote = section(self.settings, "remote") | dict(remote)
         record = {key: self.settings[key] for key in DEFAULTS}
         record |= {"dataset": dataset, "dataset_sha256": sha256(split_file(dataset, "test"))}
         record |= {"limit": limit, "rewards": dict(weights), "lora": self.lora}
-        for key, of_all in (("reward_options", self._options), ("remote", remote)):
+        for key, of_all in (("reward_options", self._options), ("remote", self.served)):
             record[key] = {name: of_all[name] for name in weights if name in of_all}
         if self.lora:
             record["adapter"] = self.adapter
@@ -169,24 +195,15 @@ class Choice:
     def _options(self) -> dict[str, Any]:
         return section(self.settings, "reward_options")
 
-    def rewards(
-        self,
-        weights: Mapping[str, float],
-        dist: Distributed,
-        remote: Mapping[str, tuple[str, ...]],
-    ) -> RewardSet:
-        """The rewards of ``weights`` with the run's options, at ``remote`` or the run's servers.
-
-        Raises what ``rewards.build_reward`` raises.
-        """
+    def rewards(self, weights: Mapping[str, float], dist: Distributed) -> RewardSet:
+        """The rewards of ``weights``.  Raises what ``rewards.build_reward`` raises."""
         # They may score without a model, whose loading would have set it.
         set_tf32(self.settings["allow_tf32"])
-        addresses = section(self.settings, "remote") | dict(remote)
         return RewardSet.build(
             weights,
             dist.device,
-            options={name: o for name, o in self._options.items() if name not in addresses},
-            remote=addresses,
+            options={name: o for name, o in self._options.items() if name not in self.served},
+            remote=self.served,
             timeout=self.settings.get("remote_timeout_seconds", REMOTE_TIMEOUT),
         )
 
@@ -237,11 +254,18 @@ def resolve(args: argparse.Namespace, script: Mapping[str, Any] | None = None) -
     elif "match_published" in given:
         published = {"pretrained.max_sequence_length": PUBLISHED_LENGTH}
     usual = _join(DEFAULTS, family, script, published)
-    settings = _join(DEFAULTS, family, run, script, published, given)
+    # Flags that only scripts which evaluate have.
+    options, remote = (dict(getattr(args, flag, ())) for flag in ("option", "remote"))
+    settings = _join(DEFAULTS, family, run, script, published, given, options)
     validate_settings({key: settings[key] for key in DEFAULTS})
     lora = str(checkpoint or args.lora_hf_path or "")
     name += f"-{args.adapter}" if args.adapter != DEFAULT_ADAPTER else ""
-    return Choice(settings, run, checkpoint, lora, args.adapter, name, usual)
+    served = {
+        name: addresses
+        for name, addresses in (section(run, "remote") | remote).items()
+        if addresses
+    }
+    return Choice(settings, run, checkpoint, lora, args.adapter, name, usual, served)
 
 
 def _model_name(given: str) -> str:

@@ -105,6 +105,17 @@ class Row:
     settings: dict[str, Any]
     environment: dict[str, str]  # of all starts that did something
 
+    @property
+    def judges(self) -> dict[str, Any]:
+        """Options and servers of its rewards, by name; of those that have some."""
+        settings = [averages.get("settings", {}) for averages in self.averages.values()]
+        return {
+            f"{name}: {title}": value
+            for title, key in (("options", "reward_options"), ("servers", "remote"))
+            for one in settings
+            for name, value in one.get(key, {}).items()
+        }
+
 
 def read_rows(folder: Path, suite: Suite) -> list[Row]:
     """The models with a finished evaluation below ``folder``, which holds one folder each."""
@@ -181,6 +192,7 @@ def as_markdown(suite: Suite, rows: Sequence[Row]) -> str:
         "<N>lines is of N lines of each test set only, drawn the same way each time.",
         "\n".join(counts),
         _comparison(rows, "settings"),
+        *([_comparison(rows, "judges")] if any(row.judges for row in rows) else []),
         _comparison(rows, "environment"),
     ]
     return "\n\n".join(parts) + "\n"

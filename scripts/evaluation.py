@@ -20,7 +20,13 @@ from diffusion_nft.distributed import Distributed, check_shared, distributed
 from diffusion_nft.evaluate import choose_rewards, complete, rescore
 from diffusion_nft.results import beside, finished, read_results, write_results
 from diffusion_nft.rewards import check_prompts
-from diffusion_nft.settings import add_evaluation_flags, add_model_flags, command, resolve
+from diffusion_nft.settings import (
+    add_evaluation_flags,
+    add_model_flags,
+    command,
+    named_rewards,
+    resolve,
+)
 
 
 def parse_flags() -> argparse.Namespace:
@@ -36,15 +42,14 @@ def parse_flags() -> argparse.Namespace:
     add("--save_images", action="store_true", help="keep every picture; makes a start resumable")
     add("--rescore", action="store_true", help="score --output_dir's saved pictures")
     args = parser.parse_args()
-    args.remote = dict(args.remote)
     args.choice = choice = resolve(args)
     if "dataset" not in choice.settings:
         parser.error("--dataset is needed without --checkpoint_path")
     args.dataset = choice.settings["dataset"]
     split_file(args.dataset, "test")
     args.rewards = choose_rewards(args.dataset, args.reward, args.skip_rewards, choice.run)
-    if idle := [name for name in args.remote if name not in args.rewards]:
-        parser.error(f"--remote {idle[0]} is not among the rewards {', '.join(args.rewards)}")
+    if idle := named_rewards(args) - args.rewards.keys():
+        parser.error(f"{min(idle)} is not among the rewards {', '.join(args.rewards)}")
     folder = Path("evaluations", resolve_dataset(args.dataset).name, choice.folder_name(args.limit))
     args.output_dir = args.output_dir or folder
     return args
@@ -61,16 +66,16 @@ def run(args: argparse.Namespace, dist: Distributed) -> None:
             prompts,
             args.rewards,
             choice.settings,
-            choice.record(dist, args.dataset, args.rewards, args.limit, args.remote),
+            choice.record(dist, args.dataset, args.rewards, args.limit),
             model=lambda: choice.model(dist),
-            rewards=lambda weights: choice.rewards(weights, dist, args.remote),
+            rewards=lambda weights: choice.rewards(weights, dist),
             dist=dist,
             lines=lines,
             keep_pictures=args.save_images,
         )
         return
     earlier = read_results(folder, prompts)
-    rewards = choice.rewards(args.rewards, dist, args.remote)
+    rewards = choice.rewards(args.rewards, dist)
     batch_size = choice.settings["eval.batch_size"]
     new = rescore(prompts, rewards, folder, batch_size=batch_size, dist=dist)
     result, settings = beside(new, args.rewards, *earlier)

@@ -31,7 +31,14 @@ from diffusion_nft.results import (
     write_json,
 )
 from diffusion_nft.rewards import check_prompts
-from diffusion_nft.settings import Choice, add_evaluation_flags, add_model_flags, command, resolve
+from diffusion_nft.settings import (
+    Choice,
+    add_evaluation_flags,
+    add_model_flags,
+    command,
+    named_rewards,
+    resolve,
+)
 from diffusion_nft.suites import SUITES, as_json, as_markdown, read_rows, result_table
 
 NUM_PICTURES = 16
@@ -61,7 +68,6 @@ def parse_flags() -> argparse.Namespace:
     add("--suite", choices=sorted(SUITES), default="paper")
     add("--datasets", help="only these of the suite, comma-separated")
     args = parser.parse_args()
-    args.remote = dict(args.remote)
     args.choice = resolve(args, SUITES[args.suite].settings)
     if args.suite != EMBEDDED_MODEL and args.choice.run.get("pretrained.model") == EMBEDDED_MODEL:
         parser.error("this checkpoint is of the embedded model: --suite shapes")
@@ -80,7 +86,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
     skipped = set(filter(None, args.skip_rewards.split(",")))
     found: list[Task] = []
     problems: list[str] = []
-    unused = {*skipped, *args.remote}
+    unused = skipped | named_rewards(args)
     for name in chosen:
         weights = choose_rewards(name, "", "", args.choice.run)
         unused -= weights.keys()
@@ -111,7 +117,7 @@ def check_rewards(choice: Choice, args: argparse.Namespace, dist: Distributed) -
     needed = (task.weights.keys() - scored_by(task.folder) for task in args.tasks)
     if dist.is_main:
         for name in sorted(set().union(*needed)):
-            choice.rewards({name: 1.0}, dist, args.remote)
+            choice.rewards({name: 1.0}, dist)
     dist.barrier()
 
 
@@ -137,8 +143,7 @@ def main() -> None:
         check_shared("--output_dir", args.output_dir, dist)
         model = functools.cache(lambda: choice.model(dist))
         records = [
-            choice.record(dist, task.dataset, task.weights, args.limit, args.remote)
-            for task in args.tasks
+            choice.record(dist, task.dataset, task.weights, args.limit) for task in args.tasks
         ]
         common = {key: value for key, value in records[0].items() if key not in OF_A_TEST_SET}
         claim(args.model_dir, common, dist)
@@ -155,7 +160,7 @@ def main() -> None:
                 choice.settings,
                 record,
                 model=model,
-                rewards=lambda weights: choice.rewards(weights, dist, args.remote),
+                rewards=lambda weights: choice.rewards(weights, dist),
                 dist=dist,
                 lines=task.lines,
                 keep_pictures=True,

@@ -10,18 +10,16 @@ this project: pip install --no-deps -e .
 """
 
 import argparse
-import ast
 import ipaddress
 import math
 import signal
 import socket
 import sys
-from typing import Any
 
 import torch
 
 from diffusion_nft.precision import set_tf32
-from diffusion_nft.rewards import REWARDS, build_reward
+from diffusion_nft.rewards import REWARDS, build_reward, parse_option
 from diffusion_nft.rewards.protocol import TOKEN_VARIABLE, shared_token
 
 
@@ -37,7 +35,7 @@ def parse_flags() -> argparse.Namespace:
         "--option",
         action="append",
         default=[],
-        type=_option,
+        type=parse_option,
         metavar="KEY=VALUE",
         help="an argument of the reward's class; may be given several times",
     )
@@ -46,17 +44,6 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--max_images", type=_images, default=256, help="in one request")
     parser.add_argument("--max_megabytes", type=_megabytes, default=512, help="in one request")
     return parser.parse_args()
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """A key and its value: a Python literal, or else text."""
-    key, sign, value = text.partition("=")
-    if not sign:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return key, value
 
 
 def _port(text: str) -> int:

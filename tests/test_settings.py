@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusion_nft import settings
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.settings import add_evaluation_flags, add_model_flags, resolve
 from tests.launch import train_here
@@ -65,9 +66,9 @@ def test_a_folder_is_named_by_what_is_most_often_varied(run_dir):
 def test_the_record_tells_what_the_numbers_rest_on(run_dir, tmp_path):
     test = tmp_path / "test_metadata.jsonl"
     test.write_text('{"prompt": "a red circle"}\n')
-    choice = choose("--checkpoint_path", run_dir)
-    served = {"shapes": ("http://127.0.0.1:9",), "ocr": ("http://127.0.0.1:8",)}
-    record = choice.record(HERE, str(tmp_path), {"shapes": 1.0}, 3, served)
+    remote = ("--remote", "shapes=http://127.0.0.1:9", "ocr=http://127.0.0.1:8")
+    choice = choose("--checkpoint_path", run_dir, *remote)
+    record = choice.record(HERE, str(tmp_path), {"shapes": 1.0}, 3)
     json.dumps(record)
     digest = hashlib.sha256(test.read_bytes()).hexdigest()
     assert record["dataset_sha256"] == digest and record["limit"] == 3
@@ -79,6 +80,28 @@ def test_the_record_tells_what_the_numbers_rest_on(run_dir, tmp_path):
     assert (
         record["remote"] == {"shapes": ("http://127.0.0.1:9",)} and record["adapter"] == "default"
     )
+
+
+def test_flags_go_before_the_options_and_servers_of_the_run(run_dir, tmp_path, monkeypatch):
+    (tmp_path / "test_metadata.jsonl").write_text('{"prompt": "a red circle"}\n')
+    own = {"reward_options.shapes.rule": "lenient", "remote.shapes": ["http://127.0.0.1:9"]}
+    real = settings.load_checkpoint
+
+    def loaded(path):
+        checkpoint = real(path)
+        checkpoint.state["config"] |= own
+        return checkpoint
+
+    monkeypatch.setattr(settings, "load_checkpoint", loaded)
+    run = ("--checkpoint_path", run_dir)
+    assert choose(*run).served == {"shapes": ["http://127.0.0.1:9"]}
+    here = choose(*run, "--remote", "shapes=local")
+    assert here.served == {}
+    assert here.rewards({"shapes": 1.0}, HERE)._rewards["shapes"].rule == "lenient"
+    other = choose(*run, "--remote", "shapes=local", "--option", "shapes.rule=standard")
+    assert other.rewards({"shapes": 1.0}, HERE)._rewards["shapes"].rule == "standard"
+    record = other.record(HERE, str(tmp_path), {"shapes": 1.0}, 0)
+    assert record["reward_options"] == {"shapes": {"rule": "standard"}} and record["remote"] == {}
 
 
 def test_settings_that_cannot_go_together_are_refused():

@@ -79,3 +79,15 @@ def test_suites_hold_together():
         assert len({column.title for column in suite.columns}) == len(suite.columns)
         for column in suite.columns:
             assert isinstance(column, Column) and column.metric.split("/")[0] in REWARDS
+
+
+def test_judges_that_differ_stand_below_the_table(folder):
+    rows = read_rows(folder, PAPER)
+    assert "judges" not in as_markdown(PAPER, rows)
+    path = folder / "lora" / "geneval" / "average_scores.json"
+    result = json.loads(path.read_text())
+    result["settings"] = {"reward_options": {"geneval": {"dtype": "fp16"}}, "remote": {}}
+    path.write_text(json.dumps(result))
+    lines = as_markdown(PAPER, read_rows(folder, PAPER)).splitlines()
+    (line,) = (line for line in lines if "geneval: options" in line)
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == ["", "{'dtype': 'fp16'}"]

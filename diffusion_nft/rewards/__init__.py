@@ -15,6 +15,8 @@ environment with no more than numpy, pillow, torch, fastapi and uvicorn: this pa
 modules of REWARDS import nothing else of weight before their reward is built.
 """
 
+import argparse
+import ast
 import importlib
 import inspect
 import re
@@ -152,6 +154,17 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         torch.device(str(options.get("device", "cpu")))
     except RuntimeError as error:
         raise ValueError(f"the device of {name} must be such as 'cpu' or 'cuda:1'") from error
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """argparse's type of ``KEY=VALUE``: the value is a Python literal, or else text."""
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return key, value
 
 
 def _fits(value: Any, annotation: Any) -> bool:

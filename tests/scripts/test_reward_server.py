@@ -14,6 +14,7 @@ import httpx
 import pytest
 import torch
 
+from diffusion_nft.rewards import parse_option
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.rewards.remote import RemoteReward
 from tests.launch import ROOT, environment, run
@@ -164,13 +165,13 @@ def test_a_port_in_use_shows_before_the_reward_loads(reward_server, monkeypatch)
         ("model='8'", ("model", "8")),
     ],
 )
-def test_options_are_literals_or_text(reward_server, text, option):
-    assert reward_server._option(text) == option
+def test_options_are_literals_or_text(text, option):
+    assert parse_option(text) == option
 
 
-def test_an_option_needs_a_value(reward_server):
+def test_an_option_needs_a_value():
     with pytest.raises(argparse.ArgumentTypeError, match="KEY=VALUE"):
-        reward_server._option("batch_size")
+        parse_option("batch_size")
 
 
 @pytest.mark.parametrize(
