@@ -100,8 +100,7 @@ def evaluate(
     ``settings``: a flat configuration; ``seed`` and ``eval.{solver, num_steps, guidance_scale,
     batch_size}`` are read.  ``lines``: where each prompt stands in its test set, which keys its
     noise (None: as here).  ``num_pictures``: how many of a rank's pictures it returns, of drawn
-    lines.
-    ``folder``: where every picture and the scores of every finished chunk are kept; what an
+    lines.  ``folder``: where every picture and the scores of every finished chunk are kept; what an
     interrupted call has left there is not made again (``complete`` sees to it that the settings
     were the same).  Raises RewardError on every rank if a reward fails on any.
     """
@@ -118,15 +117,15 @@ def evaluate(
     row = {text: i for i, text in enumerate(texts)}
     embedded = model.encode_cached(list(row))
 
-    def draw(lines: range) -> Tensor:
-        if folder is not None and lines in drawn:
-            return read_pictures(folder, lines).to(dist.device)
-        generators = [generator(seed, "eval", numbers[line]) for line in lines]
-        rows = torch.tensor([row[prompts[line].text] for line in lines])
+    def draw(chunk: range) -> Tensor:
+        if folder is not None and chunk in drawn:
+            return read_pictures(folder, chunk).to(dist.device)
+        generators = [generator(seed, "eval", numbers[line]) for line in chunk]
+        rows = torch.tensor([row[prompts[line].text] for line in chunk])
         cond = embedded.select(rows).to(model.device)
         images = model.decode(sampler(model, cond, generators)[0])
         if folder is not None:
-            saved.append(saver.submit(save_pictures, images, lines, folder))
+            saved.append(saver.submit(save_pictures, images, chunk, folder))
         return images
 
     saved: list[Future[None]] = []
@@ -251,9 +250,9 @@ def _collect(
             if not background.submit(score, images, chunk):
                 break
             thumbs.append(thumbnails(images))
-            chosen = [line for line in chunk if line in shown]
-            kept += [images[line - chunk.start].cpu() for line in chosen]
-            kept_lines += chosen
+            if chosen := [line for line in chunk if line in shown]:
+                kept.append(images[[line - chunk.start for line in chosen]].cpu())
+                kept_lines += chosen
         no_thumbs = torch.zeros(0, 3 * THUMBNAIL**2)
         scores, all_thumbs = gather_scores(
             dist, background.results, torch.cat([no_thumbs, *thumbs])
@@ -264,6 +263,6 @@ def _collect(
         prompts=prompts,
         scores={name: values[order].tolist() for name, values in named.items()},
         diversity=diversity(all_thumbs[order], [prompt.text for prompt in prompts]),
-        pictures=torch.stack(kept) if kept else torch.zeros(0, 3, 1, 1),
+        pictures=torch.cat(kept) if kept else torch.zeros(0, 3, 1, 1),
         picture_lines=kept_lines,
     )

@@ -290,8 +290,8 @@ def collect(
     (seed, epoch, i).  Ranks take contiguous near-equal shares.  Scoring runs in the background of
     sampling.  ``trajectories``: also keep what led to the latents.  ``ahead``: prompts of the next
     epoch, which are encoded while the last scores are on their way, unless text encoders are
-    offloaded.  Raises RewardError on every
-    rank if a reward fails on any, and Preempted if any was asked to stop.
+    offloaded.  Raises RewardError on every rank if a reward fails on any, and Preempted if any was
+    asked to stop.
     """
     size = config.sample.num_image_per_prompt
     indices = shard(len(prompts) * size, dist.rank, dist.world_size)
@@ -326,7 +326,8 @@ def collect(
                 break
             latents.append(x0)
             thumbs.append(thumbnails(images))
-            kept += [images[i - rows.start].cpu() for i in rows if i in shown]
+            if chosen := [i - rows.start for i in rows if i in shown]:
+                kept.append(images[chosen].cpu())
         # Encoders that visit the device would meet the last scores there.
         early = config.perf.embed_cache_gb and not config.perf.offload_text_encoders
         if early and not requested():
@@ -346,7 +347,7 @@ def collect(
         cond=cond,
         cond_rows=cond_rows,
         sigmas=sigmas,
-        pictures=torch.stack(kept) if kept else torch.zeros(0, 3, 1, 1),
+        pictures=torch.cat(kept) if kept else torch.zeros(0, 3, 1, 1),
         shown=shown,
         trajectory=Trajectory(*(torch.cat(parts, dim=1) for parts in zip(*chains, strict=True)))
         if chains
