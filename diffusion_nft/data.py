@@ -9,7 +9,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -174,12 +174,15 @@ def draw_lines(prompts: Sequence[Prompt], number: int, together: int = 1) -> lis
         unit.append(line)
         if len(unit) == together:
             del unfilled[prompt.text]
-    drawn = [
-        [units[i] for i in torch.randperm(len(units), generator=generator("lines", tag)).tolist()]
+    waiting = {
+        tag: [units[i] for i in torch.randperm(len(units), generator=generator("lines", tag))]
         for tag, units in by_tag.items()
-    ]
-    rounds = chain.from_iterable(zip_longest(*drawn, fillvalue=[]))
-    return sorted(list(chain.from_iterable(rounds))[:number])
+    }
+    drawn: dict[str, list[int]] = {tag: [] for tag in by_tag}
+    while sum(map(len, drawn.values())) < number:
+        tag = min(filter(waiting.get, waiting), key=lambda tag: len(drawn[tag]))
+        drawn[tag] += waiting[tag].pop()
+    return sorted(list(chain.from_iterable(drawn.values()))[:number])
 
 
 def evaluated_lines(dataset: str | Path, number: int) -> tuple[list[Prompt], list[int]]:

@@ -18,12 +18,12 @@ from diffusion_nft.data import Prompt, draw_lines
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.randomness import generator
 from diffusion_nft.results import (
-    PER_REWARD,
     Evaluation,
     beside,
     claim,
     finished,
     has_pictures,
+    joined_settings,
     read_pictures,
     read_results,
     read_scores,
@@ -105,34 +105,39 @@ def evaluate(
     were the same).  Raises RewardError on every rank if a reward fails on any.
     """
     seed, batch_size = settings["seed"], settings["eval.batch_size"]
-    numbers = range(len(prompts)) if lines is None else lines
+    places = range(len(prompts)) if lines is None else lines
     sampler = Sampler(
         settings["eval.solver"], settings["eval.num_steps"], settings["eval.guidance_scale"]
     )
     mine = _chunks(len(prompts), batch_size, dist)[dist.rank]
-    drawn = {chunk for chunk in mine if folder is not None and has_pictures(folder, chunk)}
-    undrawn = [line for chunk in mine if chunk not in drawn for line in chunk]
+    drawn = {
+        chunk
+        for chunk in mine
+        if folder is not None and has_pictures(folder, [places[i] for i in chunk])
+    }
+    undrawn = [i for chunk in mine if chunk not in drawn for i in chunk]
     # All at once, kept on the host: offloaded text encoders come to the device only once.
-    texts = dict.fromkeys(prompts[line].text for line in undrawn)
+    texts = dict.fromkeys(prompts[i].text for i in undrawn)
     row = {text: i for i, text in enumerate(texts)}
     embedded = model.encode_cached(list(row))
 
     def draw(chunk: range) -> Tensor:
+        numbers = [places[i] for i in chunk]
         if folder is not None and chunk in drawn:
-            return read_pictures(folder, chunk).to(dist.device)
-        generators = [generator(seed, "eval", numbers[line]) for line in chunk]
-        rows = torch.tensor([row[prompts[line].text] for line in chunk])
+            return read_pictures(folder, numbers).to(dist.device)
+        generators = [generator(seed, "eval", number) for number in numbers]
+        rows = torch.tensor([row[prompts[i].text] for i in chunk])
         cond = embedded.select(rows).to(model.device)
         images = model.decode(sampler(model, cond, generators)[0])
         if folder is not None:
-            saved.append(saver.submit(save_pictures, images, chunk, folder))
+            saved.append(saver.submit(save_pictures, images, numbers, folder))
         return images
 
     saved: list[Future[None]] = []
     # Pictures are saved by a thread of their own: those that wait for their scores are not lost.
     with ThreadPoolExecutor(1) as saver:
         result = _collect(
-            draw, _scorer(rewards, prompts, folder), prompts, batch_size, dist, num_pictures
+            draw, _scorer(rewards, prompts, folder), prompts, places, batch_size, dist, num_pictures
         )
     for future in saved:
         future.result()
@@ -160,7 +165,7 @@ def complete(
     ``evaluate`` raises.
     """
     claim(folder, record, dist)
-    done, drawn = finished(folder), has_pictures(folder, range(len(prompts)))
+    done, drawn = finished(folder), has_pictures(folder, lines)
     # One view for all ranks: on a network file system they may see different ones for a moment.
     done, drawn = dist.gather_objects((done, drawn))[0]
     before = done["settings"] if done else {}
@@ -169,12 +174,12 @@ def complete(
     if not missing and (drawn or not keep_pictures):
         dist.say(f"already finished: {folder}")
         return
-    record = {**record, **{key: before.get(key, {}) | record[key] for key in PER_REWARD}}
+    record = {**record, **joined_settings(before, {**record, "rewards": missing})}
     if drawn:
-        batch_size = settings["eval.batch_size"]
-        result = rescore(prompts, rewards(missing), folder, batch_size=batch_size, dist=dist)
+        size = settings["eval.batch_size"]
+        result = rescore(prompts, lines, rewards(missing), folder, batch_size=size, dist=dist)
         if earlier:
-            result, _ = beside(result, missing, *read_results(folder, prompts))
+            result = beside(result, read_results(folder, prompts)[0], record["rewards"])
     else:
         scorer, kept = rewards(record["rewards"]), folder if keep_pictures else None
         result = evaluate(model(), prompts, scorer, settings, dist=dist, lines=lines, folder=kept)
@@ -185,21 +190,23 @@ def complete(
 
 def rescore(
     prompts: list[Prompt],
+    lines: Sequence[int],
     rewards: RewardSet,
     folder: Path,
     *,
     batch_size: int,
     dist: Distributed,
 ) -> Evaluation:
-    """Scores the pictures that an earlier ``evaluate`` kept in ``folder``, where the scores of
-    finished chunks are kept as well until ``write_results``.
+    """Scores the pictures that an earlier ``evaluate`` of the same ``lines`` kept in ``folder``,
+    where the scores of finished chunks are kept as well until ``write_results``.
 
     Raises FileNotFoundError if the picture of a line is missing.
     """
     return _collect(
-        lambda lines: read_pictures(folder, lines).to(dist.device),
+        lambda chunk: read_pictures(folder, [lines[i] for i in chunk]).to(dist.device),
         _scorer(rewards, prompts, folder),
         prompts,
+        lines,
         batch_size,
         dist,
         num_pictures=0,
@@ -233,6 +240,7 @@ def _collect(
     pictures_of: Callable[[range], Tensor],
     score: Callable[[Tensor, range], Scores],
     prompts: list[Prompt],
+    places: Sequence[int],
     batch_size: int,
     dist: Distributed,
     num_pictures: int,
@@ -265,4 +273,5 @@ def _collect(
         diversity=diversity(all_thumbs[order], [prompt.text for prompt in prompts]),
         pictures=torch.cat(kept) if kept else torch.zeros(0, 3, 1, 1),
         picture_lines=kept_lines,
+        lines=places,
     )

@@ -8,7 +8,7 @@ they come, until all are there; and last ``evaluation_results.jsonl`` and ``aver
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from diffusion_nft.distributed import Distributed
 from diffusion_nft.files import naming, write_atomically
 from diffusion_nft.pictures import save_png, to_pil
 from diffusion_nft.rewards.combine import Scores
+from diffusion_nft.run_dir import PLACING_OPTIONS
 
 # The metric that tells how many lines an evaluation had.
 NUM_SAMPLES = "eval/num_samples"
@@ -41,6 +42,7 @@ class Evaluation:
     diversity: float
     pictures: Tensor  # [<= num_pictures, 3, H, W], of this rank's lines
     picture_lines: list[int]  # of which of the N
+    lines: Sequence[int]  # where the N stand in the test set, from 0
 
     def averages(self) -> dict[str, Any]:
         """What ``average_scores.json`` holds: means and standard errors, also per tag; no NaN."""
@@ -118,7 +120,8 @@ def claim(folder: Path, settings: Mapping[str, Any], dist: Distributed) -> None:
     """Makes ``folder`` the place of the evaluation with these ``settings``, finished or not.
 
     Raises ValueError, naming the differing ones, if it holds other pictures or scores.  Where the
-    LoRA lies ("lora") may differ if its content ("lora_sha256") does not; rewards may be added.
+    LoRA lies ("lora") may differ if its content ("lora_sha256") does not, and where and how fast a
+    reward computes; rewards may be added.
     """
     wanted = json.loads(json.dumps(settings))
     path = folder / SETTINGS_FILE
@@ -131,6 +134,12 @@ def claim(folder: Path, settings: Mapping[str, Any], dist: Distributed) -> None:
             for key in sorted(found.keys() | wanted.keys())
             if key not in ("lora", *PER_REWARD) and found.get(key) != wanted.get(key)
         ]
+        old, new = _options(found), _options(wanted)
+        lines += [
+            f"reward_options.{name}: {old[name]!r} -> {new[name]!r}"
+            for name in sorted(old.keys() & new.keys())
+            if old[name] != new[name]
+        ]
     elif dist.is_main:
         write_json(path, wanted)
     if lines := dist.gather_objects(lines)[0]:
@@ -139,6 +148,16 @@ def claim(folder: Path, settings: Mapping[str, Any], dist: Distributed) -> None:
             + "\n  ".join(lines)
             + "\ngive another --output_dir, or remove that folder"
         )
+
+
+def _options(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of each reward in ``settings`` the options that decide its scores; none of a served one."""
+    options, remote = settings.get("reward_options", {}), settings.get("remote", {})
+    return {
+        name: {k: v for k, v in options.get(name, {}).items() if k not in PLACING_OPTIONS}
+        for name in settings.get("rewards", {})
+        if name not in remote
+    }
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
@@ -158,7 +177,7 @@ def picture_path(folder: Path, line: int) -> Path:
     return folder / PICTURES / f"{line:06d}.png"
 
 
-def has_pictures(folder: Path, lines: range) -> bool:
+def has_pictures(folder: Path, lines: Iterable[int]) -> bool:
     """Whether the picture of every one of ``lines`` is there."""
     return all(picture_path(folder, line).is_file() for line in lines)
 
@@ -232,21 +251,25 @@ def read_results(
 
 
 def beside(
-    new: Evaluation,
-    weights: Mapping[str, float],
-    scores: dict[str, list[float]],
-    settings: dict[str, Any],
-) -> tuple[Evaluation, dict[str, Any]]:
-    """``new``, scored with ``weights``, joined with the earlier ``scores`` of the same pictures.
-
-    Returns the joined evaluation, whose total is of all rewards, and the settings that the pictures
-    were drawn with.
+    new: Evaluation, scores: dict[str, list[float]], weights: Mapping[str, float]
+) -> Evaluation:
+    """``new`` joined with the earlier ``scores`` of the same pictures; the total is by ``weights``,
+    of all rewards.
     """
-    weights = settings["rewards"] | dict(weights)
     joined = scores | new.scores
-    lines = range(len(new.prompts))
-    joined["total"] = [sum(w * joined[name][line] for name, w in weights.items()) for line in lines]
-    return replace(new, scores=joined), settings | {"rewards": weights}
+    rows = range(len(new.prompts))
+    joined["total"] = [sum(w * joined[name][row] for name, w in weights.items()) for row in rows]
+    return replace(new, scores=joined)
+
+
+def joined_settings(before: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``record`` that say something of each reward, and of ``before`` for the others."""
+    return {
+        key: {name: value for name, value in before.get(key, {}).items() if name not in scored}
+        | {name: value for name, value in record[key].items() if name in scored}
+        for scored in (record["rewards"],)
+        for key in PER_REWARD
+    }
 
 
 def write_results(evaluation: Evaluation, folder: Path, *, settings: Mapping[str, Any]) -> None:
@@ -254,8 +277,8 @@ def write_results(evaluation: Evaluation, folder: Path, *, settings: Mapping[str
     which says that the evaluation is finished; its progress is no longer needed.
     """
     rows = []
-    for line, prompt in enumerate(evaluation.prompts):
-        values = {name: numbers[line] for name, numbers in evaluation.scores.items()}
+    for i, (line, prompt) in enumerate(zip(evaluation.lines, evaluation.prompts, strict=True)):
+        values = {name: numbers[i] for name, numbers in evaluation.scores.items()}
         path = picture_path(folder, line)
         row = {
             "sample_id": line,

@@ -262,14 +262,16 @@ def gather_scores(
 
 
 def shown_samples(indices: range, group_size: int, number: int) -> list[int]:
-    """Up to ``number`` of a rank's samples for a grid of GRID_COLUMNS: lines of one prompt each, of
-    as many prompts as there are.
+    """Up to ``number`` of a rank's samples for a grid of GRID_COLUMNS, of as many prompts as there
+    are lines: a line or more is of one prompt, where its share of the group fills them.
     """
     groups: dict[int, list[int]] = {}
     for i in indices:
         groups.setdefault(i // group_size, []).append(i)
-    lines = math.ceil(number / max(len(groups), 1) / GRID_COLUMNS)
-    return [i for group in groups.values() for i in group[: lines * GRID_COLUMNS]][:number]
+    lines, more = divmod(math.ceil(number / GRID_COLUMNS), max(len(groups), 1))
+    shares = [GRID_COLUMNS * (lines + (k < more)) for k in range(len(groups))]
+    parts = (group[:share] for group, share in zip(groups.values(), shares, strict=True))
+    return [i for part in parts for i in part][:number]
 
 
 def collect(

@@ -183,9 +183,13 @@ class Choice:
         """All that decides the numbers of an evaluation, to be kept with them."""
         record = {key: self.settings[key] for key in DEFAULTS}
         record |= {"dataset": dataset, "dataset_sha256": sha256(split_file(dataset, "test"))}
-        record |= {"limit": limit, "rewards": dict(weights), "lora": self.lora}
-        for key, of_all in (("reward_options", self._options), ("remote", self.served)):
-            record[key] = {name: of_all[name] for name in weights if name in of_all}
+        record |= {"limit": limit or None, "rewards": dict(weights), "lora": self.lora}
+        record["reward_options"] = {
+            name: {key: value for key, value in options.items() if key != "api_key"}
+            for name, options in self._options.items()
+            if name in weights
+        }
+        record["remote"] = {name: at for name, at in self.served.items() if name in weights}
         if self.lora:
             record["adapter"] = self.adapter
             record["lora_sha256"] = sha256(self.fetch(dist))
@@ -193,7 +197,9 @@ class Choice:
 
     @property
     def _options(self) -> dict[str, Any]:
-        return section(self.settings, "reward_options")
+        """Those of a served reward are its server's."""
+        options = section(self.settings, "reward_options")
+        return {name: own for name, own in options.items() if name not in self.served}
 
     def rewards(self, weights: Mapping[str, float], dist: Distributed) -> RewardSet:
         """The rewards of ``weights``.  Raises what ``rewards.build_reward`` raises."""
@@ -202,7 +208,7 @@ class Choice:
         return RewardSet.build(
             weights,
             dist.device,
-            options={name: o for name, o in self._options.items() if name not in self.served},
+            options=self._options,
             remote=self.served,
             timeout=self.settings.get("remote_timeout_seconds", REMOTE_TIMEOUT),
         )

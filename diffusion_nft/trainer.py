@@ -237,7 +237,8 @@ class Trainer:
             write_results(evaluation, folder, settings={"epoch": epoch} | self.stage.column)
         lines, totals = evaluation.picture_lines, evaluation.scores["total"]
         prompts = [evaluation.prompts[line] for line in lines]
-        self._log_pictures("eval", evaluation.pictures, prompts, [totals[line] for line in lines])
+        name = "/".join(filter(None, ("eval", self.stage.folder)))
+        self._log_pictures(name, evaluation.pictures, prompts, [totals[line] for line in lines])
         score = values["eval/total"]
         self.dist.say(f"epoch {epoch}: eval/total {score:.4f}")
         best = self.state.best_score is None or score > self.state.best_score

@@ -18,7 +18,7 @@ from pathlib import Path
 from diffusion_nft.data import evaluated_lines, resolve_dataset, split_file
 from diffusion_nft.distributed import Distributed, check_shared, distributed
 from diffusion_nft.evaluate import choose_rewards, complete, rescore
-from diffusion_nft.results import beside, finished, read_results, write_results
+from diffusion_nft.results import beside, finished, joined_settings, read_results, write_results
 from diffusion_nft.rewards import check_prompts
 from diffusion_nft.settings import (
     add_evaluation_flags,
@@ -60,13 +60,14 @@ def run(args: argparse.Namespace, dist: Distributed) -> None:
     choice, folder = args.choice, args.output_dir
     prompts, lines = evaluated_lines(args.dataset, args.limit)
     check_prompts(args.rewards, [p.text for p in prompts], [p.metadata for p in prompts])
+    record = choice.record(dist, args.dataset, args.rewards, args.limit)
     if not args.rescore:
         complete(
             folder,
             prompts,
             args.rewards,
             choice.settings,
-            choice.record(dist, args.dataset, args.rewards, args.limit),
+            record,
             model=lambda: choice.model(dist),
             rewards=lambda weights: choice.rewards(weights, dist),
             dist=dist,
@@ -74,13 +75,18 @@ def run(args: argparse.Namespace, dist: Distributed) -> None:
             keep_pictures=args.save_images,
         )
         return
-    earlier = read_results(folder, prompts)
-    rewards = choice.rewards(args.rewards, dist)
-    batch_size = choice.settings["eval.batch_size"]
-    new = rescore(prompts, rewards, folder, batch_size=batch_size, dist=dist)
-    result, settings = beside(new, args.rewards, *earlier)
+    scores, before = read_results(folder, prompts)
+    settings = before | joined_settings(before, record)
+    new = rescore(
+        prompts,
+        lines,
+        choice.rewards(args.rewards, dist),
+        folder,
+        batch_size=choice.settings["eval.batch_size"],
+        dist=dist,
+    )
     if dist.is_main:
-        write_results(result, folder, settings=settings)
+        write_results(beside(new, scores, settings["rewards"]), folder, settings=settings)
 
 
 def main() -> None:

@@ -127,10 +127,10 @@ def draw_grid(task: Task) -> None:
     reward = next(iter(task.weights))
     scores, _ = read_results(task.folder, task.prompts)
     grid = image_grid(
-        read_pictures(task.folder, shown),
-        [task.prompts[line].text for line in shown],
+        read_pictures(task.folder, [task.lines[i] for i in shown]),
+        [task.prompts[i].text for i in shown],
         columns=4,
-        scores=[scores[reward][line] for line in shown],
+        scores=[scores[reward][i] for i in shown],
     )
     save_png(grid, task.folder / "grid.png")
 

@@ -20,6 +20,10 @@ from diffusion_nft.data import (
 CATS = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "two cats"}
 
 
+def load_shapes_test_set() -> list[Prompt]:
+    return load_prompts(Path(data.__file__).parent.parent / "dataset" / "shapes", "test")
+
+
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty dataset/ folder, and another folder to work in."""
@@ -246,6 +250,17 @@ def test_lines_are_drawn_from_all_of_a_sorted_file(root, tagged):
     # Odd numbers break a pair; more lines than there are come to all.
     assert len(evaluated_lines("sorted", 7)[1]) == 7
     assert len(evaluated_lines("sorted", 10_000)[1]) == len(prompts)
+
+
+def test_tags_have_equal_shares_however_often_they_repeat_a_prompt():
+    prompts = load_shapes_test_set()
+    for number in (24, 60, 240):
+        tags = Counter(prompts[i].metadata["tag"] for i in draw_lines(prompts, number, together=2))
+        assert len(tags) == 6 and max(tags.values()) - min(tags.values()) <= 2
+    # A tag that has no more leaves its share to the others.
+    few = [Prompt(f"{i}", {"tag": "few"}) for i in range(3)]
+    many = [Prompt(f"{i}", {"tag": "many"}) for i in range(3, 40)]
+    assert {0, 1, 2} < set(draw_lines([*few, *many], 20))
 
 
 def test_lines_to_look_at_are_of_many_prompts():

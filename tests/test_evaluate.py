@@ -16,6 +16,7 @@ from diffusion_nft.evaluate import complete, evaluate, rescore
 from diffusion_nft.results import (
     Evaluation,
     claim,
+    joined_settings,
     mean_and_error,
     picture_path,
     read_pictures,
@@ -64,7 +65,7 @@ def test_edge_cases_of_the_error():
 def test_averages_per_tag_and_over_tags():
     prompts = [Prompt(text, {"tag": tag}) for text, tag in ("ax", "bx", "cy", "dy", "ey")]
     scores = {"total": [1.0, 3.0, 0.0, 3.0, 6.0], "part": [math.nan] * 2 + [1.0, 2.0, 3.0]}
-    result = Evaluation(prompts, scores, 0.5, torch.zeros(0), []).averages()
+    result = Evaluation(prompts, scores, 0.5, torch.zeros(0), [], []).averages()
     assert result["num_samples"] == result["num_prompts"] == 5
     assert result["mean"]["total"]["mean"] == pytest.approx(13 / 5)
     assert result["mean"]["part"]["count"] == 3
@@ -80,12 +81,14 @@ def test_averages_per_tag_and_over_tags():
 def test_a_component_that_applies_to_no_sample_is_left_out():
     prompts = [Prompt("a", {"tag": "x"}), Prompt("b", {"tag": "y"})]
     scores = {"total": [1.0, 3.0], "part": [math.nan, math.nan]}
-    result = Evaluation(prompts, scores, 0.5, torch.zeros(0), []).averages()
+    result = Evaluation(prompts, scores, 0.5, torch.zeros(0), [], []).averages()
     assert "part" not in result["mean"] and "part" not in result["mean_over_tags"]
 
 
 def test_untagged_sets_have_no_tags():
-    result = Evaluation([Prompt("a")], {"total": [1.0]}, math.nan, torch.zeros(0), []).averages()
+    result = Evaluation(
+        [Prompt("a")], {"total": [1.0]}, math.nan, torch.zeros(0), [], []
+    ).averages()
     assert "tags" not in result and result["diversity"] is None
 
 
@@ -131,9 +134,14 @@ def test_some_lines_are_the_samples_that_they_are_among_all(whole, prompts, shap
     result = evaluate(
         shapes_model, some, rewards(), SETTINGS, dist=ONE, lines=chosen, folder=tmp_path
     )
-    difference = read_pictures(tmp_path, range(2)) - read_pictures(whole[1], chosen)
+    difference = read_pictures(tmp_path, chosen) - read_pictures(whole[1], chosen)
     assert float(difference.abs().max()) <= 1 / 255 + 1e-6
     assert result.scores["shapes"] == [whole[0].scores["shapes"][line] for line in chosen]
+    write_results(result, tmp_path, settings={})
+    text = (tmp_path / "evaluation_results.jsonl").read_text()
+    rows = [json.loads(row) for row in text.splitlines()]
+    assert [row["sample_id"] for row in rows] == chosen
+    assert [row["image_path"] for row in rows] == ["images/000003.png", "images/000005.png"]
 
 
 def test_every_line_is_a_sample_with_its_own_noise(whole, prompts):
@@ -186,12 +194,12 @@ def test_any_number_of_ranks_gives_the_same_numbers(whole, shapes_model, prompts
 
 def test_rescoring_saved_pictures_needs_no_model(whole, prompts):
     result, folder = whole
-    again = rescore(prompts, rewards(), folder, batch_size=3, dist=ONE)
+    again = rescore(prompts, range(7), rewards(), folder, batch_size=3, dist=ONE)
     # As text, where NaN equals NaN.
     assert json.dumps(again.scores) == json.dumps(result.scores)
     assert again.diversity == result.diversity
     with pytest.raises(FileNotFoundError):
-        rescore([*prompts, prompts[0]], rewards(), folder, batch_size=3, dist=ONE)
+        rescore([*prompts, prompts[0]], range(8), rewards(), folder, batch_size=3, dist=ONE)
 
 
 def test_results_on_disk(whole, prompts, tmp_path):
@@ -343,3 +351,32 @@ def test_a_folder_keeps_to_one_evaluation(tmp_path):
         claim(tmp_path, {"seed": 2, "lora": "here", "lora_sha256": "a"}, ONE)
     with pytest.raises(ValueError, match="lora_sha256: 'a' -> 'b'"):
         claim(tmp_path, {"seed": 1, "lora": "here", "lora_sha256": "b"}, ONE)
+
+
+def test_a_folder_keeps_to_the_options_of_its_rewards(tmp_path):
+    def record(*names: str, remote=(), **options: object) -> dict:
+        served = dict.fromkeys(remote, ("http://gpu7:8000",))
+        weights = dict.fromkeys(names, 1.0)
+        return {"rewards": weights, "reward_options": {"a": options}, "remote": served}
+
+    claim(tmp_path, record("a", dtype="fp16"), ONE)
+    (tmp_path / "progress").mkdir()
+    claim(tmp_path, record("a", dtype="fp16", batch_size=2, device="cuda:1"), ONE)
+    claim(tmp_path, record("b", dtype="bf16"), ONE)
+    claim(tmp_path, record("a", remote=("a",)), ONE)
+    with pytest.raises(ValueError, match=r"reward_options.a: \{'dtype': 'fp16'\} -> \{\}"):
+        claim(tmp_path, record("a"), ONE)
+
+
+def test_settings_say_of_each_reward_how_it_was_scored_last():
+    before = {
+        "rewards": {"a": 1.0, "b": 1.0},
+        "reward_options": {"a": {"x": 1}, "b": {"x": 1}},
+        "remote": {"b": ("http://gpu7:8000",)},
+    }
+    new = {"rewards": {"b": 2.0, "c": 3.0}, "reward_options": {"a": {"x": 2}}, "remote": {}}
+    assert joined_settings(before, new) == {
+        "rewards": {"a": 1.0, "b": 2.0, "c": 3.0},
+        "reward_options": {"a": {"x": 1}},
+        "remote": {},
+    }

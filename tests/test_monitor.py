@@ -30,7 +30,7 @@ def evaluation(
         "clipscore/part": [part] * 10,
         "picture_statistics": [brightness] * 10,
     }
-    return Evaluation(prompts, scores, diversity, torch.zeros(0, 3, 1, 1), [])
+    return Evaluation(prompts, scores, diversity, torch.zeros(0, 3, 1, 1), [], [])
 
 
 def flags(values: dict[str, float]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from diffusion_nft.rollout import (
     diversity,
     gather_scores,
     guided_velocity,
+    shown_samples,
     summarise,
     thumbnails,
 )
@@ -152,6 +153,20 @@ def test_one_euler_step_is_the_formula(shapes_model):
         v = shapes_model.velocity(start, torch.ones(1), cond)
     torch.testing.assert_close(x0, start - v, rtol=1e-5, atol=1e-5)
     assert sigmas.tolist() == [1.0]
+
+
+def test_pictures_to_show_are_of_many_prompts():
+    def groups(indices: range, number: int) -> list[int]:
+        shown = shown_samples(indices, 24, number)
+        assert len(shown) == len(set(shown)) and set(shown) <= set(indices)
+        return [i // 24 for i in shown]
+
+    assert groups(range(48, 192), 16) == [2] * 4 + [3] * 4 + [4] * 4 + [5] * 4
+    assert groups(range(72), 16) == [0] * 8 + [1] * 4 + [2] * 4
+    assert groups(range(48), 6) == [0] * 4 + [1] * 2
+    # A share that ends in the midst of a group.
+    assert groups(range(22, 30), 8) == [0] * 2 + [1] * 4
+    assert groups(range(48), 0) == groups(range(0), 16) == []
 
 
 def test_the_summary_by_hand():

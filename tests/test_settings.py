@@ -102,6 +102,12 @@ def test_flags_go_before_the_options_and_servers_of_the_run(run_dir, tmp_path, m
     assert other.rewards({"shapes": 1.0}, HERE)._rewards["shapes"].rule == "standard"
     record = other.record(HERE, str(tmp_path), {"shapes": 1.0}, 0)
     assert record["reward_options"] == {"shapes": {"rule": "standard"}} and record["remote"] == {}
+    # A server has options of its own, and keys are nobody's business.
+    record = choose(*run).record(HERE, str(tmp_path), {"shapes": 1.0}, 0)
+    assert record["reward_options"] == {}
+    own.update({"reward_options.unifiedreward.api_key": "s3cret"})
+    record = choose(*run).record(HERE, str(tmp_path), {"unifiedreward": 1.0}, 0)
+    assert "s3cret" not in json.dumps(record)
 
 
 def test_settings_that_cannot_go_together_are_refused():

@@ -290,6 +290,8 @@ def test_every_row_and_result_names_its_stage(finished):
         f"eval/stage-{stage}/epoch-{epoch:06d}"
         for stage, epoch in ((1, 0), (1, 1), (1, 2), (2, 2), (2, 3))
     ]
+    grids = sorted(path.stem for path in finished.glob("images/eval*.png"))
+    assert grids == [folder.replace("/epoch", "").replace("/", "_") for folder in folders]
     scores = finished / "eval/stage-2/epoch-000002/average_scores.json"
     assert json.loads(scores.read_text())["settings"] == {"epoch": 2, "stage": 2}
     for number in (1, 2):

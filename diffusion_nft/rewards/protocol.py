@@ -2,7 +2,7 @@
 
 A PNG keeps 8 bits a channel exactly and JSON's numbers are the shortest decimals that name their
 float64, so a served score is the local one to the last bit, where both are computed on the same
-device in the same batches.  Nothing is pickled.
+device, with the same `allow_tf32`, in the same batches.  Nothing is pickled.
 """
 
 import base64

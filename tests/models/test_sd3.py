@@ -6,7 +6,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.hub import fetch_lora, fetch_pipeline
-from diffusion_nft.models import build_model
+from diffusion_nft.models import build_model, sd3
 from diffusion_nft.models.sd3 import visiting
 from diffusion_nft.policy import ADAPTERS, REFERENCE, Policy
 from diffusion_nft.precision import Precision
@@ -73,7 +73,7 @@ def test_pictures_lie_in_range_and_slices_change_nothing(shapes_model):
     torch.testing.assert_close(pictures, each, rtol=0, atol=1e-5)
 
 
-def test_offloading_and_checkpointing_give_the_same_numbers(shapes_model):
+def test_offloading_and_checkpointing_give_the_same_numbers(shapes_model, monkeypatch):
     other = build_model(
         "sd3",
         name=str(PIPELINE_DIR),
@@ -86,8 +86,17 @@ def test_offloading_and_checkpointing_give_the_same_numbers(shapes_model):
         vae_batch_size=1,
         embed_cache_gb=0.0,
     )
+    visits = []
+
+    def recorded(modules, device):
+        visits.append((modules, device))
+        return visiting(modules, device)
+
+    monkeypatch.setattr(sd3, "visiting", recorded)
     ours, theirs = other.encode(TEXTS), shapes_model.encode(TEXTS)
     assert torch.equal(ours.tokens, theirs.tokens)
+    # All texts in one visit; a model that does not offload has none.
+    assert visits == [(other._text_encoders(), CPU)]
     x, sigma = torch.ones(3, *other.latent_shape), torch.full((3,), 0.3)
     with torch.no_grad():
         assert torch.equal(other.velocity(x, sigma, ours), shapes_model.velocity(x, sigma, theirs))
