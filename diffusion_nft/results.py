@@ -264,10 +264,10 @@ def beside(
 
 def joined_settings(before: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
     """Those of ``record`` that say something of each reward, and of ``before`` for the others."""
+    scored = record["rewards"]
     return {
         key: {name: value for name, value in before.get(key, {}).items() if name not in scored}
         | {name: value for name, value in record[key].items() if name in scored}
-        for scored in (record["rewards"],)
         for key in PER_REWARD
     }
 

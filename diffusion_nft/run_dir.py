@@ -2,6 +2,7 @@
 
 import json
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,20 @@ from diffusion_nft.files import write_atomically
 
 CONFIG_FILE = "config.json"
 
-# Keys, or sections ending in a dot, that may change between two starts of one run: they do not
-# alter the trained numbers (alarms, where they raise the KL term's weight, do so openly).
+# Options of every reward that say where it computes and how fast, and move scores by rounding at
+# most: a reward that ran out of memory can be mended.
+PLACING_OPTIONS = (
+    "device",
+    "batch_size",
+    "threads",
+    "concurrency",
+    "timeout",
+    "max_retries",
+    "base_url",
+    "api_key",
+)
+# Patterns of keys that may change between two starts of one run: they do not alter the trained
+# numbers (alarms, where they raise the KL term's weight, do so openly).
 MAY_CHANGE = (
     "run_name",
     "save_dir",
@@ -20,31 +33,18 @@ MAY_CHANGE = (
     "save_freq",
     "eval_freq",
     "resume_from",
-    "remote.",
+    "remote.*",
     "remote_timeout_seconds",
     "sample.batch_size",
     "train.batch_size",
     "train.max_skipped_steps",
-    "eval.",
-    "checkpoint.",
-    "monitor.",
-    "perf.",
-    "log.",
-    "distributed.",
-)
-# Options of every reward that say where it computes and how fast, and move scores by rounding at
-# most: a reward that ran out of memory can be mended.
-PLACING_OPTIONS = frozenset(
-    {
-        "device",
-        "batch_size",
-        "threads",
-        "concurrency",
-        "timeout",
-        "max_retries",
-        "base_url",
-        "api_key",
-    }
+    "eval.*",
+    "checkpoint.*",
+    "monitor.*",
+    "perf.*",
+    "log.*",
+    "distributed.*",
+    *(f"reward_options.*.{option}" for option in PLACING_OPTIONS),
 )
 
 
@@ -88,9 +88,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for key in sorted(old.keys() | new.keys()):
         # A stage sets the same keys; but where it ends tells what is trained on next.
         name = re.sub(r"^stages\.\d+\.(?!num_epochs$)", "", key)
-        free = any(name == k or (k.endswith(".") and name.startswith(k)) for k in MAY_CHANGE)
-        option = re.fullmatch(r"reward_options\.[^.]+\.([^.]+)", name)
-        free |= option is not None and option[1] in PLACING_OPTIONS
+        free = any(fnmatchcase(name, pattern) for pattern in MAY_CHANGE)
         before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
         if not free and before != after:
             lines.append(f"{key}: {before!r} -> {after!r}")

@@ -102,24 +102,16 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", dest="eval.batch_size", type=positive, help="pictures at once")
     add("--limit", type=positive, default=0, help="only so many lines of a test set, drawn")
     add("--skip_rewards", default="", help="comma-separated")
-    add(
-        "--remote",
-        type=_served,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=URL",
-        help="served rewards; NAME=local for one that the run had served",
-    )
-    add(
-        "--option",
-        type=_reward_option,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME.KEY=VALUE",
-        help="an argument of the reward's class, before the run's",
-    )
+    for flag, kind, form, text in (
+        (
+            "--remote",
+            _served,
+            "NAME=URL",
+            "served rewards; NAME=local if only the run's was served",
+        ),
+        ("--option", _reward_option, "NAME.KEY=VALUE", "of the reward's class, before the run's"),
+    ):
+        add(flag, type=kind, nargs="+", action="extend", default=[], metavar=form, help=text)
 
 
 def named_rewards(args: argparse.Namespace) -> set[str]:

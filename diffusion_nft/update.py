@@ -245,8 +245,12 @@ class Updater:
                 break
             losses, metrics = self._loss(samples, weights, pairs[start : start + size], key)
             scaler.scale(losses.sum() / total).backward()
-            values = {"loss/total": losses.detach(), "pairs": torch.ones_like(losses), **metrics}
-            values["nonfinite"] = ~losses.isfinite()
+            values = {
+                "loss/total": losses.detach(),
+                "pairs": torch.ones_like(losses),
+                "nonfinite": ~losses.isfinite(),
+                **metrics,
+            }
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + value.detach().sum()
         gradients = [p.grad for p in parameters if p.grad is not None]
