@@ -107,9 +107,9 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
             "--remote",
             _served,
             "NAME=URL",
-            "served rewards; NAME=local if only the run's was served",
+            "served rewards; NAME=local: scored here after all",
         ),
-        ("--option", _reward_option, "NAME.KEY=VALUE", "of the reward's class, before the run's"),
+        ("--option", _reward_option, "NAME.KEY=VALUE", "an option of a reward, before the run's"),
     ):
         add(flag, type=kind, nargs="+", action="extend", default=[], metavar=form, help=text)
 
