@@ -192,14 +192,14 @@ def get_config() -> ml_collections.ConfigDict:
     # Alarms: signs that the reward rises at the cost of the pictures (diffusion_nft/monitor.py).
     config.monitor = monitor = ml_collections.ConfigDict()
     # off | warn | stop (after saving; the same command goes on to the next alarm) | raise_kl (an
-    # alarm doubles the weight of the KL term, up to 64 times; that stays in the run).
+    # alarm doubles the weight of the KL term, up to 64 times; that stays for the run or its stage).
     monitor.action = "warn"
     # Also evaluate brightness, saturation and edges, as the held-out reward picture_statistics.
     monitor.pictures = False
-    # Alarming: an evaluated reward, or a component of one, lower than at first by more than so many
-    # standard errors,
+    # Alarming: an evaluated reward, or a component of one, lower than its best evaluation so far by
+    # more than so many standard errors, over all lines or those of a tag,
     monitor.max_drop = 4.0
-    # a diversity lower by more than this share,
+    # a diversity lower than at first by more than this share,
     monitor.max_diversity_drop = 0.3
     # a size of the latents, brightness, saturation or edges changed by more than this share,
     monitor.max_picture_change = 0.3
@@ -228,7 +228,8 @@ def get_config() -> ml_collections.ConfigDict:
     log.wandb = "online"
     log.wandb_project = "diffusion-nft"
     log.tensorboard = False
-    # Pictures per image grid, and epochs between grids of training samples (0: none).
+    # Pictures per image grid, at most the main rank's, and epochs between grids of training samples
+    # (0: none).
     log.num_images = 16
     log.image_freq = 10
 

@@ -1,8 +1,10 @@
-"""Alarms for what a rising reward may hide: each evaluation is compared with the first.
+"""Alarms for what a rising reward may hide.
 
-Watched are all evaluated rewards and their components, the diversity of pictures, brightness,
-saturation and edges (with ``monitor.pictures``); and in each epoch the distance to the reference
-and the size of clean latents.  The limits are ``monitor.*`` of the configuration.
+All evaluated rewards and their components are compared with the best that they have been, over all
+lines and by tag: what is lost is often what was gained before, and in one tag only.  The diversity
+of pictures, brightness, saturation and edges (with ``monitor.pictures``) are compared with the
+first evaluation, the size of clean latents with the first epoch; the distance to the reference has
+a limit of its own.  The limits are ``monitor.*`` of the configuration.
 """
 
 import math
@@ -18,6 +20,10 @@ from diffusion_nft.results import Evaluation
 PICTURES = "picture_statistics"
 # Metrics of this start are 1 where what they name is beyond its limit, else 0.
 ALARM = "monitor/alarm/"
+# Fewer lines of a tag than this say too little about their spread.
+MIN_LINES_OF_TAG = 20
+# Of more than this an alarm's line names no further ones.
+MAX_NAMED = 4
 # What an alarm multiplies the weight of the KL term by, under ``raise_kl``; and at most in all.
 KL_FACTOR, MAX_KL_FACTOR = 2.0, 64.0
 
@@ -32,7 +38,7 @@ class Alarm(RuntimeError):
 
 
 class Monitor:
-    """Compares evaluations and epochs with the first of their kind, and acts on what it finds.
+    """Compares evaluations and epochs with former ones, and acts on what it finds.
 
     ``algorithm.kl_weight`` is raised where that is the action; ``say`` prints a line once.
     """
@@ -41,15 +47,19 @@ class Monitor:
         self.limits = config.monitor
         self.algorithm, self.say = algorithm, say
         self._alarm = ""
-        self._alarming = False  # the last epoch
-        self._unheard: list[str] = []  # what lasts since an alarm of an epoch
-        # What a resumed run goes on with.  "evaluation": name -> (mean, standard error) of the
-        # first that has the name; "x0_rms": of the first epoch.
-        self.state: dict[str, Any] = {"alarms": 0, "kl_factor": 1.0}
+        # What a resumed run goes on with.  "evaluation": name -> (mean, standard error), of a score
+        # the best so far, else the first; "x0_rms": of the first epoch; "alarming": whether the
+        # last epoch was; "unheard": what lasts since an alarm of an epoch.
+        self.state: dict[str, Any] = {
+            "alarms": 0,
+            "kl_factor": 1.0,
+            "alarming": False,
+            "unheard": [],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a former ``state``."""
-        self.state = dict(state)
+        self.state |= state
         self.algorithm.kl_weight *= self.state["kl_factor"]
 
     def forget_evaluation(self) -> None:
@@ -70,31 +80,29 @@ class Monitor:
         first = self.state.setdefault("x0_rms", rms)
         checks["reward/x0_rms"] = self._changed("reward/x0_rms", rms, first)
         found = [text for text in checks.values() if text]
-        self._unheard = found if self._alarming else []
-        lasting, self._alarming = self._alarming, bool(found)
+        lasting = self.state["alarming"]
+        self.state |= {"alarming": bool(found), "unheard": found if lasting else []}
         return self._act(checks, [] if lasting else found)
 
     def evaluation(self, evaluation: Evaluation) -> dict[str, float]:
         """Looks at an evaluation; returns ``monitor/*`` for the log."""
-        means = evaluation.averages()["mean"]
-        now = {name: (value["mean"], value["stderr"]) for name, value in means.items()}
-        if not math.isnan(evaluation.diversity):
-            now["diversity"] = (evaluation.diversity, None)
-        first = self.state.setdefault("evaluation", {})
-        for name, value in now.items():
-            first.setdefault(name, value)
+        now = _watched(evaluation)
+        former = self.state.setdefault("evaluation", {})
         checks = {}
-        for name, (mean, error) in now.items():
-            before, error_before = first[name]
+        for name, value in now.items():
+            before = former.setdefault(name, value)
             key = f"eval/{name}"
             if name == "diversity":
-                checks[key] = self._narrowed(mean, before)
+                checks[key] = self._narrowed(value[0], before[0])
             elif is_picture_statistic(name):
-                checks[key] = self._changed(key, mean, before)
-            # A single prompt has no standard error.
-            elif error is not None and error_before is not None:
-                checks[key] = self._dropped(key, (mean, error), (before, error_before))
-        return self._act(checks, [*self._unheard, *(text for text in checks.values() if text)])
+                checks[key] = self._changed(key, value[0], before[0])
+            else:
+                checks[key] = self._dropped(key, value, before)
+                if value[0] > before[0]:
+                    former[name] = value
+        return self._act(
+            checks, [*self.state["unheard"], *(text for text in checks.values() if text)]
+        )
 
     def _act(self, checks: Mapping[str, str], found: list[str]) -> dict[str, float]:
         """Alarms of ``found``; what is logged says of each check whether its limit is passed."""
@@ -102,6 +110,8 @@ class Monitor:
             return {}
         if found:
             self.state["alarms"] += 1
+            if len(found) > MAX_NAMED:
+                found = [*found[:MAX_NAMED], f"{len(found) - MAX_NAMED} more"]
             self._alarm = f"alarm: {'; '.join(found)}"
             raised = ""
             if self.limits.action == "raise_kl":
@@ -122,15 +132,15 @@ class Monitor:
         if self._alarm and self.limits.action == "stop":
             raise Alarm(f"{self._alarm} (monitor.action = 'stop')")
 
-    def _dropped(self, name: str, now: tuple, first: tuple) -> str:
+    def _dropped(self, name: str, now: tuple, best: tuple) -> str:
         """A score that fell by more standard errors of the difference than allowed; these are of
         independent evaluations, more than those of the same lines and noise.
         """
-        error, drop = math.hypot(now[1], first[1]), first[0] - now[0]
+        error, drop = math.hypot(now[1], best[1]), best[0] - now[0]
         if drop <= self.limits.max_drop * error:
             return ""
         errors = f", {drop / error:.1f} SE" if error else ""
-        return f"{name} fell from {first[0]:.4g} to {now[0]:.4g}{errors}"
+        return f"{name} fell from {best[0]:.4g} to {now[0]:.4g}{errors}"
 
     def _narrowed(self, now: float, first: float) -> str:
         if now < (1 - self.limits.max_diversity_drop) * first:
@@ -141,3 +151,28 @@ class Monitor:
         if abs(now - first) <= self.limits.max_picture_change * abs(first):
             return ""
         return f"{name} went from {first:.4g} to {now:.4g}"
+
+
+def _watched(evaluation: Evaluation) -> dict[str, tuple[float, float | None]]:
+    """(mean, standard error) of what ``eval/NAME`` logs, by name.
+
+    Scores have an error: without one, of a single prompt, nothing can be said of a fall.
+    """
+    summary = evaluation.averages()
+    means = dict(summary["mean"])
+    for tag, scores in summary.get("tags", {}).items():
+        means |= {
+            f"tag/{tag}/{name}": value
+            for name, value in scores.items()
+            if value["count"] >= MIN_LINES_OF_TAG
+            and name != "total"
+            and not is_picture_statistic(name)
+        }
+    watched = {
+        name: (value["mean"], value["stderr"])
+        for name, value in means.items()
+        if value["stderr"] is not None or is_picture_statistic(name)
+    }
+    if not math.isnan(evaluation.diversity):
+        watched["diversity"] = (evaluation.diversity, None)
+    return watched
