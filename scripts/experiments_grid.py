@@ -84,7 +84,7 @@ def make_run(name: str, experiment: Any, arm: str, seed: int, args: argparse.Nam
         config = load_file(ROOT / chosen.file).get_config(chosen.preset)
         config.update_from_flattened_dict(changes)
         config.seed, config.save_dir = seed, str(args.runs / name / stem)
-        validate(config, world_size=1)
+        validate(config)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name}, arm {arm}: {error}") from error
     return Run(

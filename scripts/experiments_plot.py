@@ -15,17 +15,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from experiments_tables import (
-    COST,
-    SECONDS,
-    STRICT,
-    Result,
-    Results,
-    mean_and_half_width,
-    read,
-    report,
-    watched,
-)
+from experiments_comparison import COST, STRICT, Result, Results, mean_and_half_width, read
+from experiments_tables import SECONDS, report, watched
 
 from diffusion_nft.files import write_atomically
 

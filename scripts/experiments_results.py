@@ -9,9 +9,7 @@ FLOPs, by the formulas of benchmark_flops.py.
 import json
 import math
 import os
-import platform
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from ml_collections import ConfigDict
 
 from diffusion_nft.checks import EMBEDDED_MODEL
 from diffusion_nft.files import write_atomically
-from diffusion_nft.metrics import ENVIRONMENTS_FILE, METRICS_FILE, read_metrics
+from diffusion_nft.metrics import ENVIRONMENTS_FILE, METRICS_FILE, cpu_name, read_metrics
 from diffusion_nft.run_dir import CONFIG_FILE, flatten
 
 EMBEDDED_PIPELINE = ROOT / "diffusion_nft" / "shapes" / "pipeline"
@@ -77,13 +75,6 @@ def threads(jobs: int) -> str:
     return os.environ.get(THREADS, str(max(1, (os.cpu_count() or 1) // jobs)))
 
 
-def cpu() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def place(run: Run) -> dict[str, Any]:
     """What the header says of the experiment; the rest of it is about the run alone."""
     return {
@@ -109,7 +100,7 @@ def header(run: Run, ratio: float, jobs: int) -> dict[str, Any]:
         "command": f"{THREADS}={threads(jobs)} {command}",
         "date": about.pop("time"),
         "machine": {
-            "cpu": cpu(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "threads": threads(jobs),
             "jobs": jobs,

@@ -1,34 +1,28 @@
-"""What results of experiments say in tables: gains, paired tests, tags, alarms; and their page.
-
-Intervals are Student's t over seeds.
-"""
+"""What results of experiments say in tables, by arm, tag and alarm; and their page."""
 
 import argparse
-import itertools
-import json
-import math
 import re
 import shlex
 import statistics
-import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from diffusion_nft.monitor import ALARM
+from experiments_comparison import (
+    COST,
+    NEVER,
+    STRICT,
+    Result,
+    Results,
+    head_start,
+    holm,
+    mean_and_half_width,
+    paired_test,
+    probability,
+    share,
+)
 
 TAG_STRICT = re.compile("eval/tag/(.+)/shapes/strict")
-STRICT, STRICTER, DIVERSITY = "eval/shapes/strict", "eval/shapes/stricter", "eval/diversity"
-COST, SECONDS = "forward_equivalents", "seconds"
-CONFIDENCE = 0.95
-# Fewer pairs than this say next to nothing about their spread.
-MIN_PAIRS = 3
-NEVER = sys.maxsize
+STRICTER, DIVERSITY, SECONDS = "eval/shapes/stricter", "eval/diversity", "seconds"
 COLUMNS = (
     "arm",
     "seeds",
@@ -41,169 +35,36 @@ COLUMNS = (
     "against {baseline} at equal compute [95 %]",
     "at, thousands",
     "p",
+    "p, Holm",
     "{baseline} is there after",
 )
 
 
-@dataclass(frozen=True)
-class Result:
-    """A file of scripts/experiments.py: what ran, and its evaluations and epochs in their order."""
-
-    about: dict[str, Any]
-    rows: list[dict[str, Any]]
-
-    @cached_property
-    def evaluations(self) -> list[dict[str, Any]]:
-        """The rows that are evaluations."""
-        return [row for row in self.rows if "eval/total" in row]
-
-    def first_alarms(self) -> dict[str, int]:
-        """The epoch at which each alarm of the monitor is first on, earliest first; and those that
-        never are, at NEVER.
-        """
-        first: dict[str, int] = {}
-        for row in self.rows:
-            for key, on in row.items():
-                if key.startswith(ALARM):
-                    epoch = row["epoch"] if on else NEVER
-                    first[key] = min(first.get(key, NEVER), epoch)
-        return {
-            key.removeprefix(ALARM): epoch
-            for key, epoch in sorted(first.items(), key=lambda item: item[1])
-        }
-
-    @property
-    def gain(self) -> float:
-        """Strict accuracy at the end minus that at the start."""
-        return self.evaluations[-1][STRICT] - self.evaluations[0][STRICT]
-
-    def last(self, key: str) -> float:
-        """A number of the last evaluation; NaN where it has none."""
-        value = self.evaluations[-1].get(key)
-        return math.nan if value is None else value
-
-    def at(self, cost: float) -> float:
-        """Strict accuracy after ``cost`` forward-equivalents, between evaluations by a line."""
-        costs, values = ([row[key] for row in self.evaluations] for key in (COST, STRICT))
-        return float(np.interp(cost, costs, values))
-
-    def reaches(self, accuracy: float) -> float:
-        """The forward-equivalents at which strict accuracy first is ``accuracy``, between
-        evaluations by a line; infinite if it never is.
-        """
-        rows = self.evaluations
-        if rows[0][STRICT] >= accuracy:
-            return 0.0
-        for before, after in itertools.pairwise(rows):
-            if after[STRICT] >= accuracy:
-                part = (accuracy - before[STRICT]) / (after[STRICT] - before[STRICT])
-                return before[COST] + part * (after[COST] - before[COST])
-        return math.inf
+def by_arm(results: Results, baseline: str) -> list[list[str]]:
+    """The head, and a row an arm: means over its seeds, and how it compares with the baseline."""
+    base = results.get(baseline, {})
+    tests = {
+        arm: paired_test(runs, base) for arm, runs in results.items() if base and arm != baseline
+    }
+    adjusted = holm({arm: test.p for arm, test in tests.items()})
+    rows = [[column.format(baseline=baseline) for column in COLUMNS]]
+    for arm, runs in results.items():
+        against = ["–" if base else "no results of it", "–", "–", "–", "–"]
+        if arm in tests:
+            *said, p = tests[arm]
+            ps = (probability(p), probability(adjusted[arm]))
+            against = [*said, *ps, head_start(runs, base)]
+        rows.append([*alone(arm, runs), *against])
+    return rows
 
 
-# arm -> seed -> result; the baseline comes first.
-Results = dict[str, dict[int, Result]]
-
-
-def read(folder: Path) -> Results:
-    """The results of an experiment.
-
-    Raises ValueError if there are none, or if the seeds of an arm ran with different settings.
-    """
-    found: Results = {}
-    baseline = ""
-    paths = sorted(folder.glob("*.jsonl"))
-    if not paths:
-        raise ValueError(f"{folder} holds no results: python scripts/experiments.py {folder.name}")
-    for path in paths:
-        about, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        result = Result(about, rows)
-        if len(result.evaluations) < 2 or STRICT not in result.evaluations[0]:
-            raise ValueError(f"{path} must hold two evaluations or more, with {STRICT}")
-        found.setdefault(about["arm"], {})[about["seed"]] = result
-        baseline = about["baseline"]
-    for arm, results in found.items():
-        kinds = {
-            (
-                result.about["preset"],
-                json.dumps(result.about["changes"], sort_keys=True),
-                tuple(row["epoch"] for row in result.evaluations),
-            )
-            for result in results.values()
-        }
-        if len(kinds) > 1:
-            raise ValueError(f"{folder}: the seeds of {arm} differ in {sorted(kinds)}")
-    return {arm: found[arm] for arm in sorted(found, key=lambda arm: (arm != baseline, arm))}
-
-
-def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half its 95 % interval by Student's t; NaN for a single value."""
-    from scipy import stats
-
-    n = len(values)
-    if n < 2:
-        return values[0], math.nan
-    error = statistics.stdev(values) / math.sqrt(n)
-    return statistics.fmean(values), float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
-
-
-def paired_test(arm: dict[int, Result], baseline: dict[int, Result]) -> tuple[str, str, str]:
-    """(difference of the strict accuracies with its interval, the forward-equivalents at which it
-    is taken, p) over common seeds; fewer than three are not tested.  Taken is the most that every
-    run of both arms has spent.
-    """
-    from scipy import stats
-
-    budget = min(result.last(COST) for runs in (arm, baseline) for result in runs.values())
-    spent = f"{budget / 1e3:.1f}"
-    seeds = sorted(arm.keys() & baseline.keys())
-    ours, theirs = ([results[s].at(budget) for s in seeds] for results in (arm, baseline))
-    if not seeds:
-        return "no common seed", spent, "–"
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean = share(statistics.fmean(differences), "+")
-    if len(seeds) < MIN_PAIRS:
-        return f"{mean}, n={len(seeds)}: not tested", spent, "–"
-    if len({round(difference, 9) for difference in differences}) == 1:
-        return f"{mean} for each of n={len(seeds)}", spent, "–"
-    test = stats.ttest_rel(ours, theirs)
-    low, high = test.confidence_interval(CONFIDENCE)
-    interval = f"{mean} [{share(low, '+')}, {share(high, '+')}], n={len(seeds)}"
-    return interval, spent, "<.001" if test.pvalue < 0.001 else share(test.pvalue)
-
-
-def head_start(arm: dict[int, Result], baseline: dict[int, Result]) -> str:
-    """The share of an arm's compute after which the baseline is where the arm ends, mean and range
-    over common seeds, and in how many it gets there.  A dash if the arm only lost.
-    """
-    seeds = sorted(arm.keys() & baseline.keys())
-    if all(arm[s].gain < 0 for s in seeds):
-        return "–"
-    needed = [baseline[s].reaches(arm[s].last(STRICT)) / arm[s].last(COST) for s in seeds]
-    there = [value for value in needed if math.isfinite(value)]
-    if not there:
-        return f"0 of {len(seeds)}"
-    span = f"{share(statistics.fmean(there))} ({share(min(there))} to {share(max(there))})"
-    return span if len(there) == len(seeds) else f"{len(there)} of {len(seeds)}: {span}"
-
-
-def share(value: float, sign: str = "") -> str:
-    """.760, or with ``sign`` "+": +.025; a dash for NaN."""
-    return "–" if math.isnan(value) else re.sub(r"^([+-]?)0\.", r"\1.", f"{value:{sign}.3f}")
-
-
-def cells(arm: str, results: dict[int, Result], baseline: dict[int, Result] | None) -> list[str]:
-    """A row of the table: means over the seeds of ``arm``."""
+def alone(arm: str, results: dict[int, Result]) -> list[str]:
+    """What a row says of ``arm`` without the baseline."""
 
     def mean(key: str) -> float:
         return statistics.fmean(result.last(key) for result in results.values())
 
     gain, half = mean_and_half_width([result.gain for result in results.values()])
-    against = ("–", "–", "–", "–")
-    if baseline is None:
-        against = ("no results of it", "–", "–", "–")
-    elif baseline is not results:
-        against = (*paired_test(results, baseline), head_start(results, baseline))
     return [
         arm,
         str(len(results)),
@@ -213,7 +74,6 @@ def cells(arm: str, results: dict[int, Result], baseline: dict[int, Result] | No
         share(mean(DIVERSITY)),
         f"{mean(SECONDS):.0f}",
         f"{mean(COST) / 1e3:.1f}",
-        *against,
     ]
 
 
@@ -252,9 +112,6 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
     """The experiment's page: question, figure, table, how to read it, how to remake it."""
     abouts = [result.about for seeds in results.values() for result in seeds.values()]
     about = abouts[-1]
-    baseline = results.get(about["baseline"])
-    rows = [[column.format(baseline=about["baseline"]) for column in COLUMNS]]
-    rows += [cells(arm, seeds, baseline) for arm, seeds in results.items()]
     ratios = sorted({about["backward_over_forward"] for about in abouts})
     again = ["python", "scripts/experiments_plot.py", name]
     again += ["--results", str(args.results), "--output", str(args.output)]
@@ -263,13 +120,13 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
             f"# {name}\n",
             f"{about['question']}\n",
             f"![Strict accuracy against compute and time]({name}.png)\n",
-            *table(rows),
+            *table(by_arm(results, about["baseline"])),
             *table(by_tag(results)),
             *watched_lines(name, results),
             "Means over seeds; ± and [ ] are 95 % intervals (Student's t over seeds), p is of a",
-            "paired t-test over common seeds, not corrected for the number of arms. Evaluations",
-            "count in neither seconds nor forward-equivalents. A forward-equivalent is a sample's",
-            "pass through the transformer; a backward pass is",
+            "paired t-test over common seeds, and by Holm's method of all tests of the table. "
+            "Evaluations count in neither seconds nor forward-equivalents. A forward-equivalent is "
+            "a sample's pass through the transformer; a backward pass is",
             f"{', '.join(f'{ratio:.3f}' for ratio in ratios)} of them by FLOPs. Two arms are "
             "compared where the cheapest run of both ended; between evaluations curves are lines, "
             "which lie below a curve that flattens, the more so the dearer its epochs. The last "

@@ -1,6 +1,7 @@
 """Tables and figures of experiments, against numbers computed by hand."""
 
 import json
+import math
 import re
 import sys
 
@@ -25,6 +26,13 @@ def tables(plot):
     import experiments_tables
 
     return experiments_tables
+
+
+@pytest.fixture
+def comparison(plot):
+    import experiments_comparison
+
+    return experiments_comparison
 
 
 # Final strict accuracies by arm and seed; all start at .25 and cost 2000 forward-equivalents.
@@ -71,12 +79,14 @@ def blue(plot) -> tuple[int, ...]:
 
 
 def row_of(tables, results, arm: str) -> dict[str, str]:
-    found = tables.read(results)
-    return dict(zip(tables.COLUMNS, tables.cells(arm, found[arm], found["base"]), strict=True))
+    import experiments_comparison
+
+    head, *rows = tables.by_arm(experiments_comparison.read(results), "base")
+    return next(dict(zip(head, row, strict=True)) for row in rows if row[0] == arm)
 
 
-def test_the_table_is_what_one_computes_by_hand(tables, results):
-    assert list(tables.read(results)) == ["base", "better", "shifted", "short"]
+def test_the_table_is_what_one_computes_by_hand(tables, comparison, results):
+    assert list(comparison.read(results)) == ["base", "better", "shifted", "short"]
     row = row_of(tables, results, "base")
     # Gains .25, .35, .30: mean .30, deviation .05; Student's t at 97.5 % with 2 degrees is 4.303.
     assert row["gain ± 95 %"] == f"+.300 ± .{4.303 * 0.05 / 3**0.5 * 1e3:.0f}"
@@ -91,24 +101,47 @@ def test_the_paired_test_is_over_common_seeds(tables, results):
     error = differences.std(ddof=1) / 3**0.5
     low, high = 0.10 - 4.303 * error, 0.10 + 4.303 * error
     expected = f"+.100 [+{low:.3f}, +{high:.3f}], n=3".replace("0.", ".")
-    assert row["against {baseline} at equal compute [95 %]"] == expected
+    assert row["against base at equal compute [95 %]"] == expected
     # The two-sided tail of Student's t is an incomplete beta function.
     t, df = 0.10 / error, 2
     assert row["p"] == f"{special.betainc(df / 2, 0.5, df / (df + t * t)):.3f}"[1:]
 
 
-def test_where_the_baseline_reaches_an_arms_end(tables, results):
+def test_holms_adjustment_is_that_of_his_paper(comparison):
+    # Four tests: times 4, 3, 2, 1 from the smallest, never below a smaller one's, at most 1.
+    ps = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005, "e": math.nan}
+    adjusted = comparison.holm(ps)
+    assert list(adjusted) == list(ps) and math.isnan(adjusted.pop("e"))
+    assert adjusted == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
+    assert comparison.holm({"a": 0.9, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+    assert comparison.holm({}) == {}
+
+
+def test_the_adjustment_is_for_the_tests_of_the_table(tables, results):
+    for seed, final in {1: 0.45, 2: 0.50, 3: 0.49}.items():
+        text = (results / f"shifted-seed{seed}.jsonl").read_text()
+        about, *rows = map(json.loads, text.splitlines())
+        rows[-1]["eval/shapes/strict"] = final
+        text = "\n".join(map(json.dumps, [about, *rows]))
+        (results / f"shifted-seed{seed}.jsonl").write_text(text + "\n")
+    better, shifted = (row_of(tables, results, arm) for arm in ("better", "shifted"))
+    assert float(better["p"]) < float(shifted["p"]) == float(shifted["p, Holm"])
+    assert float(better["p, Holm"]) == pytest.approx(2 * float(better["p"]), abs=1e-3)
+    assert row_of(tables, results, "short")["p, Holm"] == "–"
+
+
+def test_where_the_baseline_reaches_an_arms_end(tables, comparison, results):
     # On base's lines .40, .50 and .45 lie at 1200, 1429 and 1333 of 2000 forward-equivalents.
     row = row_of(tables, results, "shifted")
-    assert row["{baseline} is there after"] == ".660 (.600 to .714)"
+    assert row["base is there after"] == ".660 (.600 to .714)"
     row = row_of(tables, results, "better")
-    assert row["{baseline} is there after"] == "0 of 3"
-    found = tables.read(results)
+    assert row["base is there after"] == "0 of 3"
+    found = comparison.read(results)
     better, base = found["better"], found["base"]
     # .60 of "better" lies at 2000 of seed 2's line, .63 nowhere on it; 10.5 is no .5.
     pair = {1: better[1], 2: better[3]}, {1: base[2], 2: base[2]}
-    assert tables.head_start(*pair) == "1 of 2: 1.000 (1.000 to 1.000)"
-    assert tables.share(10.5) == "10.500" and tables.share(-0.5) == "-.500"
+    assert comparison.head_start(*pair) == "1 of 2: 1.000 (1.000 to 1.000)"
+    assert comparison.share(10.5) == "10.500" and comparison.share(-0.5) == "-.500"
 
 
 @pytest.mark.parametrize(
@@ -116,23 +149,23 @@ def test_where_the_baseline_reaches_an_arms_end(tables, results):
 )
 def test_what_cannot_be_tested_is_said(tables, results, arm, text):
     row = row_of(tables, results, arm)
-    assert row["against {baseline} at equal compute [95 %]"] == text and row["p"] == "–"
+    assert row["against base at equal compute [95 %]"] == text and row["p"] == "–"
 
 
-def test_two_arms_are_compared_where_their_cheapest_run_ended(tables, results):
+def test_two_arms_are_compared_where_their_cheapest_run_ended(tables, comparison, results):
     for seed in (1, 2, 3, 4):
         path = results / f"better-seed{seed}.jsonl"
         path.write_text("\n".join(path.read_text().splitlines()[:-2]) + "\n")
-    assert tables.read(results)["base"][1].at(1500) == pytest.approx(0.4375)
+    assert comparison.read(results)["base"][1].at(1500) == pytest.approx(0.4375)
     row = row_of(tables, results, "better")
     # Half of the way from .25: differences of half the size.
-    assert row["against {baseline} at equal compute [95 %]"].startswith("+.050 [")
+    assert row["against base at equal compute [95 %]"].startswith("+.050 [")
     assert row["at, thousands"] == "1.0" and row["strict"] == ".250 → .456"
     assert row_of(tables, results, "shifted")["at, thousands"] == "2.0"
 
 
-def test_a_curve_is_the_mean_with_its_interval(plot, results):
-    found = plot.read(results)
+def test_a_curve_is_the_mean_with_its_interval(plot, comparison, results):
+    found = comparison.read(results)
     x, means, halves = plot.curve(found["base"], "seconds")
     assert x == [0, 20, 40] and means == pytest.approx([0.25, 0.40, 0.55])
     assert halves == pytest.approx([0, 4.303 * 0.025 / 3**0.5, 4.303 * 0.05 / 3**0.5], rel=1e-3)
