@@ -141,6 +141,8 @@ def evaluate(
         )
     for future in saved:
         future.result()
+    if folder is not None:
+        dist.barrier()  # all pictures are there, or an error ended the evaluation
     return result
 
 
@@ -216,15 +218,15 @@ def rescore(
 def _scorer(
     rewards: RewardSet, prompts: list[Prompt], folder: Path | None
 ) -> Callable[[Tensor, range], Scores]:
-    """Scores a chunk, or remembers from ``folder`` how it was scored with the same weights."""
+    """Scores a chunk, or remembers from ``folder`` how the same rewards scored it."""
 
     def score(images: Tensor, lines: range) -> Scores:
-        scores = None if folder is None else read_scores(folder, lines, rewards.weights)
+        scores = None if folder is None else read_scores(folder, lines, rewards)
         if scores is None:
             chosen = [prompts[line] for line in lines]
             scores = rewards(images, [p.text for p in chosen], [p.metadata for p in chosen])
             if folder is not None:
-                write_scores(folder, lines, scores, rewards.weights)
+                write_scores(folder, lines, scores, rewards)
         return scores
 
     return score

@@ -22,8 +22,8 @@ from diffusion_nft.data import Prompt
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.files import naming, write_atomically
 from diffusion_nft.pictures import save_png, to_pil
-from diffusion_nft.rewards.combine import Scores
-from diffusion_nft.run_dir import PLACING_OPTIONS
+from diffusion_nft.rewards.combine import RewardSet, Scores
+from diffusion_nft.run_dir import deciding_options
 
 # The metric that tells how many lines an evaluation had.
 NUM_SAMPLES = "eval/num_samples"
@@ -119,11 +119,18 @@ def _mean_over_tags(tags: list[dict[str, float]]) -> dict[str, float]:
 def claim(folder: Path, settings: Mapping[str, Any], dist: Distributed) -> None:
     """Makes ``folder`` the place of the evaluation with these ``settings``, finished or not.
 
-    Raises ValueError, naming the differing ones, if it holds other pictures or scores.  Where the
-    LoRA lies ("lora") may differ if its content ("lora_sha256") does not, and where and how fast a
-    reward computes; rewards may be added.
+    Raises ValueError, naming the differing ones, if it holds other pictures or scores, or if the
+    ranks differ.  Where the LoRA lies ("lora") may differ if its content ("lora_sha256") does not,
+    and where and how fast a reward computes; rewards may be added.
     """
     wanted = json.loads(json.dumps(settings))
+    for found in dist.gather_objects(wanted):
+        for key in sorted(found.keys() | wanted.keys()):
+            if found.get(key) != wanted.get(key):
+                raise ValueError(
+                    f"ranks differ in {key}: {found.get(key)!r} and {wanted.get(key)!r}; of a run "
+                    "that is still training name a checkpoint, not the run's directory"
+                )
     path = folder / SETTINGS_FILE
     lines: list[str] = []
     # One rank looks for all: while it writes, the others could see half of it.
@@ -153,11 +160,8 @@ def claim(folder: Path, settings: Mapping[str, Any], dist: Distributed) -> None:
 def _options(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Of each reward in ``settings`` the options that decide its scores; none of a served one."""
     options, remote = settings.get("reward_options", {}), settings.get("remote", {})
-    return {
-        name: {k: v for k, v in options.get(name, {}).items() if k not in PLACING_OPTIONS}
-        for name in settings.get("rewards", {})
-        if name not in remote
-    }
+    own = [name for name in settings.get("rewards", {}) if name not in remote]
+    return deciding_options({name: options.get(name, {}) for name in own})
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
@@ -204,21 +208,27 @@ def _progress_path(folder: Path, lines: range) -> Path:
     return folder / PROGRESS / f"{lines.start:06d}-{lines.stop:06d}.json"
 
 
-def write_scores(folder: Path, lines: range, scores: Scores, weights: Mapping[str, float]) -> None:
-    """Remembers that ``lines`` are scored with ``weights``."""
+def write_scores(folder: Path, lines: range, scores: Scores, rewards: RewardSet) -> None:
+    """Remembers how ``rewards`` scored ``lines``."""
     parts = {name: _without_nan(part.tolist()) for name, part in scores.parts.items()}
-    path = _progress_path(folder, lines)
-    write_json(path, {"rewards": weights, "total": scores.total.tolist(), "parts": parts})
+    numbers = {"total": scores.total.tolist(), "parts": parts}
+    write_json(_progress_path(folder, lines), {"by": _identity(rewards), **numbers})
 
 
-def read_scores(folder: Path, lines: range, weights: Mapping[str, float]) -> Scores | None:
-    """What ``write_scores`` wrote for ``lines`` and ``weights``; None if it did not."""
+def read_scores(folder: Path, lines: range, rewards: RewardSet) -> Scores | None:
+    """What ``write_scores`` wrote for ``lines`` and such ``rewards``; None if it did not."""
     path = _progress_path(folder, lines)
     found = read_json(path) if path.is_file() else {}
-    if found.get("rewards") != weights:
+    if found.get("by") != _identity(rewards):
         return None
     parts = {name: _float64(values) for name, values in found["parts"].items()}
     return Scores(_float64(found["total"]), parts)
+
+
+def _identity(rewards: RewardSet) -> dict[str, Any]:
+    """What the scores of ``rewards`` depend on, as JSON gives it back."""
+    own = {"weights": rewards.weights, "options": deciding_options(rewards.options)}
+    return json.loads(json.dumps(own))
 
 
 def _float64(values: list[float | None]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ MAY_CHANGE = (
     "distributed.*",
     *(f"reward_options.*.{option}" for option in PLACING_OPTIONS),
 )
+
+
+def deciding_options(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each reward the options that its scores depend on."""
+    return {
+        name: {key: value for key, value in own.items() if key not in PLACING_OPTIONS}
+        for name, own in options.items()
+    }
 
 
 class RunDirError(ValueError):

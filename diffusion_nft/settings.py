@@ -263,6 +263,11 @@ def resolve(args: argparse.Namespace, script: Mapping[str, Any] | None = None) -
         for name, addresses in (section(run, "remote") | remote).items()
         if addresses
     }
+    if idle := sorted({key.split(".")[1] for key in options} & served.keys()):
+        raise ValueError(
+            f"--option {idle[0]}...: its options go to its server, {served[idle[0]][0]}; "
+            f"--remote {idle[0]}=local scores here"
+        )
     return Choice(settings, run, checkpoint, lora, args.adapter, name, usual, served)
 
 

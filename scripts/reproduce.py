@@ -147,7 +147,9 @@ def main() -> None:
         ]
         common = {key: value for key, value in records[0].items() if key not in OF_A_TEST_SET}
         claim(args.model_dir, common, dist)
-        if any(task.weights.keys() - scored_by(task.folder) for task in args.tasks):
+        unscored = any(task.weights.keys() - scored_by(task.folder) for task in args.tasks)
+        # One view for all ranks, as files may be seen at different moments.
+        if dist.gather_objects(unscored)[0]:
             check_rewards(choice, args, dist)
             if dist.is_main:
                 write_environment(args.model_dir)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 import time
 from dataclasses import dataclass
 
@@ -366,6 +367,39 @@ def test_a_folder_keeps_to_the_options_of_its_rewards(tmp_path):
     claim(tmp_path, record("a", remote=("a",)), ONE)
     with pytest.raises(ValueError, match=r"reward_options.a: \{'dtype': 'fp16'\} -> \{\}"):
         claim(tmp_path, record("a"), ONE)
+
+
+def test_ranks_that_resolve_latest_differently_are_refused(tmp_path):
+    theirs = {"seed": 1, "lora": "run/checkpoint-6"}
+    for rank in (0, 1):
+        dist = Rank(rank, 2, rank, CPU, parts=(theirs,) * 2)
+        with pytest.raises(ValueError, match=r"ranks differ in lora: .*name a checkpoint"):
+            claim(tmp_path, {"seed": 1, "lora": "run/checkpoint-4"}, dist)
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_of_other_options_are_not_taken_for_these(whole, prompts, tmp_path):
+    asked = []
+
+    class Counting(RewardSet):
+        def __call__(self, images, texts, metadata):
+            if len(asked) == 2:
+                raise RewardError("the server is gone")
+            asked.append(len(texts))
+            return super().__call__(images, texts, metadata)
+
+    shutil.copytree(whole[1] / "images", tmp_path / "images")
+
+    def again(**options: object) -> int:
+        """How many pictures are scored."""
+        asked.clear()
+        scorer = Counting.build({"shapes": 1.0}, CPU, options={"shapes": options})
+        with contextlib.suppress(RewardError):
+            rescore(prompts, range(7), scorer, tmp_path, batch_size=2, dist=ONE)
+        return sum(asked)
+
+    assert again(rule="lenient") == again(rule="standard") == 4
+    assert again(rule="standard") == 3
 
 
 def test_settings_say_of_each_reward_how_it_was_scored_last():

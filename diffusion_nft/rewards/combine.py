@@ -74,15 +74,20 @@ class RewardSet:
 
     ``weights``: reward name -> weight; 0 holds a reward out: it is scored and logged, and is no
     part of the total.  ``rewards`` may hold more than the weights name: sets of different weights
-    share them.
+    share them.  ``options``: reward name -> with which it was built, where it is not served.
 
     Pictures are rounded to 8 bits a channel before any reward sees them.  What is scored is then
     what is saved as PNG or sent to a server, and a score does not depend on where or when it is
     made.
     """
 
-    def __init__(self, weights: Mapping[str, float], rewards: Mapping[str, Reward]):
-        self.weights = dict(weights)
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        rewards: Mapping[str, Reward],
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        self.weights, self.options = dict(weights), options or {}
         self._rewards = {name: rewards[name] for name in self.weights}
 
     @classmethod
@@ -97,7 +102,8 @@ class RewardSet:
     ) -> Self:
         """A set of its own rewards; the arguments are those of ``build_rewards``."""
         rewards = build_rewards(weights, device, options=options, remote=remote, timeout=timeout)
-        return cls(weights, rewards)
+        own = {k: v for k, v in (options or {}).items() if k in weights and k not in (remote or {})}
+        return cls(weights, rewards, own)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Scores:
