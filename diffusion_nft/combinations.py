@@ -124,14 +124,10 @@ def _options_are_local(options: Collection[str], remote: Collection[str]) -> str
     return f"{served[0]!r} is served: its options go to its server" if served else None
 
 
-# The section of an algorithm's own keys.
-ALGORITHM_SECTIONS = {"nft": "nft", "flow_grpo": "grpo"}
-
-
 def _kl_is_there(
     section: str, algorithm: str, action: str, max_kl: float, weight: float
 ) -> str | None:
-    if weight or section != ALGORITHM_SECTIONS.get(algorithm, "matching"):
+    if weight or section != algorithm_class(algorithm).section:
         return None
     if action == "raise_kl":
         return "a weight of 0 cannot be raised"

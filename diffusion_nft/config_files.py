@@ -11,11 +11,12 @@ from types import ModuleType
 def load_file(path: Path | str) -> ModuleType:
     """The Python file as a module of its own, not in ``sys.modules``.
 
-    Raises FileNotFoundError, and what the file itself raises.
+    Raises ValueError for another kind of file, FileNotFoundError, and what the file itself raises.
     """
     path = Path(path)
     spec = importlib.util.spec_from_file_location(f"_{path.stem}", path)
-    assert spec and spec.loader
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -259,9 +259,9 @@ def _parse_json(line: str) -> Prompt:
 def epoch_prompts(prompts: Sequence[T], num_groups: int, *, seed: int, epoch: int) -> list[T]:
     """Those of ``prompts`` that make up ``epoch``: the first ``num_groups`` of a fresh permutation.
 
-    A pure function of its arguments.  No prompt comes twice in an epoch unless there are fewer than
-    ``num_groups``; then further permutations follow, so that the uses of two prompts differ by one
-    at most.
+    A pure function of its arguments.  None comes twice in an epoch unless there are fewer than
+    ``num_groups``; then further permutations follow, so that the uses of two differ by one at most.
+    A text that stands on several lines of a prompt set may come as often.
     """
     assert prompts, "a loaded prompt set is never empty"
     indices: list[int] = []

@@ -5,7 +5,6 @@ noise``, and the model predicts the velocity ``noise - x0``.  This file is the o
 the factor 1000 between a noise level and the timestep an SD3 transformer is fed.
 """
 
-import torch
 from torch import Tensor
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -14,11 +13,6 @@ NUM_TRAIN_TIMESTEPS = 1000
 def timestep_from_sigma(sigma: Tensor) -> Tensor:
     """sigma in [0, 1] -> the transformer's timestep in [0, 1000], a float of the same dtype."""
     return sigma * NUM_TRAIN_TIMESTEPS
-
-
-def sigma_from_timestep(timestep: Tensor) -> Tensor:
-    """Timestep in [0, 1000] -> sigma in [0, 1], in at least float32."""
-    return timestep.to(torch.promote_types(timestep.dtype, torch.float32)) / NUM_TRAIN_TIMESTEPS
 
 
 def expand(sigma: Tensor, like: Tensor) -> Tensor:

@@ -284,6 +284,13 @@ def _version(package: str) -> str | None:
         return None
 
 
+def cpu_name() -> str:
+    """The processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def write_environment(run_dir: Path) -> None:
     """Adds a line to ``environments.jsonl``: time of this start, versions, device, processes, git
     revision, command line.  The lines of former starts stay.

@@ -69,18 +69,17 @@ class Line:
     color: Color = INK
 
 
-def _enlarged(images: Tensor, scale: float | None) -> list[Image.Image]:
-    """Pictures resized by ``scale``; None: enlarged by a whole factor until they are readable."""
+def _enlarged(images: Tensor) -> list[Image.Image]:
+    """Pictures, enlarged by a whole factor until they are readable: a tiny one's pixels are
+    repeated, so that it shows what the reward saw.
+    """
     if len(images) == 0:
         raise ValueError("a grid needs at least one picture")
     pictures = to_pil(images)
     width, height = pictures[0].size
-    factor = math.ceil(READABLE_SIDE / min(width, height)) if scale is None else scale
-    size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    # Whole factors repeat pixels, so that a tiny picture shows what the reward saw.
-    exact = factor >= 1 and factor == int(factor)
-    method = Image.Resampling.NEAREST if exact else Image.Resampling.BICUBIC
-    return [picture.resize(size, method) for picture in pictures]
+    factor = math.ceil(READABLE_SIDE / min(width, height))
+    size = (width * factor, height * factor)
+    return [picture.resize(size, Image.Resampling.NEAREST) for picture in pictures]
 
 
 def _font(cell_width: int) -> Font:
@@ -161,18 +160,14 @@ class _Cell:
             pen.text((middle, below + i * line), text, INK, font, anchor="ma")
 
 
-def _sheet(cells: list[_Cell], columns: int, font: Font, title: str | None) -> Image.Image:
+def _sheet(cells: list[_Cell], columns: int, font: Font) -> Image.Image:
     """All cells in rows of ``columns`` on white; each row is as high as its highest cell."""
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     line, gap = _line_height(font), MARGIN * 3 // 2
     heights = [max(cell.height(line) for cell in row) for row in rows]
-    top = MARGIN + (line + gap if title else 0)
     width = 2 * MARGIN + len(rows[0]) * cells[0].width + (len(rows[0]) - 1) * gap
-    sheet = Image.new("RGB", (width, top + sum(heights) + gap * (len(rows) - 1) + MARGIN), WHITE)
-    if title:
-        pen = ImageDraw.Draw(sheet)
-        pen.text((width // 2, MARGIN), _drawable(title), INK, font, anchor="ma")
-    y = top
+    sheet = Image.new("RGB", (width, 2 * MARGIN + sum(heights) + gap * (len(rows) - 1)), WHITE)
+    y = MARGIN
     for row, height in zip(rows, heights, strict=True):
         for i, cell in enumerate(row):
             cell.draw(sheet, MARGIN + i * (cell.width + gap), y, font)
@@ -186,14 +181,13 @@ def image_grid(
     *,
     columns: int,
     scores: Sequence[float] | None = None,
-    scale: float | None = None,
 ) -> Image.Image:
     """``images: [B, 3, H, W] in [0, 1]`` in rows of ``columns``, each with its caption below.
 
-    ``scores: [B]`` adds a line with the number.  ``scale`` resizes the pictures; None enlarges
-    small ones to at least 144 px.  Raises ValueError if there is no picture or a length differs.
+    ``scores: [B]`` adds a line with the number.  Small pictures are enlarged to at least 144 px.
+    Raises ValueError if there is no picture or a length differs.
     """
-    pictures = _enlarged(images, scale)
+    pictures = _enlarged(images)
     _check_lengths(len(pictures), captions=captions, scores=scores)
     font = _font(pictures[0].width)
     cells = [
@@ -204,7 +198,7 @@ def image_grid(
         )
         for i, picture in enumerate(pictures)
     ]
-    return _sheet(cells, columns, font, title=None)
+    return _sheet(cells, columns, font)
 
 
 def side_by_side(
@@ -216,16 +210,14 @@ def side_by_side(
     *,
     columns: int = 2,
     labels: tuple[str, str] = ("before", "after"),
-    title: str | None = None,
-    scale: float | None = None,
 ) -> Image.Image:
     """Pairs of pictures of the same prompts, ``columns`` pairs a row, labelled, captions below.
 
     ``before, after: [B, 3, H, W] in [0, 1]``; ``before_scores, after_scores: [B]`` follow the
-    labels, the second in green where it is higher, in red where it is lower.  ``title`` is a line
-    above all.  Raises ValueError if there is no picture or a length does not fit.
+    labels, the second in green where it is higher, in red where it is lower.  Raises ValueError if
+    there is no picture or a length does not fit.
     """
-    left, right = _enlarged(before, scale), _enlarged(after, scale)
+    left, right = _enlarged(before), _enlarged(after)
     _check_lengths(
         len(left),
         after=right,
@@ -253,7 +245,7 @@ def side_by_side(
                 caption=_wrapped(captions[i], pair_width, font),
             )
         )
-    return _sheet(cells, columns, font, title)
+    return _sheet(cells, columns, font)
 
 
 def _labelled(label: str, score: float | None) -> str:

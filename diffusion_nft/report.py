@@ -1,5 +1,6 @@
 """What a run gained: a table of its first and last evaluation, and the pictures side by side."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def result_table(run_dir: Path, stage: int = 0) -> str:
                 )
             )
     best_line = f"best eval/total: {best['eval/total']:.4f} at epoch {best['epoch']}"
-    return "\n".join([*_aligned(table), best_line])
+    return "\n".join([*aligned(table, str.rjust), best_line])
 
 
 def result(run_dir: Path, stage: int = 0) -> str:
@@ -62,10 +63,14 @@ def result(run_dir: Path, stage: int = 0) -> str:
     return "\n".join([result_table(run_dir, stage), *drawn])
 
 
-def _aligned(table: list[tuple[str, ...]]) -> list[str]:
+def aligned(
+    table: Sequence[Sequence[str]], align: Callable[[str, int], str] = str.ljust
+) -> list[str]:
+    """Its rows as lines: the first column is left-aligned, the others as ``align`` does it."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table
+        "  ".join([row[0].ljust(widths[0]), *map(align, row[1:], widths[1:])]).rstrip()
+        for row in table
     ]
 
 

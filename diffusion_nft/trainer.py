@@ -225,7 +225,7 @@ class Trainer:
         False if not, None if no evaluation is due."""
         config, epoch = self.config, self.state.epoch
         at_start = epoch == self.stage.first_epoch
-        due = epoch == config.num_epochs or _due(epoch, config.eval_freq)
+        due = epoch >= config.num_epochs or _due(epoch, config.eval_freq)
         if self.state.evaluated or not (config.eval.at_start if at_start else due):
             return None
         with self.timer.phase("eval"), self.policy.using("ema"):

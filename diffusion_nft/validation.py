@@ -169,13 +169,11 @@ PUBLISHED_KEYS: dict[str, tuple[str, str]] = {
 }
 
 
-def validate(config: ConfigDict, *, world_size: int = 1) -> None:
-    """Raise ConfigError, listing every problem, unless ``config`` can run on ``world_size`` ranks.
+def validate(config: ConfigDict) -> None:
+    """Raise ConfigError, listing every problem, unless ``config`` can run, on any number of ranks.
 
-    No key depends on the number of ranks: a configuration that is valid is valid on any number.
     Of a run in stages each is checked as a whole, and what is wrong in all of them is said once.
     """
-    assert world_size >= 1, world_size
     values = dict(_leaves(config))
     missing = _missing(values)
     if "stages" in missing or not values["stages"]:

@@ -11,7 +11,6 @@ alternate in this process, and the ratio is taken of neighbours.  Prints a table
 """
 
 import argparse
-import ast
 import importlib.metadata
 import json
 import os
@@ -33,6 +32,8 @@ from ml_collections import ConfigDict
 from diffusion_nft.config_files import load_file
 from diffusion_nft.distributed import Distributed, distributed
 from diffusion_nft.files import write_atomically
+from diffusion_nft.metrics import cpu_name
+from diffusion_nft.rewards import parse_option
 from diffusion_nft.validation import SCHEMA, unknown_key, validate
 
 CONFIG_FILE = Path(__file__).resolve().parent.parent / "config" / "nft.py"
@@ -53,7 +54,7 @@ def parse_flags() -> argparse.Namespace:
     names = ["shapes", PRETRAINED, *ARCHITECTURES]
     add("--arch", choices=names, default="shapes", help=f"{PRETRAINED}: what the preset names")
     add("--preset", help=f"of config/nft.py; default: shapes, or {DEFAULT_PRESET}")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.batch_size")
+    add("--set", type=parse_option, action="append", default=[], metavar="KEY=VALUE")
     add("--rewards", help="comma-separated, weight 1; default: the preset's")
     add("--baseline", action="store_true", help="alternate with the published way")
     add("--repeats", type=int, default=3, help="measured epochs of each way")
@@ -75,20 +76,14 @@ def make_config(args: argparse.Namespace, save_dir: str) -> ConfigDict:
         config.pretrained.model = f"random/{args.arch}"
     if rewards:
         config.reward_fn = ConfigDict(dict.fromkeys(rewards.split(","), 1.0))
-    for assignment in args.set:
-        key, _, value = assignment.partition("=")
+    for key, value in args.set:
         if key not in SCHEMA:
             raise ValueError(f"--set {key} {unknown_key(key)}")
-        config.update_from_flattened_dict({key: _value(value)})
-    validate(config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+        config.update_from_flattened_dict({key: value})
+    validate(config)
+    if config.algorithm != "nft":
+        raise ValueError(f"algorithm {config.algorithm!r}: the benchmark is of 'nft'")
     return config
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def run_epoch(way: Any, epoch: int) -> None:
@@ -222,7 +217,7 @@ def describe(setup: Setup) -> dict[str, Any]:
             "train": config.train.to_dict(),
             "perf": config.perf.to_dict(),
         },
-        "device": torch.cuda.get_device_name() if cuda else _cpu(),
+        "device": torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {os.cpu_count()} cores",
         "ranks": setup.dist.world_size,
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
@@ -231,12 +226,6 @@ def describe(setup: Setup) -> dict[str, Any]:
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "command": " ".join(sys.argv),
     }
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def table(results: dict[str, Any]) -> str:

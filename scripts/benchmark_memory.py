@@ -270,9 +270,9 @@ def count(args: argparse.Namespace, save_dir: str) -> dict[str, Any]:
         raise ValueError(f"--sizes {min(args.sizes)}: a micro-batch has at least one sample")
     args.preset = args.rewards = None
     args.set = [
-        f"resolution={args.resolution}",
-        f"train.lora_rank={args.rank}",
-        f"mixed_precision={args.precision}",
+        ("resolution", args.resolution),
+        ("train.lora_rank", args.rank),
+        ("mixed_precision", args.precision),
     ]
     shapes = Shapes(make_config(args, save_dir), args.arch)
     # Random pipelines have no encoders.

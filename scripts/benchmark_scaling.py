@@ -29,6 +29,7 @@ from benchmark_phases import synchronize
 
 from diffusion_nft.distributed import Distributed, distributed
 from diffusion_nft.files import write_atomically
+from diffusion_nft.rewards import parse_option
 
 BENCHMARK = Path(__file__).with_name("benchmark.py")
 PARTS = ("sampling", "training", "epoch")
@@ -87,7 +88,7 @@ def time_here(
     axis: Axis, size: int, repeats: int, dist: Distributed, folder: str
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Seconds of the parts of an epoch at ``size``, and what ran."""
-    changes = [*axis.fixed, f"{axis.key}={size}"]
+    changes = [*map(parse_option, axis.fixed), (axis.key, size)]
     args = argparse.Namespace(arch=axis.arch, preset=axis.preset, rewards=None, set=changes)
     setup = Setup.of(make_config(args, folder), dist, axis.arch)
     way = Product(setup)

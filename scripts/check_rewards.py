@@ -6,13 +6,12 @@
 
 Builds each reward as training does and lets it score two drawn pictures, twice.  Prints a table of
 what holds, the time per picture of the second call and the memory that the loaded reward takes, and
-for each failure the command that mends it.  With --config, the rewards of that preset with its
-options and servers.  Exits with 1 if anything failed.
+for each failure the command that mends it.  With --config, the rewards of that preset, of all of
+its stages, with its options and servers.  Exits with 1 if anything failed.
 """
 
 import argparse
 import gc
-import runpy
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,11 +24,15 @@ import psutil
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from diffusion_nft.config_files import load_file
+from diffusion_nft.inputs import reward_weights
 from diffusion_nft.precision import set_tf32
+from diffusion_nft.report import aligned
 from diffusion_nft.rewards import REWARDS, build_reward
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.rewards.unifiedreward import START_COMMAND
 from diffusion_nft.rewards.weights import WEIGHT_FILES, weights_root
+from diffusion_nft.stages import merged_configs
 
 SIDE = 512
 PROMPTS = ['a white poster that says "HELLO"', 'a white poster that says "WORLD"']
@@ -145,9 +148,10 @@ def wanted(args: argparse.Namespace) -> tuple[list[str], Mapping[str, Any], Mapp
             raise ValueError(f"reward {unknown[0]!r} is unknown; choose from {', '.join(REWARDS)}")
         return names, {}, {}
     path, _, preset = args.config.partition(":")
-    config = runpy.run_path(path)["get_config"](preset)
-    names = [*config.reward_fn, *config.eval.rewards]
-    return names, config.reward_options.to_dict(), config.remote.to_dict()
+    config = load_file(path).get_config(preset)
+    stages = merged_configs(config)
+    names = dict.fromkeys(name for stage in stages for name in reward_weights(stage)[1])
+    return list(names), config.reward_options.to_dict(), config.remote.to_dict()
 
 
 def main() -> None:
@@ -168,12 +172,7 @@ def main() -> None:
         print(f"checking {name} ...", file=sys.stderr, flush=True)
         findings.append(check(name, device, options.get(name, {}), remote.get(name, ())))
     header = ("reward", *STAGES, "s/picture", "GB", "scores of the two pictures")
-    table = [header, *(finding.row() for finding in findings)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
+    print("\n".join(aligned([header, *(finding.row() for finding in findings)])))
     failed = [finding for finding in findings if finding.problem]
     for finding in failed:
         print(f"\n{finding.name}: {finding.problem}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from diffusion_nft.download import fetch, fetch_from_hub, in_hub_cache
+from diffusion_nft.report import aligned
 from diffusion_nft.rewards.weights import (
     HUB_MODELS,
     NOTHING_TO_FETCH,
@@ -67,9 +68,7 @@ def print_table() -> None:
         rows += [
             (name, item.what, item.where, "yes" if item.present() else "no") for item in items(name)
         ] or [(name, f"nothing: {NOTHING_TO_FETCH[name]}", "", "")]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    print("\n".join(aligned(rows)))
     print(f"hub cache: {constants.HF_HUB_CACHE}")
 
 

@@ -27,6 +27,7 @@ from diffusion_nft.data import (
 )
 from diffusion_nft.download import DownloadError, Fetched, fetch
 from diffusion_nft.geneval_prompts import generate
+from diffusion_nft.report import aligned
 from diffusion_nft.rewards.geneval.vocabulary import check_metadata
 
 URL_VARIABLE = "DIFFUSION_NFT_DATA_URL"
@@ -120,9 +121,7 @@ def print_table(root: Path) -> None:
             path = found[0] if found else root / name / file.name
             kind = "as published" if is_published(name, file, root) else "yours"
             rows.append((name, str(path), kind if found else "no"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    print("\n".join(aligned(rows)))
 
 
 def parse_args() -> argparse.Namespace:

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"unexpected argument {argv[1]!r}; overrides look like --config.KEY=VALUE")
     config = CONFIG.value
     try:
-        validate(config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+        validate(config)
     except ValueError as error:
         refuse(str(error))
     # Loading the model libraries takes seconds: a wrong configuration should not have to wait.

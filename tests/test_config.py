@@ -107,11 +107,10 @@ def test_preset_names(module: ModuleType, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_preset_validates_on_any_number_of_gpus(name: str) -> None:
-    for world_size in range(1, 17):
-        config = get_config(name)
-        validate(config, world_size=world_size)
-        assert config == get_config(name), "validation changed the configuration"
+def test_presets_are_valid(name: str) -> None:
+    config = get_config(name)
+    validate(config)
+    assert config == get_config(name), "validation changed the configuration"
 
 
 @pytest.mark.parametrize("name", ["geneval", "ocr", "pickscore", "hpsv2", "clipscore"])

@@ -81,11 +81,9 @@ def test_long_captions_are_cut_at_the_same_height():
     image_grid(solid(1), ["x" * 500 + " é → 漢字"], columns=1)
 
 
-def test_scale_and_large_pictures():
+def test_large_pictures_stay_as_they_are():
     large = image_grid(solid(1, side=256), ["a"], columns=1)
     assert picture_boxes(large, (0, 0, 0))[0][2] == 256
-    half = image_grid(solid(1, side=256), ["a"], columns=1, scale=0.5)
-    assert picture_boxes(half, (0, 0, 0))[0][2] == 128
 
 
 def test_side_by_side_shows_both_pictures_and_colours_the_change():
@@ -112,11 +110,11 @@ def test_a_label_wider_than_its_picture_takes_two_lines():
     assert heights[1] > heights[0]
 
 
-def test_side_by_side_without_scores_and_with_title():
+def test_side_by_side_without_scores():
     pair = side_by_side(solid(3), solid(3), ["a", "b", "c"], columns=2)
-    titled = side_by_side(solid(3), solid(3), ["a", "b", "c"], columns=2, title="0.4 -> 0.6")
-    assert titled.height > pair.height and titled.width == pair.width
-    titled.save(io.BytesIO(), format="PNG")
+    scored = side_by_side(solid(3), solid(3), ["a", "b", "c"], [0.5] * 3, [0.5] * 3, columns=2)
+    assert pair.size == scored.size
+    pair.save(io.BytesIO(), format="PNG")
 
 
 def test_wrong_lengths_are_refused():

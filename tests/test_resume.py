@@ -196,6 +196,18 @@ def test_a_damaged_last_state_is_passed_over_although_the_run_was_finished(finis
     assert_same_state(copy, finished)
 
 
+def test_a_run_is_finished_where_fewer_epochs_are_wanted_than_it_has(tmp_path):
+    train_here(tmp_path, SETTINGS | {"eval_freq": 0})
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-6")
+    newest = Checkpointer(tmp_path).load_latest()
+    assert newest is not None and newest.state["epoch"] == 2 and not newest.state["evaluated"]
+    fewer = SETTINGS | {"eval_freq": 0, "num_epochs": 1}
+    trainer = train_here(tmp_path, fewer)
+    assert trainer.state.epoch == 2 and trainer.state.evaluated
+    (whole,) = stages_of(smoke(tmp_path, fewer))
+    assert is_finished(whole, Checkpointer(tmp_path).load_latest())
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

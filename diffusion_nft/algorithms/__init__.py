@@ -60,6 +60,8 @@ class Velocity(Protocol):
 class Algorithm(Protocol):
     """The contract between a loss and the trainer."""
 
+    # The section of the configuration that has its own keys, ``kl_weight`` among them.
+    section: str
     # Whether ``loss`` takes Transitions, not a Batch.  Velocities then have the rollout's guidance,
     # as the steps were taken with it; otherwise they have none.
     on_trajectories: bool

@@ -79,6 +79,7 @@ class FlowGRPO:
     """``flow_grpo_loss`` on the sampler's own steps; the sampling policy follows at once."""
 
     on_trajectories = True
+    section = "grpo"
     skips_weightless = False
 
     def __init__(self, config: ConfigDict):

@@ -20,7 +20,7 @@ from torch import Tensor
 from diffusion_nft.advantages import shaped
 from diffusion_nft.algorithms import Batch, Velocity
 from diffusion_nft.algorithms.flow_grpo import clipped_policy_loss
-from diffusion_nft.algorithms.nft import WEIGHTINGS
+from diffusion_nft.algorithms.nft import WEIGHTINGS, with_kl
 
 
 def exponential_weights(advantages: Tensor, temperature: float) -> Tensor:
@@ -61,7 +61,7 @@ def matching_loss(
     error = WEIGHTINGS[weighting](v, x0, noise, xt, sigma)
     policy = weight.to(torch.float64) * error
     metrics = {"loss/policy": policy.detach(), "loss/error": error.detach()}
-    return _add_kl(policy, metrics, v, v_ref, kl_weight)
+    return with_kl(policy, metrics, v, v_ref, kl_weight)
 
 
 def advantage_matching_loss(
@@ -94,24 +94,14 @@ def advantage_matching_loss(
     old_error = branch(v_old.detach(), x0, noise, xt, sigma)
     policy, metrics = clipped_policy_loss(old_error - error, advantage, clip_range)
     metrics["loss/error"] = error.detach()
-    return _add_kl(policy, metrics, v, v_ref, kl_weight)
-
-
-def _add_kl(
-    policy: Tensor, metrics: dict[str, Tensor], v: Tensor, v_ref: Tensor | None, kl_weight: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    if v_ref is None:
-        if kl_weight:
-            raise ValueError(f"kl_weight is {kl_weight}, but no reference velocity was given")
-        return policy, metrics
-    kl = (v - v_ref.detach()).square().flatten(1).mean(dim=1)
-    return policy + kl_weight * kl, metrics | {"loss/kl": kl.detach()}
+    return with_kl(policy, metrics, v, v_ref, kl_weight)
 
 
 class _Matching:
     """What the three have in common: everything but the weights of samples."""
 
     on_trajectories = False
+    section = "matching"
     skips_weightless = False
 
     def __init__(self, config: ConfigDict):

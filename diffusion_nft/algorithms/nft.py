@@ -97,13 +97,21 @@ def nft_loss(
     policy = adv_clip_max * policy / beta
     metrics["loss/policy"] = policy.detach()
     metrics["loss/old_distance"] = _per_sample_mean((v.detach() - v_old).square())
+    return with_kl(policy, metrics, v, v_ref, kl_weight)
+
+
+def with_kl(
+    policy: Tensor, metrics: dict[str, Tensor], v: Tensor, v_ref: Tensor | None, kl_weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``policy + kl_weight mean (v - v_ref)^2`` ``[B]``, and ``metrics`` with ``loss/kl``, the mean
+    alone.  Without a reference, both as they are: then ``kl_weight`` must be 0.
+    """
     if v_ref is None:
         if kl_weight:
             raise ValueError(f"kl_weight is {kl_weight}, but no reference velocity was given")
         return policy, metrics
     kl = _per_sample_mean((v - v_ref.detach()).square())
-    metrics["loss/kl"] = kl.detach()
-    return policy + kl_weight * kl, metrics
+    return policy + kl_weight * kl, metrics | {"loss/kl": kl.detach()}
 
 
 def _capped_line(slope: float, start: int, cap: float) -> Callable[[int], float]:
@@ -144,6 +152,7 @@ class NFT:
     """``nft_loss`` and the old policy's schedule, as the config sets them."""
 
     on_trajectories = False
+    section = "nft"
     skips_weightless = False
 
     def __init__(self, config: ConfigDict):

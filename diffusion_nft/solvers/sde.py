@@ -168,20 +168,18 @@ def log_prob(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def draw_noise(x: Tensor, generator: Generators) -> Tensor:
-    """Standard normal noise like ``x``, drawn where the generator lives and moved to ``x``."""
+    """Standard normal noise like ``x``, drawn in float32 where the generator lives: the same
+    numbers in every precision.
+    """
     if generator is None:
-        return torch.randn_like(x)
+        return torch.randn_like(x, dtype=torch.float32).to(x)
     if isinstance(generator, torch.Generator):
-        noise = torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype)
+        noise = torch.randn(x.shape, generator=generator, device=generator.device)
     else:
         assert len(generator) == x.shape[0], "one generator per sample"
-        noise = torch.stack(
-            [
-                torch.randn(x.shape[1:], generator=g, device=g.device, dtype=x.dtype)
-                for g in generator
-            ]
-        )
-    return noise.to(x.device, non_blocking=True)
+        shape = x.shape[1:]
+        noise = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generator])
+    return noise.to(x, non_blocking=True)
 
 
 flow: Solver = partial(integrate, "flow")

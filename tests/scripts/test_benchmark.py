@@ -15,6 +15,7 @@ from diffusion_nft.algorithms import Batch
 from diffusion_nft.algorithms.nft import NFT
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.flow import add_noise
+from diffusion_nft.rewards import parse_option
 from tests.launch import ROOT, one_thread
 from tests.scripts.in_process import call, script
 
@@ -34,7 +35,7 @@ def make_setup(benchmark, tmp_path, arch: str, *changes: str):
         arch=arch,
         preset="shapes_smoke",
         rewards=None,
-        set=["train.timestep_fraction=0.5", *changes],
+        set=[*map(parse_option, ("train.timestep_fraction=0.5", *changes))],
     )
     config = benchmark.make_config(args, str(tmp_path))
     return benchmark.Setup.of(config, Distributed(0, 1, 0, torch.device("cpu")), arch)
@@ -199,6 +200,7 @@ def test_a_phase_is_bound_by_what_takes_longest(benchmark, flops, data, seconds,
     [
         (("--set", "train.batchsize=3"), "train.batchsize"),
         (("--set", "train.batch_size=-1"), "train.batch_size"),
+        (("--set", "algorithm=best_of_n"), "the benchmark is of 'nft'"),
         (("--preset", "nothing"), "preset 'nothing' is unknown"),
         (("--rewards", "prettiness"), "prettiness"),
     ],

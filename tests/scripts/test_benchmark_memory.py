@@ -31,7 +31,7 @@ def make_config(module, tmp_path, precision: str):
         arch="sd3.5-tiny",
         preset=None,
         rewards=None,
-        set=[f"resolution={PIXELS}", f"mixed_precision={precision}", "train.lora_rank=8"],
+        set=[("resolution", PIXELS), ("mixed_precision", precision), ("train.lora_rank", 8)],
     )
     return module.make_config(args, str(tmp_path))
 

@@ -88,6 +88,17 @@ def test_a_preset_names_its_rewards(capsys):
     assert (code, list(rows)) == (0, ["shapes"])
 
 
+def test_a_preset_names_the_rewards_of_all_its_stages(monkeypatch, capsys):
+    checks = script("check_rewards")
+    monkeypatch.setattr(checks, "check", lambda name, *args: checks.Finding(name, passed=4))
+    config = f"{ROOT}/config/nft.py:sd3_multi_reward_paper"
+    with pytest.raises(SystemExit):
+        call(checks, "--config", config, "--device", "cpu")
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert {"geneval", "ocr", "pickscore", "clipscore", "hpsv2"} <= set(names)
+    assert len(names) == len(set(names))
+
+
 @pytest.mark.filterwarnings("ignore:reward ")
 def test_a_served_reward_that_is_down_names_its_server(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusion_nft.rewards.remote.time.sleep", lambda seconds: None)
