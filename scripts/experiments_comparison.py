@@ -20,7 +20,7 @@ import numpy as np
 from diffusion_nft.monitor import ALARM
 
 STRICT = "eval/shapes/strict"
-COST = "forward_equivalents"
+COST, SECONDS = "forward_equivalents", "seconds"
 NEVER = sys.maxsize
 CONFIDENCE = 0.95
 # Fewer pairs than this say next to nothing about their spread.
@@ -54,6 +54,11 @@ class Result:
             for key, epoch in sorted(first.items(), key=lambda item: item[1])
         }
 
+    @cached_property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The rows that are epochs."""
+        return [row for row in self.rows if "reward/mean" in row]
+
     @property
     def gain(self) -> float:
         """Strict accuracy at the end minus that at the start."""
@@ -64,10 +69,10 @@ class Result:
         value = self.evaluations[-1].get(key)
         return math.nan if value is None else value
 
-    def at(self, cost: float) -> float:
-        """Strict accuracy after ``cost`` forward-equivalents, between evaluations by a line."""
-        costs, values = ([row[key] for row in self.evaluations] for key in (COST, STRICT))
-        return float(np.interp(cost, costs, values))
+    def at(self, spent: float, key: str = COST) -> float:
+        """Strict accuracy after so much of ``key`` is spent, between evaluations by a line."""
+        spendings, values = ([row[name] for row in self.evaluations] for name in (key, STRICT))
+        return float(np.interp(spent, spendings, values))
 
     def reaches(self, accuracy: float) -> float:
         """The forward-equivalents at which strict accuracy first is ``accuracy``, between
@@ -130,24 +135,25 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
 
 
 class Comparison(NamedTuple):
-    """Of an arm with the baseline; ``p`` is NaN where nothing was tested."""
+    """Of an arm with the baseline, after each has spent as much; ``p`` is NaN where nothing was
+    tested.
+    """
 
     difference: str
-    spent: str
+    spent: float
     p: float = math.nan
 
 
-def paired_test(arm: dict[int, Result], baseline: dict[int, Result]) -> Comparison:
-    """The difference of the strict accuracies with its interval, the forward-equivalents at which
-    it is taken, and the p of a paired t-test, over common seeds; fewer than three are not tested.
-    Taken is the most that every run of both arms has spent.
+def paired_test(arm: dict[int, Result], baseline: dict[int, Result], key: str = COST) -> Comparison:
+    """The difference of the strict accuracies with its interval, at equal ``key``, and the p of a
+    paired t-test, over common seeds; fewer than three are not tested.  It is taken at the most that
+    every run of both arms has spent.
     """
     from scipy import stats
 
-    budget = min(result.last(COST) for runs in (arm, baseline) for result in runs.values())
-    spent = f"{budget / 1e3:.1f}"
+    spent = min(result.last(key) for runs in (arm, baseline) for result in runs.values())
     seeds = sorted(arm.keys() & baseline.keys())
-    ours, theirs = ([results[s].at(budget) for s in seeds] for results in (arm, baseline))
+    ours, theirs = ([results[s].at(spent, key) for s in seeds] for results in (arm, baseline))
     if not seeds:
         return Comparison("no common seed", spent)
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]

@@ -15,8 +15,16 @@ import statistics
 import sys
 from pathlib import Path
 
-from experiments_comparison import COST, STRICT, Result, Results, mean_and_half_width, read
-from experiments_tables import SECONDS, report, watched
+from experiments_comparison import (
+    COST,
+    SECONDS,
+    STRICT,
+    Result,
+    Results,
+    mean_and_half_width,
+    read,
+)
+from experiments_tables import report, watched
 
 from diffusion_nft.files import write_atomically
 

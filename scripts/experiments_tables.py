@@ -1,6 +1,7 @@
 """What results of experiments say in tables, by arm, tag and alarm; and their page."""
 
 import argparse
+import math
 import re
 import shlex
 import statistics
@@ -10,6 +11,7 @@ from typing import Any
 from experiments_comparison import (
     COST,
     NEVER,
+    SECONDS,
     STRICT,
     Result,
     Results,
@@ -22,7 +24,10 @@ from experiments_comparison import (
 )
 
 TAG_STRICT = re.compile("eval/tag/(.+)/shapes/strict")
-STRICTER, DIVERSITY, SECONDS = "eval/shapes/stricter", "eval/diversity", "seconds"
+STRICTER, DIVERSITY = "eval/shapes/stricter", "eval/diversity"
+REWARD, KL = "reward/mean", "loss/kl"
+# Of so many epochs the reward is averaged.
+WINDOW = 3
 COLUMNS = (
     "arm",
     "seeds",
@@ -51,9 +56,9 @@ def by_arm(results: Results, baseline: str) -> list[list[str]]:
     for arm, runs in results.items():
         against = ["–" if base else "no results of it", "–", "–", "–", "–"]
         if arm in tests:
-            *said, p = tests[arm]
+            difference, spent, p = tests[arm]
             ps = (probability(p), probability(adjusted[arm]))
-            against = [*said, *ps, head_start(runs, base)]
+            against = [difference, f"{spent / 1e3:.1f}", *ps, head_start(runs, base)]
         rows.append([*alone(arm, runs), *against])
     return rows
 
@@ -75,6 +80,43 @@ def alone(arm: str, results: dict[int, Result]) -> list[str]:
         f"{mean(SECONDS):.0f}",
         f"{mean(COST) / 1e3:.1f}",
     ]
+
+
+def in_training(results: Results, baseline: str) -> list[list[str]]:
+    """A row an arm: rewards of the training samples, the distance to the reference, accuracy by
+    epoch, and the comparison at equal time.
+    """
+    rows = [
+        [
+            "in training",
+            f"reward, first → last {WINDOW} epochs",
+            f"{KL}, last epoch",
+            "strict after epoch",
+            f"against {baseline} at equal seconds [95 %]",
+        ]
+    ]
+    base = results.get(baseline, {})
+    for arm, runs in results.items():
+        first, last = (
+            statistics.fmean(row[REWARD] for run in runs.values() for row in run.epochs[part])
+            for part in (slice(WINDOW), slice(-WINDOW, None))
+        )
+        distances = [run.epochs[-1].get(KL) for run in runs.values()]
+        curve = zip(*(run.evaluations for run in runs.values()), strict=True)
+        accuracies = (
+            f"{points[0]['epoch']}: {share(statistics.fmean(point[STRICT] for point in points))}"
+            for points in curve
+        )
+        rows.append(
+            [
+                arm,
+                f"{share(first)} → {share(last)}",
+                share(statistics.fmean(math.nan if d is None else d for d in distances)),
+                ", ".join(accuracies),
+                "–" if arm == baseline or not base else paired_test(runs, base, SECONDS).difference,
+            ]
+        )
+    return rows
 
 
 def start_and_end(results: dict[int, Result], key: str) -> str:
@@ -122,17 +164,19 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
             f"![Strict accuracy against compute and time]({name}.png)\n",
             *table(by_arm(results, about["baseline"])),
             *table(by_tag(results)),
+            *table(in_training(results, about["baseline"])),
             *watched_lines(name, results),
-            "Means over seeds; ± and [ ] are 95 % intervals (Student's t over seeds), p is of a",
+            "Means over seeds; ± and [ ] are 95 % intervals (Student's t over seeds), p is of a "
             "paired t-test over common seeds, and by Holm's method of all tests of the table. "
-            "Evaluations count in neither seconds nor forward-equivalents. A forward-equivalent is "
-            "a sample's pass through the transformer; a backward pass is",
+            "Evaluations count in neither seconds nor forward-equivalents; seconds grow with what "
+            "else the machine did. A forward-equivalent is a sample's pass through the "
+            "transformer; a backward pass is "
             f"{', '.join(f'{ratio:.3f}' for ratio in ratios)} of them by FLOPs. Two arms are "
             "compared where the cheapest run of both ended; between evaluations curves are lines, "
-            "which lie below a curve that flattens, the more so the dearer its epochs. The last "
-            "column is the share of an arm's compute that the baseline needs for the accuracy with "
-            "which the arm ends, mean (range), where it gets there. Bands are "
-            f"of the gain over the start. Machine: {machines(abouts)}.\n",
+            "which lie below a curve that flattens, the more so the dearer its epochs. The "
+            "first table's last column is the share of an arm's compute that the baseline needs "
+            "for the accuracy with which the arm ends, mean (range), where it gets there. Bands "
+            f"are of the gain over the start. Machine: {machines(abouts)}.\n",
             f"    {shlex.join(again)}\n",
             "remakes figures and tables from the results, which came from (with another --results, "
             "since what is there is not run again)\n",

@@ -130,6 +130,27 @@ def test_the_adjustment_is_for_the_tests_of_the_table(tables, results):
     assert row_of(tables, results, "short")["p, Holm"] == "–"
 
 
+def test_what_training_did_and_the_comparison_at_equal_time(tables, comparison, results):
+    (results / "better-seed4.jsonl").unlink()
+    for seed in (1, 2, 3):
+        path = results / f"better-seed{seed}.jsonl"
+        lines = [line for line in path.read_text().splitlines() if "reward/mean" not in line]
+        for number, reward in enumerate((0.1, 0.2, 0.6, 0.9)):
+            row = {"epoch": number, "reward/mean": reward, "loss/kl": 0.01 * number}
+            lines.append(json.dumps(row))
+        path.write_text("\n".join(lines) + "\n")
+    head, _, better, *_ = tables.in_training(comparison.read(results), "base")
+    row = dict(zip(head, better, strict=True))
+    assert row["reward, first → last 3 epochs"] == ".300 → .567"
+    assert row["loss/kl, last epoch"] == ".030"
+    assert row["strict after epoch"] == "0: .250, 1: .450, 2: .650"
+    # All runs of seed 1 take 20 s, where those of seed 2 and 3 are at 1/2 and 1/3 of their gains.
+    ours, theirs = (0.60, 0.485, 0.25 + 0.38 / 3), (0.50, 0.425, 0.35)
+    mean = np.mean(np.subtract(ours, theirs))
+    text = row["against base at equal seconds [95 %]"]
+    assert text.startswith(f"+{mean:.3f} [".replace("0.", "."))
+
+
 def test_where_the_baseline_reaches_an_arms_end(tables, comparison, results):
     # On base's lines .40, .50 and .45 lie at 1200, 1429 and 1333 of 2000 forward-equivalents.
     row = row_of(tables, results, "shifted")
@@ -184,8 +205,9 @@ def test_figure_and_page_are_made_and_the_page_tells_how(plot, results, tmp_path
     assert "--arms better --seeds 1 2 3 4 --jobs 2\n" in page
     assert "--arms short --seeds 1 2 --jobs 2\n" in page
     assert "| strict by tag | colors |\n|---|---|\n| base | .125 → .275 |\n" in page
+    assert "| base | .500 → .500 | – | 0: .250, 1: .400, 2: .550 | – |\n" in page
     assert "at revision 012345678, 012345678* (* with changes that were not committed)." in page
-    assert "a backward pass is\n1.250 of them" in page and "Machine: Cpu with 2 cores" in page
+    assert "a backward pass is 1.250 of them" in page and "Machine: Cpu with 2 cores" in page
     assert blue(plot) in colours(output / "made.png", 400)
 
 
