@@ -81,15 +81,17 @@ class Monitor:
         checks["reward/x0_rms"] = self._changed("reward/x0_rms", rms, first)
         found = [text for text in checks.values() if text]
         lasting = self.state["alarming"]
-        self.state |= {"alarming": bool(found), "unheard": found if lasting else []}
+        alarming = bool(found) and self.limits.action != "off"
+        self.state |= {"alarming": alarming, "unheard": found if lasting else []}
         return self._act(checks, [] if lasting else found)
 
     def evaluation(self, evaluation: Evaluation) -> dict[str, float]:
-        """Looks at an evaluation; returns ``monitor/*`` for the log."""
-        now = _watched(evaluation)
+        """Looks at an evaluation; returns ``monitor/*`` for the log.  The scores of a tag are one
+        check, as they often say the same.
+        """
         former = self.state.setdefault("evaluation", {})
-        checks = {}
-        for name, value in now.items():
+        checks: dict[str, str] = {}
+        for name, value in _watched(evaluation).items():
             before = former.setdefault(name, value)
             key = f"eval/{name}"
             if name == "diversity":
@@ -97,7 +99,10 @@ class Monitor:
             elif is_picture_statistic(name):
                 checks[key] = self._changed(key, value[0], before[0])
             else:
-                checks[key] = self._dropped(key, value, before)
+                text = self._dropped(key, value, before)
+                if name.startswith("tag/"):
+                    key = "/".join(key.split("/")[:3])
+                checks[key] = checks.get(key) or text
                 if value[0] > before[0]:
                     former[name] = value
         return self._act(

@@ -97,7 +97,7 @@ def test_a_score_is_compared_with_the_best_that_it_was(tmp_path):
     assert [name for name, on in flags(values).items() if on] == ["eval/clipscore"]
     assert said == ["alarm: eval/clipscore fell from 8.5 to 3, 4.1 SE"]
     # Brightness is compared with the first: neither more nor less of it is better.
-    for brightness in (0.6, 0.45):
+    for brightness in (0.64, 0.36):
         values = monitor.evaluation(evaluation(brightness=brightness))
         assert not flags(values)["eval/picture_statistics"]
 
@@ -108,20 +108,24 @@ def test_scores_are_compared_by_tag(tmp_path):
     tags = [tag for tag, count in of_tag.items() for _ in range(count)]
     prompts = [Prompt(f"prompt {i}", {"tag": tag}) for i, tag in enumerate(tags)]
 
-    def tagged(counting: float, position: float) -> Evaluation:
+    def tagged(counting: float = 0.0, position: float = 0.0) -> Evaluation:
         low = {"counting": counting, "colors": 0.0, "position": position}
         score = [float(i % 2) + low[tag] for i, tag in enumerate(tags)]
-        scores = {"total": score, "clipscore": score, "picture_statistics": [0.5] * len(tags)}
+        scores = {"total": score, "clipscore": score, "clipscore/part": score}
+        scores |= {"picture_statistics": [0.5] * len(tags)}
         return replace(evaluation(), prompts=prompts, scores=scores)
 
-    values = monitor.evaluation(tagged(0.0, 0.0))
+    values = monitor.evaluation(tagged())
     names = {"total", "clipscore", "picture_statistics", "diversity"}
-    names |= {"tag/counting/clipscore", "tag/colors/clipscore"}
+    names |= {"clipscore/part", "tag/counting", "tag/colors"}
     assert set(flags(values)) == {f"eval/{name}" for name in names}
     # Of 20 with a deviation of 0.5 the error is 0.5 / sqrt(19), that of a difference 0.162; over
     # all 59 lines the fall is a third as large, against 0.093.
-    values = monitor.evaluation(tagged(-0.7, 0.0))
-    assert [name for name, on in flags(values).items() if on] == ["eval/tag/counting/clipscore"]
+    values = monitor.evaluation(tagged(counting=-0.7))
+    assert [name for name, on in flags(values).items() if on] == ["eval/tag/counting"]
+    # 19 lines of a tag are too few.
+    values = monitor.evaluation(tagged(position=-0.7))
+    assert not any(flags(values).values())
     assert said == ["alarm: eval/tag/counting/clipscore fell from 0.5 to -0.2, 4.3 SE"]
 
 
