@@ -128,8 +128,8 @@ def claim(folder: Path, settings: Mapping[str, Any], dist: Distributed) -> None:
         for key in sorted(found.keys() | wanted.keys()):
             if found.get(key) != wanted.get(key):
                 raise ValueError(
-                    f"ranks differ in {key}: {found.get(key)!r} and {wanted.get(key)!r}; of a run "
-                    "that is still training name a checkpoint, not the run's directory"
+                    f"ranks differ in {key}: {found.get(key)!r} and {wanted.get(key)!r} (of a run "
+                    "that is still training, name a checkpoint instead of the run's directory)"
                 )
     path = folder / SETTINGS_FILE
     lines: list[str] = []
@@ -227,7 +227,8 @@ def read_scores(folder: Path, lines: range, rewards: RewardSet) -> Scores | None
 
 def _identity(rewards: RewardSet) -> dict[str, Any]:
     """What the scores of ``rewards`` depend on, as JSON gives it back."""
-    own = {"weights": rewards.weights, "options": deciding_options(rewards.options)}
+    options = {name: rewards.options.get(name, {}) for name in rewards.weights}
+    own = {"weights": rewards.weights, "options": deciding_options(options)}
     return json.loads(json.dumps(own))
 
 

@@ -169,8 +169,9 @@ def paired_test(arm: dict[int, Result], baseline: dict[int, Result], key: str = 
 
 
 def holm(ps: dict[str, float]) -> dict[str, float]:
-    """Each p for the family of all that are not NaN (Holm 1979, step-down): at most ``alpha`` for
-    an arm that differs, with a chance of ``alpha`` that any arm is named which does not.
+    """``ps`` adjusted for how many there are that are not NaN (Holm 1979, step-down).  Who takes
+    every arm with an adjusted p of ``alpha`` or less for different errs about any of them with a
+    probability of ``alpha`` at most.
     """
     tested = sorted((p, arm) for arm, p in ps.items() if not math.isnan(p))
     steps = ((len(tested) - step) * p for step, (p, _) in enumerate(tested))

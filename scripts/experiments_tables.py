@@ -113,10 +113,15 @@ def in_training(results: Results, baseline: str) -> list[list[str]]:
                 f"{share(first)} → {share(last)}",
                 share(statistics.fmean(math.nan if d is None else d for d in distances)),
                 ", ".join(accuracies),
-                "–" if arm == baseline or not base else paired_test(runs, base, SECONDS).difference,
+                "–" if arm == baseline or not base else _at_equal_time(runs, base),
             ]
         )
     return rows
+
+
+def _at_equal_time(runs: dict[int, Result], baseline: dict[int, Result]) -> str:
+    difference, spent, _ = paired_test(runs, baseline, SECONDS)
+    return f"{difference}, at {spent:.0f} s"
 
 
 def start_and_end(results: dict[int, Result], key: str) -> str:
@@ -167,9 +172,9 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
             *table(in_training(results, about["baseline"])),
             *watched_lines(name, results),
             "Means over seeds; ± and [ ] are 95 % intervals (Student's t over seeds), p is of a "
-            "paired t-test over common seeds, and by Holm's method of all tests of the table. "
-            "Evaluations count in neither seconds nor forward-equivalents; seconds grow with what "
-            "else the machine did. A forward-equivalent is a sample's pass through the "
+            "paired t-test over common seeds, and by Holm's method for all of the table; the "
+            "intervals are not adjusted. Evaluations count in neither seconds nor "
+            "forward-equivalents; seconds grow with what else the machine did. A forward-equivalent is a sample's pass through the "
             "transformer; a backward pass is "
             f"{', '.join(f'{ratio:.3f}' for ratio in ratios)} of them by FLOPs. Two arms are "
             "compared where the cheapest run of both ended; between evaluations curves are lines, "

@@ -63,7 +63,7 @@ def make_monitor(tmp_path, **limits) -> tuple[Monitor, list[str]]:
         ({"brightness": 0.3}, "eval/picture_statistics went from 0.5 to 0.3"),
     ],
 )
-def test_an_evaluation_is_compared_with_the_first(tmp_path, change, alarm):
+def test_an_evaluation_is_compared_with_the_one_before(tmp_path, change, alarm):
     monitor, said = make_monitor(tmp_path)
     values = monitor.evaluation(evaluation())
     assert values["monitor/alarms"] == 0 and values["monitor/kl_factor"] == 1.0

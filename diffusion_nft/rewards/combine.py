@@ -74,7 +74,8 @@ class RewardSet:
 
     ``weights``: reward name -> weight; 0 holds a reward out: it is scored and logged, and is no
     part of the total.  ``rewards`` may hold more than the weights name: sets of different weights
-    share them.  ``options``: reward name -> with which it was built, where it is not served.
+    share them.  ``options``: what rewards of this process were built with, by name; half-made
+    evaluations are recognised by it.
 
     Pictures are rounded to 8 bits a channel before any reward sees them.  What is scored is then
     what is saved as PNG or sent to a server, and a score does not depend on where or when it is

@@ -148,7 +148,7 @@ def test_what_training_did_and_the_comparison_at_equal_time(tables, comparison, 
     ours, theirs = (0.60, 0.485, 0.25 + 0.38 / 3), (0.50, 0.425, 0.35)
     mean = np.mean(np.subtract(ours, theirs))
     text = row["against base at equal seconds [95 %]"]
-    assert text.startswith(f"+{mean:.3f} [".replace("0.", "."))
+    assert text.startswith(f"+{mean:.3f} [".replace("0.", ".")) and text.endswith(", at 20 s")
 
 
 def test_where_the_baseline_reaches_an_arms_end(tables, comparison, results):

@@ -16,6 +16,7 @@ from diffusion_nft.solvers import (
     sample_trajectory,
     sde_step,
 )
+from diffusion_nft.solvers.sde import draw_noise
 
 NAMES = sorted(STOCHASTIC)
 
@@ -126,6 +127,17 @@ def test_recorded_steps_are_rescored_exactly(name, mixture, noise, shifted_grid)
         assert torch.equal(rescored, trajectory.log_probs[i])
         (gradient,) = torch.autograd.grad(rescored.sum(), v)
         assert gradient.abs().min() > 0
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_noise_is_the_same_in_every_precision(each):
+    def drawn(dtype: torch.dtype) -> Tensor:
+        seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        return draw_noise(torch.zeros(2, 3, dtype=dtype), seeds if each else seeds[0])
+
+    single = drawn(torch.float32)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert drawn(dtype).dtype == dtype and torch.equal(drawn(dtype), single.to(dtype))
 
 
 @pytest.mark.parametrize("name", NAMES)
