@@ -297,6 +297,15 @@ EXPERIMENTS = {
         baseline="kl-1e-4",
         common=DEMO_CURVE,
     ),
+    "guided": Experiment(
+        question="Evaluated with guidance, what do NFT without it and Flow-GRPO with it learn?",
+        arms={
+            "flow-grpo-cfg": grpo_cfg(train__learning_rate=3e-3, grpo__clip_range=1e-3),
+            "nft": demo(eval__guidance_scale=2.0),
+        },
+        baseline="flow-grpo-cfg",
+        common=DEMO_CURVE,
+    ),
     "hacking": Experiment(
         question="What does training on a lenient verifier do to the pictures, and what shows it?",
         arms={
