@@ -198,7 +198,7 @@ def get_config() -> ml_collections.ConfigDict:
     monitor.pictures = False
     # Alarming: an evaluated reward, or a component of one, lower than its best evaluation so far by
     # more than so many standard errors, over all lines or those of a tag,
-    monitor.max_drop = 4.0
+    monitor.max_drop = 3.0
     # a diversity lower than at first by more than this share,
     monitor.max_diversity_drop = 0.3
     # a size of the latents, brightness, saturation or edges changed by more than this share,
