@@ -23,8 +23,8 @@ class Arm:
 @dataclass(frozen=True)
 class Experiment:
     """``baseline``: the arm that the others are tested against.  ``common``: changes of every arm,
-    such as how often it is evaluated; an arm may have its own.  ``watched``:
-    metrics that are drawn beside strict accuracy.
+    such as how often it is evaluated; an arm may have its own.  ``watched``: metrics that are drawn
+    beside strict accuracy; none: reward, distance to the reference, stricter accuracy, diversity.
     """
 
     question: str

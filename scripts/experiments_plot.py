@@ -4,8 +4,9 @@
 
 Of each experiment: --output/NAME.png, held-out strict accuracy against compute and time, the mean
 over seeds with its 95 % band; and --output/NAME.md, a table with paired tests against the
-experiment's baseline at equal compute.  Intervals are Student's t over seeds.  Where an experiment
-watches other metrics, --output/NAME-watched.png has those; alarms of the monitor are tabulated.
+experiment's baseline at equal compute.  Intervals are Student's t over seeds.  What an experiment
+watches besides, such as the reward, is in --output/NAME-watched.png; alarms of the monitor are
+tabulated.
 Needs the extra "plots".
 """
 
@@ -27,11 +28,13 @@ from experiments_comparison import (
 from experiments_tables import report, watched
 
 from diffusion_nft.files import write_atomically
+from diffusion_nft.monitor import PICTURES
 
 AXES = {COST: "training compute, thousands of forward-equivalents", SECONDS: "training time, s"}
 # Okabe and Ito's colours, which the colour-blind can tell apart; markers tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
+MANY_ARMS = 3  # Beside so many the lines of single runs can be told apart.
 LINES = ("-", "--", ":")  # one for each round through the colours
 
 
@@ -77,37 +80,43 @@ def draw(results: Results, path: Path) -> None:
 
 
 def draw_watched(results: Results, path: Path) -> None:
-    """A panel a watched metric, by epoch: each run a thin line, the mean over seeds a thick one.
-    Raises ImportError without matplotlib.
+    """A panel a watched metric, against compute: the mean over seeds, and beside few arms each run
+    as a thin line.  Raises ImportError without matplotlib.
     """
     from matplotlib.figure import Figure
 
     names, columns = watched(results), 4
     lines = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(10.5, 2.6 * lines), layout="constrained")
+    figure = Figure(figsize=(10.5, 2.6 * lines + 0.4), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for panel in panels[len(names) :]:
         panel.remove()
     for name, panel in zip(names, panels, strict=False):
         for number, (arm, seeds) in enumerate(results.items()):
             colour = COLOURS[number % len(COLOURS)]
-            by_epoch: dict[int, list[float]] = {}
+            by_epoch: dict[int, list[tuple[float, float]]] = {}
             for result in seeds.values():
-                points = {
-                    row["epoch"]: row[name] for row in result.rows if row.get(name) is not None
-                }
-                panel.plot(points.keys(), points.values(), color=colour, alpha=0.35, linewidth=0.7)
-                for epoch, value in points.items():
-                    by_epoch.setdefault(epoch, []).append(value)
-            means = {epoch: statistics.fmean(values) for epoch, values in sorted(by_epoch.items())}
-            panel.plot(means.keys(), means.values(), color=colour, linewidth=2, label=arm)
-        panel.set_title(name, fontsize=9)
-        panel.set_xlabel("epoch", fontsize=8)
+                rows = [row for row in result.rows if row.get(name) is not None]
+                points = [(row[COST] / 1e3, row[name]) for row in rows]
+                if points and len(results) <= MANY_ARMS:
+                    panel.plot(*zip(*points, strict=True), color=colour, alpha=0.35, linewidth=0.7)
+                for row, point in zip(rows, points, strict=True):
+                    by_epoch.setdefault(row["epoch"], []).append(point)
+            means = [
+                [statistics.fmean(values) for values in zip(*by_epoch[epoch], strict=True)]
+                for epoch in sorted(by_epoch)
+            ]
+            x, y = zip(*means, strict=True) if means else ((), ())
+            line = LINES[number // len(COLOURS) % len(LINES)]
+            panel.plot(x, y, line, color=colour, linewidth=1.6, label=arm)
+        panel.set_title(f"{name} (brightness)" if name == f"eval/{PICTURES}" else name, fontsize=9)
+        panel.set_xlabel("forward-equivalents, thousands", fontsize=8)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(results), frameon=False)
+    ncols = min(len(results), columns)
+    figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -135,8 +144,7 @@ def main() -> None:
         try:
             text = report(name, results, args)
             draw(results, args.output / f"{name}.png")
-            if watched(results):
-                draw_watched(results, args.output / f"{name}-watched.png")
+            draw_watched(results, args.output / f"{name}-watched.png")
         except ImportError as error:
             sys.exit(f"{error.name} is missing: pip install 'diffusion-nft[plots]'")
         write_atomically(args.output / f"{name}.md", text.encode())

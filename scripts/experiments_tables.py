@@ -203,14 +203,12 @@ def table(rows: list[list[str]]) -> list[str]:
 def watched(results: Results) -> list[str]:
     """The metrics that the experiment draws beside strict accuracy."""
     abouts = [result.about for seeds in results.values() for result in seeds.values()]
-    return abouts[-1].get("watched", [])
+    return abouts[-1].get("watched") or [REWARD, KL, STRICTER, DIVERSITY]
 
 
 def watched_lines(name: str, results: Results) -> list[str]:
     """The figure of what is watched, and a table of when each alarm was first on."""
-    lines = []
-    if watched(results):
-        lines += [f"![Watched metrics by epoch]({name}-watched.png)", ""]
+    lines = [f"![Watched metrics against compute]({name}-watched.png)", ""]
     rows = alarms(results)
     if rows and len(rows[0]) == 2:
         lines += ["No alarm of the monitor was on in the runs that watched for them.", ""]

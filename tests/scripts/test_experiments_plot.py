@@ -58,7 +58,8 @@ def results(tmp_path):
             for epoch, strict in enumerate((0.25, (0.25 + final) / 2, final)):
                 line = {"epoch": epoch, "seconds": 10.0 * epoch * seed, "eval/total": strict}
                 line |= {"forward_equivalents": 1000.0 * epoch, "eval/diversity": None}
-                lines += [{"epoch": epoch, "reward/mean": 0.5}]
+                spent = {"epoch": epoch, "forward_equivalents": 1000.0 * epoch}
+                lines += [spent | {"reward/mean": 0.5}]
                 line |= {"eval/shapes/strict": strict, "eval/shapes/stricter": 0.4}
                 lines += [line | {"eval/tag/colors/shapes/strict": strict / 2}]
             text = "\n".join(map(json.dumps, lines)) + "\n"
