@@ -54,7 +54,8 @@ def parse_flags() -> argparse.Namespace:
     names = ["shapes", PRETRAINED, *ARCHITECTURES]
     add("--arch", choices=names, default="shapes", help=f"{PRETRAINED}: what the preset names")
     add("--preset", help=f"of config/nft.py; default: shapes, or {DEFAULT_PRESET}")
-    add("--set", type=parse_option, action="append", default=[], metavar="KEY=VALUE")
+    setting = {"type": parse_option, "action": "append", "default": [], "metavar": "KEY=VALUE"}
+    add("--set", **setting, help="such as train.batch_size=4")
     add("--rewards", help="comma-separated, weight 1; default: the preset's")
     add("--baseline", action="store_true", help="alternate with the published way")
     add("--repeats", type=int, default=3, help="measured epochs of each way")
