@@ -76,6 +76,11 @@ def get_config() -> ml_collections.ConfigDict:
     # Reward name -> arguments of its class, such as {"ocr": {"backend": "paddleocr"}}.  "device"
     # ("cpu", "cuda:1") moves the reward there; "dtype" is fp32, fp16 or bf16.
     config.reward_options = ml_collections.ConfigDict({}, allow_dotted_keys=True)
+    # Images of an epoch, or of an evaluation, that may have no score: NaN or infinite images, and
+    # those on which a reward fails.  They are left out of all statistics and of training, and
+    # counted as reward/unscored and eval/unscored.  One more ends the run, which may go on with a
+    # larger number.
+    config.max_unscored = 0
 
     config.sample = sample = ml_collections.ConfigDict()
     # Prompts per epoch, and images per prompt.  Their product is the epoch's batch, on any number

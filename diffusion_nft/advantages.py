@@ -1,8 +1,12 @@
 """From rewards to optimality probabilities.  Pure functions of an epoch's rewards, on one process.
 
+A NaN reward is that of a sample without a score.  Such samples are left out of every mean and
+deviation, and what is computed for each sample is NaN for them.
+
 Paper: arXiv 2509.16117, section 3.2 (optimality probability r) and appendix (practical choices).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -29,6 +33,12 @@ class GroupStatistics:
     zero_std_groups: float  # share of groups whose images all scored the same: no signal in them
 
 
+def flat_groups(rewards: Tensor, group_size: int) -> Tensor:
+    """``[num_groups]``, True where all scored samples of a group have the same reward."""
+    grouped = rewards.reshape(-1, group_size)
+    return grouped.nan_to_num(-math.inf).amax(1) == grouped.nan_to_num(math.inf).amin(1)
+
+
 def group_advantages(rewards: Tensor, group_size: int, *, global_std: bool) -> Tensor:
     """Rewards centred on their group's mean and divided by a standard deviation.
 
@@ -37,13 +47,14 @@ def group_advantages(rewards: Tensor, group_size: int, *, global_std: bool) -> T
     Returns float64 ``[num_groups * group_size]``, not clipped.
     """
     grouped = rewards.to(torch.float64).reshape(-1, group_size)
-    centred = grouped - grouped.mean(dim=1, keepdim=True)
+    centred = grouped - grouped.nanmean(dim=1, keepdim=True)
     # The mean of equal numbers may differ from them in the last bit, of which a mode makes a sign.
-    centred[grouped.amax(dim=1) == grouped.amin(dim=1)] = 0
+    centred[flat_groups(rewards, group_size)] *= 0
     if global_std:
-        std = grouped.std(correction=0)
+        std = grouped[~grouped.isnan()].std(correction=0)
     else:
         std = grouped.std(dim=1, keepdim=True, correction=0)
+        std = std.where(~std.isnan(), centred.square().nanmean(dim=1, keepdim=True).sqrt())
     return (centred / (std + STD_EPSILON)).reshape(-1)
 
 
@@ -66,7 +77,8 @@ def standardized_total(
 
 def shaped(advantages: Tensor, *, adv_clip_max: float, adv_mode: str) -> Tensor:
     """Advantages clipped to ``+-adv_clip_max`` and then shaped by ``adv_mode`` (ADV_MODES)."""
-    return ADV_MODES[adv_mode](advantages.clamp(-adv_clip_max, adv_clip_max))
+    modified = ADV_MODES[adv_mode](advantages.clamp(-adv_clip_max, adv_clip_max))
+    return modified.where(~advantages.isnan(), math.nan)
 
 
 def optimality(advantages: Tensor, *, adv_clip_max: float, adv_mode: str) -> Tensor:
@@ -81,10 +93,9 @@ def optimality(advantages: Tensor, *, adv_clip_max: float, adv_mode: str) -> Ten
 
 def statistics(rewards: Tensor, group_size: int) -> GroupStatistics:
     """Mean, population deviation and share of groups without any spread of ``rewards: [N]``."""
-    grouped = rewards.to(torch.float64).reshape(-1, group_size)
-    flat_groups = (grouped.amax(dim=1) == grouped.amin(dim=1)).to(torch.float64)
+    scored = rewards[~rewards.isnan()].to(torch.float64)
     return GroupStatistics(
-        mean=float(grouped.mean()),
-        std=float(grouped.std(correction=0)),
-        zero_std_groups=float(flat_groups.mean()),
+        mean=float(scored.mean()),
+        std=float(scored.std(correction=0)),
+        zero_std_groups=float(flat_groups(rewards, group_size).to(torch.float64).mean()),
     )

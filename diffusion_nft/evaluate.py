@@ -137,7 +137,14 @@ def evaluate(
     # Pictures are saved by a thread of their own: those that wait for their scores are not lost.
     with ThreadPoolExecutor(1) as saver:
         result = _collect(
-            draw, _scorer(rewards, prompts, folder), prompts, places, batch_size, dist, num_pictures
+            draw,
+            _scorer(rewards, prompts, places, folder),
+            prompts,
+            places,
+            batch_size,
+            dist,
+            num_pictures,
+            rewards.max_unscored,
         )
     for future in saved:
         future.result()
@@ -206,17 +213,18 @@ def rescore(
     """
     return _collect(
         lambda chunk: read_pictures(folder, [lines[i] for i in chunk]).to(dist.device),
-        _scorer(rewards, prompts, folder),
+        _scorer(rewards, prompts, lines, folder),
         prompts,
         lines,
         batch_size,
         dist,
         num_pictures=0,
+        max_unscored=rewards.max_unscored,
     )
 
 
 def _scorer(
-    rewards: RewardSet, prompts: list[Prompt], folder: Path | None
+    rewards: RewardSet, prompts: list[Prompt], places: Sequence[int], folder: Path | None
 ) -> Callable[[Tensor, range], Scores]:
     """Scores a chunk, or remembers from ``folder`` how the same rewards scored it."""
 
@@ -224,7 +232,12 @@ def _scorer(
         scores = None if folder is None else read_scores(folder, lines, rewards)
         if scores is None:
             chosen = [prompts[line] for line in lines]
-            scores = rewards(images, [p.text for p in chosen], [p.metadata for p in chosen])
+            scores = rewards(
+                images,
+                [p.text for p in chosen],
+                [p.metadata for p in chosen],
+                [f"line {places[line] + 1}" for line in lines],
+            )
             if folder is not None:
                 write_scores(folder, lines, scores, rewards)
         return scores
@@ -246,6 +259,7 @@ def _collect(
     batch_size: int,
     dist: Distributed,
     num_pictures: int,
+    max_unscored: int,
 ) -> Evaluation:
     """Deals fixed chunks of lines to the ranks, scores in the background, restores the order."""
     by_rank = _chunks(len(prompts), batch_size, dist)
@@ -265,7 +279,7 @@ def _collect(
                 kept_lines += chosen
         no_thumbs = torch.zeros(0, 3 * THUMBNAIL**2)
         scores, all_thumbs = gather_scores(
-            dist, background.results, torch.cat([no_thumbs, *thumbs])
+            dist, background.results, torch.cat([no_thumbs, *thumbs]), max_unscored
         )
     order = torch.tensor([line for part in by_rank for chunk in part for line in chunk]).argsort()
     named = {"total": scores.total, **scores.parts}

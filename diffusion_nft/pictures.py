@@ -37,16 +37,31 @@ def to_uint8(images: Tensor) -> Tensor:
     """``round(255 x)`` of ``x = images``, clamped to [0, 1]; any shape, uint8, on the same device.
 
     The one home of this conversion: all that is saved, shown or scored as 8 bits passes here.
-    Halves round to even.  NaN becomes 0 (black).
+    Halves round to even.  Raises ValueError for NaN or infinite values, which 8 bits would hide.
     """
-    clamped = images.detach().float().nan_to_num(nan=0.0, posinf=1.0, neginf=0.0).clamp(0, 1)
-    return (clamped * 255).round().to(torch.uint8)
+    if not images.isfinite().all():
+        raise ValueError("an image has NaN or infinite values")
+    return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def finite(images: Tensor) -> Tensor:
+    """``[B, 1, 1, 1]``, True for those of ``images: [B, 3, H, W]`` without NaN or infinities."""
+    valid = images.isfinite().flatten(1).all(1)
+    return valid.reshape(-1, *[1] * (images.ndim - 1))
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """RGB pictures of ``images: [B, 3, H, W] in [0, 1]``."""
+    """RGB pictures of ``images: [B, 3, H, W] in [0, 1]``.  Raises ValueError as ``to_uint8``."""
     pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().contiguous().numpy()
     return [Image.fromarray(picture) for picture in pixels]
+
+
+def with_blanks(images: Tensor) -> list[Image.Image]:
+    """As ``to_pil``; an image with NaN or infinite values becomes a fully transparent RGBA one."""
+    valid = finite(images)
+    blank = Image.new("RGBA", (images.shape[3], images.shape[2]))
+    pictures = to_pil(images.where(valid, 0))
+    return [p if v else blank for p, v in zip(pictures, valid.flatten(), strict=True)]
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
@@ -75,7 +90,7 @@ def _enlarged(images: Tensor) -> list[Image.Image]:
     """
     if len(images) == 0:
         raise ValueError("a grid needs at least one picture")
-    pictures = to_pil(images)
+    pictures = with_blanks(images)
     width, height = pictures[0].size
     factor = math.ceil(READABLE_SIDE / min(width, height))
     size = (width * factor, height * factor)
@@ -149,7 +164,7 @@ class _Cell:
         for picture, lines in zip(self.pictures, self.under, strict=True):
             box = (left - 1, y - 1, left + picture.width, y + picture.height)
             pen.rectangle(box, outline=FRAME)
-            sheet.paste(picture, (left, y))
+            sheet.paste(picture, (left, y), picture if picture.mode == "RGBA" else None)
             for i, entry in enumerate(lines):
                 middle = left + picture.width // 2
                 pen.text((middle, text_top + i * line), entry.text, entry.color, font, anchor="ma")
@@ -193,7 +208,7 @@ def image_grid(
     cells = [
         _Cell(
             pictures=[picture],
-            under=[[Line(f"{scores[i]:.3f}", GREY)] if scores is not None else []],
+            under=[[Line(_number(scores[i], 3), GREY)] if scores is not None else []],
             caption=_wrapped(captions[i], picture.width, font),
         )
         for i, picture in enumerate(pictures)
@@ -249,7 +264,11 @@ def side_by_side(
 
 
 def _labelled(label: str, score: float | None) -> str:
-    return _drawable(label if score is None else f"{label} {score:.2f}")
+    return _drawable(label if score is None else f"{label} {_number(score, 2)}")
+
+
+def _number(score: float, digits: int) -> str:
+    return "no score" if math.isnan(score) else f"{score:.{digits}f}"
 
 
 def _change_color(old: float | None, new: float | None) -> Color:

@@ -20,8 +20,8 @@ _received: list[int] = []
 class Preempted(Exception):
     """The run was asked to stop.  Raised on every rank at the same point of the program."""
 
-    def __init__(self) -> None:
-        super().__init__(REASON)
+    def __init__(self, reason: str = REASON):
+        super().__init__(reason)
 
 
 def requested() -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from diffusion_nft.data import Prompt
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.files import naming, write_atomically
-from diffusion_nft.pictures import save_png, to_pil
+from diffusion_nft.pictures import save_png, with_blanks
 from diffusion_nft.rewards.combine import RewardSet, Scores
 from diffusion_nft.run_dir import deciding_options
 
@@ -44,12 +44,18 @@ class Evaluation:
     picture_lines: list[int]  # of which of the N
     lines: Sequence[int]  # where the N stand in the test set, from 0
 
+    @property
+    def num_unscored(self) -> int:
+        """How many lines have no score; they are left out of the means."""
+        return sum(map(math.isnan, self.scores["total"]))
+
     def averages(self) -> dict[str, Any]:
         """What ``average_scores.json`` holds: means and standard errors, also per tag; no NaN."""
         tags = [str(prompt.metadata.get("tag", "")) for prompt in self.prompts]
         summary: dict[str, Any] = {
             "num_samples": len(self.prompts),
             "num_prompts": len({prompt.text for prompt in self.prompts}),
+            "num_unscored": self.num_unscored,
             "diversity": self.diversity,
             "mean": self._means(range(len(self.prompts))),
         }
@@ -187,21 +193,27 @@ def has_pictures(folder: Path, lines: Iterable[int]) -> bool:
 
 
 def save_pictures(images: Tensor, lines: Iterable[int], folder: Path) -> None:
-    """Writes ``images: [B, 3, H, W]`` in [0, 1]; a file is there as a whole or not at all."""
-    for picture, line in zip(to_pil(images), lines, strict=True):
+    """Writes ``images: [B, 3, H, W]`` in [0, 1]; a file is there as a whole or not at all.
+
+    An image with NaN or infinite values is written as fully transparent.
+    """
+    for picture, line in zip(with_blanks(images), lines, strict=True):
         save_png(picture, picture_path(folder, line))
 
 
 def read_pictures(folder: Path, lines: Iterable[int]) -> Tensor:
     """The pictures of ``lines`` as float32 ``[B, 3, H, W]`` in [0, 1]: what was scored, exactly.
 
+    A fully transparent one is NaN.
     Raises FileNotFoundError if one is missing.
     """
     pictures = []
     for line in lines:
         with Image.open(picture_path(folder, line)) as picture:
-            pictures.append(torch.from_numpy(np.array(picture.convert("RGB"))))
-    return torch.stack(pictures).permute(0, 3, 1, 2).to(torch.float32) / 255
+            values = torch.from_numpy(np.array(picture.convert("RGB"))) / 255
+            blank = picture.mode == "RGBA" and picture.getchannel("A").getextrema() == (0, 0)
+            pictures.append(values * math.nan if blank else values)
+    return torch.stack(pictures).permute(0, 3, 1, 2)
 
 
 def _progress_path(folder: Path, lines: range) -> Path:
@@ -211,7 +223,11 @@ def _progress_path(folder: Path, lines: range) -> Path:
 def write_scores(folder: Path, lines: range, scores: Scores, rewards: RewardSet) -> None:
     """Remembers how ``rewards`` scored ``lines``."""
     parts = {name: _without_nan(part.tolist()) for name, part in scores.parts.items()}
-    numbers = {"total": scores.total.tolist(), "parts": parts}
+    numbers = {
+        "total": _without_nan(scores.total.tolist()),
+        "parts": parts,
+        "reasons": [*scores.reasons.items()],
+    }
     write_json(_progress_path(folder, lines), {"by": _identity(rewards), **numbers})
 
 
@@ -222,7 +238,7 @@ def read_scores(folder: Path, lines: range, rewards: RewardSet) -> Scores | None
     if found.get("by") != _identity(rewards):
         return None
     parts = {name: _float64(values) for name, values in found["parts"].items()}
-    return Scores(_float64(found["total"]), parts)
+    return Scores(_float64(found["total"]), parts, dict(found.get("reasons", ())))
 
 
 def _identity(rewards: RewardSet) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Any, Self
 
 import torch
@@ -16,9 +17,16 @@ from diffusion_nft.advantages import statistics
 from diffusion_nft.data import Prompt, shard
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.models.embeddings import Conditioning
-from diffusion_nft.preemption import REASON, Preempted, requested
+from diffusion_nft.preemption import Preempted, requested
 from diffusion_nft.randomness import generator, normal
-from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores, quantized
+from diffusion_nft.rewards.combine import (
+    MAX_NAMED,
+    RewardError,
+    RewardSet,
+    Scores,
+    UnscoredError,
+    quantized,
+)
 from diffusion_nft.solvers import Trajectory, sample_trajectory, solve
 
 # Batches of pictures that may wait for their scores.
@@ -179,7 +187,7 @@ def guided_velocity(
 
 def thumbnails(images: Tensor) -> Tensor:
     """``[B, 3, H, W]`` in [0, 1] -> ``[B, 192]`` on the CPU: 8 x 8 area averages of the pictures as
-    they are scored and saved, to compare layouts.
+    they are scored and saved, to compare layouts; NaN for an image with NaN or infinite values.
     """
     return F.adaptive_avg_pool2d(quantized(images), THUMBNAIL).flatten(1).cpu()
 
@@ -191,8 +199,9 @@ def diversity(thumbs: Tensor, groups: Sequence[Any]) -> float:
     of a prompt look the same.  NaN if no group has two pictures.
     """
     members: dict[Any, list[int]] = {}
-    for row, key in enumerate(groups):
-        members.setdefault(key, []).append(row)
+    valid = (~thumbs.isnan().any(1)).nonzero().flatten().tolist()
+    for row in valid:
+        members.setdefault(groups[row], []).append(row)
     distances = [
         (2 * thumbs[rows].to(torch.float64).var(dim=0, correction=1).mean()).sqrt()
         for rows in members.values()
@@ -211,7 +220,7 @@ class Samples:
     x0: Tensor  # [n, C, h, w]
     cond: Conditioning  # of the prompts in this rank's share, each once
     cond_rows: Tensor  # [n]: the row of ``cond`` of each sample
-    x0_rms: float  # root mean square of all N latents
+    x0_rms: float  # root mean square of all scored latents
     sigmas: Tensor  # [N]: distinct non-zero noise levels that the solver visited; empty if n is 0
     pictures: Tensor  # [<= num_pictures, 3, H, W], of this rank
     shown: list[int]  # which of the N samples those are
@@ -230,6 +239,7 @@ def summarise(samples: Samples, r: Tensor, group_size: int) -> dict[str, float]:
     }
     for name, scores in samples.scores.parts.items():
         values[f"reward/{name}"] = float(scores.nanmean())
+    r = r[~r.isnan()]
     shares = torch.histc(r, OPTIMALITY_BINS, min=0, max=1) / len(r)
     for i, share in enumerate(shares.tolist()):
         values[f"reward/optimality_{i / OPTIMALITY_BINS:.1f}"] = share
@@ -237,28 +247,33 @@ def summarise(samples: Samples, r: Tensor, group_size: int) -> dict[str, float]:
 
 
 def gather_scores(
-    dist: Distributed, score: Callable[[], list[Scores]], thumbs: Tensor
+    dist: Distributed, score: Callable[[], list[Scores]], thumbs: Tensor, max_unscored: int = 0
 ) -> tuple[Scores, Tensor]:
     """All ranks' scores and thumbnails in rank order.
 
     ``score`` waits for this rank's scores.  If it raises RewardError or Preempted on any rank, that
-    is raised on every rank, so that all of them can stop in step and save.
+    is raised on every rank, so that all of them can stop in step and save.  So is UnscoredError if
+    more than ``max_unscored`` images of all ranks, or all of them, have no score.
     """
-    local, cause, failure = Scores.concatenate([]), None, ""
+    local, failure = Scores.concatenate([]), None
     try:
         local = Scores.concatenate(score())
-    except RewardError as error:
-        cause, failure = error, f"{error} (on rank {dist.rank})"
-    except Preempted:
-        failure = REASON
+    except (RewardError, Preempted) as error:
+        failure = error
     gathered = dist.gather_objects((local, thumbs, failure))
-    failures = [failed for _, _, failed in gathered if failed]
-    if REASON in failures:
+    failures = {rank: error for rank, (_, _, error) in enumerate(gathered) if error}
+    kinds = {type(error) for error in failures.values()}
+    if Preempted in kinds:
         raise Preempted
     if failures:
-        raise RewardError("; ".join(failures)) from cause
-    filled = [scores for scores, _, _ in gathered if len(scores.total)]
-    return Scores.concatenate(filled), torch.cat([t for _, t, _ in gathered])
+        kind = UnscoredError if kinds == {UnscoredError} else RewardError
+        named = "; ".join(f"{error} (on rank {rank})" for rank, error in failures.items())
+        raise kind(named) from failure
+    scores = Scores.concatenate([scores for scores, *_ in gathered if len(scores.total)])
+    scores.check_unscored(max_unscored, some_needed=True)
+    for reason in islice(scores.reasons.values(), MAX_NAMED):
+        dist.say(f"left out, without a score: {reason}")
+    return scores, torch.cat([thumbs for _, thumbs, _ in gathered])
 
 
 def shown_samples(indices: range, group_size: int, number: int) -> list[int]:
@@ -324,7 +339,8 @@ def collect(
                 x0, sigmas = sampler(model, here, generators)
             images = model.decode(x0)
             metadata = [prompt.metadata for prompt in batch]
-            if not background.submit(rewards, images, texts, metadata):
+            names = [f"sample {i} of epoch {epoch}" for i in rows]
+            if not background.submit(rewards, images, texts, metadata, names):
                 break
             latents.append(x0)
             thumbs.append(thumbnails(images))
@@ -335,10 +351,14 @@ def collect(
         if early and not requested():
             model.encode_cached([prompt.text for prompt in ahead[groups_here]])
         empty = torch.zeros(0, 3 * THUMBNAIL**2)
-        scores, all_thumbs = gather_scores(dist, background.results, torch.cat([empty, *thumbs]))
+        scores, all_thumbs = gather_scores(
+            dist, background.results, torch.cat([empty, *thumbs]), rewards.max_unscored
+        )
     x0 = torch.cat(latents) if latents else torch.zeros(0, *model.latent_shape)
-    squares = dist.gather_objects(float(x0.double().square().sum()))
-    num_values = len(prompts) * size * math.prod(model.latent_shape)
+    scored = ~scores.total.isnan()
+    mine = x0[scored[indices.start : indices.stop].to(x0.device)]
+    squares = dist.gather_objects(float(mine.double().square().sum()))
+    num_values = int(scored.sum()) * math.prod(model.latent_shape)
     groups = [i // size for i in range(len(prompts) * size)]
     return Samples(
         scores=scores,

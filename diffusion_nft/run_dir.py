@@ -13,8 +13,8 @@ from diffusion_nft.files import write_atomically
 
 CONFIG_FILE = "config.json"
 
-# Options of every reward that say where it computes and how fast, and move scores by rounding at
-# most: a reward that ran out of memory can be mended.
+# Options of every reward that say where it computes, how fast and how often it tries, and move
+# scores by rounding at most: a reward that ran out of memory, or gave no score, can go on.
 PLACING_OPTIONS = (
     "device",
     "batch_size",
@@ -22,6 +22,7 @@ PLACING_OPTIONS = (
     "concurrency",
     "timeout",
     "max_retries",
+    "max_unparsable",
     "base_url",
     "api_key",
 )
@@ -36,6 +37,7 @@ MAY_CHANGE = (
     "resume_from",
     "remote.*",
     "remote_timeout_seconds",
+    "max_unscored",
     "sample.batch_size",
     "train.batch_size",
     "train.max_skipped_steps",

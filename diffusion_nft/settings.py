@@ -20,7 +20,7 @@ from diffusion_nft.models import MODELS, load_model
 from diffusion_nft.policy import Policy, policy_of_lora
 from diffusion_nft.precision import COMPUTE_DTYPES, set_tf32
 from diffusion_nft.rewards import REMOTE_TIMEOUT, parse_option
-from diffusion_nft.rewards.combine import RewardError, RewardSet
+from diffusion_nft.rewards.combine import RewardError, RewardSet, UnscoredError
 from diffusion_nft.run_dir import section
 from diffusion_nft.validation import validate_settings
 
@@ -57,6 +57,13 @@ NAMED = {
 }
 # T5 tokens in the published evaluation script, which trains at 128.
 PUBLISHED_LENGTH = 256
+
+
+def natural(text: str) -> int:
+    """argparse's type of a count that may be 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
+    return int(text)
 
 
 def positive(text: str) -> int:
@@ -102,6 +109,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", dest="eval.batch_size", type=positive, help="pictures at once")
     add("--limit", type=positive, default=0, help="only so many lines of a test set, drawn")
     add("--skip_rewards", default="", help="comma-separated")
+    add("--max_unscored", type=natural, help="images that may have no score; others: an error")
     for flag, kind, form, text in (
         (
             "--remote",
@@ -203,6 +211,7 @@ class Choice:
             options=self._options,
             remote=self.served,
             timeout=self.settings.get("remote_timeout_seconds", REMOTE_TIMEOUT),
+            max_unscored=self.settings.get("max_unscored", 0),
         )
 
     def fetch(self, dist: Distributed) -> Path:
@@ -284,8 +293,10 @@ def command(main: Callable[[], None]) -> NoReturn:
         main()
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except UnscoredError as error:
+        sys.exit(f"{error}; --max_unscored N leaves up to N images out and counts them")
     except RewardError as error:
-        sys.exit(f"{error}; the same command continues where this one stopped")
+        sys.exit(f"{error}; once the cause is fixed, the same command continues from here")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -51,7 +51,10 @@ class Trainer:
         if start is None:
             check_start(config)
         built = build_named(config, evaluated, dist)
-        self.rewards, self.eval_rewards = RewardSet(trained, built), RewardSet(evaluated, built)
+        self.rewards, self.eval_rewards = (
+            RewardSet(weights, built, max_unscored=config.max_unscored)
+            for weights in (trained, evaluated)
+        )
         self.model = load_model(flatten(config), dist)
         precision = self.model.precision
         self.policy = Policy(
@@ -96,10 +99,8 @@ class Trainer:
         try:
             self._train()
         except (RewardError, Preempted, Alarm) as error:
-            whys = {Preempted: REASON, RewardError: "a reward failed", Alarm: "an alarm"}
-            self.dist.say(
-                f"{whys[type(error)]}; the state of epoch {self.state.epoch} is being saved"
-            )
+            why = {Preempted: REASON, Alarm: "an alarm"}.get(type(error), "a reward failed")
+            self.dist.say(f"{why}; the state of epoch {self.state.epoch} is being saved")
             self.state.save()
             self.metrics.close(failed=not isinstance(error, Preempted))
             raise
@@ -163,6 +164,8 @@ class Trainer:
             advantages, adv_clip_max=config.train.adv_clip_max, adv_mode=config.train.adv_mode
         )
         values |= summarise(samples, r, size) | self.timer.pop()
+        if config.max_unscored:
+            values["reward/unscored"] = int(total.isnan().sum())
         passes = self.dist.gather_objects(self.model.take_passes())
         values |= {key: sum(rank[key] for rank in passes) for key in passes[0]}
         values["time/epoch"] = seconds
@@ -231,6 +234,8 @@ class Trainer:
         with self.timer.phase("eval"), self.policy.using("ema"):
             evaluation = self.evaluate()
         values = evaluation.metrics() | self.timer.pop() | self.monitor.evaluation(evaluation)
+        if config.max_unscored:
+            values["eval/unscored"] = evaluation.num_unscored
         self._log(values)
         if self.dist.is_main:
             folder = self.run_dir / "eval" / self.stage.folder / f"epoch-{epoch:06d}"

@@ -13,6 +13,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
+from diffusion_nft.advantages import flat_groups
 from diffusion_nft.algorithms import Algorithm, Batch, Transitions, Velocity
 from diffusion_nft.checkpoint import flatten_optimizer, unflatten_optimizer
 from diffusion_nft.distributed import Distributed
@@ -38,12 +39,6 @@ def sigma_slots(available: int, used: int, choice: str, rng: torch.Generator) ->
         return list(range(used))
     start = float(torch.rand((), generator=rng, dtype=torch.float64))
     return [int((start + i) * available / used) for i in range(used)]
-
-
-def spread_groups(rewards: Tensor, group_size: int) -> Tensor:
-    """``[N]``, True for the samples of groups whose ``rewards: [N]`` are not all equal."""
-    grouped = rewards.reshape(-1, group_size)
-    return (grouped.amax(1) > grouped.amin(1)).repeat_interleave(group_size)
 
 
 def learning_rate(initial: float, half_life: float, epoch: int) -> float:
@@ -101,9 +96,11 @@ class Updater:
         """Updates ``current``, ``ema`` and ``old`` from an epoch's samples; returns ``loss/*``,
         ``optim/*``.
 
-        ``weights: [N]`` are the algorithm's, of all samples.  Raises FloatingPointError after more
-        than ``train.max_skipped_steps`` skipped updates in a row.  If any rank was asked to stop,
-        raises Preempted on every rank, with weights, moments and counters as before the epoch.
+        ``weights: [N]`` are the algorithm's, of all samples; NaN leaves a sample out.
+
+        Raises FloatingPointError after more than ``train.max_skipped_steps`` skipped updates in a
+        row.  If any rank was asked to stop, raises Preempted on every rank, with weights, moments
+        and counters as before the epoch.
         """
         if self.config.train.num_inner_epochs * self.config.train.gradient_step_per_epoch == 1:
             return self._train_epoch(samples, weights, epoch)
@@ -145,9 +142,11 @@ class Updater:
             self._micro_batch = self._find_micro_batch(samples, weights)
         before = self.step
         size = self.config.sample.num_image_per_prompt
-        taught = torch.ones_like(weights, dtype=torch.bool)
+        scored = ~weights.isnan()
+        taught = scored.clone()
         if config.skip_flat_groups:
-            taught &= spread_groups(samples.scores.total, size)
+            flat = flat_groups(samples.scores.total, size)
+            taught &= ~flat.repeat_interleave(size)
         if self.algorithm.skips_weightless:
             taught &= weights != 0
         for inner in range(config.num_inner_epochs):
@@ -155,9 +154,9 @@ class Updater:
             for part in range(config.gradient_step_per_epoch):
                 chosen = steps == part
                 pairs = self._pairs(samples, chosen & taught, (epoch, inner))
-                # Every chosen sample counts equally, also those that are skipped because they have
+                # Every scored sample counts equally, also those that are skipped because they have
                 # nothing to teach: the global count of pairs needs no collective.
-                total = self._sigmas_per_sample(samples) * int(chosen.sum())
+                total = self._sigmas_per_sample(samples) * int((chosen & scored).sum())
                 norm, parts = self._step(samples, weights, pairs, total, (epoch, inner))
                 nonfinite += parts.pop("nonfinite", 0)
                 if math.isfinite(norm):

@@ -57,6 +57,7 @@ SCHEMA: dict[str, Check] = {
     # Beyond, the clocks of sockets and collectives overflow.
     "remote_timeout_seconds": checks.number("(0, 1e6]"),
     "reward_options": checks.reward_options,
+    "max_unscored": checks.integer(0),
     "sample.num_groups": checks.integer(1),
     # An image alone in its group is its own mean: its advantage is 0, and nothing is learnt.
     "sample.num_image_per_prompt": checks.integer(2),

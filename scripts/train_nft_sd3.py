@@ -24,6 +24,14 @@ OUT_OF_MEMORY = (
     "on a GPU without room lower train.batch_size, sample.batch_size, eval.batch_size or "
     "perf.vae_batch_size, or turn on perf.gradient_checkpointing or perf.offload_text_encoders"
 )
+LEAVE_OUT = (
+    "again: --config.max_unscored=N leaves up to N images of an epoch, or of an evaluation, out of "
+    "everything and counts them"
+)
+FIX_REWARD = (
+    "once the cause is fixed (or with --config.max_unscored=N, if the reward fails on single "
+    "images, to leave up to N of them out)"
+)
 
 
 def refuse(message: str) -> NoReturn:
@@ -69,7 +77,7 @@ def main(argv: list[str]) -> None:
     from diffusion_nft.files import DiskError
     from diffusion_nft.monitor import Alarm
     from diffusion_nft.preemption import Preempted
-    from diffusion_nft.rewards.combine import RewardError
+    from diffusion_nft.rewards.combine import RewardError, UnscoredError
     from diffusion_nft.run import StartError, run
 
     go_on = f"the same command continues the run in {config.save_dir}"
@@ -82,8 +90,12 @@ def main(argv: list[str]) -> None:
                 sys.exit(str(error))
             except (DiskError, FloatingPointError) as error:
                 refuse(str(error))
-            except (RewardError, Alarm) as error:
+            except Alarm as error:
                 refuse(f"{error}; the state is saved, {go_on}")
+            except UnscoredError as error:
+                refuse(f"{error}; the state is saved; starting again would meet them {LEAVE_OUT}")
+            except RewardError as error:
+                refuse(f"{error}; the state is saved; {FIX_REWARD}, {go_on}")
             except OutOfMemoryError as error:
                 sys.exit(f"{str(error).splitlines()[0]}\n{OUT_OF_MEMORY}; {go_on}")
             except Preempted as stop:

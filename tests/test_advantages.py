@@ -18,6 +18,31 @@ def test_group_advantages_equal_numpy(global_std):
     np.testing.assert_allclose(ours.numpy(), expected.ravel(), rtol=1e-12)
 
 
+@pytest.mark.parametrize("global_std", [True, False])
+def test_samples_without_a_score_are_as_if_they_were_not_there(global_std):
+    scored = [[0.0, 1.0], [0.5, 0.5, 3.0], [2.0], []]
+    padded = torch.full((4, 3), torch.nan, dtype=torch.float64)
+    for row, values in zip(padded, scored, strict=True):
+        row[: len(values)] = torch.tensor(values)
+    ours = group_advantages(padded.reshape(-1), 3, global_std=global_std).reshape(4, 3)
+    every = np.concatenate([np.array(values) for values in scored])
+    for row, values in zip(ours, scored, strict=True):
+        assert row[len(values) :].isnan().all()
+        if values:
+            std = every.std() if global_std else np.std(values)
+            expected = (np.array(values) - np.mean(values)) / (std + 1e-4)
+            np.testing.assert_allclose(row[: len(values)].numpy(), expected, rtol=1e-12)
+    found = statistics(padded.reshape(-1), 3)
+    assert (found.mean, found.std) == pytest.approx((every.mean(), every.std()))
+    assert found.zero_std_groups == 1 / 4  # the group of one
+
+
+@pytest.mark.parametrize("mode", ["all", "positive_only", "negative_only", "one_only", "binary"])
+def test_no_mode_makes_a_number_of_a_missing_score(mode):
+    r = optimality(torch.tensor([1.0, torch.nan, -2.0]), adv_clip_max=5, adv_mode=mode)
+    assert r.isnan().tolist() == [False, True, False]
+
+
 def test_a_group_without_spread_has_no_advantage():
     ours = group_advantages(torch.from_numpy(REWARDS), 3, global_std=False)
     assert ours[6:].tolist() == [0.0, 0.0, 0.0]

@@ -244,11 +244,11 @@ def test_an_interrupted_evaluation_repeats_no_finished_picture(
             return shapes_model.decode(x0)
 
     class Reward(RewardSet):
-        def __call__(self, images, texts, metadata):
+        def __call__(self, images, texts, metadata, names):
             if texts[0] == fails_at:
                 raise RewardError("the server is gone")
             scored.append(len(texts))
-            return super().__call__(images, texts, metadata)
+            return super().__call__(images, texts, metadata, names)
 
     counted = Reward.build(rewards().weights, CPU)
 
@@ -285,12 +285,12 @@ def test_pictures_do_not_wait_for_their_scores(shapes_model, prompts, tmp_path):
     found = []
 
     class Slow(RewardSet):
-        def __call__(self, images, texts, metadata):
+        def __call__(self, images, texts, metadata, names):
             deadline = time.monotonic() + 60
             while len(list(tmp_path.glob("images/0*.png"))) < 7 and time.monotonic() < deadline:
                 time.sleep(0.01)
             found.append(len(list(tmp_path.glob("images/0*.png"))))
-            return super().__call__(images, texts, metadata)
+            return super().__call__(images, texts, metadata, names)
 
     slow = Slow.build({"shapes": 1.0}, CPU)
     evaluate(shapes_model, prompts, slow, SETTINGS, dist=ONE, folder=tmp_path)
@@ -301,11 +301,11 @@ def test_rewards_that_are_added_score_each_picture_once(shapes_model, prompts, t
     calls = []
 
     class Counting(RewardSet):
-        def __call__(self, images, texts, metadata):
+        def __call__(self, images, texts, metadata, names):
             if broken and len(calls) == 5:
                 raise RewardError("the server is gone")
             calls.append(sorted(self.weights))
-            return super().__call__(images, texts, metadata)
+            return super().__call__(images, texts, metadata, names)
 
     def ask(*names: str) -> dict:
         weights = dict.fromkeys(names, 1.0)
@@ -382,11 +382,11 @@ def test_scores_of_other_options_are_not_taken_for_these(whole, prompts, tmp_pat
     asked = []
 
     class Counting(RewardSet):
-        def __call__(self, images, texts, metadata):
+        def __call__(self, images, texts, metadata, names):
             if len(asked) == 2:
                 raise RewardError("the server is gone")
             asked.append(len(texts))
-            return super().__call__(images, texts, metadata)
+            return super().__call__(images, texts, metadata, names)
 
     shutil.copytree(whole[1] / "images", tmp_path / "images")
 

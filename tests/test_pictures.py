@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_nft.pictures import image_grid, side_by_side, to_pil, to_uint8
+from diffusion_nft.pictures import image_grid, side_by_side, to_pil, to_uint8, with_blanks
 
 WHITE = (255, 255, 255)
 
@@ -23,8 +23,26 @@ def test_to_uint8_is_the_inverse_of_dividing_by_255():
 
 
 def test_to_uint8_rounds_and_clamps():
-    values = torch.tensor([-0.1, 0.0019, 0.0021, 0.9979, 1.7, torch.inf, -torch.inf, torch.nan])
-    assert to_uint8(values).tolist() == [0, 0, 1, 254, 255, 255, 0, 0]
+    values = torch.tensor([-0.1, 0.0019, 0.0021, 0.9979, 1.7, -1e30])
+    assert to_uint8(values).tolist() == [0, 0, 1, 254, 255, 0]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_8_bits_would_hide_are_refused_and_shown_as_blanks(value):
+    images = torch.full((2, 3, 4, 6), 0.5)
+    images[1, 2, 3, 5] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        to_pil(images)
+    sound, blank = with_blanks(images)
+    assert (sound.mode, blank.mode, blank.size) == ("RGB", "RGBA", (6, 4))
+    assert blank.getextrema()[3] == (0, 0)
+    grid = image_grid(images, ["", ""], columns=2, scores=[0.5, torch.nan])
+    half = grid.width // 2
+    colors = [
+        grid.crop(box).getcolors(1 << 20) for box in ((0, 0, half, 150), (half, 0, 2 * half, 150))
+    ]
+    grey = [any(color == (128, 128, 128) for _, color in found) for found in colors]
+    assert grey == [True, False]
 
 
 def test_to_pil_keeps_orientation_and_channels():

@@ -70,19 +70,21 @@ def failing() -> list[Scores]:
 
 
 def test_scores_of_all_ranks_come_in_rank_order():
-    dist = Peer(0, 2, 0, CPU, other=(scores(3.0), torch.full((1, 4), 3.0), ""))
+    dist = Peer(0, 2, 0, CPU, other=(scores(3.0), torch.full((1, 4), 3.0), None))
     ours, thumbs = gather_scores(dist, lambda: [scores(1.0), scores(2.0)], torch.zeros(2, 4))
     assert ours.total.tolist() == ours.parts["x"].tolist() == [1, 2, 3]
     assert thumbs[:, 0].tolist() == [0, 0, 3]
 
 
 def test_a_reward_that_fails_here_or_there_fails_everywhere():
-    fine = Peer(0, 2, 0, CPU, other=(scores(3.0), torch.zeros(1, 4), ""))
+    fine = Peer(0, 2, 0, CPU, other=(scores(3.0), torch.zeros(1, 4), None))
     with pytest.raises(RewardError, match=r"disk \(on rank 0\)") as caught:
         gather_scores(fine, failing, torch.zeros(1, 4))
     assert isinstance(caught.value.__cause__, RewardError)
-    broken = Peer(0, 2, 0, CPU, other=(Scores.concatenate([]), torch.zeros(1, 4), "there"))
-    with pytest.raises(RewardError, match="there"):
+    broken = Peer(
+        0, 2, 0, CPU, other=(Scores.concatenate([]), torch.zeros(1, 4), RewardError("there"))
+    )
+    with pytest.raises(RewardError, match=r"there \(on rank 1\)"):
         gather_scores(broken, lambda: [scores(1.0)], torch.zeros(1, 4))
 
 
@@ -93,9 +95,9 @@ class Keeping(RewardSet):
         super().__init__({"shapes": 1.0}, build_rewards(["shapes"], CPU))
         self.asked: list[tuple[str, dict]] = []
 
-    def __call__(self, images, prompts, metadata):
+    def __call__(self, images, prompts, metadata, names=None):
         self.asked += zip(prompts, metadata, strict=True)
-        return super().__call__(images, prompts, metadata)
+        return super().__call__(images, prompts, metadata, names)
 
 
 def test_every_sample_is_scored_against_its_own_prompt(shapes_model, tmp_path):

@@ -183,6 +183,21 @@ def test_the_gradient_is_autograds_of_the_mean_over_all_pairs(tmp_path, fraction
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_samples_without_a_score_are_no_part_of_the_mean(tmp_path):
+    updater = make_updater(tmp_path)
+    before, samples, weights = copies(updater), make_samples(), R.clone()
+    weights[[1, 6]] = torch.nan
+    samples.x0[[1, 6]] = torch.nan
+    values = updater.train_epoch(samples, weights, epoch=0)
+    batches = updater.algorithm.batches
+    assert sum(len(batch.x0) for batch in batches) == (NUM - 2) * 2
+    expected = expected_gradient(updater, before, batches)
+    (ours,) = updater.dist.reduced
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    assert values["optim/skipped_steps"] == 0 and values["loss/total"] > 0
+
+
 def test_every_sample_counts_once_at_distinct_sigmas_of_the_sampler(tmp_path):
     updater = make_updater(tmp_path, train__timestep_fraction=0.99)
     samples = make_samples()

@@ -135,6 +135,7 @@ REFUSED: list[tuple[str, Any, str]] = [
             8000,
         )
     ),
+    ("max_unscored", -1, COUNT_OR_NONE),
     ("remote_timeout_seconds", 0.0, "a finite number in (0, 1e6]"),
     ("reward_options", "shapes", "map reward names to options"),
     ("reward_options", {"shapse": {}}, "did you mean 'shapes'?"),

@@ -77,7 +77,8 @@ class Algorithm(Protocol):
 
     def sample_weights(self, advantages: Tensor, group_size: int) -> Tensor:
         """``[N]`` weights of all samples of an epoch, from their advantages ``[N]`` (float64, not
-        clipped), a group's samples side by side.
+        clipped), a group's samples side by side.  NaN for a sample without a score, which is
+        not trained on.
         """
         ...
 

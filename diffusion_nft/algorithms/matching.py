@@ -13,6 +13,8 @@ another of ``nft.WEIGHTINGS``.  They differ in the weight of a sample:
 All add ``kl_weight mean (v - v_ref)^2`` and sample with the newest policy.
 """
 
+import math
+
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor
@@ -24,19 +26,21 @@ from diffusion_nft.algorithms.nft import WEIGHTINGS, with_kl
 
 
 def exponential_weights(advantages: Tensor, temperature: float) -> Tensor:
-    """``exp(A / temperature)`` over its mean: ``[N]`` weights of mean 1."""
-    return torch.softmax(advantages / temperature, dim=0) * len(advantages)
+    """``exp(A / temperature)`` over its mean: ``[N]`` weights of mean 1, NaN where A is."""
+    scored = ~advantages.isnan()
+    logits = (advantages / temperature).where(scored, -math.inf)
+    return (torch.softmax(logits, dim=0) * scored.sum()).where(scored, math.nan)
 
 
 def best_of_weights(advantages: Tensor, group_size: int, best: int) -> Tensor:
     """``group_size / best`` for the ``best`` samples of each group, else 0; ``[N]``, of mean 1.
 
-    Of equal ones the first counts as the better.
+    Of equal ones the first counts as the better.  Where an advantage is NaN, so is the weight.
     """
-    grouped = advantages.reshape(-1, group_size)
+    grouped = advantages.nan_to_num(-math.inf).reshape(-1, group_size)
     chosen = grouped.argsort(dim=1, descending=True, stable=True)[:, :best]
     weights = torch.zeros_like(grouped).scatter(1, chosen, group_size / best)
-    return weights.reshape(-1)
+    return weights.reshape(-1).where(~advantages.isnan(), math.nan)
 
 
 def matching_loss(

@@ -191,11 +191,14 @@ class SD3Model:
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """Latents ``[B, C, h, w]`` -> pictures ``[B, 3, H, W]`` in [0, 1], in slices."""
+        """Latents ``[B, C, h, w]`` -> pictures ``[B, 3, H, W]`` in [0, 1], in slices.  NaN and
+        infinite values stay as they are: clamped, they would pass for a picture.
+        """
         config = self.vae.config
         latents = x0.to(dtype=self.vae.dtype, memory_format=torch.channels_last)
         pictures = [
             self.vae.decode(part / config.scaling_factor + config.shift_factor).sample
             for part in latents.split(self.vae_batch_size)
         ]
-        return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1).to(torch.float32)
+        values = (torch.cat(pictures) / 2 + 0.5).to(torch.float32)
+        return values.clamp(0, 1).where(values.isfinite(), values)

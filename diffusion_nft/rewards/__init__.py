@@ -8,7 +8,7 @@ A reward is a callable class built once per process::
 
 ``images: float [B, 3, H, W] in [0, 1]`` on any device, ``prompts: list[str]``, ``metadata:
 list[dict]`` (the lines of the data set).  Add one line to REWARDS to register it.  A reward that
-cannot score raises; it never returns a silent zero.
+cannot score raises, or returns NaN for the images that it cannot score; never a silent zero.
 
 A reward whose packages cannot live beside those of training runs behind ``server.py``, in an
 environment with no more than numpy, pillow, torch, fastapi and uvicorn: this package and the
@@ -59,11 +59,12 @@ class RewardOutput:
     """``scores: [B]`` and named ``components: [B]``, which are logged; higher is better for both.
 
     NaN in a component means "does not apply to this sample" and is left out of its mean.  A score
-    is always finite.
+    of NaN means that this image could not be scored; ``reasons`` says why, by row.
     """
 
     scores: Tensor
     components: dict[str, Tensor] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
 
 
 class Reward(Protocol):

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from diffusion_nft.pictures import to_uint8
+from diffusion_nft.pictures import finite, to_uint8
 from diffusion_nft.rewards import REMOTE_TIMEOUT, Reward, RewardOutput, build_reward
 
 # The value of each of the 256 levels.  Divided on the CPU: CUDA multiplies by 1/255 instead, which
@@ -20,28 +21,63 @@ LEVELS = torch.arange(256, dtype=torch.float32) / 255
 LARGEST_SCORE = 1e100
 
 
+# Failures of a reward's surroundings, which say nothing of single images.
+ENVIRONMENT_ERRORS = (OSError, ImportError, MemoryError, torch.OutOfMemoryError)
+# Images without a score that an error names.
+MAX_NAMED = 3
+
+
 class RewardError(RuntimeError):
     """A reward failed or returned something that is no score."""
+
+
+class UnscoredError(RewardError):
+    """More images have no score than ``max_unscored`` allows."""
 
 
 @dataclass(frozen=True)
 class Scores:
     """Of B pictures: ``total: [B]``, the weighted sum, and ``parts``: every reward's scores and
-    components (``name`` and ``name/component``) ``[B]``; float64 on the CPU."""
+    components (``name`` and ``name/component``) ``[B]``; float64 on the CPU.
+
+    A total of NaN: the image has no score; ``reasons`` says why, by row.
+    """
 
     total: Tensor
     parts: dict[str, Tensor]
+    reasons: dict[int, str] = field(default_factory=dict)
 
     @staticmethod
     def concatenate(items: "list[Scores]") -> "Scores":
         """Scores of consecutive batches as one; no items give no rows."""
         if not items:
             return Scores(torch.zeros(0, dtype=torch.float64), {})
-        names = {frozenset(item.parts) for item in items}
+        # A batch without any score may lack the components.
+        names = {frozenset(item.parts) for item in items if not item.total.isnan().all()}
         if len(names) > 1:
             raise RewardError(f"components differ between batches: {sorted(map(sorted, names))}")
-        parts = {key: torch.cat([item.parts[key] for item in items]) for key in items[0].parts}
-        return Scores(torch.cat([item.total for item in items]), parts)
+        keys = dict.fromkeys(key for item in items for key in item.parts)
+        parts = {
+            key: torch.cat([item.parts.get(key, item.total * math.nan) for item in items])
+            for key in keys
+        }
+        starts = accumulate((len(item.total) for item in items), initial=0)
+        reasons = {
+            start + row: reason
+            for start, item in zip(starts, items, strict=False)
+            for row, reason in item.reasons.items()
+        }
+        return Scores(torch.cat([item.total for item in items]), parts, reasons)
+
+    def check_unscored(self, limit: int, *, some_needed: bool = False) -> None:
+        """Raises UnscoredError, naming the first of them, if more than ``limit`` images have no
+        score; with ``some_needed`` also if none has one.
+        """
+        missing, count = len(self.reasons), len(self.total)
+        if missing > limit or (some_needed and missing == count > 0):
+            bound = f", more than max_unscored = {limit}" if missing > limit else ""
+            named = "; ".join(islice(self.reasons.values(), MAX_NAMED))
+            raise UnscoredError(f"{missing} of {count} images have no score{bound}: {named}")
 
 
 def build_rewards(
@@ -64,9 +100,12 @@ def build_rewards(
 
 def quantized(images: Tensor) -> Tensor:
     """``images``, clamped to [0, 1] and rounded to 8 bits a channel: the float32 values k/255 that
-    the same pictures have after a PNG, on the same device.
+    the same pictures have after a PNG, on the same device.  An image with NaN or infinite values
+    becomes NaN as a whole.
     """
-    return LEVELS.to(images.device)[to_uint8(images).int()]
+    valid = finite(images)
+    levels = LEVELS.to(images.device)[to_uint8(images.where(valid, 0)).int()]
+    return levels.where(valid, math.nan)
 
 
 class RewardSet:
@@ -75,7 +114,8 @@ class RewardSet:
     ``weights``: reward name -> weight; 0 holds a reward out: it is scored and logged, and is no
     part of the total.  ``rewards`` may hold more than the weights name: sets of different weights
     share them.  ``options``: what rewards of this process were built with, by name; half-made
-    evaluations are recognised by it.
+    evaluations are recognised by it.  ``max_unscored``: how many images of a call may have no
+    score, because they have NaN or infinite values or because a reward fails on them.
 
     Pictures are rounded to 8 bits a channel before any reward sees them.  What is scored is then
     what is saved as PNG or sent to a server, and a score does not depend on where or when it is
@@ -87,8 +127,10 @@ class RewardSet:
         weights: Mapping[str, float],
         rewards: Mapping[str, Reward],
         options: Mapping[str, Mapping[str, Any]] | None = None,
+        max_unscored: int = 0,
     ):
         self.weights, self.options = dict(weights), options or {}
+        self.max_unscored = max_unscored
         self._rewards = {name: rewards[name] for name in self.weights}
 
     @classmethod
@@ -100,36 +142,101 @@ class RewardSet:
         options: Mapping[str, Mapping[str, Any]] | None = None,
         remote: Mapping[str, Sequence[str]] | None = None,
         timeout: float = REMOTE_TIMEOUT,
+        max_unscored: int = 0,
     ) -> Self:
-        """A set of its own rewards; the arguments are those of ``build_rewards``."""
+        """A set of its own rewards; the other arguments are those of ``build_rewards``."""
         rewards = build_rewards(weights, device, options=options, remote=remote, timeout=timeout)
         own = {k: v for k, v in (options or {}).items() if k in weights and k not in (remote or {})}
-        return cls(weights, rewards, own)
+        return cls(weights, rewards, own, max_unscored)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Scores:
-        """Scores ``images: [B, 3, H, W]`` in [0, 1], on any device.
+    def __call__(
+        self,
+        images: Tensor,
+        prompts: list[str],
+        metadata: list[dict],
+        names: Sequence[str] | None = None,
+    ) -> Scores:
+        """Scores ``images: [B, 3, H, W]`` in [0, 1], on any device.  ``names``: of the images, for
+        errors.
 
         Raises RewardError, naming the reward, if one raises or returns anything but B scores and
-        components of B numbers within LARGEST_SCORE, NaN among the components'; also if the
-        weighted sum is beyond it.
+        components of B numbers within LARGEST_SCORE or NaN; also if the weighted sum is beyond it.
+        Raises UnscoredError if more than ``max_unscored`` images have no score.
         """
+        names = names or [f"picture {row}" for row in range(len(prompts))]
         images = quantized(images)
-        total = torch.zeros(len(prompts), dtype=torch.float64)
-        parts: dict[str, Tensor] = {}
+        valid = finite(images)
+        drawn = valid.flatten().cpu()
+        scores = Scores(torch.zeros(len(prompts), dtype=torch.float64), {})
+
+        def leave_out(row: int, why: str) -> None:
+            scores.total[row] = math.nan
+            scores.reasons.setdefault(row, f"{names[row]} ({prompts[row]!r}): {why}")
+
+        for row in (~drawn).nonzero().flatten().tolist():
+            leave_out(row, "it has NaN or infinite values")
+        scores.check_unscored(self.max_unscored)
+        images = images.where(valid, 0)
         for name, reward in self._rewards.items():
-            try:
-                output = reward(images, prompts, metadata)
-            except Exception as error:
-                raise RewardError(
-                    f"reward {name!r} failed: {type(error).__name__}: {error}"
-                ) from error
-            parts |= _checked(name, output, len(prompts))
-            total += self.weights[name] * parts[name]
-        if not (total.abs() <= LARGEST_SCORE).all():
-            wrong = _first(total, ~(total.abs() <= LARGEST_SCORE))
-            raise RewardError(f"the weighted sum of the rewards {self.weights} is {wrong}")
-        return Scores(total, parts)
+            output = self._score(name, reward, images, prompts, metadata)
+            parts = _checked(name, output, len(prompts))
+            scores.total.add_(self.weights[name] * parts[name])
+            scores.parts.update({k: v.where(drawn, math.nan) for k, v in parts.items()})
+            for row in parts[name].isnan().nonzero().flatten().tolist():
+                leave_out(row, f"reward {name!r} {output.reasons.get(row, 'returned NaN')}")
+            scores.check_unscored(self.max_unscored)
+        if (wrong := scores.total.abs() > LARGEST_SCORE).any():
+            raise RewardError(
+                f"the weighted sum of the rewards {self.weights} is {_first(scores.total, wrong)}"
+            )
+        return scores
+
+    def _score(
+        self, name: str, reward: Reward, images: Tensor, prompts: list[str], metadata: list[dict]
+    ) -> RewardOutput:
+        """What ``reward`` returns; RewardError if it fails."""
+        try:
+            return score_apart(reward, images, prompts, metadata, self.max_unscored)
+        except Exception as error:
+            raise RewardError(f"reward {name!r} failed: {type(error).__name__}: {error}") from error
+
+
+def score_apart(
+    reward: Reward, images: Tensor, prompts: list[str], metadata: list[dict], most: int
+) -> RewardOutput:
+    """Scores ``[B]`` of ``reward``, which may fail on up to ``most`` of the images.
+
+    If it raises, it scores the images one by one.  Raises its error if it fails on more than
+    ``most``, or for a reason that is not the image's (ENVIRONMENT_ERRORS).
+    """
+    try:
+        return reward(images, prompts, metadata)
+    except ENVIRONMENT_ERRORS:
+        raise
+    except Exception:
+        if not most:
+            raise
+    outputs: list[RewardOutput] = []
+    reasons: dict[int, str] = {}
+    for row in range(len(prompts)):
+        here = slice(row, row + 1)
+        try:
+            output = reward(images[here], prompts[here], metadata[here])
+            if output.reasons:
+                reasons[row] = output.reasons[0]
+        except ENVIRONMENT_ERRORS:
+            raise
+        except Exception as error:
+            reasons[row] = f"failed: {type(error).__name__}: {error}"
+            if len(reasons) > most:
+                raise
+            output = RewardOutput(torch.tensor([math.nan], dtype=torch.float64))
+        outputs.append(output)
+    joined = Scores.concatenate(
+        [Scores(o.scores.cpu(), {k: v.cpu() for k, v in o.components.items()}) for o in outputs]
+    )
+    return RewardOutput(joined.total, joined.parts, reasons)
 
 
 def _first(values: Tensor, wrong: Tensor) -> str:
@@ -161,10 +268,6 @@ def _checked(name: str, output: object, count: int) -> dict[str, Tensor]:
                 f"reward {key!r} returned shape {tuple(value.shape)} for {count} pictures"
             )
         checked[key] = value.detach().to("cpu", torch.float64)
-        # NaN in a component: it does not apply to this picture.
-        valid = checked[key].abs() <= LARGEST_SCORE
-        if key != name:
-            valid |= checked[key].isnan()
-        if not valid.all():
-            raise RewardError(f"reward {key!r} returned {_first(checked[key], ~valid)}")
+        if (wrong := checked[key].abs() > LARGEST_SCORE).any():
+            raise RewardError(f"reward {key!r} returned {_first(checked[key], wrong)}")
     return checked

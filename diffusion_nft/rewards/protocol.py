@@ -146,19 +146,18 @@ def _decode_picture(text: str, number: int, max_pixels: int) -> np.ndarray:
 
 
 def encode_output(output: RewardOutput) -> dict[str, Any]:
-    """The answer, for ``json``: a component that does not apply (NaN) is null.
-
-    Raises ValueError for an infinite number or a score that is NaN: JSON has neither.
+    """The answer, for ``json``: NaN, of a component that does not apply or of an image without a
+    score, is null.  Raises ValueError for an infinite number.
     """
-    components = {
+    columns = {
         key: [None if math.isnan(value) else value for value in values.double().tolist()]
-        for key, values in output.components.items()
+        for key, values in {"scores": output.scores, **output.components}.items()
     }
-    scores = output.scores.double().tolist()
-    for key, values in {"scores": scores, **components}.items():
+    for key, values in columns.items():
         if not all(value is None or math.isfinite(value) for value in values):
             raise ValueError(f"the reward returned {key} that are not finite: {values}")
-    return {"scores": scores, "components": components}
+    scores = columns.pop("scores")
+    return {"scores": scores, "components": columns, "reasons": [*output.reasons.items()]}
 
 
 def decode_output(answer: Any, count: int) -> RewardOutput:
@@ -166,11 +165,13 @@ def decode_output(answer: Any, count: int) -> RewardOutput:
     if not isinstance(answer, dict) or not isinstance(answer.get("components"), dict):
         raise ValueError("the answer holds no scores and components")
     scores = _numbers("scores", answer.get("scores"), count)
-    if not scores.isfinite().all():
-        raise ValueError("the answer has a score that is no finite number")
     components: Mapping[str, Any] = answer["components"]
+    try:
+        reasons = {int(row): str(reason) for row, reason in answer.get("reasons", ())}
+    except (TypeError, ValueError) as error:
+        raise ValueError("the answer's reasons are no list of rows and texts") from error
     return RewardOutput(
-        scores, {key: _numbers(key, values, count) for key, values in components.items()}
+        scores, {key: _numbers(key, values, count) for key, values in components.items()}, reasons
     )
 
 
@@ -184,6 +185,6 @@ def _numbers(key: str, values: Any, count: int) -> Tensor:
         numbers = [math.nan if value is None else float(value) for value in values]
     except OverflowError as error:
         raise ValueError(f"the answer's {key} hold a number that is too large") from error
-    if key != "scores" and any(map(math.isinf, numbers)):
+    if any(map(math.isinf, numbers)):
         raise ValueError(f"the answer's {key} hold an infinite number")
     return torch.tensor(numbers, dtype=torch.float64)

@@ -110,6 +110,11 @@ class RemoteReward:
         return RewardOutput(
             torch.cat([output.scores for output in outputs]),
             {key: torch.cat([output.components[key] for output in outputs]) for key in names.pop()},
+            {
+                part.start + row: reason
+                for part, output in zip(parts, outputs, strict=True)
+                for row, reason in output.reasons.items()
+            },
         )
 
     def _ask(

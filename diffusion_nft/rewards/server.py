@@ -12,6 +12,7 @@ import json
 import logging
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
 from diffusion_nft.rewards import Reward
+from diffusion_nft.rewards.combine import score_apart
 from diffusion_nft.rewards.protocol import PROTOCOL, TooLarge, decode_batch, encode_output
 
 # Packages that scores may depend on; those that are installed are told.
@@ -123,7 +125,12 @@ def create_app(
         except (ValueError, RecursionError) as error:
             raise HTTPException(422, _told(str(error))) from error
         try:
-            return encode_output(reward(batch.images.to(device), batch.prompts, batch.metadata))
+            images = batch.images.to(device)
+            # Of images on which a reward fails, the run decides whether it can do without.
+            most = len(images) - 1
+            output = score_apart(reward, images, batch.prompts, batch.metadata, most)
+            reasons = {row: _told(reason) for row, reason in output.reasons.items()}
+            return encode_output(replace(output, reasons=reasons))
         except Exception as error:
             logger.exception("the reward %s failed", name)
             raise HTTPException(500, _told(f"{type(error).__name__}: {error}")) from error

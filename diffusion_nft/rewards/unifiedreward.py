@@ -6,6 +6,7 @@ The model runs behind a server with OpenAI's API, such as sglang or vLLM, which 
 import base64
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -75,8 +76,8 @@ class UnifiedRewardReward:
     set-up's.  ``model`` may be the end of a listed path: sglang lists the path it was started with.
     At most ``concurrency`` requests are in flight during a call.  ``timeout``: seconds a try.
     Time-outs, lost connections, 408, 409, 429 and 5xx are tried again up to ``max_retries`` times,
-    after a pause that doubles from 0.5 to 8 s or that the server asks for.  ``max_unparsable``: so
-    many answers without a mark to one picture are an error.
+    after a pause that doubles from 0.5 to 8 s or that the server asks for.  A picture has no score
+    after ``max_unparsable`` answers without a mark.
 
     Raises ImportError without openai, ConnectionError if the server cannot be reached, ValueError
     if it refuses the key, lacks the model or has no such API, or for an option out of range.
@@ -126,8 +127,9 @@ class UnifiedRewardReward:
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
         """Scores ``[B]`` in [0.2, 1], float64 on the CPU, of ``images: [B, 3, H, W]`` in [0, 1].
 
+        NaN for a picture that gets no mark.
         Raises ConnectionError if the server fails, ValueError if it refuses a request or for
-        another number of prompts than B, RuntimeError for a picture it gives no mark.
+        another number of prompts than B.
         """
         from tqdm import tqdm
 
@@ -149,11 +151,13 @@ class UnifiedRewardReward:
                 leave=False,
                 disable=os.environ.get("RANK", "0") != "0",
             )
-            scores = [mark / HIGHEST for mark in bar]
-        return RewardOutput(torch.tensor(scores, dtype=torch.float64))
+            answers = list(bar)
+        marks = torch.tensor([mark for mark, _ in answers], dtype=torch.float64)
+        reasons = {row: reason for row, (_, reason) in enumerate(answers) if reason}
+        return RewardOutput(marks / HIGHEST, reasons=reasons)
 
-    def _mark(self, client: "OpenAI", picture: Image.Image, prompt: str) -> float:
-        """The mark in [1, 5] of one picture."""
+    def _mark(self, client: "OpenAI", picture: Image.Image, prompt: str) -> tuple[float, str]:
+        """The mark in [1, 5] of one picture, or NaN and why there is none."""
         png = io.BytesIO()
         picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(png, format="PNG")
         url = f"data:image;base64,{base64.b64encode(png.getvalue()).decode('ascii')}"
@@ -181,10 +185,10 @@ class UnifiedRewardReward:
                 continue
             mark = score_of(answer)
             if mark is not None:
-                return mark
-        raise RuntimeError(
-            f"{self.model} at {self.base_url} gave no mark from 1 to 5 after 'Final Score:' in "
-            f"{self.max_unparsable} answers for the prompt {prompt!r}; the last one was "
+                return mark, ""
+        return math.nan, (
+            f"got no mark from 1 to 5 after 'Final Score:' in max_unparsable = "
+            f"{self.max_unparsable} answers of {self.model} at {self.base_url}; the last one was "
             f"{self._quoted(answer)}"
         )
 

@@ -188,3 +188,13 @@ def test_kl_without_a_reference_is_refused():
     d.pop("v_old")
     with pytest.raises(ValueError, match=r"kl_weight is 0\.3"):
         matching_loss(**d, weight=torch.ones(3), kl_weight=0.3)
+
+
+def test_samples_without_a_score_get_no_weight_and_take_none():
+    advantages = torch.tensor([0.5, torch.nan, -1.0, torch.nan, 2.0, 0.1], dtype=torch.float64)
+    ours = exponential_weights(advantages, 0.5)
+    scored = torch.tensor([0.5, -1.0, 2.0, 0.1], dtype=torch.float64).div(0.5).exp()
+    torch.testing.assert_close(ours[~advantages.isnan()], scored / scored.mean())
+    assert torch.equal(ours.isnan(), advantages.isnan())
+    best = best_of_weights(advantages, 3, 2)
+    assert best.nan_to_num(-1).tolist() == [1.5, -1, 1.5, -1, 1.5, 1.5]

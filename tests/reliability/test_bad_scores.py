@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 
 from diffusion_nft.rewards import RewardOutput, build_reward
-from diffusion_nft.rewards.combine import RewardError, RewardSet
+from diffusion_nft.rewards.combine import (
+    RewardError,
+    RewardSet,
+    Scores,
+    UnscoredError,
+    build_rewards,
+)
 from tests.launch import one_thread, smoke
 from tests.reliability.bad_inputs import CPU, Case, parametrized
 
 LINE = {"prompt": "a circle", "include": [{"class": "circle", "count": 1}], "tag": "single_object"}
 ZEROS = torch.zeros(3)
+NAMES = ("shapes", "jpeg_compressibility")
+LOCAL = dict.fromkeys(NAMES, 1.0), build_rewards(NAMES, CPU)
 Answer = Callable[[Tensor, list[str], list[dict]], object]
 
 
@@ -40,14 +48,17 @@ RETURNED: dict[str, tuple[Answer, str]] = {
     "four for three": (lambda *a: RewardOutput(torch.zeros(4)), "shape (4,) for 3 pictures"),
     "a column": (lambda *a: RewardOutput(torch.zeros(3, 1)), "shape (3, 1) for 3 pictures"),
     "a picture": (lambda i, *a: RewardOutput(i), "shape (3, 3, 48, 48) for 3 pictures"),
-    "NaN": (lambda *a: RewardOutput(torch.tensor([0, math.nan, 0])), "nan for picture 1"),
+    "NaN": (
+        lambda *a: RewardOutput(torch.tensor([0, math.nan, 0])),
+        "1 of 3 images have no score, more than max_unscored = 0: picture 1",
+    ),
     "inf": (lambda *a: RewardOutput(torch.tensor([0, 0, math.inf])), "inf for picture 2"),
     "-inf": (lambda *a: RewardOutput(torch.tensor([-math.inf, 0, 0])), "-inf for picture 0"),
     "fp16 overflow": (
         lambda *a: RewardOutput(torch.full((3,), 6e4, dtype=torch.float16) * 2),
         "inf for picture 0",
     ),
-    "all NaN": (lambda *a: RewardOutput(ZEROS * math.nan), "nan for picture 0, which is not"),
+    "all NaN": (lambda *a: RewardOutput(ZEROS * math.nan), "3 of 3 images have no score"),
     "components of a list": (lambda *a: RewardOutput(ZEROS, [ZEROS]), "components as list"),
     "no components": (lambda *a: RewardOutput(ZEROS, None), "components as NoneType"),
     "a component of text": (lambda *a: RewardOutput(ZEROS, {"x": "y"}), "'bad/x' returned str"),
@@ -108,7 +119,7 @@ SIZES = {
 }
 SIZED = [
     Case(f"{name}: {size}", "score", "", (name, shape))
-    for name in ("shapes", "jpeg_compressibility")
+    for name in NAMES
     for size, shape in SIZES.items()
     # A JPEG can be of any size.
     if name == "shapes" or size not in ("another size", "not square")
@@ -124,12 +135,74 @@ def test_pictures_that_a_reward_cannot_take_are_named(case):
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e30, 1e30])
+@pytest.mark.parametrize("value", [-1e30, 1e30])
 def test_pixels_that_are_no_colours_are_clamped(value):
-    rewards = {name: build_reward(name, CPU) for name in ("shapes", "jpeg_compressibility")}
-    weights = dict.fromkeys(rewards, 1.0)
-    found = RewardSet(weights, rewards)(torch.full((1, 3, 48, 48), value), ["x"], [LINE])
+    found = RewardSet(*LOCAL)(torch.full((1, 3, 48, 48), value), ["x"], [LINE])
     assert found.total.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_image_of_no_numbers_is_named_or_left_out_and_never_scored(value):
+    images = torch.rand(3, 3, 48, 48)
+    images[1, 0, 5, 7] = value
+    given = (images, ["a", "b", "c"], [LINE] * 3, ["line 1", "line 2", "line 3"])
+    with pytest.raises(UnscoredError, match=r"1 of 3 .* line 2 \('b'\): it has NaN or infinite"):
+        RewardSet(*LOCAL)(*given)
+    found = RewardSet(*LOCAL, max_unscored=1)(*given)
+    sound = RewardSet(*LOCAL)(images[::2], ["a", "c"], [LINE] * 2)
+    for name in found.parts:
+        assert found.parts[name].isnan().tolist() == [False, True, False]
+        assert found.parts[name][::2].tolist() == sound.parts[name].tolist()
+    assert found.total[::2].tolist() == sound.total.tolist() and found.total.isnan()[1]
+    assert [*found.reasons] == [1]
+
+
+def test_a_reward_may_fail_on_as_many_images_as_are_allowed():
+    calls = []
+
+    def fails(images, prompts, metadata):
+        calls.append(len(prompts))
+        if "bad" in prompts:
+            raise ZeroDivisionError("no objects")
+        return RewardOutput(torch.arange(1.0, 1 + len(prompts)), {"x": torch.ones(len(prompts))})
+
+    def ask(*prompts, allowed):
+        images = torch.rand(len(prompts), 3, 8, 8)
+        rewards = RewardSet({"fails": 2.0}, {"fails": fails}, max_unscored=allowed)
+        return rewards(images, list(prompts), [LINE] * len(prompts))
+
+    found = ask("a", "bad", "c", allowed=1)
+    assert found.total.nan_to_num(-1).tolist() == [2, -1, 2] and calls == [3, 1, 1, 1]
+    assert found.parts["fails/x"].nan_to_num(-1).tolist() == [1, -1, 1]
+    assert found.reasons == {
+        1: "picture 1 ('bad'): reward 'fails' failed: ZeroDivisionError: no objects"
+    }
+    alone = ask("bad", allowed=1)
+    assert Scores.concatenate([alone, found]).parts["fails/x"].nan_to_num(-1).tolist() == [
+        -1,
+        1,
+        -1,
+        1,
+    ]
+    calls.clear()
+    with pytest.raises(RewardError, match="'fails' failed: ZeroDivisionError"):
+        ask("bad", "bad", "bad", "bad", allowed=1)
+    assert calls == [4, 1, 1], "a reward that fails on all is not asked for all"
+    with pytest.raises(RewardError, match="'fails' failed: ZeroDivisionError"):
+        ask("a", "bad", allowed=0)
+
+
+def test_an_outage_is_no_fault_of_an_image():
+    calls = []
+
+    def offline(images, prompts, metadata):
+        calls.append(len(prompts))
+        raise ConnectionError("gone")
+
+    rewards = RewardSet({"x": 1.0}, {"x": offline}, max_unscored=9)
+    with pytest.raises(RewardError, match="gone"):
+        rewards(torch.rand(3, 3, 8, 8), ["x"] * 3, [LINE] * 3)
+    assert calls == [3]
 
 
 def test_no_picture_at_all_has_no_score():

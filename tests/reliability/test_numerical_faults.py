@@ -4,6 +4,7 @@ The update alone, on numbers small enough for a closed form, is tests/test_updat
 """
 
 import dataclasses
+import json
 import math
 import threading
 from types import SimpleNamespace
@@ -15,8 +16,11 @@ from diffusion_nft.advantages import group_advantages, optimality
 from diffusion_nft.checkpoint import Checkpointer
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.metrics import read_metrics
+from diffusion_nft.models.sd3 import SD3Model
 from diffusion_nft.precision import FIRST_LOSS_SCALE
+from diffusion_nft.results import RESULTS_FILE
 from diffusion_nft.rewards import REWARDS, RewardOutput
+from diffusion_nft.rewards.combine import RewardError, UnscoredError
 from diffusion_nft.rollout import Samples, summarise
 from diffusion_nft.trainer import Trainer
 from tests.launch import one_thread, smoke, train_here
@@ -272,3 +276,63 @@ def test_optimality_stays_a_probability_at_any_scale_of_the_rewards(scale, globa
     advantages = group_advantages(rewards, 4, global_std=global_std)
     r = optimality(advantages, adv_clip_max=5.0, adv_mode="all")
     assert r.isfinite().all() and 0 <= r.min() <= r.max() <= 1
+
+
+class Sometimes(Constant):
+    """Scores by prompt and position, and fails on the prompts in ``bad``."""
+
+    bad: tuple[str, ...] = ()
+
+    def __call__(self, images, prompts, metadata):
+        if bad := [prompt for prompt in prompts if prompt in self.bad]:
+            raise ValueError(f"no objects for {bad[0]}")
+        return RewardOutput(images.mean((1, 2, 3)))
+
+
+def test_a_run_goes_on_without_the_images_that_have_no_score(tmp_path, monkeypatch):
+    config = with_reward(tmp_path, "sometimes", {"log.num_images": 4}, monkeypatch)
+    real = SD3Model.decode
+    monkeypatch.setattr(SD3Model, "decode", lambda self, x0: broken(real(self, x0)))
+
+    def broken(images):
+        images[1, 0, 3, 3] = math.nan  # of each batch the second: sample 1 of 4, line 2 of 2
+        return images
+
+    with pytest.raises(UnscoredError, match=r"sample 1 of epoch 0 \('.*'\): it has NaN or inf"):
+        run(config)
+    # The same command meets the same images; the number that may be missing can change.
+    with pytest.raises(UnscoredError, match="sample 1 of epoch 0"):
+        run(config)
+    config.max_unscored = 1
+    trainer = run(config)
+    rows = rows_of_epochs(tmp_path)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row["reward/unscored"] == 1 and row["optim/skipped_steps"] == 0
+        assert all(math.isfinite(v) for k, v in row.items() if k.startswith(("reward/", "loss/")))
+    (evaluated,) = (r for r in read_metrics(tmp_path / "metrics.jsonl") if "eval/total" in r)
+    assert evaluated["eval/unscored"] == 1 and math.isfinite(evaluated["eval/total"])
+    (folder,) = (tmp_path / "eval").iterdir()
+    scores = [json.loads(line)["scores"] for line in (folder / RESULTS_FILE).open()]
+    assert scores[1] == {"total": None, "sometimes": None} and None not in scores[0].values()
+    for adapter in ("current", "old", "ema"):
+        assert all(weight.isfinite().all() for weight in trainer.policy.state(adapter).values())
+
+
+def test_a_reward_that_fails_on_one_prompt_may_be_left_out(tmp_path, monkeypatch):
+    config = with_reward(tmp_path, "sometimes", {"num_epochs": 1}, monkeypatch)
+    prompts = Trainer(config, ALONE)._prompts(0)
+    monkeypatch.setattr(Sometimes, "bad", (prompts[1].text,))
+    with pytest.raises(RewardError, match="ValueError: no objects for"):
+        run(config)
+    config.max_unscored = 2
+    run(config)
+    (row,) = rows_of_epochs(tmp_path)
+    assert row["reward/unscored"] == 2 and math.isfinite(row["reward/mean"])
+
+
+def test_no_run_goes_on_without_any_score(tmp_path, monkeypatch):
+    config = with_reward(tmp_path, "constant", {"max_unscored": 99}, monkeypatch)
+    monkeypatch.setattr(Constant, "value", math.nan)
+    with pytest.raises(UnscoredError, match="4 of 4 images have no score"):
+        run(config)

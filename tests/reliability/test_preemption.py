@@ -73,7 +73,7 @@ class WithPeer(Distributed):
     """Rank 0 of two whose peer was asked to stop, as this one was not."""
 
     def gather_objects(self, value):
-        return [value, (Scores.concatenate([]), torch.zeros(0, 4), REASON)]
+        return [value, (Scores.concatenate([]), torch.zeros(0, 4), Preempted())]
 
     def all_reduce_sum(self, tensors):
         tensors[-1] += 1

@@ -22,7 +22,7 @@ from PIL import Image
 
 from diffusion_nft.data import load_prompts
 from diffusion_nft.rewards import RewardOutput, build_reward, protocol
-from diffusion_nft.rewards.combine import RewardError, RewardSet
+from diffusion_nft.rewards.combine import RewardError, RewardSet, UnscoredError
 from diffusion_nft.rewards.protocol import PROTOCOL, TooLarge, decode_batch, encode_pictures
 from diffusion_nft.rewards.remote import RemoteReward
 from diffusion_nft.rewards.server import create_app
@@ -336,8 +336,9 @@ FINE = {"scores": [1.0, 2.0], "components": {}}
     [
         ({"scores": [1.0], "components": {}}, "scores are 1 of them, for 2 pictures"),
         (FINE | {"components": {"a": [1.0, 2.0, 3.0]}}, "a are 3 of them, for 2 pictures"),
-        (FINE | {"scores": [1.0, None]}, "no finite number"),
-        (FINE | {"scores": [1.0, math.inf]}, "no finite number"),
+        (FINE | {"reasons": 3}, "reasons are no list"),
+        (FINE | {"reasons": [[0]]}, "reasons are no list"),
+        (FINE | {"scores": [1.0, math.inf]}, "scores hold an infinite number"),
         (FINE | {"scores": [1.0, "2"]}, "not all numbers"),
         (FINE | {"scores": [1.0, True]}, "not all numbers"),
         (FINE | {"scores": 1.0}, "scores are no list"),
@@ -412,11 +413,33 @@ def test_a_reward_that_recovers_is_asked_again():
         assert ask(RemoteReward("x", [address], **QUICK), 3).scores.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_server_sends_no_score_that_is_not_finite(bad):
+def test_an_image_without_a_score_is_told_with_its_reason():
+    class Partly:
+        def __call__(self, images, prompts, metadata):
+            if "fails" in prompts:
+                raise KeyError("fails")
+            missing = [prompt == "no score" for prompt in prompts]
+            scores = torch.ones(len(prompts)).masked_fill(torch.tensor(missing), math.nan)
+            reasons = {row: "cannot tell" for row, gone in enumerate(missing) if gone}
+            return RewardOutput(scores, {"part": scores}, reasons)
+
+    prompts = ["a", "no score", "fails", "b", "no score"]
+    with serving("x", Partly()) as one, serving("x", Partly()) as two:
+        remote = RemoteReward("x", [one, two], **QUICK)
+        weights, images = {"x": 1.0}, torch.rand(5, 3, 8, 8)
+        found = RewardSet(weights, {"x": remote}, max_unscored=3)(images, prompts, [{}] * 5)
+        with pytest.raises(UnscoredError, match=r"3 of 5 .* have no score.*cannot tell"):
+            RewardSet(weights, {"x": remote}, max_unscored=2)(images, prompts, [{}] * 5)
+    for values in (found.total, found.parts["x/part"]):
+        assert values.nan_to_num(-1).tolist() == [1, -1, -1, 1, -1]
+    assert found.reasons.keys() == {1, 2, 4}
+    assert found.reasons[2] == "picture 2 ('fails'): reward 'x' failed: KeyError: 'fails'"
+
+
+def test_a_server_sends_no_score_that_is_infinite():
     class Bad:
         def __call__(self, images, prompts, metadata):
-            return RewardOutput(torch.full((len(prompts),), bad))
+            return RewardOutput(torch.full((len(prompts),), math.inf))
 
     with serving("x", Bad()) as address:
         reply = WEB.post(f"{address}/score", json=body(1))

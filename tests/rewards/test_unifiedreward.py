@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from rewards.conftest import CPU, eight_bit, smooth_pictures
 
-from diffusion_nft.rewards import unifiedreward
+from diffusion_nft.rewards import RewardOutput, unifiedreward
 from diffusion_nft.rewards.unifiedreward import UnifiedRewardReward, score_of
 
 KEY = "a-secret/key~1"
@@ -189,10 +189,14 @@ def build(server: Server, **options) -> UnifiedRewardReward:
     return UnifiedRewardReward(CPU, **{"base_url": server.url, "api_key": KEY, **options})
 
 
-def score(reward: UnifiedRewardReward, *prompts: str) -> list[float]:
+def ask(reward: UnifiedRewardReward, *prompts: str) -> RewardOutput:
     output = reward(torch.zeros(len(prompts), 3, 8, 8), list(prompts), [{}] * len(prompts))
     assert output.scores.dtype == torch.float64 and output.scores.device == CPU
-    return output.scores.tolist()
+    return output
+
+
+def score(reward: UnifiedRewardReward, *prompts: str) -> list[float]:
+    return ask(reward, *prompts).scores.tolist()
 
 
 def test_the_request_is_the_published_one(server):
@@ -305,17 +309,17 @@ BAD_ANSWERS = {
 
 
 @pytest.mark.parametrize("name", BAD_ANSWERS)
-def test_an_unparsable_answer_is_asked_again_and_then_an_error(server, name):
+def test_an_unparsable_answer_is_asked_again_and_then_no_score(server, name):
     bad, quoted = BAD_ANSWERS[name]
     recovers = {"good": 0, "once": 1, "twice": 2, "never": 99}
     server.reply = lambda prompt, attempt: bad if attempt < recovers[prompt] else marked(2)
     reward = build(server, max_unparsable=3)
     assert score(reward, "good", "once", "twice") == [0.4] * 3
     assert server.attempts == {"good": 1, "once": 2, "twice": 3}
-    with pytest.raises(RuntimeError, match="in 3 answers for the prompt 'never'") as caught:
-        score(reward, "never")
-    assert quoted in str(caught.value)
-    assert server.attempts["never"] == 3
+    found = ask(reward, "never", "good")
+    assert found.scores.isnan().tolist() == [True, False]
+    assert "in max_unparsable = 3 answers" in found.reasons[0] and quoted in found.reasons[0]
+    assert found.reasons.keys() == {0} and server.attempts["never"] == 3
 
 
 def test_what_may_pass_is_tried_again(server):
@@ -482,10 +486,12 @@ def test_the_key_is_in_no_error_and_no_log(server, caplog):
     }
     server.reply = lambda prompt, attempt: replies[prompt]
     errors = []
-    for prompt in replies:
-        with pytest.raises((ValueError, ConnectionError, RuntimeError), match=r"\*\*\*") as caught:
+    for prompt in ("refused", "failed"):
+        with pytest.raises((ValueError, ConnectionError), match=r"\*\*\*") as caught:
             score(reward, prompt)
         errors.append(caught.value)
+    reason = ask(reward, "unparsable").reasons[0]
+    assert "***" in reason and KEY not in reason
     server.models = Reply(f"<html>{KEY}</html>")
     with pytest.raises(ValueError, match=r"\*\*\*") as caught:
         build(server)
