@@ -161,10 +161,18 @@ def folder_or_empty(value: Any) -> str | None:
 
 
 def lora_or_empty(value: Any) -> str | None:
-    """The path of a PEFT folder, or empty text."""
-    if folder_or_empty(value) or (value and not Path(value, "adapter_config.json").is_file()):
-        return "must be a PEFT folder that exists (it holds adapter_config.json), or empty for none"
-    return None
+    """The path of something that may be a LoRA (it is read later), or empty text."""
+    if value == "":
+        return None
+    if isinstance(value, str) and _is_path(value):
+        path = Path(value)
+        found = [*path.glob("*.safetensors"), *path.glob("adapter_*"), *path.glob("lora/adapter_*")]
+        if found or (path.is_file() and path.suffix == ".safetensors"):
+            return None
+    return (
+        "must be a LoRA that exists (a PEFT folder, which holds adapter_config.json, a checkpoint, "
+        "or a .safetensors file or a folder with one), or empty for none"
+    )
 
 
 def model(value: Any) -> str | None:

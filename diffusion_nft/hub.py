@@ -8,7 +8,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
-from diffusion_nft.checks import EMBEDDED_MODEL
+from diffusion_nft.checks import EMBEDDED_MODEL, HUB_NAME
+from diffusion_nft.lora import Lora
 from diffusion_nft.shapes.model import PIPELINE_DIR
 
 
@@ -33,6 +34,25 @@ def fetch_lora(name: str) -> Path:
     if Path(name).exists():
         return Path(name)
     return _fetch("LoRA", name, snapshot_download, allow_patterns=["*.safetensors", "*.json"])
+
+
+def public_name(name: str) -> str:
+    """A hub name as it is, of a local path the last part: no folders of a machine."""
+    path = Path(name)
+    for part in path.parts:
+        # The hub's cache: models--OWNER--NAME/snapshots/...
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/", 1)
+    return name if HUB_NAME.fullmatch(name) and not path.exists() else path.resolve().name
+
+
+def base_note(lora: Lora, base: str) -> str:
+    """What to say if ``lora`` names another base model than ``base``; empty if it does not."""
+    named, used = public_name(lora.base_model), public_name(base)
+    # A local copy is usually called as the hub's model is.
+    if not lora.base_model or Path(named).name == Path(used).name:
+        return ""
+    return f"the LoRA names {named} as its base model; it is used on {used}"
 
 
 def _fetch(kind: str, name: str, download: Callable[..., Any], **options: Any) -> Path:

@@ -1,15 +1,24 @@
 """LoRA files that users load: PEFT folders and diffusers files, written and read.
 
+A LoRA changes the weight W of a module to W + (alpha / rank) B A.  Readers disagree on where alpha
+is: PEFT has it in a configuration, newer diffusers in the metadata, ComfyUI in tensors; others use
+alpha = rank.  What is written here therefore has alpha = rank: the strength is in B.
+
 Nothing is ever unpickled: weights are safetensors, descriptions are JSON.
 """
 
 import json
+import math
 import re
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
+import torch.nn.functional as F
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -17,6 +26,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -28,55 +38,79 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DEFAULT_ADAPTER = "default"
 # "<module>.lora_A.weight", with or without the name of an adapter before "weight".
 LORA_KEY = re.compile(r"(?P<module>.+)\.(?P<matrix>lora_[AB])(\.(?P<adapter>[^.]+))?\.weight")
+# Modules with a rank or alpha of their own are given by the ends of their names, or after "^" by
+# their whole names.  PEFT takes any regular expression; a stranger's may compute for years.
+PATTERN = re.compile(r"\^?[\w.-]+")
+FORMAT = {"format": "pt"}
 
 
-def export_lora(
-    path: Path,
-    state: dict[str, Tensor],
-    *,
-    rank: int,
-    alpha: float,
-    target_modules: list[str],
-    base_model: str,
-) -> None:
-    """Writes the LoRA ``state`` (``"<module>.lora_A.weight": ...``) into ``path`` in both layouts.
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA that changes the weight W of each of its modules to W + B A, whatever its alpha was.
 
-    ``path/lora/`` is for PEFT; ``path/pytorch_lora_weights.safetensors`` is for
-    ``pipe.load_lora_weights(path)``, with alpha in its metadata (diffusers' default is the rank).
+    ``state``: for every module ``"<module>.lora_A.weight": [rank, in]`` and
+    ``"<module>.lora_B.weight": [out, rank]``, with one rank for all.  ``base_model``: the one that
+    its author names, or empty.
     """
-    from diffusers.loaders import SD3LoraLoaderMixin
 
-    plain: dict[str, Any] = {key: v.detach().cpu().contiguous() for key, v in state.items()}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  (declared int, used as a factor)
-        target_modules=target_modules,
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-    )
-    config.save_pretrained(str(path / PEFT_FOLDER))
-    safetensors.torch.save_file(
-        {f"{PEFT_PREFIX}{key}": value for key, value in plain.items()},
-        path / PEFT_FOLDER / PEFT_WEIGHTS,
-        metadata={"format": "pt"},
-    )
-    SD3LoraLoaderMixin.save_lora_weights(
-        path,
-        transformer_lora_layers=plain,
-        weight_name=DIFFUSERS_WEIGHTS,
-        transformer_lora_adapter_metadata={
-            "r": rank,
-            "lora_alpha": alpha,
-            "target_modules": sorted(target_modules),
-        },
-    )
+    state: dict[str, Tensor]
+    base_model: str = ""
+
+    @property
+    def rank(self) -> int:
+        """The rank of all modules."""
+        return next(value.shape[0] for key, value in self.state.items() if ".lora_A." in key)
+
+    @property
+    def modules(self) -> list[str]:
+        """The full names of the modules, sorted."""
+        return lora_modules(self.state)
 
 
-def load_lora(path: Path) -> tuple[dict[str, Tensor], LoraConfig]:
-    """``{"<module>.lora_A.weight": ...}`` on the CPU, and rank, alpha and modules as a LoraConfig.
+def lora_modules(state: Iterable[str]) -> list[str]:
+    """The full names of the modules of ``"<module>.lora_A.weight"``, ..., sorted."""
+    return sorted({key.rsplit(".lora_", 1)[0] for key in state})
 
-    ``path``: whatever ``lora_file`` takes.  Raises ValueError if that finds none, or it is more
-    than plain LoRA.
+
+def scaled(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """``state`` with all B, and so all B A, times ``factor``: exact if that is a power of two."""
+    return {key: value * factor if ".lora_B." in key else value for key, value in state.items()}
+
+
+def export_lora(path: Path, lora: Lora) -> None:
+    """Writes ``lora`` into the folder ``path`` in both layouts: ``lora/`` for PEFT, and
+    ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(path)`` and ComfyUI.
+
+    Of PEFT's keys only those are written that say something: each version refuses, or warns of,
+    keys of later ones.  Raises OSError if the disk refuses.
+    """
+    state = {key: value.detach().cpu().contiguous() for key, value in lora.state.items()}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": lora.base_model or None,
+        "r": lora.rank,
+        "lora_alpha": lora.rank,
+        # Whole names: the end of one may be that of other modules, too.
+        "target_modules": lora.modules,
+        "inference_mode": True,
+    }
+    folder = path / PEFT_FOLDER
+    folder.mkdir()
+    (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for file, prefix in (
+        (folder / PEFT_WEIGHTS, PEFT_PREFIX),
+        (path / DIFFUSERS_WEIGHTS, DIFFUSERS_PREFIX),
+    ):
+        named = {f"{prefix}{key}": value for key, value in state.items()}
+        file.write_bytes(safetensors.torch.save(named, FORMAT))
+
+
+def load_lora(path: Path) -> Lora:
+    """The LoRA at ``path`` (whatever ``lora_file`` takes), on the CPU.
+
+    Every module's alpha / rank is multiplied into its B; where ranks differ, the smaller ones are
+    filled up with zeros, which change nothing.  Raises ValueError if there is no LoRA, or it is
+    more than plain LoRA.
     """
     file = lora_file(Path(path))
     is_peft = file.name == PEFT_WEIGHTS
@@ -86,16 +120,40 @@ def load_lora(path: Path) -> tuple[dict[str, Tensor], LoraConfig]:
             described = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
     except SafetensorError as error:
         raise ValueError(f"{file} is no safetensors file, or is damaged: {error}") from error
-    state = _plain_state(tensors, PEFT_PREFIX if is_peft else DIFFUSERS_PREFIX, file)
-    ranks = {value.shape[0 if ".lora_A." in key else 1] for key, value in state.items()}
-    config = _peft_config(file.parent) if is_peft else _described(described, min(ranks), file)
-    patterned = config.use_rslora or config.rank_pattern or config.alpha_pattern
-    alpha = config.lora_alpha
-    if config.use_dora or patterned or [*ranks] != [config.r] or not _is_factor(alpha):
-        raise ValueError(f"{file} is not a plain LoRA: one rank and one alpha for all are expected")
-    if not isinstance(config.target_modules, (list, set)):
-        config.target_modules = sorted({key.rsplit(".lora_", 1)[0] for key in state})
-    return state, config
+    alphas = {} if is_peft else _pop_alphas(tensors, file)
+    plain = _plain_state(tensors, PEFT_PREFIX if is_peft else DIFFUSERS_PREFIX, file)
+    pairs = _pairs(plain, file)
+    if strangers := sorted(alphas.keys() - pairs.keys()):
+        raise ValueError(f"{file} has an alpha of {strangers[0]}, but no LoRA of it")
+    rank, state = max(len(a) for a, _ in pairs.values()), {}
+    config = _peft_config(file.parent) if is_peft else _described(described, rank, file)
+    if config and config.use_dora:
+        raise ValueError(f"{file} is not a plain LoRA but DoRA")
+    for module, (a, b) in pairs.items():
+        own = len(a)
+        strength = _strength(module, own, config, file) if config else 1.0
+        strength = alphas[module] / own if module in alphas else strength
+        if strength != 1:
+            b = b.to(torch.float64 if b.dtype == torch.float64 else torch.float32) * strength
+        if own < rank:
+            a, b = F.pad(a, (0, 0, 0, rank - own)), F.pad(b, (0, rank - own))
+        for name, value in (("A", a), ("B", b)):
+            if not value.float().isfinite().all():
+                raise ValueError(f"{file}: {module}.lora_{name} holds numbers that are not finite")
+            state[f"{module}.lora_{name}.weight"] = value
+    base = config.base_model_name_or_path if config else ""
+    return Lora(state, base if isinstance(base, str) else "")
+
+
+def _pop_alphas(tensors: dict[str, Tensor], file: Path) -> dict[str, float]:
+    """Takes ``"transformer.<module>.alpha"`` out of ``tensors``: module -> alpha."""
+    alphas: dict[str, float] = {}
+    for key in [key for key in tensors if key.endswith(".alpha")]:
+        value = tensors.pop(key)
+        if value.numel() != 1 or value.is_complex() or not value.isfinite().all():
+            raise ValueError(f"{file}: {key} is not a finite number")
+        alphas[key.removeprefix(DIFFUSERS_PREFIX).removesuffix(".alpha")] = float(value)
+    return alphas
 
 
 def _plain_state(tensors: dict[str, Tensor], prefix: str, file: Path) -> dict[str, Tensor]:
@@ -111,51 +169,80 @@ def _plain_state(tensors: dict[str, Tensor], prefix: str, file: Path) -> dict[st
         if value.ndim != 2 or not value.is_floating_point() or not value.numel():
             shape = f"{value.dtype} {list(value.shape)}"
             raise ValueError(f"{file} is not a plain LoRA: {key} is {shape}, no matrix of weights")
-        if not value.float().isfinite().all():
-            raise ValueError(f"{file}: {key} holds numbers that are not finite")
         state[plain] = value
     if not state:
         raise ValueError(f"{file} holds no LoRA weights")
     return state
 
 
-def _described(described: str, rank: int, file: Path) -> LoraConfig:
-    """What the metadata of a diffusers file says; where it does not give alpha, it is ``rank``."""
+def _pairs(state: dict[str, Tensor], file: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module -> A and B; ValueError if one is missing or they have different ranks."""
+    pairs = {}
+    for module in lora_modules(state):
+        a, b = (state.get(f"{module}.lora_{name}.weight") for name in "AB")
+        if a is None or b is None or a.shape[0] != b.shape[1]:
+            raise ValueError(f"{file} is not a plain LoRA: {module} needs A and B of one rank")
+        pairs[module] = a, b
+    return pairs
+
+
+def _strength(module: str, rank: int, config: LoraConfig, file: Path) -> float:
+    """alpha / rank of ``module`` (rsLoRA: alpha / sqrt(rank)), as ``config`` describes it.
+
+    Raises ValueError if that is not a number, or of another rank than ``rank``, the weights' own.
+    """
+    described: list[Any] = []
+    for default, pattern in (
+        (config.r, config.rank_pattern or {}),
+        (config.lora_alpha, config.alpha_pattern or {}),
+    ):
+        if not isinstance(pattern, dict) or not all(map(PATTERN.fullmatch, pattern)):
+            raise ValueError(f"{file}: its rank_pattern and alpha_pattern must name modules")
+        described.append(pattern.get(get_pattern_key([*pattern], module), default))
+    own_rank, alpha = described
+    if own_rank != rank:
+        raise ValueError(f"{file}: {module} has rank {rank}, its description says {own_rank!r}")
+    # Strangers' JSON may hold anything.
+    if type(alpha) not in (int, float) or not abs(alpha) <= sys.float_info.max:
+        raise ValueError(f"{file}: alpha of {module} must be a finite number")
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _described(described: str, rank: int, file: Path) -> LoraConfig | None:
+    """The metadata of a diffusers file, where rank and alpha are ``rank`` by default; None if there
+    are none.
+    """
     options: dict[str, Any] = {"r": rank, "lora_alpha": rank}
     try:
         given = json.loads(described).items()
         options |= {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in given}
-        return LoraConfig(**options)
+        return LoraConfig(**options) if given else None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: its metadata describe no LoRA ({error})") from error
 
 
-def _is_factor(alpha: Any) -> bool:
-    """Whether ``alpha`` can be one: strangers' JSON may hold anything there."""
-    return type(alpha) in (int, float) and abs(alpha) <= sys.float_info.max
-
-
-def load_scaled(path: Path, *, rank: int, alpha: int) -> dict[str, Tensor]:
-    """The state that ``load_lora`` gives; ValueError also for another rank or alpha / rank."""
-    state, lora = load_lora(path)
-    if lora.r != rank or lora.lora_alpha / lora.r != alpha / rank:
+def check_modules(transformer: nn.Module, targets: Iterable[str]) -> None:
+    """Raises ValueError if some of ``targets``, whole names or ends of names, are not linear layers
+    of ``transformer``.
+    """
+    linear = [f".{n}" for n, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    absent = [t for t in targets if not any(name.endswith(f".{t}") for name in linear)]
+    if absent:
         raise ValueError(
-            f"LoRA {path} has alpha/rank {lora.lora_alpha}/{lora.r}, this policy {alpha}/{rank}"
+            f"LoRA does not fit this model, which has no {', '.join(absent[:3])} "
+            f"as linear layers ({len(absent)} in all)"
         )
-    return state
 
 
-def merge_lora(transformer: nn.Module, state: dict[str, Tensor], lora: LoraConfig) -> nn.Module:
-    """``transformer`` with what ``load_lora`` gave added to its weights, by PEFT's own merge.
+def merge_lora(transformer: nn.Module, lora: Lora) -> nn.Module:
+    """``transformer`` with ``lora`` added to its weights, by PEFT's own merge.
 
     Changes ``transformer``.  Raises ValueError if the LoRA does not fit it.
     """
-    modules = sorted({key.rsplit(".lora_", 1)[0] for key in state})
-    if absent := sorted(set(modules) - {name for name, _ in transformer.named_modules()}):
-        raise ValueError(f"LoRA does not fit this model, which has no {', '.join(absent[:3])}")
-    config = LoraConfig(r=lora.r, lora_alpha=lora.lora_alpha, target_modules=modules)
+    check_modules(transformer, lora.modules)
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=lora.modules)
     wrapped = get_peft_model(transformer, config)  # pyright: ignore[reportArgumentType]
-    full = {f"{PEFT_PREFIX}{key}": value for key, value in state.items()}
+    full = {f"{PEFT_PREFIX}{key}": value for key, value in lora.state.items()}
     shapes = {key: value.shape for key, value in get_peft_model_state_dict(wrapped).items()}
     if wrong := sorted(key for key in shapes if key not in full or full[key].shape != shapes[key]):
         raise ValueError(f"LoRA does not fit this model: shape or absence of {wrong[0]}")
@@ -197,10 +284,13 @@ def lora_file(path: Path, adapter: str = DEFAULT_ADAPTER) -> Path:
     present = [path, *path.glob("*"), *path.glob(f"{PEFT_FOLDER}/*")] if path.exists() else []
     if pickles := [str(file) for file in present if file.suffix in PICKLES]:
         raise ValueError(f"{pickles[0]} is a pickle, which can run code; save it as safetensors")
-    wanted = f"{PEFT_WEIGHTS} or {DIFFUSERS_WEIGHTS}"
     if adapter != DEFAULT_ADAPTER:
         wanted = f"adapter {adapter!r} in a subfolder of that name"
-    raise ValueError(f"{path} holds no LoRA ({wanted}){_hint(path)}")
+        raise ValueError(f"{path} holds no LoRA ({wanted}){_hint(path)}")
+    if several := sorted(str(file) for file in path.glob("*.safetensors")):
+        shown = ", ".join(several[:5]) + (", ..." if len(several) > 5 else "")
+        raise ValueError(f"{path} holds {len(several)} safetensors files: give one, of {shown}")
+    raise ValueError(f"{path} holds no LoRA ({PEFT_WEIGHTS} or {DIFFUSERS_WEIGHTS}){_hint(path)}")
 
 
 def _hint(path: Path) -> str:

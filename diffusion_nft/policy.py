@@ -12,7 +12,6 @@ base into weights of their own; the base's weights are never written to.
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from diffusion_nft.lora import load_lora, load_scaled
+from diffusion_nft.lora import Lora, check_modules, scaled
 from diffusion_nft.precision import keeps_small_changes
 from diffusion_nft.randomness import generator
 
@@ -68,8 +67,9 @@ class LoraLinear(lora.Linear):
 class Policy:
     """LoRA adapters on ``transformer`` (changed in place), which is frozen otherwise.
 
-    ``seed`` fixes the initial A matrices (Gaussian, std 1/rank; B is zero), so every rank starts
-    equal. Trained weights are stored in ``dtype``.
+    ``targets``: the linear layers that carry LoRA, by their names or the ends of them.  ``seed``
+    fixes the initial A matrices (Gaussian, std 1/rank; B is zero), so every rank starts equal.
+    Trained weights are stored in ``dtype``.  Raises ValueError if the transformer lacks a target.
     """
 
     def __init__(
@@ -82,8 +82,10 @@ class Policy:
         seed: int,
         dtype: torch.dtype,
     ):
-        self.rank, self.alpha, self.targets = rank, alpha, list(targets)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=self.targets)
+        targets = list(targets)
+        check_modules(transformer, targets)
+        self.rank, self.scaling = rank, alpha / rank
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
         config._register_custom_module({nn.Linear: LoraLinear})
         with warnings.catch_warnings():
             # PEFT warns of a second adapter on one model, which is what this class is for.
@@ -147,20 +149,24 @@ class Policy:
         )
         if wrong:
             raise ValueError(
-                f"LoRA does not fit this model and rank; {len(wrong)} of {len(weights)} weights "
-                f"are missing, unexpected or misshapen, such as {', '.join(wrong[:3])}"
+                f"LoRA does not fit this model and rank; {len(wrong)} weights are missing, "
+                f"unexpected or misshapen, such as {', '.join(wrong[:3])}"
             )
         for adapter in ADAPTERS if others else (name,):
             for key, weight in self._weights[adapter].items():
                 weight.copy_(state[key])
         self._activate(self._active)
 
-    def load_lora(self, path: Path) -> None:
-        """Sets every adapter to the LoRA at ``path``; the reference stays the base.
+    def load_lora(self, lora: Lora) -> None:
+        """Sets every adapter to ``lora``, whose strength it keeps; the reference stays the base.
 
-        Raises ValueError if it does not fit the model, the rank or the scaling alpha / rank.
+        Raises ValueError if it does not fit the modules and the rank.
         """
-        self.load("current", load_scaled(path, rank=self.rank, alpha=self.alpha))
+        self.load("current", scaled(lora.state, 1 / self.scaling))
+
+    def lora(self, name: str, base_model: str) -> Lora:
+        """Adapter ``name`` as a LoRA of ``base_model``, for other programs."""
+        return Lora(scaled(self.state(name), self.scaling), base_model)
 
     @torch.no_grad()
     def blend(self, name: str, decay: float) -> None:
@@ -204,21 +210,32 @@ class Policy:
                 self._activate(before)
 
 
-def policy_of_lora(model: Any, file: Path) -> Policy:
-    """A policy on ``model``'s transformer, of the LoRA in ``file``, active.
+def unusual_modules(model: Any, modules: Iterable[str]) -> str:
+    """How the layers ``modules`` differ from those that training adapts; empty if not at all."""
+    names = (name for name, _ in model.transformer.named_modules())
+    ends = tuple(f".{target}" for target in model.lora_targets)
+    usual, own = {name for name in names if name.endswith(ends)}, set(modules)
+    return ", ".join(
+        f"{len(found)} {what} ({min(found)}{', ...' if len(found) > 1 else ''})"
+        for what, found in (("more", own - usual), ("fewer", usual - own))
+        if found
+    )
 
-    Rank and scaling are the LoRA's own.  Raises ValueError if it does not fit.
+
+def policy_of_lora(model: Any, lora: Lora) -> Policy:
+    """A policy on ``model``'s transformer, of ``lora``, active; it has the LoRA's modules and rank.
+
+    Raises ValueError if it does not fit.
     """
-    state, lora = load_lora(file)
     policy = Policy(
         model.transformer,
-        targets=model.lora_targets,
-        rank=lora.r,
-        alpha=lora.lora_alpha,
+        targets=lora.modules,
+        rank=lora.rank,
+        alpha=lora.rank,
         seed=0,  # of the initial weights, which the LoRA's replace
         dtype=model.precision.trained_dtype,
     )
-    policy.load("current", state)
+    policy.load_lora(lora)
     # All adapters are equal now, and this one may be merged, as when training evaluates.  Not under
     # autocast of float32 weights (``match_published``), which would round the merged ones.
     if model.precision.compute_dtype == model.precision.trained_dtype:

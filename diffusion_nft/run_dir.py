@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "save_freq",
     "eval_freq",
     "resume_from",
+    "train.lora_path",
     "remote.*",
     "remote_timeout_seconds",
     "max_unscored",

@@ -14,7 +14,8 @@ from diffusion_nft.checkpoint import (
     resolve_checkpoint,
 )
 from diffusion_nft.distributed import Distributed
-from diffusion_nft.lora import export_lora, load_scaled
+from diffusion_nft.hub import base_note
+from diffusion_nft.lora import Lora, export_lora, load_lora, lora_modules
 from diffusion_nft.monitor import Monitor
 from diffusion_nft.policy import ADAPTERS, Policy
 from diffusion_nft.run_dir import flatten
@@ -60,15 +61,30 @@ def is_finished(stage: Stage, checkpoint: Checkpoint | None) -> bool:
     return stage_number(checkpoint) > stage.number or done
 
 
-def check_start(config: ConfigDict) -> None:
-    """Raises ValueError or OSError if a run cannot begin from what ``config`` names, as far as that
-    is known without the model.
+def starting_modules(config: ConfigDict, checkpoint: Checkpoint | None) -> list[str]:
+    """The modules with LoRA in what the run continues from (``checkpoint``) or begins from; none
+    for the base model.
+
+    Raises ValueError or OSError if a run cannot begin from what ``config`` names, as far as that is
+    known without the model.
     """
-    if config.resume_from:
-        _source(config)
-    elif config.train.lora_path:
-        train = config.train
-        load_scaled(Path(train.lora_path), rank=train.lora_rank, alpha=train.lora_alpha)
+    if checkpoint is None and config.resume_from:
+        checkpoint = _source(config)
+    if checkpoint is not None:
+        return lora_modules(checkpoint.tensors["current"])
+    return _lora(config).modules if config.train.lora_path else []
+
+
+def _lora(config: ConfigDict) -> Lora:
+    """The LoRA of ``train.lora_path``; ValueError if there is none, or it has another rank."""
+    path, rank = config.train.lora_path, config.train.lora_rank
+    lora = load_lora(Path(path))
+    if lora.rank != rank:
+        raise ValueError(
+            f"train.lora_rank = {rank}: the LoRA of train.lora_path = {path!r} has rank "
+            f"{lora.rank}; --config.train.lora_rank={lora.rank} trains it"
+        )
+    return lora
 
 
 def _source(config: ConfigDict) -> Checkpoint:
@@ -117,7 +133,10 @@ class RunState:
         elif self.config.resume_from:
             self._load_policies(_source(self.config))
         elif self.config.train.lora_path:
-            self.policy.load_lora(Path(self.config.train.lora_path))
+            lora = _lora(self.config)
+            if note := base_note(lora, self.config.pretrained.model):
+                self.dist.say(f"train.lora_path: {note}")
+            self.policy.load_lora(lora)
 
     def _load_policies(self, checkpoint: Checkpoint) -> None:
         for name in ADAPTERS:
@@ -186,11 +205,4 @@ class RunState:
         )
 
     def _export(self, folder: Path) -> None:
-        export_lora(
-            folder,
-            self.policy.state("ema"),
-            rank=self.policy.rank,
-            alpha=self.policy.alpha,
-            target_modules=self.policy.targets,
-            base_model=self.config.pretrained.model,
-        )
+        export_lora(folder, self.policy.lora("ema", self.config.pretrained.model))

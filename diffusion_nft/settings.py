@@ -14,10 +14,10 @@ from diffusion_nft.combinations import EMBEDDED_LENGTH, EMBEDDED_RESOLUTION
 from diffusion_nft.data import split_file
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.files import sha256
-from diffusion_nft.hub import fetch_lora
-from diffusion_nft.lora import DEFAULT_ADAPTER, lora_file
+from diffusion_nft.hub import base_note, fetch_lora
+from diffusion_nft.lora import DEFAULT_ADAPTER, load_lora, lora_file
 from diffusion_nft.models import MODELS, load_model
-from diffusion_nft.policy import Policy, policy_of_lora
+from diffusion_nft.policy import Policy, policy_of_lora, unusual_modules
 from diffusion_nft.precision import COMPUTE_DTYPES, set_tf32
 from diffusion_nft.rewards import REMOTE_TIMEOUT, parse_option
 from diffusion_nft.rewards.combine import RewardError, RewardSet, UnscoredError
@@ -229,16 +229,22 @@ class Choice:
     def policy(self, model: Any, dist: Distributed) -> Policy | None:
         """The LoRA's policy on ``model``, active; None for the base model.
 
+        Prints how it differs from those that training makes, and whether it names another base.
         Raises OSError or ValueError, naming the LoRA, if it cannot be had or does not fit.
         """
         if not self.lora:
             return None
-        file = self.fetch(dist)
+        file, base = self.fetch(dist), self.settings["pretrained.model"]
         try:
-            return policy_of_lora(model, file)
+            lora = load_lora(file)
+            policy = policy_of_lora(model, lora)
         except ValueError as error:
-            base = self.settings["pretrained.model"]
             raise ValueError(f"LoRA {self.lora} on the base model {base}: {error}") from error
+        if note := base_note(lora, base):
+            dist.say(f"{self.lora}: {note}")
+        if difference := unusual_modules(model, lora.modules):
+            dist.say(f"{self.lora}: on other layers than those that training adapts: {difference}")
+        return policy
 
 
 def resolve(args: argparse.Namespace, script: Mapping[str, Any] | None = None) -> Choice:

@@ -19,14 +19,14 @@ from diffusion_nft.models import load_model
 from diffusion_nft.monitor import Alarm, Monitor
 from diffusion_nft.pictures import image_grid, save_png
 from diffusion_nft.plan import describe
-from diffusion_nft.policy import Policy
+from diffusion_nft.policy import Policy, unusual_modules
 from diffusion_nft.preemption import REASON, Preempted
 from diffusion_nft.report import compare_pictures, pictures_file, result
 from diffusion_nft.results import Evaluation, write_results
 from diffusion_nft.rewards.combine import RewardError, RewardSet
 from diffusion_nft.rollout import GRID_COLUMNS, Samples, collect, summarise
 from diffusion_nft.run_dir import check_run_dir, flatten, write_config
-from diffusion_nft.run_state import RunState, check_start, newest_checkpoint, stage_number
+from diffusion_nft.run_state import RunState, newest_checkpoint, stage_number, starting_modules
 from diffusion_nft.stages import Stage, stages_of
 from diffusion_nft.update import Updater
 
@@ -48,8 +48,7 @@ class Trainer:
         self.train_prompts, self.test_prompts, self.test_lines = load_checked_prompts(config)
         trained, evaluated = reward_weights(config)
         start = newest_checkpoint(config, dist)
-        if start is None:
-            check_start(config)
+        modules = starting_modules(config, start)
         built = build_named(config, evaluated, dist)
         self.rewards, self.eval_rewards = (
             RewardSet(weights, built, max_unscored=config.max_unscored)
@@ -59,12 +58,16 @@ class Trainer:
         precision = self.model.precision
         self.policy = Policy(
             self.model.transformer,
-            targets=self.model.lora_targets,
+            targets=modules or self.model.lora_targets,
             rank=config.train.lora_rank,
             alpha=config.train.lora_alpha,
             seed=config.seed,
             dtype=precision.trained_dtype,
         )
+        if modules and (difference := unusual_modules(self.model, modules)):
+            dist.say(
+                f"the LoRA that the run starts from is on other layers than usual: {difference}"
+            )
         self.algorithm = build_algorithm(config)
         self.updater = Updater(
             config,

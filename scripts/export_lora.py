@@ -5,12 +5,15 @@
 
 Writes lora/ (PEFT), pytorch_lora_weights.safetensors (diffusers) and README.md, a model card.
 --merge adds the base pipeline with the LoRA in the transformer's weights, stored in
---mixed_precision. Nothing leaves this machine without --push.
+--mixed_precision. The folder gets all files at the end, or none. Nothing leaves this machine
+without --push.
 """
 
 import argparse
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,21 @@ import torch
 from diffusers import AutoModel
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
-from peft import LoraConfig
-from torch import Tensor
+from safetensors import SafetensorError
 
 from diffusion_nft.checkpoint import STATE, read_json
 from diffusion_nft.checks import EMBEDDED_MODEL
 from diffusion_nft.distributed import distributed
-from diffusion_nft.hub import fetch_pipeline
-from diffusion_nft.lora import DIFFUSERS_WEIGHTS, PEFT_FOLDER, export_lora, load_lora, merge_lora
+from diffusion_nft.files import DiskError
+from diffusion_nft.hub import base_note, fetch_pipeline, public_name
+from diffusion_nft.lora import (
+    DIFFUSERS_WEIGHTS,
+    PEFT_FOLDER,
+    Lora,
+    export_lora,
+    load_lora,
+    merge_lora,
+)
 from diffusion_nft.metrics import METRICS_FILE
 from diffusion_nft.precision import COMPUTE_DTYPES
 from diffusion_nft.report import pictures_file, stage_evaluations
@@ -33,6 +43,10 @@ from diffusion_nft.settings import Choice, add_model_flags, command, resolve
 
 PIPELINE_INDEX, TRANSFORMER = "model_index.json", "transformer"
 CARD, SAMPLES = "README.md", "samples.png"
+# In the output folder until everything is written.
+UNFINISHED = ".unfinished"
+# The oldest versions with which the exported files were tried.
+READERS = "diffusers 0.33.1", "PEFT 0.10.0"
 # Keys and sections of a run's configuration that say nothing of the weights, but of a machine.
 UNSHARED = (
     "run_name",
@@ -47,7 +61,7 @@ UNSHARED = (
     "log.",
     "distributed.",
 )
-# These are local paths or public names.
+# These are local paths or public names, those of stages included.
 PLACES = ("dataset", "pretrained.model")
 
 
@@ -66,7 +80,7 @@ def parse_flags() -> argparse.Namespace:
         validate_repo_id(args.push)
         if "/" not in args.push:
             parser.error(f"--push takes OWNER/NAME, not {args.push}")
-    if args.output_dir.exists() and any(args.output_dir.iterdir()):
+    if args.output_dir.exists() and {p.name for p in args.output_dir.iterdir()} - {UNFINISHED}:
         parser.error(f"--output_dir {args.output_dir} is not empty")
     return args
 
@@ -76,22 +90,19 @@ def main() -> None:
     args = parse_flags()
     choice = resolve(args)
     with distributed(timeout_minutes=60) as dist:
-        state, lora = load_lora(choice.fetch(dist))
+        lora = load_lora(choice.fetch(dist))
     given = getattr(args, "pretrained.model")
-    if not (choice.run or given) and lora.base_model_name_or_path:
-        choice.settings["pretrained.model"] = lora.base_model_name_or_path
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    if args.merge:
-        merge(choice.settings, state, lora, args.output_dir)
-    export_lora(
-        args.output_dir,
-        state,
-        rank=lora.r,
-        alpha=lora.lora_alpha,
-        target_modules=list(lora.target_modules or ()),
-        base_model=public_name(choice.settings["pretrained.model"]),
-    )
-    write_card(choice, lora, args.output_dir, repo=args.push, merged=args.merge)
+    if not (choice.run or given) and lora.base_model:
+        choice.settings["pretrained.model"] = lora.base_model
+    base = choice.settings["pretrained.model"]
+    if note := base_note(lora, base):
+        print(note)
+    merged = merge(choice.settings, lora) if args.merge else None
+    with filling(args.output_dir) as folder:
+        if merged:
+            write_pipeline(*merged, folder)
+        export_lora(folder, Lora(lora.state, public_name(base)))
+        write_card(choice, lora, folder, repo=args.push, merged=args.merge)
     if args.push:
         api = HfApi()
         api.create_repo(args.push, exist_ok=True)
@@ -100,15 +111,42 @@ def main() -> None:
     print(f"exported: {args.output_dir}")
 
 
-def merge(settings: dict[str, Any], state: dict[str, Tensor], lora: LoraConfig, to: Path) -> None:
-    """Writes the base pipeline into ``to``, the LoRA in its transformer; the rest as it is."""
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A place for the files of ``folder``, which come there at the end of the block, or not at all.
+
+    Raises DiskError if the disk refuses.
+    """
+    missing, unfinished = not folder.exists(), folder / UNFINISHED
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a command that was killed
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for path in unfinished.iterdir():
+            path.rename(folder / path.name)
+        unfinished.rmdir()
+    except (OSError, SafetensorError) as error:
+        raise DiskError(f"{folder} could not be filled, and is as it was: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if missing and folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def merge(settings: dict[str, Any], lora: Lora) -> tuple[Path, Any]:
+    """The folder of the base pipeline, and its transformer with the LoRA in its weights."""
     base = fetch_pipeline(settings["pretrained.model"], settings["pretrained.revision"])
     stored = COMPUTE_DTYPES[settings["mixed_precision"]]
     # A sum in half precision would lose most of the small change that a LoRA is.
     exact = torch.promote_types(stored, torch.float32)
     transformer: Any = AutoModel.from_pretrained(str(base), subfolder=TRANSFORMER, dtype=exact)
-    merged: Any = merge_lora(transformer, state, lora)
-    merged.to(stored).save_pretrained(to / TRANSFORMER)
+    merged: Any = merge_lora(transformer, lora)
+    return base, merged.to(stored)
+
+
+def write_pipeline(base: Path, transformer: Any, to: Path) -> None:
+    """Writes the pipeline in ``base`` into ``to``, with another transformer."""
+    transformer.save_pretrained(to / TRANSFORMER)
     parts = json.loads((base / PIPELINE_INDEX).read_text(encoding="utf-8"))
     shutil.copyfile(base / PIPELINE_INDEX, to / PIPELINE_INDEX)
     for folder in base.iterdir():
@@ -116,14 +154,7 @@ def merge(settings: dict[str, Any], state: dict[str, Tensor], lora: LoraConfig, 
             shutil.copytree(folder, to / folder.name)
 
 
-def public_name(path: str) -> str:
-    """A hub name as it is, of a local path the last part: a card names no folders of a machine."""
-    return Path(path).name if Path(path).exists() or Path(path).is_absolute() else path
-
-
-def write_card(
-    choice: Choice, lora: LoraConfig, folder: Path, *, repo: str | None, merged: bool
-) -> None:
+def write_card(choice: Choice, lora: Lora, folder: Path, *, repo: str | None, merged: bool) -> None:
     """Writes README.md, and beside it the run's before and after where it has left them."""
     base = public_name(choice.settings["pretrained.model"])
     head = ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:", "- lora"]
@@ -144,14 +175,23 @@ def write_card(
             results += [f"![Test prompts before and after training, with scores]({SAMPLES})", ""]
         results += ["## Configuration", "", "```json", shared_json(choice.run), "```", ""]
     lines = [
-        *("---", *head, "---", f"# {repo or choice.name}", ""),
-        *(f"A LoRA of `{base}`: rank {lora.r}, alpha {lora.lora_alpha:g}.", ""),
+        *("---", *head, "---", f"# {repo or title(choice, base)}", ""),
+        f"A LoRA of `{base}`, of rank {lora.rank}. alpha is the rank, too: the strength that was",
+        *("trained is in the weights, for every program that reads them.", ""),
         *about,
         *("## Use", "", *snippet(choice.settings, base, repo or ".", merged), ""),
-        *(f"The LoRA alone: `{DIFFUSERS_WEIGHTS}` for diffusers, `{PEFT_FOLDER}/` for PEFT.", ""),
+        f"The LoRA alone: `{DIFFUSERS_WEIGHTS}` for diffusers (tried from {READERS[0]} on) and",
+        *(f"ComfyUI, `{PEFT_FOLDER}/` for PEFT (tried from {READERS[1]} on).", ""),
         *results,
     ]
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def title(choice: Choice, base: str) -> str:
+    """The card's: run and checkpoint, or the LoRA's name on the hub; no folders of this machine."""
+    if choice.checkpoint:
+        return choice.name
+    return f"LoRA of {base}" if Path(choice.lora).exists() else choice.lora
 
 
 def training(run: dict[str, Any], state: dict[str, Any]) -> list[str]:
@@ -200,7 +240,7 @@ def shared_json(run: dict[str, Any]) -> str:
     """The run's configuration without what is this machine's business."""
     sections = tuple(name for name in UNSHARED if name.endswith("."))
     kept = {
-        key: public_name(value) if key in PLACES else value
+        key: public_name(value) if key.endswith(PLACES) else value
         for key, value in sorted(run.items())
         if key not in UNSHARED and not key.startswith(sections)
     }

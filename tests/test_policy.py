@@ -1,14 +1,18 @@
 """The policies on a tiny transformer, against the formula of LoRA and PEFT's own switching."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners import lora
 
+from diffusion_nft.lora import Lora
 from diffusion_nft.models.sd3 import LORA_TARGETS
-from diffusion_nft.policy import ADAPTERS, LoraLinear, Policy
+from diffusion_nft.policy import ADAPTERS, LoraLinear, Policy, policy_of_lora, unusual_modules
+from diffusion_nft.precision import Precision
 
 RANK, ALPHA = 3, 12
 
@@ -332,3 +336,66 @@ def test_the_layer_and_its_gradients_are_pefts(base, dtype, within):
     for mine, other in zip(results(layer), theirs, strict=True):
         assert mine.dtype == other.dtype and mine.shape == other.shape
         assert float((mine - other).detach().norm() / other.detach().norm()) < within
+
+
+# On kinds of linear layers that training leaves alone, and on few that it adapts.
+OTHERS = [
+    "ff.net.0.proj",
+    "norm1.linear",
+    "context_embedder",
+    "proj_out",
+    "timestep_embedder.linear_1",
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", [OTHERS, ["attn.to_q"], [*LORA_TARGETS, "ff.net.2"]])
+def test_a_lora_on_any_linear_layers_is_the_policy_that_peft_has(base, transformer, targets):
+    options = dict(r=RANK, lora_alpha=RANK, target_modules=targets, init_lora_weights=False)
+    wrapped = get_peft_model(copy.deepcopy(base), LoraConfig(**options))
+    theirs = get_peft_model_state_dict(wrapped)
+    state = {key.removeprefix("base_model.model."): value for key, value in theirs.items()}
+    precision = Precision("no", torch.device("cpu"))
+    model = SimpleNamespace(transformer=transformer, precision=precision, lora_targets=LORA_TARGETS)
+    policy = policy_of_lora(model, Lora(state))
+    expected = predict(wrapped)
+    assert float((expected - predict(base)).norm() / expected.norm()) > 1e-2
+    torch.testing.assert_close(predict(transformer), expected, rtol=1e-4, atol=1e-5)
+    with policy.using("current"):
+        torch.testing.assert_close(predict(transformer), expected, rtol=1e-4, atol=1e-5)
+    with policy.using("reference"):
+        assert torch.equal(predict(transformer), predict(base))
+
+
+def test_unusual_modules_are_counted_and_named(transformer):
+    model = SimpleNamespace(transformer=transformer, lora_targets=LORA_TARGETS)
+    usual = [n for n, _ in transformer.named_modules() if n.endswith(LORA_TARGETS)]
+    assert unusual_modules(model, usual) == ""
+    assert unusual_modules(model, [*usual, "proj_out"]) == "1 more (proj_out)"
+    words = "1 more (proj_out), 14 fewer (transformer_blocks.0.attn.add_k_proj, ...)"
+    assert len(usual) == 15 and unusual_modules(model, ["proj_out", usual[-1]]) == words
+
+
+def test_a_policy_names_the_layers_that_the_model_lacks(transformer):
+    options = dict(rank=1, alpha=1, seed=0, dtype=torch.float32)
+    for absent in ("attn.to_x", "pos_embed.proj", "to_q"[1:]):
+        with pytest.raises(ValueError, match=f"does not fit this model, which has no {absent} as"):
+            Policy(transformer, targets=["attn.to_q", absent], **options)
+
+
+@pytest.mark.parametrize("alpha", [RANK, 2 * RANK, 12])
+def test_a_policy_leaves_and_comes_back_as_it_was(base, transformer, alpha):
+    policy = Policy(
+        transformer, targets=LORA_TARGETS, rank=RANK, alpha=alpha, seed=1, dtype=torch.float32
+    )
+    g = torch.Generator().manual_seed(3)
+    state = {k: torch.randn(v.shape, generator=g) for k, v in policy.state("ema").items()}
+    policy.load("ema", state, others=False)
+    lora = policy.lora("ema", "x")
+    weight = f"{lora.modules[0]}.lora_{{}}.weight"
+    a, b = (lora.state[weight.format(name)] for name in "AB")
+    own = state[weight.format("B")] @ state[weight.format("A")] * alpha / RANK
+    torch.testing.assert_close(b @ a, own)
+    policy.load_lora(lora)
+    for name in ADAPTERS:  # to the last bit, as alpha / rank is a power of two
+        assert all(torch.equal(v, state[k]) for k, v in policy.state(name).items())

@@ -1,6 +1,7 @@
 """The loop on the embedded model: what a run leaves behind, and failing rewards."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from PIL import Image
 
 from diffusion_nft.checkpoint import Checkpointer
 from diffusion_nft.distributed import Distributed
-from diffusion_nft.lora import export_lora
+from diffusion_nft.lora import Lora, export_lora, load_lora
 from diffusion_nft.metrics import read_metrics
 from diffusion_nft.rewards import REWARDS, RewardOutput
 from diffusion_nft.rewards.combine import RewardError
@@ -191,10 +192,8 @@ def test_training_from_a_lora_starts_all_adapters_there_and_keeps_the_reference(
 ):
     base = Trainer(smoke(tmp_path / "a", TINY), CPU)
     state = {key: torch.full_like(v, 0.01) for key, v in base.policy.state("current").items()}
-    options = dict(rank=base.config.train.lora_rank, alpha=base.config.train.lora_alpha)
-    export_lora(
-        tmp_path, state, **options, target_modules=list(base.model.lora_targets), base_model="x"
-    )
+    base.policy.load("ema", state)
+    base.state._export(tmp_path)
     lora = str(tmp_path / "lora")
     trainer = Trainer(smoke(tmp_path / "b", TINY | {"train.lora_path": lora}), CPU)
     for name in ("current", "old", "ema"):
@@ -205,9 +204,57 @@ def test_training_from_a_lora_starts_all_adapters_there_and_keeps_the_reference(
         cond = shapes_model.encode(["a red circle"])
         ours = trainer.model.velocity(x, sigma, cond)
         assert torch.equal(ours, shapes_model.velocity(x, sigma, cond))
-    wrong = smoke(tmp_path / "c", TINY | {"train.lora_path": lora, "train.lora_alpha": 1})
-    with pytest.raises(ValueError, match="alpha"):
+    # Another alpha changes how B is stored, not the policy.
+    other = Trainer(
+        smoke(tmp_path / "c", TINY | {"train.lora_path": lora, "train.lora_alpha": 1}), CPU
+    )
+    factor = base.config.train.lora_alpha
+    for key, value in other.policy.state("current").items():
+        assert torch.equal(value, state[key] * (factor if ".lora_B." in key else 1))
+    wrong = smoke(tmp_path / "d", TINY | {"train.lora_path": lora, "train.lora_rank": 4})
+    with pytest.raises(ValueError, match=r"rank 32; --config\.train\.lora_rank=32 trains it"):
         Trainer(wrong, CPU)
+
+
+def test_a_run_trains_the_layers_of_the_lora_it_starts_from_also_when_that_is_gone(
+    tmp_path, capsys, shapes_model
+):
+    linear = {
+        name: module.weight.shape
+        for name, module in shapes_model.transformer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    g = torch.Generator().manual_seed(0)
+    state = {}
+    for name in ("transformer_blocks.0.ff.net.0.proj", "transformer_blocks.1.attn.to_q"):
+        rows, columns = linear[name]
+        state[f"{name}.lora_A.weight"] = torch.randn(2, columns, generator=g)
+        state[f"{name}.lora_B.weight"] = torch.randn(rows, 2, generator=g) / 100
+    export_lora(tmp_path, Lora(state, "owner/other"))
+    start = {"train.lora_path": str(tmp_path), "train.lora_rank": 2, "train.lora_alpha": 4}
+    options = TINY | start | {"eval.at_start": False}
+    train_here(tmp_path / "once", options | {"num_epochs": 2})
+    said = capsys.readouterr().out
+    assert (
+        "train.lora_path: the LoRA names owner/other as its base model; it is used on shapes"
+        in said
+    )
+    assert "on other layers than usual: 1 more (transformer_blocks.0.ff.net.0.proj), " in said
+    train_here(tmp_path / "twice", options | {"num_epochs": 1})
+    for path in (tmp_path / "lora", tmp_path / "pytorch_lora_weights.safetensors"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    # What a run continues from holds the layers.
+    train_here(tmp_path / "twice", options | {"num_epochs": 2, "train.lora_path": ""})
+    once, twice = (Checkpointer(tmp_path / name).load_latest() for name in ("once", "twice"))
+    assert once is not None and twice is not None
+    trained = load_lora(once.path)
+    assert trained.modules == Lora(state).modules
+    assert all(torch.equal(v, twice.tensors["ema"][k]) for k, v in once.tensors["ema"].items())
+    key = min(state)
+    assert not torch.equal(once.tensors["current"][key], state[key])
+    train_here(tmp_path / "next", TINY | {"resume_from": str(once.path), "num_epochs": 1,
+               "train.lora_rank": 2, "train.lora_alpha": 4, "eval.at_start": False})  # fmt: skip
+    assert load_lora(Checkpointer(tmp_path / "next").latest()).modules == trained.modules
 
 
 def test_evaluation_settings_may_change_and_the_result_says_which_epoch(tmp_path):

@@ -181,8 +181,9 @@ REFUSED: list[tuple[str, Any, str]] = [
     ),
     ("train.lora_rank", 0, COUNT),
     ("train.lora_alpha", 0, COUNT),
-    ("train.lora_path", "absent", "a PEFT folder that exists"),
+    ("train.lora_path", "absent", "must be a LoRA that exists"),
     ("train.lora_path", ".", "adapter_config.json"),
+    ("train.lora_path", "README.md", "a .safetensors file or a folder with one"),
     ("train.ema_decay", 1.0, BELOW_ONE),
     ("train.max_skipped_steps", -1, COUNT_OR_NONE),
     ("nft.beta", 0.0, POSITIVE),
@@ -281,9 +282,15 @@ def test_accepted_value(key: str, value: Any) -> None:
     validate(changed({key: value}))
 
 
-def test_accepts_a_lora_folder(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "lora/adapter_config.json", "pytorch_lora_weights.safetensors"]
+)
+def test_accepts_the_folder_of_a_lora_and_its_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
     validate(changed({"train.lora_path": str(tmp_path)}))
+    if name.endswith(".safetensors"):
+        validate(changed({"train.lora_path": str(tmp_path / name)}))
 
 
 def test_takes_plain_dictionaries_and_frozen_configs() -> None:

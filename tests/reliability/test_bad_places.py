@@ -54,7 +54,7 @@ SAVE_DIR = [
 ]
 KEYS = {
     "resume_from": "must be the path of a folder that exists, or empty for none",
-    "train.lora_path": "must be a PEFT folder that exists (it holds adapter_config.json)",
+    "train.lora_path": "must be a LoRA that exists (a PEFT folder, which holds adapter_config.json",
     "pretrained.model": "must be a diffusers folder that exists (it holds model_index.json)",
     "dataset": "dataset = ",
 }

@@ -18,6 +18,7 @@ from diffusion_nft.lora import (
     PEFT_FOLDER,
     PEFT_WEIGHTS,
     PICKLES,
+    Lora,
     export_lora,
     load_lora,
     lora_file,
@@ -28,7 +29,7 @@ from diffusion_nft.rewards.weights import WEIGHT_FILES
 from tests.launch import smoke, train_here
 from tests.reliability.bad_inputs import Case, parametrized, pickles, train, watch
 
-RANK, ALPHA = 2, 4
+RANK = 2
 TINY = {
     "num_epochs": 1,
     "sample.num_groups": 1,
@@ -56,9 +57,7 @@ def lora(tmp_path: Path) -> Path:
     """A folder with a sound LoRA in both layouts."""
     folder = tmp_path / "export"
     folder.mkdir()
-    export_lora(
-        folder, state(), rank=RANK, alpha=ALPHA, target_modules=["attn.to_q"], base_model="x"
-    )
+    export_lora(folder, Lora(state(), "x"))
     return folder
 
 
@@ -224,19 +223,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a deep config": (put(PEFT_CONFIG, b'{"a":' * 100_000), "describes no LoRA"),
     "another method": (set_config(peft_type="IA3"), "describes"),
     "an unknown method": (set_config(peft_type="../evil"), "describes no LoRA"),
-    "another rank": (set_config(r=3), "one rank and one alpha for all are expected"),
-    "a rank of text": (set_config(r="2"), ""),
+    "another rank": (set_config(r=3), "attn.to_q has rank 2, its description says 3"),
+    "a rank of text": (set_config(r="2"), "its description says '2'"),
     "a negative rank": (set_config(r=-2), ""),
-    "alpha of text": (set_config(lora_alpha="4"), "one rank and one alpha"),
-    "alpha of NaN": (set_config(lora_alpha=float("nan")), "one rank and one alpha"),
-    "a huge alpha": (set_config(lora_alpha=10**400), "one rank and one alpha"),
-    "DoRA": (set_config(use_dora=True), "one rank and one alpha"),
-    "ranks by pattern": (set_config(rank_pattern={"to_q": 4}), "one rank and one alpha"),
+    "alpha of text": (set_config(lora_alpha="4"), "must be a finite number"),
+    "alpha of NaN": (set_config(lora_alpha=float("nan")), "must be a finite number"),
+    "a huge alpha": (set_config(lora_alpha=10**400), "must be a finite number"),
+    "DoRA": (set_config(use_dora=True), "not a plain LoRA but DoRA"),
+    "ranks by pattern": (set_config(rank_pattern={"to_q": 4}), "its description says 4"),
+    "a pattern that never ends": (set_config(rank_pattern={"(.+)+x": 4}), "must name modules"),
+    "a pattern of a list": (set_config(alpha_pattern=["to_q"]), "must name modules"),
+    "an alpha beyond float32": (set_config(lora_alpha=1e39), "not finite"),
     "metadata of no JSON": (described("{"), "its metadata describe no LoRA"),
     "metadata of a list": (described("[]"), "its metadata describe no LoRA"),
     "deep metadata": (described("[" * 100_000), "its metadata describe no LoRA"),
     "metadata of code": (described('{"__class__": "x"}'), "its metadata describe no LoRA"),
-    "metadata of another rank": (described('{"transformer.r": 7}'), "one rank and one alpha"),
+    "metadata of another rank": (described('{"transformer.r": 7}'), "description says 7"),
 }
 
 
@@ -337,7 +339,7 @@ def test_a_bad_checkpoint_to_begin_from_is_refused_before_the_model(
 
 STARTS = [
     Case("start: pickle", "start", "is a pickle, which can run code", "pickle"),
-    Case("start: scale", "start", "has alpha/rank 4/2, this policy 64/32", "sound"),
+    Case("start: rank", "start", "has rank 2; --config.train.lora_rank=2 trains it", "sound"),
     Case("start: damaged", "start", "is no safetensors file", "damaged"),
 ]
 

@@ -68,7 +68,7 @@ def ours(run_dir) -> torch.Tensor:
         return model.decode(sampler(model, cond, [generator(0, "sample")])[0])
 
     base = draw()
-    policy_of_lora(model, resolve_checkpoint(run_dir))
+    policy_of_lora(model, load_lora(resolve_checkpoint(run_dir)))
     picture = draw()
     assert (picture - base).abs().max() > 0.01
     return picture
@@ -122,12 +122,11 @@ def test_all_but_the_transformer_is_the_base_as_it_is(exported):
 
 
 def test_both_layouts_hold_the_checkpoints_weights(run_dir, exported):
-    state, config = load_lora(resolve_checkpoint(run_dir))
+    state = load_lora(resolve_checkpoint(run_dir)).state
     for path in (exported / "lora", exported / "pytorch_lora_weights.safetensors"):
-        loaded, described = load_lora(path)
+        loaded = load_lora(path).state
         assert loaded.keys() == state.keys()
         assert all(torch.equal(loaded[key], state[key]) for key in state)
-        assert (described.r, described.lora_alpha) == (config.r, config.lora_alpha)
 
 
 def test_the_card(run_dir, exported):

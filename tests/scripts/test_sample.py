@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from diffusion_nft.lora import export_lora
+from diffusion_nft.lora import Lora, export_lora, scaled
 from diffusion_nft.models.sd3 import LORA_TARGETS
 from diffusion_nft.shapes.model import load_pipeline
 from tests.scripts.in_process import call, script
@@ -29,8 +29,7 @@ def lora(tmp_path_factory) -> Path:
             state[f"{name}.lora_A.weight"] = torch.randn(4, module.in_features, generator=g) / 8
             state[f"{name}.lora_B.weight"] = torch.randn(module.out_features, 4, generator=g) / 8
     path = tmp_path_factory.mktemp("lora")
-    modules = list(LORA_TARGETS)
-    export_lora(path, state, rank=4, alpha=8, target_modules=modules, base_model="shapes")
+    export_lora(path, Lora(scaled(state, 2.0), "shapes"))
     return path
 
 
@@ -107,7 +106,7 @@ def test_mistakes_are_named(flags, words, tmp_path, capsys):
 def test_the_lora_of_another_model_is_one_clear_line(tmp_path):
     key = "single_transformer_blocks.0.attn.to_q.lora_{}.weight"
     state = {key.format("A"): torch.zeros(4, 8), key.format("B"): torch.zeros(8, 4)}
-    export_lora(tmp_path, state, rank=4, alpha=4, target_modules=["to_q"], base_model="other")
+    export_lora(tmp_path, Lora(state, "other"))
     with pytest.raises(ValueError) as caught:
         draw(tmp_path / "out", "--prompt", "x", "--lora_hf_path", tmp_path)
     said = str(caught.value)
