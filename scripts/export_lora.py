@@ -46,7 +46,7 @@ CARD, SAMPLES = "README.md", "samples.png"
 # In the output folder until everything is written.
 UNFINISHED = ".unfinished"
 # The oldest versions with which the exported files were tried.
-READERS = "diffusers 0.33.1", "PEFT 0.10.0"
+OLDEST_DIFFUSERS, OLDEST_PEFT = "0.33.1", "0.10.0"
 # Keys and sections of a run's configuration that say nothing of the weights, but of a machine.
 UNSHARED = (
     "run_name",
@@ -176,12 +176,12 @@ def write_card(choice: Choice, lora: Lora, folder: Path, *, repo: str | None, me
         results += ["## Configuration", "", "```json", shared_json(choice.run), "```", ""]
     lines = [
         *("---", *head, "---", f"# {repo or title(choice, base)}", ""),
-        f"A LoRA of `{base}`, of rank {lora.rank}. alpha is the rank, too: the strength that was",
-        *("trained is in the weights, for every program that reads them.", ""),
+        f"A LoRA of `{base}`, rank {lora.rank}. Its trained strength is in the weights: alpha is",
+        *("the rank, for every program that reads them.", ""),
         *about,
         *("## Use", "", *snippet(choice.settings, base, repo or ".", merged), ""),
-        f"The LoRA alone: `{DIFFUSERS_WEIGHTS}` for diffusers (tried from {READERS[0]} on) and",
-        *(f"ComfyUI, `{PEFT_FOLDER}/` for PEFT (tried from {READERS[1]} on).", ""),
+        f"The LoRA alone: `{DIFFUSERS_WEIGHTS}` for diffusers (>= {OLDEST_DIFFUSERS}) and ComfyUI,",
+        *(f"`{PEFT_FOLDER}/` for PEFT (>= {OLDEST_PEFT}).", ""),
         *results,
     ]
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")

@@ -2,6 +2,8 @@
 
 import json
 import re
+import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 
 from diffusion_nft.checkpoint import resolve_checkpoint
 from diffusion_nft.distributed import Distributed
+from diffusion_nft.files import DiskError
 from diffusion_nft.lora import load_lora
 from diffusion_nft.metrics import read_metrics
 from diffusion_nft.policy import policy_of_lora
@@ -133,6 +136,8 @@ def test_the_card(run_dir, exported):
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\n")
     assert "base_model:" not in card, "the embedded model is not on the hub"
+    assert f"# {run_dir.name}-checkpoint-4\n\nA LoRA of `shapes`, rank 32. " in card
+    assert "for diffusers (>= 0.33.1) and ComfyUI" in card and "for PEFT (>= 0.10.0)" in card
     assert "| shapes | 1 |" in card and "for 2 epochs (4 optimizer steps)" in card
     rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if "eval/total" in row]
     assert f"| total | {rows[0]['eval/total']:.4f} | {rows[-1]['eval/total']:.4f} |" in card
@@ -168,6 +173,56 @@ def test_an_earlier_checkpoint_shows_neither_later_numbers_nor_later_pictures(ru
     card = (tmp_path / "README.md").read_text()
     assert "| epoch 0 | epoch 1 |" in card and "samples.png" not in card
     assert not (tmp_path / "samples.png").exists()
+
+
+def test_a_card_names_no_folder_of_the_machine(tmp_path, exported):
+    # A copy of a hub's model, in the hub's cache and elsewhere.
+    for folder, name in (
+        ("models--owner--base/snapshots/0a1b", "owner/base"),
+        ("home/me/my-base", "my-base"),
+    ):
+        base, out = tmp_path / folder, tmp_path / name.replace("/", "-")
+        shutil.copytree(PIPELINE_DIR, base)
+        flags = ("--pretrained", base, "--resolution", 48, "--max_sequence_length", 8)
+        call(export, "--lora_hf_path", exported, *flags, "--output_dir", out)
+        card = (out / "README.md").read_text()
+        assert f"# LoRA of {name}\n" in card
+        assert str(tmp_path) not in card and tmp_path.name not in card and "snapshots" not in card
+        described = json.loads((out / "lora" / "adapter_config.json").read_text())
+        assert described["base_model_name_or_path"] == name
+
+
+def test_a_lora_that_names_another_base_is_said(exported, tmp_path, capsys):
+    base = "stabilityai/stable-diffusion-3.5-medium"
+    said = {}
+    for name in ("lora", "pytorch_lora_weights.safetensors"):
+        flags = ("--pretrained", base, "--output_dir", tmp_path / name)
+        call(export, "--lora_hf_path", exported / name, *flags)
+        said[name] = capsys.readouterr().out
+    assert f"the LoRA names shapes as its base model; it is used on {base}\n" in said["lora"]
+    assert "as its base" not in said["pytorch_lora_weights.safetensors"], "diffusers' names none"
+
+
+@pytest.mark.parametrize(("flags", "room"), [((), 10_000), (("--merge",), 500_000)])
+def test_a_full_disk_costs_one_line_and_leaves_nothing(run_dir, tmp_path, flags, room):
+    asked = ("--checkpoint_path", run_dir, *flags, "--output_dir")
+    here = tmp_path / "here"
+    here.mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        for folder in (here, tmp_path / "new" / "folder"):
+            with pytest.raises(DiskError, match=r"could not be filled.*too large") as caught:
+                call(export, *asked, folder)
+            assert str(caught.value).startswith(f"{folder} ") and "\n" not in str(caught.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(here.iterdir()) == [] and not (tmp_path / "new" / "folder").exists()
+    (here / ".unfinished").mkdir()  # as a command leaves it that was killed
+    (here / ".unfinished" / "README.md").write_text("unfinished")
+    call(export, *asked, here)
+    assert "unfinished" not in (here / "README.md").read_text()
+    assert not (here / ".unfinished").exists() and load_lora(here).rank == 32
 
 
 def test_a_lora_of_others_gets_a_card_without_a_run(exported, tmp_path):

@@ -5,12 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from diffusers import StableDiffusion3Pipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 
 from diffusion_nft.lora import Lora, export_lora, scaled
 from diffusion_nft.models.sd3 import LORA_TARGETS
-from diffusion_nft.shapes.model import load_pipeline
+from diffusion_nft.randomness import generator, normal
+from diffusion_nft.shapes.model import PIPELINE_DIR, load_pipeline
 from tests.scripts.in_process import call, script
 
 sample = script("sample")
@@ -130,3 +133,34 @@ def test_either_adapter_of_a_published_checkpoint(tmp_path):
     name = "000-a-red-circle-seed0"
     assert np.array_equal(old[name], by_path[name])
     assert not np.array_equal(old[name], default[name])
+
+
+def test_a_lora_on_other_layers_is_drawn_as_diffusers_draws_it(tmp_path, capsys):
+    pipe = StableDiffusion3Pipeline.from_pretrained(PIPELINE_DIR)
+    layers = ["ff.net.0.proj", "norm1.linear", "proj_out"]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=layers, init_lora_weights=False)
+    pipe.transformer.add_adapter(config)
+    about = _collate_lora_metadata({"transformer": pipe.transformer})
+    about["transformer_lora_adapter_metadata"]["base_model_name_or_path"] = "owner/other"
+    state = get_peft_model_state_dict(pipe.transformer)
+    pipe.save_lora_weights(tmp_path, state, **about)
+    drawn = draw(tmp_path / "out", "--prompt", PROMPTS[0], "--lora_hf_path", tmp_path)
+    said = capsys.readouterr().out
+    assert "the LoRA names owner/other as its base model; it is used on shapes" in said
+    assert "on other layers than those that training adapts: 11 more (proj_out, ...), 39 " in said
+    pipe = StableDiffusion3Pipeline.from_pretrained(PIPELINE_DIR)
+    pipe.load_lora_weights(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        PROMPTS[0],
+        latents=normal((4, 12, 12), [generator(0, "sample")]),
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        height=48,
+        width=48,
+        max_sequence_length=8,
+        output_type="np",
+    ).images[0]
+    assert np.abs(drawn["000-a-red-circle-seed0"] / 255 - theirs).max() <= 0.51 / 255
+    base = draw(tmp_path / "base", "--prompt", PROMPTS[0])
+    assert not np.array_equal(base["000-a-red-circle-seed0"], drawn["000-a-red-circle-seed0"])
