@@ -137,8 +137,8 @@ def get_config() -> ml_collections.ConfigDict:
     # LoRA on the attention projections.
     train.lora_rank = 32
     train.lora_alpha = 64
-    # A LoRA (PEFT folder) that the current and the old policy start from; the reference stays the
-    # base.
+    # A LoRA of this rank (a PEFT folder or a diffusers file) that the current and the old policy
+    # start from, and whose layers are trained; the reference stays the base.
     train.lora_path = ""
     # EMA of the trained weights, used for evaluation and export: decay min((1+s)/(10+s), ema_decay)
     # at optimizer step s; 0 turns it off.

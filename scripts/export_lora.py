@@ -103,12 +103,12 @@ def main() -> None:
             write_pipeline(*merged, folder)
         export_lora(folder, Lora(lora.state, public_name(base)))
         write_card(choice, lora, folder, repo=args.push, merged=args.merge)
+    print(f"exported: {args.output_dir}")
     if args.push:
         api = HfApi()
         api.create_repo(args.push, exist_ok=True)
         url = api.upload_folder(repo_id=args.push, folder_path=args.output_dir)
         print(f"pushed: {url}")
-    print(f"exported: {args.output_dir}")
 
 
 @contextmanager

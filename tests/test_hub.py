@@ -3,6 +3,7 @@
 import pytest
 
 from diffusion_nft import hub
+from diffusion_nft.lora import Lora
 
 DOWNLOADS = {
     hub.fetch_pipeline: (hub.DiffusionPipeline, "download"),
@@ -42,3 +43,20 @@ def test_a_hub_that_answers_is_asked_once(fetch, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(*DOWNLOADS[fetch], lambda name, **options: str(tmp_path))
     assert fetch("owner/name") == tmp_path
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("named", "used", "note"),
+    [
+        ("owner/base", "owner/base", ""),
+        ("owner/base", "/models/base", ""),
+        ("/home/me/base", "owner/base", ""),
+        ("owner/base", "/cache/models--owner--base/snapshots/0a1b", ""),
+        ("", "owner/base", ""),
+        ("owner/base", "owner/other", "the LoRA names owner/base as its base model; it is used on "
+         "owner/other"),
+        ("/home/me/base", "shapes", "the LoRA names base as its base model; it is used on shapes"),
+    ],
+)  # fmt: skip
+def test_a_lora_of_another_base_is_noted_and_copies_are_the_same_base(named, used, note):
+    assert hub.base_note(Lora({}, named), used) == note
