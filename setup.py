@@ -24,10 +24,10 @@ CORE = [
 ]
 # Optional rewards; each is imported only when it is used.
 HPSV2 = ["open_clip_torch>=3.3"]
-GENEVAL = ["open_clip_torch>=3.3"]
+GENEVAL = ["open_clip_torch>=3.3", "opencv-python-headless"]
 OCR = ["rapidocr>=3.10", "onnxruntime"]
 UNIFIEDREWARD = ["openai>=1.109"]
-REWARDS = [*HPSV2, *OCR, *UNIFIEDREWARD]
+REWARDS = [*GENEVAL, *HPSV2, *OCR, *UNIFIEDREWARD]
 # Serving rewards to runs elsewhere.
 SERVER = ["fastapi", "uvicorn"]
 # The figures of scripts/benchmark_scaling.py and scripts/experiments_plot.py, and its statistics.

@@ -39,6 +39,7 @@ RECORDED_PACKAGES = (
     "pillow",
     # of rewards
     "open_clip_torch",
+    "opencv-python-headless",
     "rapidocr",
     "onnxruntime",
     "openai",

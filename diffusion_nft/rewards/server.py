@@ -32,6 +32,7 @@ PACKAGES = (
     "pillow",
     "transformers",
     "open_clip_torch",
+    "opencv-python-headless",
     "rapidocr",
     "onnxruntime",
     "paddleocr",

@@ -33,8 +33,7 @@ WIDTH, ATTENTION_HEADS, FFN, QUERIES = 64, 4, 96, 12
 PIXEL_LAYERS, LAYERS = 2, 3
 # Of each picture its height and width, what its short and long side may become at most (None: as
 # published), and whether mmdet gets RGB, although it takes arrays for BGR.  The first keeps its
-# size, as OpenCV's resizing rounds in its own way; the second is not padded; of the third the long
-# side rules.
+# size; the second is not padded; of the third the long side rules.
 PICTURES = [
     ((90, 120), (90, 120), True),
     ((100, 100), None, False),

@@ -6,6 +6,7 @@ gives other scores and other boxes than the benchmark's.
 
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ class Detector:
 
     ``network``: normalised pixels ``[B, 3, H, W]`` -> class logits ``[B, Q, classes + 1]`` and mask
     logits ``[B, Q, h, w]``.  Objects scoring at most ``min_score`` are left out (0.3, the lowest
-    threshold of GenEval).  ``dtype`` below float32: the network runs under autocast.
+    threshold of GenEval).  ``dtype`` below float32: the network runs under autocast.  Raises
+    ImportError without OpenCV.
     """
 
     def __init__(
@@ -49,6 +51,10 @@ class Detector:
         long_side: int = LONG_SIDE,
     ):
         check_channel_order(channel_order)
+        try:
+            import cv2  # noqa: F401  (prepare uses it)
+        except ImportError as error:
+            raise ImportError('the geneval reward needs: pip install -e ".[geneval]"') from error
         self.network = network.to(device).eval()
         self.device, self.dtype = device, dtype
         self.channel_order: ChannelOrder = channel_order
@@ -98,16 +104,21 @@ def resized_size(
 def prepare(images: Tensor, resized: tuple[int, int], channel_order: ChannelOrder) -> Tensor:
     """``images: [B, 3, H, W] in [0, 1]`` -> the network's input, at ``resized`` plus padding.
 
-    8 bits, bilinear without antialiasing, rounded, grey of 128 to the right and at the bottom up to
-    multiples of 32, then (x - mean) / std in 0..255.  Source: ``test_pipeline`` of mmdet 2.28's
-    mask2former_r50_lsj_8x2_50e_coco.py, which the published configuration inherits.  OpenCV's
-    resizing there rounds some values to the other neighbour.
+    8 bits, resized by OpenCV, grey of 128 to the right and at the bottom up to multiples of 32,
+    then (x - mean) / std in 0..255.  Source: ``test_pipeline`` of mmdet 2.28's
+    mask2former_r50_lsj_8x2_50e_coco.py, which the published configuration inherits.  Not torch's
+    bilinear resize: OpenCV's, in integers, rounds about one value in ten to the other neighbour.
     """
-    pixels = to_uint8(images).float()
-    pixels = F.interpolate(pixels, size=resized, mode="bilinear", align_corners=False).round()
+    import cv2
+
+    height, width = resized
+    arrays = [
+        cv2.resize(array, (width, height), interpolation=cv2.INTER_LINEAR)
+        for array in to_uint8(images).permute(0, 2, 3, 1).cpu().contiguous().numpy()
+    ]
+    pixels = torch.from_numpy(np.stack(arrays)).to(images.device).permute(0, 3, 1, 2).float()
     if channel_order == "swapped":
         pixels = pixels.flip(1)
-    height, width = resized
     missing = (0, -width % SIZE_DIVISOR, 0, -height % SIZE_DIVISOR)
     pixels = F.pad(pixels, missing, value=PADDING)
     mean, std = pixels.new_tensor(MEAN), pixels.new_tensor(STD)
