@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from diffusion_nft.data import Prompt, evaluated_lines, load_prompts
+from diffusion_nft.data import Prompt, evaluated_lines, load_prompts, split_file
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.monitor import PICTURES
 from diffusion_nft.rewards import Reward, check_prompts
@@ -25,12 +25,27 @@ def load_checked_prompts(config: ConfigDict) -> tuple[list[Prompt], list[Prompt]
     """The training prompts of ``config``, the lines of the test set that it evaluates, and where
     they stand in it.
 
-    Raises ValueError or OSError if they cannot be had, or one of the rewards cannot score them.
+    Raises ValueError or OSError if they cannot be had, or one of the rewards cannot score them;
+    ImportError if a reward's package is missing.
     """
     train = load_prompts(config.dataset, "train")
     test, lines = evaluated_lines(config.dataset, config.eval.num_prompts)
-    for names, prompts in zip(reward_weights(config), (train, test), strict=True):
-        check_prompts(names, [p.text for p in prompts], [p.metadata for p in prompts])
+    trained, evaluated = reward_weights(config)
+    for split, names, prompts, places in (
+        ("train", trained, train, None),
+        ("test", evaluated, test, lines),
+    ):
+        try:
+            check_prompts(
+                names,
+                [prompt.text for prompt in prompts],
+                [prompt.metadata for prompt in prompts],
+                options=config.reward_options.to_dict(),
+                remote=config.remote.to_dict(),
+                lines=places,
+            )
+        except ValueError as error:
+            raise ValueError(f"{split_file(config.dataset, split)}: {error}") from error
     return train, test, lines
 
 

@@ -3,7 +3,7 @@ DEFAULTS."""
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from diffusion_nft.checkpoint import load_checkpoint, resolve_checkpoint
 from diffusion_nft.checks import EMBEDDED_MODEL, reward_addresses, reward_options
 from diffusion_nft.combinations import EMBEDDED_LENGTH, EMBEDDED_RESOLUTION
-from diffusion_nft.data import split_file
+from diffusion_nft.data import Prompt, split_file
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.files import sha256
 from diffusion_nft.hub import base_note, fetch_lora
@@ -19,7 +19,7 @@ from diffusion_nft.lora import DEFAULT_ADAPTER, load_lora, lora_file
 from diffusion_nft.models import MODELS, load_model
 from diffusion_nft.policy import Policy, policy_of_lora, unusual_modules
 from diffusion_nft.precision import COMPUTE_DTYPES, set_tf32
-from diffusion_nft.rewards import REMOTE_TIMEOUT, parse_option
+from diffusion_nft.rewards import REMOTE_TIMEOUT, check_prompts, parse_option
 from diffusion_nft.rewards.combine import RewardError, RewardSet, UnscoredError
 from diffusion_nft.run_dir import section
 from diffusion_nft.validation import validate_settings
@@ -200,6 +200,19 @@ class Choice:
         """Those of a served reward are its server's."""
         options = section(self.settings, "reward_options")
         return {name: own for name, own in options.items() if name not in self.served}
+
+    def check_prompts(
+        self, names: Iterable[str], prompts: Sequence[Prompt], lines: Sequence[int]
+    ) -> None:
+        """Raises as ``rewards.check_prompts`` for the ``lines`` of a test set."""
+        check_prompts(
+            names,
+            [prompt.text for prompt in prompts],
+            [prompt.metadata for prompt in prompts],
+            options=self._options,
+            remote=self.served,
+            lines=lines,
+        )
 
     def rewards(self, weights: Mapping[str, float], dist: Distributed) -> RewardSet:
         """The rewards of ``weights``.  Raises what ``rewards.build_reward`` raises."""

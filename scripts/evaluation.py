@@ -19,7 +19,6 @@ from diffusion_nft.data import evaluated_lines, resolve_dataset, split_file
 from diffusion_nft.distributed import Distributed, check_shared, distributed
 from diffusion_nft.evaluate import choose_rewards, complete, rescore
 from diffusion_nft.results import beside, finished, joined_settings, read_results, write_results
-from diffusion_nft.rewards import check_prompts
 from diffusion_nft.settings import (
     add_evaluation_flags,
     add_model_flags,
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace, dist: Distributed) -> None:
     """Does what is not yet there, or scores the pictures that are there, and writes the results."""
     choice, folder = args.choice, args.output_dir
     prompts, lines = evaluated_lines(args.dataset, args.limit)
-    check_prompts(args.rewards, [p.text for p in prompts], [p.metadata for p in prompts])
+    choice.check_prompts(args.rewards, prompts, lines)
     record = choice.record(dist, args.dataset, args.rewards, args.limit)
     if not args.rescore:
         complete(

@@ -30,7 +30,6 @@ from diffusion_nft.results import (
     scored_by,
     write_json,
 )
-from diffusion_nft.rewards import check_prompts
 from diffusion_nft.settings import (
     Choice,
     add_evaluation_flags,
@@ -98,7 +97,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
         except ValueError as error:
             problems.append(str(error))
             continue
-        check_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts])
+        args.choice.check_prompts(weights, prompts, lines)
         found.append(Task(name, prompts, lines, weights, args.model_dir / name))
     if problems:
         raise ValueError("\n  ".join(["test sets are missing:", *problems]))

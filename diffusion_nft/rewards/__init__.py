@@ -20,6 +20,7 @@ import ast
 import importlib
 import inspect
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,12 +46,13 @@ REWARDS: dict[str, str] = {
     "picture_statistics": "diffusion_nft.rewards.picture_statistics:PictureStatistics",
 }
 
-# Rewards that cannot score every prompt -> "module:function" of texts and metadata, which raises
-# ValueError where it finds one that they cannot.
+# Rewards that cannot score every prompt -> "module:function" of a text, its metadata and the
+# reward's options (None: it is served, and its server has them), which raises ValueError for one
+# that it cannot score.
 PROMPT_CHECKS: dict[str, str] = {
-    "geneval": "diffusion_nft.rewards.geneval.vocabulary:check_prompts",
-    "ocr": "diffusion_nft.rewards.ocr:check_prompts",
-    "shapes": "diffusion_nft.rewards.shapes:check_prompts",
+    "geneval": "diffusion_nft.rewards.geneval.vocabulary:check_prompt",
+    "ocr": "diffusion_nft.rewards.ocr:check_prompt",
+    "shapes": "diffusion_nft.rewards.shapes:check_prompt",
 }
 
 
@@ -87,6 +89,8 @@ PLAIN: dict[Any, tuple[type, ...]] = {
     NoneType: (NoneType,),
 }
 
+# Lines of a prompt set that an error shows, and characters of the numbers of further ones.
+MAX_SHOWN, MAX_NUMBERS = 3, 800
 # Seconds that a served reward may take for one request, waiting for its turn included.
 REMOTE_TIMEOUT = 300.0
 
@@ -187,14 +191,44 @@ def _insist_on(device: torch.device, name: str) -> None:
 
 
 def check_prompts(
-    names: Iterable[str], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    names: Iterable[str],
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
+    *,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    remote: Mapping[str, Sequence[str]] | None = None,
+    lines: Sequence[int] | None = None,
 ) -> None:
-    """Raises ValueError if one of the rewards ``names`` cannot score every one of ``prompts``, of
-    which ``metadata`` are the lines.
+    """Raises ValueError if one of the rewards ``names`` cannot score every one of ``prompts``, with
+    the line numbers of those that it cannot.
+
+    ``options`` and ``remote``: by name, as of ``combine.build_rewards``.  ``lines``: where each
+    prompt stands in its file, from 0 (None: as here).  Raises ImportError if a package that a
+    reward needs for this is missing.
     """
+    options, remote = options or {}, remote or {}
     for name in names:
-        if name in PROMPT_CHECKS:
-            _named(PROMPT_CHECKS[name])(prompts, metadata)
+        if name not in PROMPT_CHECKS:
+            continue
+        check = _named(PROMPT_CHECKS[name])
+        own = None if remote.get(name) else options.get(name, {})
+        wrong: dict[int, str] = {}
+        for i, (prompt, line) in enumerate(zip(prompts, metadata, strict=True)):
+            try:
+                check(prompt, line, own)
+            except ValueError as error:
+                wrong[1 + (i if lines is None else lines[i])] = str(error)
+        if wrong:
+            raise ValueError(f"the {name} reward cannot score {_listing(wrong)}")
+
+
+def _listing(problems: Mapping[int, str]) -> str:
+    """The problems of the first lines, by line number, and the numbers of the others."""
+    shown = [f"line {number}: {problem}" for number, problem in problems.items()][:MAX_SHOWN]
+    if rest := [str(number) for number in problems][MAX_SHOWN:]:
+        numbers = textwrap.shorten(", ".join(rest), MAX_NUMBERS, placeholder=" ...")
+        shown.append(f"and {len(rest)} more: lines {numbers}")
+    return "; ".join(shown)
 
 
 def _named(reference: str) -> Any:

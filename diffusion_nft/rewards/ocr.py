@@ -1,8 +1,11 @@
-"""OCR reward: does the picture show the text that the prompt puts in double quotes?"""
+"""OCR reward: does the image show the text that the prompt puts in double quotes?"""
 
 import importlib.metadata
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Set
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -14,45 +17,69 @@ from diffusion_nft.pictures import to_pil
 from diffusion_nft.rewards import RewardOutput
 
 if TYPE_CHECKING:
+    from rapidocr import RapidOCR
     from rapidocr.utils.output import RapidOCROutput
 
-# Characters of a prompt that an error quotes.
+# Characters of a prompt, or of the letters that it has in vain, that an error quotes.
 MAX_QUOTED = 200
-# A picture -> the lines of text in it, in reading order.
+DEFAULT_BACKEND = "rapidocr"
+# An image -> the lines of text in it, in reading order.
 Reader = Callable[[Image.Image], list[str]]
 
+# The text asked for: in straight quotes, as published, or else in typographic ones.
+QUOTED = (re.compile(r'"(.*?)"', re.DOTALL), re.compile("[“”„](.*?)[“”]", re.DOTALL))
+# Signs that look alike, of which an engine reads the one for the other; variation selectors, which
+# are invisible.
+ALIKE = str.maketrans(
+    dict.fromkeys("‘’‚‛′", "'")
+    | dict.fromkeys("“”„‟", '"')
+    | dict.fromkeys("‐‒–—―−", "-")
+    | {"⁄": "/", "İ": "I"}
+    | dict.fromkeys("\ufe0e\ufe0f", "")
+)
+# Control and format characters (zero-width spaces and joiners, soft hyphens, marks of direction).
+INVISIBLE = ("Cc", "Cf")
 
-def _normalized(text: str) -> str:
-    return text.replace(" ", "").lower()
 
+def normalized(text: str) -> str:
+    """``text`` as it is compared: lower case, without spaces and invisible characters, and with one
+    form of what looks alike.
 
-def target_text(prompt: str) -> str:
-    """The text that ``prompt`` asks for: between its first two double quotes, as the prompt has it.
-
-    Raises ValueError if there is none, or nothing but spaces.
+    NFKC makes one of composed and decomposed letters, of full-width ones, of … and three dots, of ½
+    and 1/2; ALIKE of quotes and dashes.  ASCII loses its spaces and its case only.
     """
-    parts = prompt.split('"', 2)
-    if len(parts) < 3 or not _normalized(parts[1]):
-        quoted = prompt[:MAX_QUOTED]
-        raise ValueError(f'the ocr reward needs a prompt with a text in "double quotes": {quoted}')
-    return parts[1]
+    text = unicodedata.normalize("NFKC", text).translate(ALIKE)
+    seen = (c for c in text if not c.isspace() and unicodedata.category(c) not in INVISIBLE)
+    return unicodedata.normalize("NFKC", "".join(seen).lower())
 
 
-def check_prompts(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError that names the prompts without a quoted text, by line number from 1."""
+def target_text(prompt: str, letters: Set[str] | None = None) -> str:
+    """The text that ``prompt`` asks for: in its first pair of double quotes, as the prompt has it.
+
+    ``letters``: those that the engine can read, normalised; None: unknown.  Raises ValueError if
+    there is no text, or one with other letters, which no image could ever match.
+    """
+    quoted = repr(prompt[:MAX_QUOTED])  # shows what is invisible
+    found = QUOTED[0].search(prompt) or QUOTED[1].search(prompt)
+    if found is None or not (text := normalized(found[1])):
+        raise ValueError(f'no text in "double quotes": {quoted}')
+    if letters is not None and (unknown := [c for c in dict.fromkeys(text) if c not in letters]):
+        listed = " ".join(unknown[:MAX_QUOTED])
+        raise ValueError(f"letters that the OCR engine cannot read ({listed}): {quoted}")
+    return found[1]
+
+
+def check_prompt(
+    prompt: str, metadata: Mapping[str, Any], options: Mapping[str, Any] | None
+) -> None:
+    """Raises ValueError as ``target_text``, with the letters of the engine that ``options`` choose;
+    None: a server's, which are unknown here.
+    """
     del metadata
-    wrong = []
-    for number, prompt in enumerate(prompts, start=1):
-        try:
-            target_text(prompt)
-        except ValueError:
-            wrong.append(f"line {number}: {prompt[:MAX_QUOTED]}")
-    if wrong:
-        more = f"\n... and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        listing = "\n".join(wrong[:5])
-        raise ValueError(
-            f'the ocr reward needs prompts with a text in "double quotes", but\n{listing}{more}'
-        )
+    letters = None
+    if options is not None:
+        letters = engine_letters(options.get("backend", DEFAULT_BACKEND))
+    target_text(prompt, letters)
 
 
 def levenshtein(a: str, b: str) -> int:
@@ -68,10 +95,10 @@ def levenshtein(a: str, b: str) -> int:
 def text_score(found: str, target: str) -> float:
     """1 - min(dist, n) / n in [0, 1], with n characters in ``target``.
 
-    dist = 0 if ``found`` contains ``target``, else the Levenshtein distance of the two; spaces and
-    case do not count.  Source: Flow-GRPO, arXiv 2505.05470.
+    dist = 0 if ``found`` contains ``target``, else the Levenshtein distance of the two, both
+    ``normalized``: spaces and case do not count.  Source: Flow-GRPO, arXiv 2505.05470.
     """
-    found, target = _normalized(found), _normalized(target)
+    found, target = normalized(found), normalized(target)
     if target in found:
         return 1.0
     return 1 - min(levenshtein(found, target), len(target)) / len(target)
@@ -87,12 +114,10 @@ class OcrReward:
     """
 
     def __init__(
-        self, device: torch.device, *, backend: str = "rapidocr", threads: int | None = None
+        self, device: torch.device, *, backend: str = DEFAULT_BACKEND, threads: int | None = None
     ):
         del device
-        if backend not in BACKENDS:
-            known = ", ".join(BACKENDS)
-            raise ValueError(f"OCR backend {backend!r} is unknown; choose from {known}")
+        self.letters = engine_letters(backend)
         if threads is not None and threads < 1:
             raise ValueError(f"the threads of the ocr reward must be at least 1, not {threads}")
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -101,27 +126,39 @@ class OcrReward:
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
         """Scores ``[B]`` in [0, 1] of ``images: [B, 3, H, W]`` in [0, 1].
 
-        Raises ValueError for a prompt without a quoted text or another number of prompts than B.
+        Raises ValueError for a prompt without a quoted text, or with one that the engine has no
+        letters for, or another number of prompts than B.
         """
         del metadata
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} pictures but {len(prompts)} prompts")
-        targets = [target_text(prompt) for prompt in prompts]
+        targets = [target_text(prompt, self.letters) for prompt in prompts]
         scores = [
-            text_score("".join(self.read(picture)), target)
-            for picture, target in zip(to_pil(images), targets, strict=True)
+            text_score("".join(self.read(image)), target)
+            for image, target in zip(to_pil(images), targets, strict=True)
         ]
         return RewardOutput(torch.tensor(scores, dtype=torch.float64))
 
 
-def _rapidocr(threads: int) -> Reader:
+def engine_letters(backend: str) -> Set[str] | None:
+    """The letters that ``backend`` can read, ``normalized``; None: unknown.
+
+    Raises ValueError for an unknown backend, ImportError without its package.
+    """
+    if backend not in BACKENDS:
+        known = ", ".join(BACKENDS)
+        raise ValueError(f"OCR backend {backend!r} is unknown; choose from {known}")
+    return LETTERS[backend]() if backend in LETTERS else None
+
+
+def _rapidocr_engine(threads: int) -> "RapidOCR":
     """RapidOCR's defaults without the angle classifier; lines below confidence 0.5 are dropped."""
     try:
         import onnxruntime  # noqa: F401  (RapidOCR imports it only when it reads its first picture)
         from rapidocr import RapidOCR
     except ImportError as error:
         raise ImportError('the ocr reward needs: pip install -e ".[ocr]"') from error
-    engine = RapidOCR(
+    return RapidOCR(
         params={
             "Global.use_cls": False,
             "Global.log_level": "error",
@@ -129,10 +166,23 @@ def _rapidocr(threads: int) -> Reader:
         }
     )
 
+
+def _rapidocr(threads: int) -> Reader:
+    engine = _rapidocr_engine(threads)
+
     def read(picture: Image.Image) -> list[str]:
         return list(cast("RapidOCROutput", engine(picture)).txts or ())
 
     return read
+
+
+@cache
+def _rapidocr_letters() -> Set[str]:
+    engine = _rapidocr_engine(threads=1)
+    # The model that knows them loads when it is first used.
+    engine(Image.new("RGB", (48, 48)), use_det=False)
+    assert engine.text_rec is not None
+    return frozenset("".join(map(normalized, engine.text_rec.session.get_character_list())))
 
 
 def _paddleocr(threads: int) -> Reader:
@@ -176,3 +226,5 @@ def _paddleocr(threads: int) -> Reader:
 
 # backend -> what builds its reader, given a number of threads.
 BACKENDS: dict[str, Callable[[int], Reader]] = {"rapidocr": _rapidocr, "paddleocr": _paddleocr}
+# backend -> what tells the letters that it can read, normalised.
+LETTERS: dict[str, Callable[[], Set[str]]] = {"rapidocr": _rapidocr_letters}

@@ -1,6 +1,6 @@
 """The embedded world's reward: does the picture show what its caption asks for?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,14 +14,12 @@ from diffusion_nft.shapes.verifier import detect, verdicts
 SIDE = 48
 
 
-def check_prompts(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError, with its number from 1, for a line that cannot be judged."""
-    del prompts
-    for number, line in enumerate(metadata, start=1):
-        try:
-            check_metadata(line, objects=CLASSES, colors=tuple(COLORS))
-        except ValueError as error:
-            raise ValueError(f"the shapes reward cannot judge line {number}: {error}") from None
+def check_prompt(
+    prompt: str, metadata: Mapping[str, Any], options: Mapping[str, Any] | None
+) -> None:
+    """Raises ValueError, quoting it, if ``metadata`` cannot be judged."""
+    del prompt, options
+    check_metadata(metadata, objects=CLASSES, colors=tuple(COLORS))
 
 
 class ShapesReward:

@@ -183,7 +183,7 @@ def test_any_caption_can_be_judged_or_is_refused(caption):
         try:
             check_prompts([reward], ["x"], [caption])
         except ValueError as error:
-            assert f"the {reward} reward cannot judge line 1" in str(error)
+            assert f"the {reward} reward cannot score line 1: " in str(error)
         else:
             score, _ = judge([], caption, RULES["standard"])
             assert 0 <= score <= 1

@@ -9,10 +9,12 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from rewards.conftest import CPU
 from torch import Tensor
 
+from diffusion_nft.rewards import check_prompts, ocr
 from diffusion_nft.rewards.ocr import (
     OcrReward,
-    check_prompts,
+    engine_letters,
     levenshtein,
+    normalized,
     target_text,
     text_score,
 )
@@ -52,23 +54,94 @@ def test_text_score(found, target, score):
     assert text_score(found, target) == pytest.approx(score)
 
 
+def test_ascii_loses_its_case_and_its_spaces_only():
+    """As published: ``text.replace(" ", "").lower()``."""
+    ascii = "".join(map(chr, range(0x20, 0x7F)))
+    assert normalized(ascii) == ascii.replace(" ", "").lower()
+
+
+@pytest.mark.parametrize(
+    ("found", "target"),
+    [
+        ("Hello", "\u200bHel\u00adlo\ufeff"),  # zero-width space, soft hyphen, byte-order mark
+        ("OPEN 24", "OPEN\u00a024\u2009\t\n"),
+        ("Caf\u00e9", "Cafe\u0301"),
+        ("Cafe\u0301", "CAF\u00c9"),
+        ('It\'s "so" open - now...', "It’s “so” open – now…"),
+        ("5'10''", "5′10″"),
+        ("Room 131/3", "Room 13⅓"),
+        ("OPEN", "ＯＰＥＮ"),
+        ("fish", "ﬁsh"),
+        ("iZMiR", "İZMİR"),
+        ("I ❤ NY", "I ❤\ufe0f NY"),
+    ],
+)
+def test_what_looks_alike_is_the_same(found, target):
+    assert text_score(found, target) == text_score(target, found) == 1.0
+
+
+def test_letters_keep_their_accents():
+    assert text_score("cafe", "café") == 0.75
+
+
 def test_the_target_is_between_the_first_two_double_quotes():
     assert target_text('a sign that reads "Gas Next Exit" and "No Entry"') == "Gas Next Exit"
     assert target_text('"a\nb" on a mug') == "a\nb"
 
 
-@pytest.mark.parametrize("prompt", ["a cat", 'a sign "open', 'a sign ""', 'a sign " "', "“open”"])
+def test_typographic_quotes_serve_where_there_is_no_pair_of_straight_ones():
+    assert target_text("a sign that reads “It’s open” and “closed”") == "It’s open"
+    assert target_text("ein Schild: „Hallo“") == "Hallo"
+    assert target_text('a 5" sign that reads “open”') == "open"
+    assert target_text('“the "open" sign”') == "open"
+    assert target_text('a sign "say “hi” now"') == "say “hi” now"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["a cat", 'a sign "open', 'a sign ""', 'a "\u00a0\u200b"', "a “open", "“” a", "'open'"],
+)
 def test_a_prompt_without_a_quoted_text_is_refused(prompt):
-    with pytest.raises(ValueError, match='"double quotes"'):
+    with pytest.raises(ValueError, match='no text in "double quotes": '):
         target_text(prompt)
 
 
 def test_check_prompts_names_the_lines():
-    check_prompts(['a "b"', 'c "d" e'], [{}, {}])
-    with pytest.raises(ValueError, match=r"line 2: a cat\nline 3: a dog$"):
-        check_prompts(['a "b"', "a cat", "a dog"], [{}] * 3)
-    with pytest.raises(ValueError, match=r"line 5: x\n\.\.\. and 15 more$"):
-        check_prompts(["x"] * 20, [{}] * 20)
+    check_prompts(["ocr"], ['a "b"', 'c "d" e'], [{}, {}])
+    with pytest.raises(ValueError, match=r"line 2: .*: 'a cat'; line 3: .*: 'a dog'$"):
+        check_prompts(["ocr"], ['a "b"', "a cat", "a dog"], [{}] * 3)
+    with pytest.raises(ValueError, match=r"line 3: .*: 'x'; and 5 more: lines 4, 5, 6, 7, 8$"):
+        check_prompts(["ocr"], ["x"] * 8, [{}] * 8)
+    with pytest.raises(ValueError, match=r"cannot score line 31: .*: 'a cat'$"):
+        check_prompts(["ocr"], ['a "b"', "a cat"], [{}] * 2, lines=[10, 30])
+    with pytest.raises(ValueError) as caught:
+        check_prompts(["ocr"], ["x"] * 20_000, [{}] * 20_000)
+    assert "and 19997 more: lines 4, 5" in str(caught.value) and len(str(caught.value)) < 2000
+
+
+@pytest.fixture
+def abc(monkeypatch):
+    """An engine that can read a, b and c."""
+    monkeypatch.setitem(ocr.LETTERS, "rapidocr", lambda: frozenset("abc"))
+
+
+def test_letters_that_the_engine_lacks_are_refused_with_the_line(abc):
+    check_prompts(["ocr"], ['a sign "A\u200b cab"'], [{}])
+    with pytest.raises(ValueError, match=r"line 2: .*cannot read \(t d\): '\"taddb\"'$"):
+        check_prompts(["ocr"], ['"abc"', '"taddb"'], [{}] * 2)
+
+
+def test_letters_are_those_of_the_engine_that_scores(abc):
+    """Of a server's, and of PaddleOCR's, nothing is known."""
+    for where in (
+        {"options": {"ocr": {"backend": "paddleocr"}}},
+        {"remote": {"ocr": ("http://127.0.0.1:1",)}},
+    ):
+        check_prompts(["ocr"], ['"xyz"'], [{}], **where)
+    with pytest.raises(ValueError, match="line 1: "):
+        check_prompts(["ocr"], ['"xyz"'], [{}], options={"ocr": {"threads": 2}}, remote={"ocr": ()})
+    with pytest.raises(ValueError, match="no text"):
+        check_prompts(["ocr"], ["a cat"], [{}], remote={"ocr": ("http://127.0.0.1:1",)})
 
 
 def picture_of(text: str, blur: float = 0.0) -> Tensor:
@@ -121,8 +194,22 @@ def test_scores_do_not_depend_on_the_batch(reward):
     assert torch.equal(torch.cat(alone).flip(0), together)
 
 
+def test_rapidocr_knows_its_letters(reward):
+    assert {"a", "z", "0", "ł", "ç", "'", "-"} <= reward.letters == engine_letters("rapidocr")
+    for text in ("Łódź", "Çeşme", "13⅓ “floors” – it’s O₂ …"):
+        check_prompts(["ocr"], [f'a sign "{text}"'], [{}])
+    for text in ("Привет", "Ελλάδα", "Việt Nam"):
+        with pytest.raises(ValueError, match="letters that the OCR engine cannot read"):
+            check_prompts(["ocr"], [f'a sign "{text}"'], [{}])
+
+
+def test_a_server_refuses_letters_that_its_engine_lacks(reward):
+    with pytest.raises(ValueError, match=r"cannot read \(п р и\): 'a sign"):
+        reward(picture_of("x"), ['a sign "При"'], [{}])
+
+
 def test_prompts_are_checked_before_anything_is_read(reward):
-    with pytest.raises(ValueError, match='"double quotes": a cat'):
+    with pytest.raises(ValueError, match="\"double quotes\": 'a cat'"):
         reward(picture_of("x").repeat(2, 1, 1, 1), ['a "b"', "a cat"], [{}] * 2)
     with pytest.raises(ValueError, match="1 pictures but 2 prompts"):
         reward(picture_of("x"), ['a "b"'] * 2, [{}] * 2)

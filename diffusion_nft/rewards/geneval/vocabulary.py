@@ -26,14 +26,12 @@ RELATIONS = ("left of", "right of", "above", "below")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
-def check_prompts(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError, with its number from 1, for a line that cannot be judged."""
-    del prompts
-    for number, line in enumerate(metadata, start=1):
-        try:
-            check_metadata(line)
-        except ValueError as error:
-            raise ValueError(f"the geneval reward cannot judge line {number}: {error}") from None
+def check_prompt(
+    prompt: str, metadata: Mapping[str, Any], options: Mapping[str, Any] | None
+) -> None:
+    """Raises ValueError, quoting it, if ``metadata`` cannot be judged."""
+    del prompt, options
+    check_metadata(metadata)
 
 
 def check_metadata(
