@@ -36,7 +36,8 @@ class PublishedFile:
 
 # The published prompt sets, which are not part of this repository; scripts/prepare_data.py fetches
 # them from this commit.  The git blob ids are those of its tree.
-PUBLISHED_URL = "https://github.com/NVlabs/DiffusionNFT/raw/24af555/dataset"
+PUBLISHED_COMMIT = "24af5554898d85e93efa492f42b5e9cdf4156e9b"
+PUBLISHED_URL = f"https://github.com/NVlabs/DiffusionNFT/raw/{PUBLISHED_COMMIT}/dataset"
 PUBLISHED_FILES: dict[str, tuple[PublishedFile, ...]] = {
     "geneval": (
         PublishedFile("train", "train_metadata.jsonl", "0b97e8a6802c08fc7537cd00c76ae79c851bddcb"),

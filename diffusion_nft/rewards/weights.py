@@ -23,7 +23,7 @@ DEFAULT_ROOT = Path(__file__).resolve().parents[2] / "reward_ckpts"
 class WeightFile:
     """A file's name in ``reward_ckpts/`` and the address that serves it.
 
-    ``sha256``: the published hash or its first digits; None: none is published.
+    ``sha256``: the hash or its first digits; None: unknown.
     """
 
     file_name: str
@@ -45,6 +45,7 @@ WEIGHT_FILES: dict[str, WeightFile] = {
         "sac+logos+ava1-l14-linearMSE.pth",
         "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/refs/heads/main/"
         "sac+logos+ava1-l14-linearMSE.pth",
+        sha256="21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
     ),
     "geneval": WeightFile(
         "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth",

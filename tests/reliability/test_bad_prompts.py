@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ml_collections import ConfigDict
 
 from diffusion_nft.data import load_prompts
+from diffusion_nft.inputs import load_checked_prompts
 from diffusion_nft.pictures import image_grid
 from diffusion_nft.rewards import check_prompts
 from tests.reliability.bad_inputs import Case, parametrized, train, watch
@@ -110,6 +112,24 @@ def test_a_bad_prompt_file_is_refused_with_its_line(case, tmp_path, monkeypatch)
     assert case.words in message and len(message.splitlines()) == 1 and len(message) < 1000
     assert message.startswith("ValueError: ")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_text_that_the_engine_cannot_read_is_refused_with_file_and_line(tmp_path):
+    (tmp_path / "train.txt").write_text('a sign "open"')
+    lines = [f'a sign "{"open" if number < 6 else "Открыто"} {number}"' for number in range(1, 21)]
+    (tmp_path / "test.txt").write_text("\n".join(lines))
+    config = config_with("dataset", str(tmp_path), str(tmp_path / "run"))
+    config.reward_fn = ConfigDict({"ocr": 1.0})
+    config.eval.num_prompts = 5  # which are lines anywhere in the file
+    where = r"/test\.txt: the ocr reward cannot score line (?:[6-9]|1\d|20): letters that "
+    with pytest.raises(ValueError, match=where):
+        load_checked_prompts(config)
+    # A server's engine, or PaddleOCR, may have the letters.
+    config.reward_options = ConfigDict({"ocr": {"backend": "paddleocr"}})
+    load_checked_prompts(config)
+    config.reward_options = ConfigDict()
+    config.remote = ConfigDict({"ocr": ("http://127.0.0.1:1",)})
+    load_checked_prompts(config)
 
 
 TEXTS: dict[str, tuple[bytes, str]] = {

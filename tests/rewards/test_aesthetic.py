@@ -96,6 +96,20 @@ def saved(content, folder):
     return path
 
 
+def test_weights_that_were_saved_on_a_gpu_load_without_one(
+    weights, tiny_clip, tmp_path, monkeypatch
+):
+    """As the published file was, whose tensors say so."""
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    path = saved(weights, tmp_path)
+    monkeypatch.undo()
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="deserialize object on a CUDA device"):
+            torch.load(path, weights_only=True)
+    loaded = AestheticReward(device=CPU, model=tiny_clip, weights=path).mlp.state_dict()
+    assert all(torch.equal(loaded[key], weights[key]) for key in weights)
+
+
 def test_missing_unexpected_and_misshapen_weights_are_refused(weights, tmp_path):
     missing = {k: v for k, v in weights.items() if k != "layers.4.bias"}
     with pytest.raises(ValueError, match=r"(?s)mlp\.pth does not fit.*Missing.*layers\.4\.bias"):

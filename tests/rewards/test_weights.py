@@ -19,6 +19,7 @@ from diffusion_nft.rewards.weights import (
     WEIGHT_FILES,
     weight_file,
 )
+from tests.launch import ROOT
 from tests.local_server import hub_pages, serving
 
 
@@ -46,6 +47,14 @@ def test_the_detectors_hash_is_the_one_in_its_name():
     # OpenMMLab ends the name of a published checkpoint in the first digits of its SHA-256.
     file = WEIGHT_FILES["geneval"]
     assert file.sha256 and file.file_name.endswith(f"-{file.sha256}.pth")
+
+
+def test_the_readme_names_every_file_and_its_hash():
+    readme = (ROOT / "reward_ckpts/README.md").read_text(encoding="utf-8")
+    for file in WEIGHT_FILES.values():
+        row = next(line for line in readme.splitlines() if f"`{file.file_name}`" in line)
+        assert file.url in row
+        assert f"`{file.sha256}`" in row if file.sha256 else "announced by the hub" in row
 
 
 def test_every_reward_is_listed_once():

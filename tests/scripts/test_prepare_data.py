@@ -76,8 +76,11 @@ def write(path: Path, content: bytes) -> Path:
 
 
 def test_the_table_holds_what_the_readme_promises():
-    assert data.PUBLISHED_URL.startswith("https://github.com/NVlabs/DiffusionNFT/")
+    commit = data.PUBLISHED_COMMIT
+    published = f"https://github.com/NVlabs/DiffusionNFT/raw/{commit}/dataset"
+    assert published == data.PUBLISHED_URL
     readme = (ROOT / "dataset/README.md").read_text(encoding="utf-8")
+    assert f"commit\n`{commit}`" in readme and len(commit) == 40
     for name, files in PUBLISHED_FILES.items():
         for file in files:
             row = next(line for line in readme.splitlines() if f"`{name}/{file.name}`" in line)
