@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rapidocr import RapidOCR
     from rapidocr.utils.output import RapidOCROutput
 
-# Characters of a prompt, or of the letters that it has in vain, that an error quotes.
+# Characters of a prompt, and letters in it, that an error quotes.
 MAX_QUOTED = 200
 DEFAULT_BACKEND = "rapidocr"
 # An image -> the lines of text in it, in reading order.
@@ -117,17 +117,20 @@ class OcrReward:
         self, device: torch.device, *, backend: str = DEFAULT_BACKEND, threads: int | None = None
     ):
         del device
-        self.letters = engine_letters(backend)
+        if backend not in BACKENDS:
+            known = ", ".join(BACKENDS)
+            raise ValueError(f"OCR backend {backend!r} is unknown; choose from {known}")
         if threads is not None and threads < 1:
             raise ValueError(f"the threads of the ocr reward must be at least 1, not {threads}")
+        self.letters = engine_letters(backend)
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.read = BACKENDS[backend](threads or max(1, (os.cpu_count() or 1) // ranks))
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
         """Scores ``[B]`` in [0, 1] of ``images: [B, 3, H, W]`` in [0, 1].
 
-        Raises ValueError for a prompt without a quoted text, or with one that the engine has no
-        letters for, or another number of prompts than B.
+        Raises ValueError for a prompt without a quoted text, a text with letters that the engine
+        lacks, or another number of prompts than B.
         """
         del metadata
         if len(images) != len(prompts):
@@ -143,11 +146,8 @@ class OcrReward:
 def engine_letters(backend: str) -> Set[str] | None:
     """The letters that ``backend`` can read, ``normalized``; None: unknown.
 
-    Raises ValueError for an unknown backend, ImportError without its package.
+    Raises ImportError without its package.
     """
-    if backend not in BACKENDS:
-        known = ", ".join(BACKENDS)
-        raise ValueError(f"OCR backend {backend!r} is unknown; choose from {known}")
     return LETTERS[backend]() if backend in LETTERS else None
 
 
