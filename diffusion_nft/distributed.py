@@ -27,6 +27,35 @@ class LostContact(ConnectionError):
     """Another rank ended, or did not answer in time."""
 
 
+class LaunchError(ValueError):
+    """Several processes were launched without ranks: each would do all of the work."""
+
+
+# Launcher -> the variable by which it tells a process how many it has started.  Not SLURM_NTASKS:
+# in an sbatch script that is the allocation's, and a plain command there is one process.
+LAUNCHERS = {
+    "srun": "SLURM_STEP_NUM_TASKS",
+    "mpirun": "OMPI_COMM_WORLD_SIZE",  # Open MPI
+    "mpiexec": "PMI_SIZE",  # MPICH, Intel MPI
+}
+
+
+def check_launch() -> None:
+    """Raises LaunchError in a process that was started next to others and has no RANK."""
+    if "RANK" in os.environ:
+        return
+    counts = {name: os.environ.get(variable, "1") for name, variable in LAUNCHERS.items()}
+    if os.environ.get("SLURM_PROCID", "0") != "0":  # of an allocation's tasks not the first
+        counts["srun"] = os.environ.get("SLURM_NTASKS", "several")
+    for launcher, count in counts.items():
+        if count != "1":
+            raise LaunchError(
+                f"{launcher} started {count} processes without ranks (RANK is not set), each of "
+                f"which would do all of the work: let {launcher} start one torchrun per node "
+                "(docs/operations.md), or a single process"
+            )
+
+
 @contextmanager
 def _contact(rank: int, world_size: int) -> Iterator[None]:
     """Turns the failure of a collective into LostContact."""
@@ -126,8 +155,9 @@ def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Stor
 def distributed(timeout_minutes: float) -> Iterator[Distributed]:
     """Joins the process group that torchrun describes (NCCL on GPUs, else gloo), and leaves it.
 
-    Raises LostContact if the ranks do not find one another in time.
+    Raises LostContact if the ranks do not find one another in time, and as ``check_launch``.
     """
+    check_launch()
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -21,9 +21,11 @@ from torch import Tensor
 from diffusion_nft.data import Prompt
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.files import naming, write_atomically
+from diffusion_nft.lock import LOCK_FILE
 from diffusion_nft.pictures import save_png, with_blanks
 from diffusion_nft.rewards.combine import RewardSet, Scores
 from diffusion_nft.run_dir import deciding_options
+from diffusion_nft.settings import DEFAULTS
 
 # The metric that tells how many lines an evaluation had.
 NUM_SAMPLES = "eval/num_samples"
@@ -140,8 +142,10 @@ def claim(folder: Path, settings: Mapping[str, Any], dist: Distributed) -> None:
     path = folder / SETTINGS_FILE
     lines: list[str] = []
     # One rank looks for all: while it writes, the others could see half of it.
-    if dist.is_main and path.exists() and any(other != path for other in folder.iterdir()):
-        found = read_json(path)
+    begun = {other.name for other in folder.glob("*")} - {SETTINGS_FILE, LOCK_FILE}
+    if dist.is_main and path.exists() and begun:
+        # A setting that an earlier version did not have was what is its default now.
+        found = {key: DEFAULTS[key] for key in wanted if key in DEFAULTS} | read_json(path)
         lines = [
             f"{key}: {found.get(key)!r} -> {wanted.get(key)!r}"
             for key in sorted(found.keys() | wanted.keys())

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from diffusion_nft.distributed import Distributed, LostContact, check_shared
 from diffusion_nft.inputs import build_named, load_checked_prompts, reward_weights
+from diffusion_nft.lock import only_writer
 from diffusion_nft.preemption import Preempted, requested, stop_on_signals
 from diffusion_nft.report import pictures_file, result
 from diffusion_nft.run_dir import check_run_dir
@@ -31,8 +32,16 @@ def run(config: ConfigDict, dist: Distributed) -> None:
     Raises StartError, and what ``Trainer.run`` raises.
     """
     dist.say(devices(dist))
+    folder = Path(config.save_dir)
+    with ExitStack() as held:
+        with _start_errors():
+            check_shared("save_dir", folder, dist)
+            held.enter_context(only_writer("save_dir", folder, dist))
+        _run(config, dist)
+
+
+def _run(config: ConfigDict, dist: Distributed) -> None:
     with _start_errors():
-        check_shared("save_dir", Path(config.save_dir), dist)
         check_run_dir(config)
         stages = stages_of(config)
         todo = _unfinished(stages, dist)

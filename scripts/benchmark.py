@@ -34,6 +34,7 @@ from diffusion_nft.distributed import Distributed, distributed
 from diffusion_nft.files import write_atomically
 from diffusion_nft.metrics import cpu_name
 from diffusion_nft.rewards import parse_option
+from diffusion_nft.settings import command
 from diffusion_nft.validation import SCHEMA, unknown_key, validate
 
 CONFIG_FILE = Path(__file__).resolve().parent.parent / "config" / "nft.py"
@@ -295,4 +296,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

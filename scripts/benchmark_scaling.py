@@ -30,6 +30,7 @@ from benchmark_phases import synchronize
 from diffusion_nft.distributed import Distributed, distributed
 from diffusion_nft.files import write_atomically
 from diffusion_nft.rewards import parse_option
+from diffusion_nft.settings import command
 
 BENCHMARK = Path(__file__).with_name("benchmark.py")
 PARTS = ("sampling", "training", "epoch")
@@ -187,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 from diffusion_nft.data import evaluated_lines, resolve_dataset, split_file
 from diffusion_nft.distributed import Distributed, check_shared, distributed
 from diffusion_nft.evaluate import choose_rewards, complete, rescore
+from diffusion_nft.lock import only_writer
 from diffusion_nft.results import beside, finished, joined_settings, read_results, write_results
 from diffusion_nft.settings import (
     add_evaluation_flags,
@@ -93,7 +94,8 @@ def main() -> None:
     args = parse_flags()
     with distributed(timeout_minutes=60) as dist:
         check_shared("--output_dir", args.output_dir, dist)
-        run(args, dist)
+        with only_writer("--output_dir", args.output_dir, dist):
+            run(args, dist)
         if dist.is_main:
             print(json.dumps(finished(args.output_dir), indent=2))
             print(f"results: {args.output_dir}")

@@ -20,6 +20,7 @@ from diffusion_nft.data import Prompt, draw_lines, evaluated_lines
 from diffusion_nft.distributed import Distributed, check_shared, distributed
 from diffusion_nft.evaluate import choose_rewards, complete
 from diffusion_nft.files import write_atomically
+from diffusion_nft.lock import only_writer
 from diffusion_nft.metrics import write_environment
 from diffusion_nft.pictures import image_grid, save_png
 from diffusion_nft.results import (
@@ -145,29 +146,30 @@ def main() -> None:
             choice.record(dist, task.dataset, task.weights, args.limit) for task in args.tasks
         ]
         common = {key: value for key, value in records[0].items() if key not in OF_A_TEST_SET}
-        claim(args.model_dir, common, dist)
-        unscored = any(task.weights.keys() - scored_by(task.folder) for task in args.tasks)
-        # One view for all ranks, as files may be seen at different moments.
-        if dist.gather_objects(unscored)[0]:
-            check_rewards(choice, args, dist)
-            if dist.is_main:
-                write_environment(args.model_dir)
-        for task, record in zip(args.tasks, records, strict=True):
-            dist.say(f"{task.dataset}: {len(task.prompts)} lines, {', '.join(task.weights)}")
-            complete(
-                task.folder,
-                task.prompts,
-                task.weights,
-                choice.settings,
-                record,
-                model=model,
-                rewards=lambda weights: choice.rewards(weights, dist),
-                dist=dist,
-                lines=task.lines,
-                keep_pictures=True,
-            )
-            if dist.is_main:
-                draw_grid(task)
+        with only_writer("--output_dir", args.model_dir, dist):
+            claim(args.model_dir, common, dist)
+            unscored = any(task.weights.keys() - scored_by(task.folder) for task in args.tasks)
+            # One view for all ranks, as files may be seen at different moments.
+            if dist.gather_objects(unscored)[0]:
+                check_rewards(choice, args, dist)
+                if dist.is_main:
+                    write_environment(args.model_dir)
+            for task, record in zip(args.tasks, records, strict=True):
+                dist.say(f"{task.dataset}: {len(task.prompts)} lines, {', '.join(task.weights)}")
+                complete(
+                    task.folder,
+                    task.prompts,
+                    task.weights,
+                    choice.settings,
+                    record,
+                    model=model,
+                    rewards=lambda weights: choice.rewards(weights, dist),
+                    dist=dist,
+                    lines=task.lines,
+                    keep_pictures=True,
+                )
+                if dist.is_main:
+                    draw_grid(task)
         if dist.is_main:
             suite = SUITES[args.suite]
             rows = read_rows(args.output_dir, suite)

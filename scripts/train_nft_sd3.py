@@ -14,7 +14,7 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffusion_nft.distributed import LostContact, distributed
+from diffusion_nft.distributed import LaunchError, LostContact, distributed
 from diffusion_nft.validation import SCHEMA, unknown_key, validate
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="path:preset")
@@ -100,6 +100,8 @@ def main(argv: list[str]) -> None:
                 sys.exit(f"{str(error).splitlines()[0]}\n{OUT_OF_MEMORY}; {go_on}")
             except Preempted as stop:
                 dist.say(f"{stop}; {go_on}")
+    except LaunchError as error:
+        refuse(str(error))
     except LostContact as error:
         sys.exit(f"{error} (distributed.timeout_minutes = {minutes:g}); {go_on}")
 

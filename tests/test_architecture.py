@@ -19,6 +19,7 @@ FLOORS = {
     "diffusion_nft.download": 0,
     "diffusion_nft.config_files": 0,
     "diffusion_nft.files": 0,
+    "diffusion_nft.lock": 0,
     "diffusion_nft.micro_batch": 0,
     "diffusion_nft.preemption": 0,
     "diffusion_nft.precision": 0,

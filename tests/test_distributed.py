@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusion_nft.distributed import Distributed, distributed
+from diffusion_nft.distributed import Distributed, LaunchError, check_launch, distributed
 from tests.launch import insist, run, torchrun
 
 
@@ -19,6 +19,38 @@ def test_a_plain_process_needs_no_process_group(monkeypatch):
         with dist.main_first():
             dist.barrier()
     assert not torch.distributed.is_initialized()
+
+
+TASKS = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "started"),
+    [
+        (TASKS | {"SLURM_STEP_NUM_TASKS": "8"}, "srun started 8"),
+        # In the script of an allocation for 8 tasks, before any srun: one process.
+        (TASKS, ""),
+        (TASKS | {"SLURM_PROCID": "1"}, "srun started 8"),
+        (TASKS | {"SLURM_STEP_NUM_TASKS": "1"}, ""),
+        # Of torchrun, one a node, or of a script that sets the ranks itself.
+        (TASKS | {"SLURM_STEP_NUM_TASKS": "8", "RANK": "3"}, ""),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4"),
+        ({"PMI_SIZE": "2"}, "mpiexec started 2"),
+        ({}, ""),
+    ],
+)
+def test_processes_that_a_launcher_left_without_ranks_are_refused(
+    environment, started, monkeypatch
+):
+    for name in (*TASKS, "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if not started:
+        check_launch()
+    else:
+        with pytest.raises(LaunchError, match=f"{started} processes without ranks"):
+            check_launch()
 
 
 def test_only_the_main_rank_speaks(capsys):

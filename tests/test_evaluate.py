@@ -354,6 +354,14 @@ def test_a_folder_keeps_to_one_evaluation(tmp_path):
         claim(tmp_path, {"seed": 1, "lora": "here", "lora_sha256": "b"}, ONE)
 
 
+def test_a_setting_that_an_older_evaluation_lacks_is_at_its_default(tmp_path):
+    claim(tmp_path, {"seed": 1}, ONE)
+    (tmp_path / "images").mkdir()
+    claim(tmp_path, {"seed": 1, "resolution": 512}, ONE)
+    with pytest.raises(ValueError, match="resolution: 512 -> 256"):
+        claim(tmp_path, {"seed": 1, "resolution": 256}, ONE)
+
+
 def test_a_folder_keeps_to_the_options_of_its_rewards(tmp_path):
     def record(*names: str, remote=(), **options: object) -> dict:
         served = dict.fromkeys(remote, ("http://gpu7:8000",))

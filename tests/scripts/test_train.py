@@ -42,6 +42,15 @@ def test_a_mistake_costs_one_line(name, tmp_path):
 
 
 @pytest.mark.multiproc
+def test_a_launcher_without_torchrun_costs_one_line(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    done = run(train_command(tmp_path / "run"))
+    assert_one_line_error(done, "srun started 8 processes", "torchrun per node")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.multiproc
 def test_an_unknown_preset_costs_one_line(tmp_path):
     done = run(train_command(tmp_path / "run", preset="shapez"))
     assert_one_line_error(done, "shapez", "shapes_smoke")
