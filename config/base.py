@@ -4,6 +4,9 @@ A preset (config/nft.py) starts from ``get_config()`` and changes what it must. 
 a misspelt key is an error.  Allowed values are in ``diffusion_nft/validation.py``, which refuses a
 bad configuration before any model is loaded.  Every key can be set on the command line:
 ``--config.train.learning_rate=1e-4``.
+
+For whoever adds a key: with its default the numbers must be as they were before the key existed.  A
+run of an earlier version, whose files lack the key, is continued with the default.
 """
 
 import ml_collections
@@ -62,6 +65,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     # A name under dataset/ or a folder, holding train/test .txt or _metadata.jsonl files.
     config.dataset = ""
+    # A run remembers its prompt files by their SHA-256.  True: it may continue with files that have
+    # changed since; scores on changed test prompts are not compared with former ones.
+    config.allow_changed_prompts = False
     # Reward name -> weight; the total is the weighted sum.  Names: diffusion_nft.rewards.REWARDS.
     config.reward_fn = ml_collections.ConfigDict({}, allow_dotted_keys=True)
     # Reward name -> addresses of its servers (scripts/reward_server.py), which share the load; a

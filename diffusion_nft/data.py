@@ -7,7 +7,7 @@ GenEval format).  See dataset/README.md.
 
 import json
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from diffusion_nft.files import sha256
 from diffusion_nft.randomness import generator
 
 T = TypeVar("T")
@@ -130,6 +131,11 @@ def split_file(dataset: str | Path, split: str) -> Path:
         f"dataset = {str(dataset)!r}: {folder} holds {which}; the {split} split needs one of "
         f"them{hint}"
     )
+
+
+def hash_splits(datasets: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Dataset -> split -> SHA-256 of its file.  Raises as ``split_file``, and OSError."""
+    return {name: {split: sha256(split_file(name, split)) for split in SPLITS} for name in datasets}
 
 
 def _hint(name: str, split: str) -> str:

@@ -4,11 +4,12 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from diffusion_nft.data import Prompt, evaluated_lines, load_prompts, split_file
+from diffusion_nft.data import Prompt, evaluated_lines, hash_splits, load_prompts, split_file
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.monitor import PICTURES
 from diffusion_nft.rewards import Reward, check_prompts
 from diffusion_nft.rewards.combine import build_rewards
+from diffusion_nft.run_dir import changed_prompts
 
 
 def reward_weights(config: ConfigDict) -> tuple[dict[str, float], dict[str, float]]:
@@ -47,6 +48,23 @@ def load_checked_prompts(config: ConfigDict) -> tuple[list[Prompt], list[Prompt]
         except ValueError as error:
             raise ValueError(f"{split_file(config.dataset, split)}: {error}") from error
     return train, test, lines
+
+
+def hash_prompts(datasets: Iterable[str], dist: Distributed) -> dict[str, dict[str, str]]:
+    """``hash_splits`` of this rank.
+
+    Raises ValueError on every rank if the ranks, whose nodes may have disks of their own, have
+    different files.
+    """
+    own = hash_splits(datasets)
+    first, *others = dist.gather_objects(own)
+    for rank, theirs in enumerate(others, start=1):
+        for dataset, split in changed_prompts(first, theirs):
+            raise ValueError(
+                f"dataset = {dataset!r}: the {split} prompts of rank {rank} are not those of rank "
+                "0; all nodes need the same files"
+            )
+    return own
 
 
 def build_named(config: ConfigDict, names: Iterable[str], dist: Distributed) -> dict[str, Reward]:

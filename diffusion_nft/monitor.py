@@ -66,6 +66,10 @@ class Monitor:
         """The next evaluation is the first: former ones, of other settings, do not compare."""
         self.state.pop("evaluation", None)
 
+    def forget_epoch(self) -> None:
+        """The next epoch is the first: former ones, of other prompts, do not compare."""
+        self.state.pop("x0_rms", None)
+
     def epoch(self, values: Mapping[str, float]) -> dict[str, float]:
         """Looks at the metrics of an epoch; returns ``monitor/*`` for the log.
 

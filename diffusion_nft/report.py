@@ -10,6 +10,9 @@ from diffusion_nft.metrics import METRICS_FILE, read_metrics
 from diffusion_nft.pictures import side_by_side
 from diffusion_nft.results import NUM_SAMPLES, Evaluation
 
+# The column of evaluations that counts the changes of the test prompts; absent before the first.
+TEST_SET = "test_set"
+
 
 def pictures_file(stage: int) -> str:
     """The name of the pictures that end ``stage``; 0: a run without stages."""
@@ -25,19 +28,25 @@ def stage_evaluations(path: Path, stage: int) -> list[dict[str, Any]]:
     return [row for row in rows if "eval/total" in row and row.get("stage", 0) == stage]
 
 
+def comparable(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of a stage's ``evaluations`` that compare with the last: of the same test prompts, and
+    of as many lines.
+    """
+    own = [(row.get(NUM_SAMPLES), row.get(TEST_SET)) for row in evaluations]
+    return [row for row, what in zip(evaluations, own, strict=True) if what == own[-1]]
+
+
 def result_table(run_dir: Path, stage: int = 0) -> str:
     """First and last evaluation of ``stage`` (0: of a run without stages), a row per metric and
     tag; says so if there was none.
 
-    Evaluations of another number of lines than the last do not compare, and are left out.
+    Evaluations that do not compare with the last are left out.
     """
     name = f"stage {stage}" if stage else ""
-    rows = stage_evaluations(run_dir / METRICS_FILE, stage)
+    rows = comparable(stage_evaluations(run_dir / METRICS_FILE, stage))
     if not rows:
         return f"{run_dir}: no evaluation yet{f' in {name}' if name else ''}"
-    last = rows[-1]
-    rows = [row for row in rows if row.get(NUM_SAMPLES) == last.get(NUM_SAMPLES)]
-    first = rows[0]
+    first, last = rows[0], rows[-1]
     best = max(rows, key=lambda row: row["eval/total"])
     table = [(name, f"epoch {first['epoch']}", f"epoch {last['epoch']}", "gain")]
     names = [key for key in last if key.startswith("eval/") and key != NUM_SAMPLES]

@@ -18,7 +18,7 @@ from diffusion_nft.hub import base_note
 from diffusion_nft.lora import Lora, export_lora, load_lora, lora_modules
 from diffusion_nft.monitor import Monitor
 from diffusion_nft.policy import ADAPTERS, Policy
-from diffusion_nft.run_dir import flatten
+from diffusion_nft.run_dir import PromptHashes, changed_prompts, flatten, with_defaults
 from diffusion_nft.stages import Stage
 from diffusion_nft.update import Updater
 
@@ -90,11 +90,11 @@ def _lora(config: ConfigDict) -> Lora:
 def _source(config: ConfigDict) -> Checkpoint:
     """The checkpoint of ``resume_from``; ValueError if its policies mean something else here."""
     source = load_checkpoint(resolve_checkpoint(Path(config.resume_from)))
-    ours, theirs = flatten(config), source.state["config"]
+    ours, theirs = flatten(config), with_defaults(source.state["config"])
     wrong = [
-        f"{key} = {ours[key]!r}, there {theirs.get(key)!r}"
+        f"{key} = {ours[key]!r}, there {theirs[key]!r}"
         for key in SOURCE_KEYS
-        if ours[key] != theirs.get(key)
+        if ours[key] != theirs[key]
     ]
     if wrong:
         raise ValueError(
@@ -115,7 +115,9 @@ class RunState:
         policy: Policy,
         updater: Updater,
         monitor: Monitor,
+        prompts: PromptHashes,
     ):
+        self.prompts = prompts  # of this stage and later ones
         self.stage, self.config = stage, stage.config
         self.dist, self.policy, self.updater, self.monitor = dist, policy, updater, monitor
         self.checkpointer = Checkpointer(
@@ -124,6 +126,7 @@ class RunState:
         self.epoch = 0  # epochs made
         self.evaluated = False  # this epoch, in this stage
         self.best_score: float | None = None  # of eval/total, in this stage
+        self.test_set = 0  # how often the test prompts have changed
 
     def start(self, checkpoint: Checkpoint | None) -> None:
         """Begins where ``checkpoint`` stands, or, without one, as the configuration asks."""
@@ -155,15 +158,22 @@ class RunState:
         self.updater.load_state_dict(checkpoint.tensors["optimizer"], state["updater"])
         self.epoch = state["epoch"]
         self.dist.say(f"continuing from {checkpoint.path} (epoch {self.epoch})")
+        changed = changed_prompts(state.get("prompts", {}), self.prompts)
+        for dataset, split in changed:
+            self.dist.say(f"dataset {dataset}: continuing with changed {split} prompts")
+        dataset = self.config.dataset
+        new_test_set = (dataset, "test") in changed
+        self.test_set = state.get("test_set", 0) + new_test_set
         if stage_number(checkpoint) < self.stage.number:
             return  # scores of another stage do not compare
         self.evaluated = state["evaluated"]
         self.monitor.load_state_dict(state["monitor"])
-        now = flatten(self.config)
-        # Under other evaluation settings the scores do not compare.
-        settings = [key for key in state["config"] if key.startswith("eval.")]
-        settings.remove("eval.batch_size")
-        same = all(now.get(key) == state["config"][key] for key in settings)
+        if (dataset, "train") in changed:
+            self.monitor.forget_epoch()
+        now, former = flatten(self.config), with_defaults(state["config"])
+        # Under other evaluation settings, or on other test prompts, the scores do not compare.
+        settings = [key for key in former if key.startswith("eval.") and key != "eval.batch_size"]
+        same = not new_test_set and all(now.get(key) == former[key] for key in settings)
         self.best_score = state["best_score"] if same else None
         if not same:
             self.monitor.forget_evaluation()
@@ -199,6 +209,8 @@ class RunState:
                 "updater": updater,
                 "monitor": self.monitor.state,
                 "config": flatten(self.config),
+                "prompts": self.prompts,
+                "test_set": self.test_set,
             },
             write_extra=self._export,
             best=best,

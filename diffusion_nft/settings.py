@@ -21,7 +21,7 @@ from diffusion_nft.policy import Policy, policy_of_lora, unusual_modules
 from diffusion_nft.precision import COMPUTE_DTYPES, set_tf32
 from diffusion_nft.rewards import REMOTE_TIMEOUT, check_prompts, parse_option
 from diffusion_nft.rewards.combine import RewardError, RewardSet, UnscoredError
-from diffusion_nft.run_dir import section
+from diffusion_nft.run_dir import section, with_defaults
 from diffusion_nft.validation import validate_settings
 
 # Settings without a checkpoint; with one, those of its run.
@@ -271,7 +271,7 @@ def resolve(args: argparse.Namespace, script: Mapping[str, Any] | None = None) -
     name = _model_name(args.lora_hf_path or getattr(args, "pretrained.model") or "base")
     if args.checkpoint_path:
         args.checkpoint_path = checkpoint = resolve_checkpoint(args.checkpoint_path)
-        run = load_checkpoint(checkpoint).state["config"]
+        run = with_defaults(load_checkpoint(checkpoint).state["config"])
         name = f"{checkpoint.resolve().parents[1].name}-{checkpoint.name}"
     given = {key: value for key, value in vars(args).items() if value is not None}
     script, family, published = script or {}, {}, {}

@@ -13,7 +13,12 @@ from diffusion_nft.algorithms import build_algorithm
 from diffusion_nft.data import Prompt, draw_lines, epoch_prompts
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.evaluate import evaluate
-from diffusion_nft.inputs import build_named, load_checked_prompts, reward_weights
+from diffusion_nft.inputs import (
+    build_named,
+    hash_prompts,
+    load_checked_prompts,
+    reward_weights,
+)
 from diffusion_nft.metrics import Timer, make_metrics, write_environment
 from diffusion_nft.models import load_model
 from diffusion_nft.monitor import Alarm, Monitor
@@ -21,11 +26,11 @@ from diffusion_nft.pictures import image_grid, save_png
 from diffusion_nft.plan import describe
 from diffusion_nft.policy import Policy, unusual_modules
 from diffusion_nft.preemption import REASON, Preempted
-from diffusion_nft.report import compare_pictures, pictures_file, result
+from diffusion_nft.report import TEST_SET, compare_pictures, pictures_file, result
 from diffusion_nft.results import Evaluation, write_results
 from diffusion_nft.rewards.combine import RewardError, RewardSet
 from diffusion_nft.rollout import GRID_COLUMNS, Samples, collect, summarise
-from diffusion_nft.run_dir import check_run_dir, flatten, write_config
+from diffusion_nft.run_dir import check_prompts_kept, check_run_dir, flatten, write_config
 from diffusion_nft.run_state import RunState, newest_checkpoint, stage_number, starting_modules
 from diffusion_nft.stages import Stage, stages_of
 from diffusion_nft.update import Updater
@@ -35,8 +40,9 @@ class Trainer:
     """One ``stage`` of the run of a valid ``config``; by default its first, which is all of a run
     without stages.  ``run()`` continues from wherever the run directory stands.
 
-    Raises RunDirError if the run directory belongs to another configuration, and whatever a model
-    or a reward that cannot be loaded raises, before any sampling.
+    Raises RunDirError if the run directory belongs to another configuration or to prompts that have
+    changed since, and whatever a model or a reward that cannot be loaded raises, before any
+    sampling.
     """
 
     def __init__(self, config: ConfigDict, dist: Distributed, stage: Stage | None = None):
@@ -47,7 +53,11 @@ class Trainer:
         self.run_dir = Path(config.save_dir)
         self.train_prompts, self.test_prompts, self.test_lines = load_checked_prompts(config)
         trained, evaluated = reward_weights(config)
+        ahead = [s.config.dataset for s in stages_of(whole) if s.number >= stage.number]
+        prompts = hash_prompts(ahead, dist)
         start = newest_checkpoint(config, dist)
+        if start is not None:
+            check_prompts_kept(config, start.state.get("prompts", {}), prompts)
         modules = starting_modules(config, start)
         built = build_named(config, evaluated, dist)
         self.rewards, self.eval_rewards = (
@@ -79,7 +89,12 @@ class Trainer:
         )
         self.monitor = Monitor(config, self.algorithm, dist.say)
         self.state = RunState(
-            stage, dist=dist, policy=self.policy, updater=self.updater, monitor=self.monitor
+            stage,
+            dist=dist,
+            policy=self.policy,
+            updater=self.updater,
+            monitor=self.monitor,
+            prompts=prompts,
         )
         self.state.start(start)
         self.timer = Timer(dist.device)
@@ -239,6 +254,8 @@ class Trainer:
         values = evaluation.metrics() | self.timer.pop() | self.monitor.evaluation(evaluation)
         if config.max_unscored:
             values["eval/unscored"] = evaluation.num_unscored
+        if self.state.test_set:
+            values[TEST_SET] = self.state.test_set
         self._log(values)
         if self.dist.is_main:
             folder = self.run_dir / "eval" / self.stage.folder / f"epoch-{epoch:06d}"

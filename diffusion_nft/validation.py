@@ -52,6 +52,7 @@ SCHEMA: dict[str, Check] = {
     "pretrained.max_sequence_length": checks.integer(1, 512),
     "resolution": checks.integer(PIXELS_PER_TOKEN),
     "dataset": checks.dataset,
+    "allow_changed_prompts": checks.flag,
     "reward_fn": checks.reward_weights,
     "remote": checks.reward_addresses,
     # Beyond, the clocks of sockets and collectives overflow.

@@ -241,6 +241,7 @@ class Product:
             policy=self.policy,
             updater=self.updater,
             monitor=Monitor(config, algorithm, setup.dist.say),
+            prompts={},
         )
 
     def sample(self, epoch: int) -> tuple[Samples, Tensor]:

@@ -11,7 +11,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffusion_nft.config_files import load_file
-from diffusion_nft.run_dir import CONFIG_FILE, flatten
+from diffusion_nft.data import hash_splits
+from diffusion_nft.run_dir import CONFIG_FILE, PromptHashes, changed_prompts, flatten
+from diffusion_nft.stages import stages_of
 from diffusion_nft.validation import SCHEMA, unknown_key, validate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +52,11 @@ class Run:
     def title(self) -> str:
         """As messages name it."""
         return f"{self.experiment} {self.arm} seed {self.seed}"
+
+    @property
+    def prompts(self) -> PromptHashes:
+        """The SHA-256 of its prompt files."""
+        return hash_splits({stage.config.dataset for stage in stages_of(self.config)})
 
     def command(self) -> list[str]:
         """Its command line after the interpreter, with paths from the current folder."""
@@ -137,7 +144,11 @@ def is_done(run: Run) -> bool:
     done = run.result.is_file()
     if done:
         header = read_header(run.result)
-        refuse(run, run.result, differences(run, header["config"], list(header["changes"])))
+        changed = differences(run, header["config"], list(header["changes"]))
+        # Older results do not tell their prompts.
+        for dataset, split in changed_prompts(header.get("prompts", {}), run.prompts):
+            changed.append(f"the {split} prompts of dataset {dataset}")
+        refuse(run, run.result, changed)
     elif (path := run.folder / CONFIG_FILE).is_file():
         refuse(run, run.folder, differences(run, json.loads(path.read_bytes()), []))
     return done

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from diffusion_nft.checks import EMBEDDED_MODEL
 from diffusion_nft.files import write_atomically
 from diffusion_nft.metrics import ENVIRONMENTS_FILE, METRICS_FILE, cpu_name, read_metrics
-from diffusion_nft.run_dir import CONFIG_FILE, flatten
+from diffusion_nft.run_dir import CONFIG_FILE, changed_prompts, flatten
 
 EMBEDDED_PIPELINE = ROOT / "diffusion_nft" / "shapes" / "pipeline"
 THREADS = "OMP_NUM_THREADS"
@@ -111,6 +111,7 @@ def header(run: Run, ratio: float, jobs: int) -> dict[str, Any]:
         "starts": len(starts),
         "versions": about,
         "backward_over_forward": ratio,
+        "prompts": run.prompts,
         "config": {k: v for k, v in flatten(run.config).items() if k != "save_dir"},
     }
 
@@ -188,6 +189,7 @@ def same_elsewhere(run: Run) -> Path | None:
         if path == run.result or "ran_as" in about or about["git_dirty"]:
             continue
         same = about["preset"] == run.preset and _same(about["changes"], run.changes)
+        same = same and not changed_prompts(about.get("prompts", {}), run.prompts)
         if same and not differences(run, about["config"], list(about["changes"])):
             found.append((about["date"], path))
     return max(found)[1] if found else None

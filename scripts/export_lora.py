@@ -38,7 +38,7 @@ from diffusion_nft.lora import (
 )
 from diffusion_nft.metrics import METRICS_FILE
 from diffusion_nft.precision import COMPUTE_DTYPES
-from diffusion_nft.report import pictures_file, stage_evaluations
+from diffusion_nft.report import comparable, pictures_file, stage_evaluations
 from diffusion_nft.settings import Choice, add_model_flags, command, resolve
 
 PIPELINE_INDEX, TRANSFORMER = "model_index.json", "transformer"
@@ -210,10 +210,10 @@ def training(run: dict[str, Any], state: dict[str, Any]) -> list[str]:
 
 
 def evaluations(path: Path, epoch: int, stage: int) -> list[str]:
-    """The first evaluation of ``stage`` (0: of a run without stages) and its last one up to
-    ``epoch``; nothing if there is none.
+    """The last evaluation of ``stage`` (0: of a run without stages) up to ``epoch``, and the first
+    that compares with it; nothing if there is none.
     """
-    rows = [row for row in stage_evaluations(path, stage) if row["epoch"] <= epoch]
+    rows = comparable([row for row in stage_evaluations(path, stage) if row["epoch"] <= epoch])
     if not rows:
         return []
     first, last = rows[0], rows[-1]

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusion_nft.metrics import ENVIRONMENTS_FILE, METRICS_FILE, read_metrics
 from diffusion_nft.monitor import PICTURES
-from diffusion_nft.report import pictures_file
+from diffusion_nft.report import comparable, pictures_file
 from diffusion_nft.results import (
     AVERAGES_FILE,
     NUM_SAMPLES,
@@ -89,7 +89,7 @@ class Part:
     dataset: str
     rewards: dict[str, float]
     held_out: list[str]
-    tests: list[Test]  # of as many lines as the last one, so that they compare
+    tests: list[Test]  # those that compare with the last one
     picture: Path
 
     @property
@@ -272,8 +272,9 @@ def _read_part(path: Path, config: Row, rows: list[Row], number: int) -> Part:
     folder = path / "eval" / (f"stage-{number}" if number else "")
     tests = [
         Test(row, folder / f"epoch-{row['epoch']:06d}")
-        for row in rows
-        if "eval/total" in row and row.get("stage", 0) == number
+        for row in comparable(
+            [row for row in rows if "eval/total" in row and row.get("stage", 0) == number]
+        )
     ]
     merged = config | own
     watched = [PICTURES] if config.get("monitor.pictures") else []
@@ -282,7 +283,7 @@ def _read_part(path: Path, config: Row, rows: list[Row], number: int) -> Part:
         merged.get("dataset", ""),
         rewards,
         [name for name in (*merged.get("eval.rewards", []), *watched) if name not in rewards],
-        [t for t in tests if t.row.get(NUM_SAMPLES) == tests[-1].row.get(NUM_SAMPLES)],
+        tests,
         path / pictures_file(number),
     )
 

@@ -34,6 +34,17 @@ def test_evaluations_of_other_lines_do_not_compare(tmp_path):
     assert "best eval/total: 0.7500 at epoch 2" in result_table(tmp_path)
 
 
+def test_evaluations_of_other_test_prompts_do_not_compare(tmp_path):
+    rows = [
+        {"step": 0, "epoch": 0, "eval/total": 0.9, "eval/num_samples": 12},
+        {"step": 1, "epoch": 1, "eval/total": 0.5, "eval/num_samples": 12, "test_set": 1},
+        {"step": 2, "epoch": 2, "eval/total": 0.75, "eval/num_samples": 12, "test_set": 1},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [line.split() for line in result_table(tmp_path).splitlines()]
+    assert lines[1:-1] == [["total", "0.5000", "0.7500", "+0.2500"]]
+
+
 def test_stages_do_not_compare(tmp_path):
     rows = [
         {"step": 0, "epoch": 0, "stage": 1, "eval/total": 0.25},

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusion_nft import run_state
 from diffusion_nft.checkpoint import Checkpointer
+from diffusion_nft.data import SPLITS, split_file
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.metrics import read_metrics
+from diffusion_nft.run_dir import RunDirError
 from diffusion_nft.run_state import is_finished
 from diffusion_nft.stages import stages_of
 from diffusion_nft.trainer import Trainer
@@ -29,6 +32,7 @@ SETTINGS = {
 }
 OVERRIDES = tuple(f"{key}={value}" for key, value in SETTINGS.items())
 START_S = 120
+CPU = Distributed(0, 1, 0, torch.device("cpu"))
 
 
 def assert_same_state(run_dir: Path, other: Path) -> None:
@@ -168,7 +172,7 @@ def test_another_run_begins_with_the_policies_that_resume_from_names(finished, t
     changes = {"train.learning_rate": 0.002, "num_epochs": 1, "resume_from": str(finished)}
     theirs = Checkpointer(finished).load_latest()
     config = smoke(tmp_path / "run", SETTINGS | changes)
-    trainer = Trainer(config, Distributed(0, 1, 0, torch.device("cpu")))
+    trainer = Trainer(config, CPU)
     assert theirs is not None
     for adapter in ("current", "old", "ema"):
         for key, value in trainer.policy.state(adapter).items():
@@ -208,6 +212,63 @@ def test_a_run_is_finished_where_fewer_epochs_are_wanted_than_it_has(tmp_path):
     assert is_finished(whole, Checkpointer(tmp_path).load_latest())
 
 
+def write_prompts(folder: Path, lines: slice) -> None:
+    folder.mkdir(exist_ok=True)
+    for split in SPLITS:
+        text = split_file("shapes", split).read_text().splitlines(keepends=True)
+        (folder / f"{split}_metadata.jsonl").write_text("".join(text[lines]))
+
+
+def test_a_run_on_changed_prompts_compares_nothing_with_the_former_ones(tmp_path):
+    prompts, run_dir = tmp_path / "prompts", tmp_path / "run"
+    write_prompts(prompts, slice(0, 4))
+    settings = SETTINGS | {"dataset": str(prompts), "log.num_images": 0}
+    settings |= {"monitor.max_picture_change": 0.001, "monitor.max_diversity_drop": 0.001}
+    train_here(run_dir, settings | {"num_epochs": 1})
+    (first,) = [row for row in read_metrics(run_dir / "metrics.jsonl") if "eval/total" in row]
+    write_prompts(prompts, slice(-4, None))
+    settings["num_epochs"] = 2
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    with pytest.raises(RunDirError, match=r"train_metadata(?s:.*)test_metadata.jsonl: SHA-256"):
+        Trainer(smoke(run_dir, settings), CPU)
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+    allowed = train_here(run_dir, settings | {"allow_changed_prompts": True})
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    last = rows[-1]
+    assert "test_set" not in first and last["test_set"] == 1
+    # Whatever the scores are, the first on the new prompts is the best, and no alarm.
+    assert allowed.state.best_score == last["eval/total"]
+    assert last["monitor/alarms"] == 0
+    assert allowed.monitor.state["x0_rms"] == rows[-2]["reward/x0_rms"]
+    # From here on the new files are the run's.
+    again = Trainer(smoke(run_dir, settings), CPU)
+    assert again.state.test_set == 1 and again.state.best_score == allowed.state.best_score
+
+
+def test_a_checkpoint_of_an_earlier_version_is_continued(tmp_path, monkeypatch):
+    trainer = train_here(tmp_path / "run", SETTINGS | {"num_epochs": 1})
+    real = run_state.load_checkpoint
+
+    def earlier(path: Path):
+        checkpoint = real(path)
+        for key in ("prompts", "test_set"):
+            del checkpoint.state[key]
+        for key in ("eval.guidance_scale", "eval.batch_size", "pretrained.revision"):
+            del checkpoint.state["config"][key]
+        return checkpoint
+
+    newest = Checkpointer(tmp_path / "run").latest()
+    assert newest is not None and trainer.state.best_score is not None
+    again = smoke(tmp_path / "run", SETTINGS)
+    best, trainer.state.best_score = trainer.state.best_score, None
+    trainer.state.start(earlier(newest))
+    assert trainer.state.best_score == best and "evaluation" in trainer.monitor.state
+    # So it is where another run takes its policies from.
+    monkeypatch.setattr(run_state, "load_checkpoint", earlier)
+    again.resume_from, again.save_dir = again.save_dir, str(tmp_path / "other")
+    run_state.check_start(again)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -218,4 +279,4 @@ def test_a_run_is_finished_where_fewer_epochs_are_wanted_than_it_has(tmp_path):
 def test_policies_that_would_mean_something_else_are_refused(finished, tmp_path, change, words):
     config = smoke(tmp_path / "run", SETTINGS | change | {"resume_from": str(finished)})
     with pytest.raises(ValueError, match=words):
-        Trainer(config, Distributed(0, 1, 0, torch.device("cpu")))
+        Trainer(config, CPU)

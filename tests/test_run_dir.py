@@ -1,10 +1,24 @@
 """Which changes of the configuration a run directory accepts."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 
-from diffusion_nft.run_dir import RunDirError, check_run_dir, differences, flatten, write_config
+from diffusion_nft.data import hash_splits
+from diffusion_nft.distributed import Distributed
+from diffusion_nft.inputs import hash_prompts
+from diffusion_nft.run_dir import (
+    RunDirError,
+    changed_prompts,
+    check_prompts_kept,
+    check_run_dir,
+    differences,
+    flatten,
+    write_config,
+)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +35,7 @@ from diffusion_nft.run_dir import RunDirError, check_run_dir, differences, flatt
         ("checkpoint.keep", 1),
         ("distributed.timeout_minutes", 1.0),
         ("run_name", "other"),
+        ("allow_changed_prompts", True),
         ("remote_timeout_seconds", 1.0),
         ("eval.rewards", ("jpeg_compressibility",)),
     ],
@@ -68,6 +83,65 @@ def test_added_and_removed_rewards_are_differences():
         "reward_fn.a: 1.0 -> '(absent)'",
         "reward_fn.b: '(absent)' -> 1.0",
     ]
+
+
+def rewrite(run_dir: Path, change: Callable[[dict], object]) -> None:
+    file = run_dir / "config.json"
+    stored = json.loads(file.read_text())
+    change(stored)
+    file.write_text(json.dumps(stored))
+
+
+def test_a_key_that_the_run_does_not_know_is_at_its_default_there(smoke_config, tmp_path):
+    write_config(smoke_config)
+    rewrite(tmp_path / "run", lambda stored: stored.pop("train.shared_noise"))
+    check_run_dir(smoke_config)
+    smoke_config.train.shared_noise = True
+    with pytest.raises(RunDirError, match=r"train\.shared_noise: False -> True"):
+        check_run_dir(smoke_config)
+
+
+def test_a_key_that_this_version_does_not_know_is_refused_as_such(smoke_config, tmp_path):
+    write_config(smoke_config)
+    rewrite(tmp_path / "run", lambda stored: stored.update({"train.magic": 3, "perf.magic": 4}))
+    with pytest.raises(RunDirError) as caught:
+        check_run_dir(smoke_config)
+    assert "train.magic: 3 -> not a key of this version, which" in str(caught.value)
+    assert "perf.magic" not in str(caught.value)
+
+
+def test_changed_prompts_are_refused_by_file_unless_they_are_allowed(smoke_config, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").write_text("a red circle\n")
+    former = hash_splits([str(tmp_path)])
+    # Of the run's other datasets nothing is known.
+    check_prompts_kept(smoke_config, {}, former)
+    check_prompts_kept(smoke_config, former, former)
+    (tmp_path / "test.txt").write_text("a blue circle\n")
+    now = hash_splits([str(tmp_path)])
+    assert changed_prompts(former, now) == [(str(tmp_path), "test")]
+    with pytest.raises(RunDirError) as caught:
+        check_prompts_kept(smoke_config, former, now)
+    message = str(caught.value)
+    assert f"{tmp_path}/test.txt: SHA-256" in message and "train.txt" not in message
+    assert "--config.allow_changed_prompts=True" in message
+    smoke_config.allow_changed_prompts = True
+    check_prompts_kept(smoke_config, former, now)
+
+
+def test_nodes_with_different_prompts_are_refused_on_every_rank(tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").write_text("a red circle\n")
+    name = str(tmp_path)
+    own = hash_splits([name])
+    other = {name: own[name] | {"train": "0"}}
+    views = [own, own, other]
+    monkeypatch.setattr(Distributed, "gather_objects", lambda self, value: views)
+    for rank in range(3):
+        with pytest.raises(ValueError, match="the train prompts of rank 2 are not those of rank 0"):
+            hash_prompts([name], Distributed(rank, 3, rank, torch.device("cpu")))
+    views[2] = own
+    assert hash_prompts([name], Distributed(0, 3, 0, torch.device("cpu"))) == own
 
 
 def test_a_reward_may_move_to_a_server_and_back_but_not_change_its_options(smoke_config):

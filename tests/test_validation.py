@@ -104,6 +104,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("dataset", 3, "name of a prompt set"),
     ("dataset", "genval", "choose from drawbench, geneval, ocr, shapes"),
     ("dataset", "drawbench", "the train split needs one of them"),
+    ("allow_changed_prompts", 1, FLAG),
     ("reward_fn", {}, "needs at least one reward; choose from"),
     ("reward_fn", "ocr", "map reward names to weights"),
     ("reward_fn", {"shapse": 1.0}, "'shapse' is unknown (did you mean 'shapes'?); choose from"),

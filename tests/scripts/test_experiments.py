@@ -228,6 +228,28 @@ def test_what_another_experiment_has_run_is_taken_over(tiny, capsys):
     assert "tiny few seed 1: started" in capsys.readouterr().out
 
 
+def test_results_on_other_prompts_are_neither_finished_nor_taken_over(tiny, capsys):
+    tiny.run("--arms", "few", "--seeds", 1)
+    result = tiny.results / "tiny" / "few-seed1.jsonl"
+    about, numbers = result.read_text().split("\n", 1)
+    header = json.loads(about)
+    header["prompts"]["shapes"]["test"] = "0"
+    result.write_text(f"{json.dumps(header)}\n{numbers}")
+    with pytest.raises(SystemExit) as refused:
+        tiny.run("--arms", "few", "--seeds", 1)
+    assert "the test prompts of dataset shapes" in refused.value.code
+    (tiny.results / "other").mkdir()
+    result.rename(tiny.results / "other" / "few-seed1.jsonl")
+    capsys.readouterr()
+    tiny.run("--arms", "few", "--seeds", 1)
+    assert "tiny few seed 1: started" in capsys.readouterr().out
+    # Results of versions that did not note their prompts stay.
+    del header["prompts"]
+    result.write_text(f"{json.dumps(header)}\n{numbers}")
+    tiny.run("--arms", "few", "--seeds", 1)
+    assert "1 of them finished before" in capsys.readouterr().out
+
+
 def test_a_failing_run_leaves_the_others_and_is_named(tiny, monkeypatch, capsys):
     monkeypatch.setenv("FAKE", "fail few-seed1")
     with pytest.raises(SystemExit) as stopped:
