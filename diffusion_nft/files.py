@@ -1,11 +1,14 @@
-"""Small files that a power cut must not halve (written beside, made durable, renamed); hashes."""
+"""Small files that a power cut must not halve (written beside, made durable, renamed); JSON that
+may be damaged; hashes."""
 
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class DiskError(OSError):
@@ -72,3 +75,35 @@ def append_line(path: Path, line: str) -> None:
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in the file ``path``.  Raises ValueError naming it if that holds none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # the latter: nested too deeply
+        raise ValueError(f"{path} is damaged: not JSON") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: not a JSON object")
+    return value
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one a line; none without the file.
+
+    A half-written last line is left out.  Raises ValueError naming any other that is no object.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is not JSON") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number} is not a JSON object")
+        rows.append(row)
+    return rows

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from diffusion_nft.files import append_line, naming, write_atomically
-from diffusion_nft.pictures import save_png
+from diffusion_nft.pictures import full_captions, save_grid
 
 METRICS_FILE = "metrics.jsonl"
 ENVIRONMENTS_FILE = "environments.jsonl"
@@ -154,15 +154,22 @@ class Metrics(NullMetrics):
             self._tensorboard.flush()
 
     def log_images(self, name: str, grid: Image.Image, epoch: int) -> None:
-        """Saves ``grid`` as ``images/<name>-<epoch>.png`` ("/" in ``name`` becomes "_")."""
+        """Saves ``grid`` as ``images/<name>-<epoch>.png`` ("/" in ``name`` becomes "_"), with its
+        ``full_captions``.
+        """
         path = self._run_dir / "images" / f"{name.replace('/', '_')}-{epoch:06d}.png"
-        save_png(grid, path)
+        save_grid(grid, path)
+        captions = full_captions(grid)
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({f"images/{name}": wandb.Image(grid), "epoch": epoch})
+            image = wandb.Image(grid, caption=captions or None)
+            self._wandb.log({f"images/{name}": image, "epoch": epoch})
         if self._tensorboard is not None:
             self._tensorboard.add_image(name, np.asarray(grid), epoch, dataformats="HWC")
+            if captions:
+                markdown = captions.replace("\n", "  \n")
+                self._tensorboard.add_text(f"{name}/captions", markdown, epoch)
             self._tensorboard.flush()
 
     def truncate(self, step: int, epoch: int | None = None, stage: int | None = None) -> None:
@@ -254,7 +261,7 @@ def _start_wandb(config: Any, run_dir: Path) -> Any:
     try:
         run = wandb.init(
             project=config.log.wandb_project,
-            name=config.run_name or run_dir.name,
+            name=config.run_name or run_dir.resolve().name,
             id=_wandb_id(run_dir),
             resume="allow",
             mode=mode,  # pyright: ignore[reportArgumentType]  (WANDB_MODE may say anything)

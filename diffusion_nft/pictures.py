@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +22,16 @@ MAX_CAPTION_LINES = 4
 # Characters of a caption that are laid out: more than its lines can hold.
 MAX_CAPTION = 2000
 
-# Pillow's bundled font knows ASCII and little else; these read better spelt out than as "?".
+# Pillow's bundled font has ASCII and little else; these are spelt out.
 SPELT_OUT = str.maketrans(
     {"→": "->", "·": "-", "–": "-", "—": "-", "“": '"', "”": '"', "‘": "'", "’": "'"}
 )
+
+# Stands for characters that the font does not have; it draws an empty box.
+BOX = "\ufffd"
+
+# Where a grid, in its ``Image.info``, keeps the captions that it does not show in full.
+CAPTIONS = "captions"
 
 WHITE, INK, GREY, FRAME = (255, 255, 255), (32, 33, 36), (110, 113, 118), (205, 208, 212)
 GAIN, LOSS = (24, 128, 56), (190, 40, 35)
@@ -76,6 +83,24 @@ def save_png(picture: Image.Image, path: Path) -> None:
     write_atomically(path, data.getvalue())
 
 
+def save_grid(grid: Image.Image, path: Path) -> None:
+    """Writes ``path`` as ``save_png``, and ``full_captions`` to a ``.txt`` file of the same name,
+    which does not exist where the image shows them all.
+    """
+    beside, captions = path.with_suffix(".txt"), full_captions(grid)
+    with naming(beside):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.unlink(missing_ok=True)
+    if captions:
+        write_atomically(beside, f"{captions}\n".encode())
+    save_png(grid, path)
+
+
+def full_captions(grid: Image.Image) -> str:
+    """The captions of ``grid``, numbered, one a line; empty if the image shows each in full."""
+    return grid.info.get(CAPTIONS, "")
+
+
 @dataclass(frozen=True)
 class Line:
     """One line of text under a picture."""
@@ -103,10 +128,10 @@ def _font(cell_width: int) -> Font:
 
 
 def _drawable(text: str) -> str:
-    """``text`` in ASCII: accents dropped, a "?" for every character that has no likeness."""
+    """``text`` as the font can draw it: accents dropped, BOX for each run of other characters."""
     plain = unicodedata.normalize("NFKD", text.translate(SPELT_OUT))
     plain = "".join(char for char in plain if not unicodedata.combining(char))
-    return plain.encode("ascii", "replace").decode("ascii")
+    return re.sub(r"[^\s!-~]+(\s+[^\s!-~]+)*", BOX, plain)
 
 
 def _line_height(font: Font) -> int:
@@ -138,6 +163,22 @@ def _wrapped(text: str, width: float, font: Font) -> list[str]:
             lines[-1] = lines[-1][:-1]
         lines[-1] = f"{lines[-1].rstrip()}..."
     return lines
+
+
+def _captions(texts: Sequence[str], width: float, font: Font) -> tuple[list[list[str]], str]:
+    """Lines of each of ``texts``, and ``full_captions``: who sees a text that cannot be drawn, or
+    not in full, finds it there by the number that it has in the image.
+    """
+    texts = [" ".join(text.split()) for text in texts]
+    drawn, incomplete = [], False
+    for number, text in enumerate(texts, start=1):
+        lines = _wrapped(text, width, font)
+        if "".join(lines).replace(" ", "") != text.translate(SPELT_OUT).replace(" ", ""):
+            incomplete = True
+            lines = _wrapped(f"{number}: {text}", width, font)
+        drawn.append(lines)
+    numbered = [f"{number}: {text}" for number, text in enumerate(texts, start=1)]
+    return drawn, "\n".join(numbered) if incomplete else ""
 
 
 @dataclass(frozen=True)
@@ -175,8 +216,11 @@ class _Cell:
             pen.text((middle, below + i * line), text, INK, font, anchor="ma")
 
 
-def _sheet(cells: list[_Cell], columns: int, font: Font) -> Image.Image:
-    """All cells in rows of ``columns`` on white; each row is as high as its highest cell."""
+def _sheet(cells: list[_Cell], columns: int, font: Font, captions: str) -> Image.Image:
+    """All cells in rows of ``columns`` on white; each row is as high as its highest cell.
+
+    ``captions``: the sheet's ``full_captions``.
+    """
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     line, gap = _line_height(font), MARGIN * 3 // 2
     heights = [max(cell.height(line) for cell in row) for row in rows]
@@ -187,6 +231,8 @@ def _sheet(cells: list[_Cell], columns: int, font: Font) -> Image.Image:
         for i, cell in enumerate(row):
             cell.draw(sheet, MARGIN + i * (cell.width + gap), y, font)
         y += height + gap
+    if captions:
+        sheet.info[CAPTIONS] = captions
     return sheet
 
 
@@ -200,20 +246,22 @@ def image_grid(
     """``images: [B, 3, H, W] in [0, 1]`` in rows of ``columns``, each with its caption below.
 
     ``scores: [B]`` adds a line with the number.  Small pictures are enlarged to at least 144 px.
+    A caption that cannot be drawn in full has its number in ``full_captions`` before it.
     Raises ValueError if there is no picture or a length differs.
     """
     pictures = _enlarged(images)
     _check_lengths(len(pictures), captions=captions, scores=scores)
     font = _font(pictures[0].width)
+    drawn, full = _captions(captions, pictures[0].width, font)
     cells = [
         _Cell(
             pictures=[picture],
             under=[[Line(_number(scores[i], 3), GREY)] if scores is not None else []],
-            caption=_wrapped(captions[i], picture.width, font),
+            caption=drawn[i],
         )
         for i, picture in enumerate(pictures)
     ]
-    return _sheet(cells, columns, font)
+    return _sheet(cells, columns, font, full)
 
 
 def side_by_side(
@@ -226,7 +274,8 @@ def side_by_side(
     columns: int = 2,
     labels: tuple[str, str] = ("before", "after"),
 ) -> Image.Image:
-    """Pairs of pictures of the same prompts, ``columns`` pairs a row, labelled, captions below.
+    """Pairs of pictures of the same prompts, ``columns`` pairs a row, labelled, captions below as
+    in ``image_grid``.
 
     ``before, after: [B, 3, H, W] in [0, 1]``; ``before_scores, after_scores: [B]`` follow the
     labels, the second in green where it is higher, in red where it is lower.  Raises ValueError if
@@ -241,11 +290,11 @@ def side_by_side(
         after_scores=after_scores,
     )
     font = _font(left[0].width)
+    drawn, full = _captions(captions, 2 * left[0].width + MARGIN // 2, font)
     cells = []
     for i, pair in enumerate(zip(left, right, strict=True)):
         old = before_scores[i] if before_scores is not None else None
         new = after_scores[i] if after_scores is not None else None
-        pair_width = sum(picture.width for picture in pair) + MARGIN // 2
         texts = (
             (_labelled(labels[0], old), GREY),
             (_labelled(labels[1], new), _change_color(old, new)),
@@ -257,10 +306,10 @@ def side_by_side(
                     [Line(part, color) for part in _wrapped(text, pair[0].width, font)]
                     for text, color in texts
                 ],
-                caption=_wrapped(captions[i], pair_width, font),
+                caption=drawn[i],
             )
         )
-    return _sheet(cells, columns, font)
+    return _sheet(cells, columns, font, full)
 
 
 def _labelled(label: str, score: float | None) -> str:

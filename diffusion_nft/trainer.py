@@ -22,7 +22,7 @@ from diffusion_nft.inputs import (
 from diffusion_nft.metrics import Timer, make_metrics, write_environment
 from diffusion_nft.models import load_model
 from diffusion_nft.monitor import Alarm, Monitor
-from diffusion_nft.pictures import image_grid, save_png
+from diffusion_nft.pictures import image_grid, save_grid
 from diffusion_nft.plan import describe
 from diffusion_nft.policy import Policy, unusual_modules
 from diffusion_nft.preemption import REASON, Preempted
@@ -286,7 +286,7 @@ class Trainer:
             with self.policy.using("ema"):
                 after = self.evaluate(count)
             if self.dist.is_main:
-                save_png(compare_pictures(before, after), path)
+                save_grid(compare_pictures(before, after), path)
         self.dist.say(result(self.run_dir, self.stage.number))
 
 

@@ -8,13 +8,14 @@ model and no network.  The file opens offline and brings its pictures, curves an
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from report_page import page
 from report_runs import read_runs
 
+from diffusion_nft.command_line import command, user_path
 from diffusion_nft.files import write_atomically
+from diffusion_nft.paths import prepare_folder
 
 
 def parse_flags() -> argparse.Namespace:
@@ -23,21 +24,19 @@ def parse_flags() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
-    add("--output", type=Path, default=Path("report.html"), help="default: %(default)s")
+    add("runs", nargs="+", type=user_path, metavar="RUN", help="a run directory")
+    add("--output", type=user_path, default=Path("report.html"), help="default: %(default)s")
     return parser.parse_args()
 
 
 def main() -> None:
     """Reads, writes, and says where the report is."""
     args = parse_flags()
-    try:
-        data = page(read_runs(args.runs)).encode()
-        write_atomically(args.output, data)
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    prepare_folder(args.output.parent)
+    data = page(read_runs(args.runs)).encode()
+    write_atomically(args.output, data)
     print(f"{args.output}: {len(data) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -51,6 +51,7 @@ class Picture:
     source: str  # a data: address
     width: int
     height: int
+    captions: list[str]  # those that the picture does not show in full, and all others with them
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Card:
 
 
 def picture(path: Path, heading: str, alt: str) -> Picture:
-    """The picture in ``path``, encoded again if it is large."""
+    """The picture in ``path``, encoded again if it is large, and the captions beside it."""
     data, kind = path.read_bytes(), "png"
     with Image.open(io.BytesIO(data)) as image:
         size = image.size
@@ -77,7 +78,9 @@ def picture(path: Path, heading: str, alt: str) -> Picture:
             image.convert("RGB").resize(size).save(smaller, format="WEBP", quality=QUALITY)
             data, kind = smaller.getvalue(), "webp"
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return Picture(heading, alt, source, *size)
+    beside = path.with_suffix(".txt")
+    captions = beside.read_text("utf-8", "replace").splitlines() if beside.is_file() else []
+    return Picture(heading, alt, source, *size, captions)
 
 
 def cards(part: Part) -> list[Card]:

@@ -1,11 +1,11 @@
 """Reads what a run directory holds, for scripts/report.py; needs no model."""
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from diffusion_nft.files import read_lines, read_object
 from diffusion_nft.metrics import ENVIRONMENTS_FILE, METRICS_FILE, read_metrics
 from diffusion_nft.monitor import PICTURES
 from diffusion_nft.report import comparable, pictures_file
@@ -196,38 +196,6 @@ class Run:
 
 def _is_stage_length(key: str) -> bool:
     return key.startswith("stages.") and key.endswith(".num_epochs")
-
-
-def read_object(path: Path) -> Row:
-    """The JSON object in the file ``path``.  Raises ValueError naming it if that holds none."""
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: not JSON") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: not a JSON object")
-    return value
-
-
-def read_lines(path: Path) -> list[Row]:
-    """The objects of a file with one a line; none without the file.
-
-    A half-written last line is left out.  Raises ValueError naming any other that is no object.
-    """
-    if not path.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number} is not JSON") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number} is not a JSON object")
-        rows.append(row)
-    return rows
 
 
 def read_run(path: Path) -> Run:

@@ -19,6 +19,7 @@ from diffusion_nft.metrics import (
     read_metrics,
     write_environment,
 )
+from diffusion_nft.pictures import image_grid
 
 
 def config(**log) -> ConfigDict:
@@ -142,6 +143,10 @@ def test_pictures_are_saved_whole(tmp_path):
     assert Image.open(path).getpixel((0, 0)) == (255, 0, 0)
 
 
+def foreign_grid() -> Image.Image:
+    return image_grid(torch.zeros(2, 3, 8, 8), ["a circle", "一只猫"], columns=2)
+
+
 class FakeRun:
     def __init__(self, **arguments):
         self.arguments, self.logged, self.exit_code = arguments, [], None
@@ -208,6 +213,16 @@ def test_wandb_resumes_the_same_run_and_gets_the_values(wandb, tmp_path):
     assert (first.exit_code, second.exit_code) == (1, 0)
 
 
+def test_captions_that_a_grid_cannot_show_go_with_it(wandb, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Metrics(config(wandb="offline"), Path(".")) as metrics:
+        metrics.log_images("train", foreign_grid(), epoch=1)
+    (run,) = wandb.runs
+    assert run.arguments["name"] == tmp_path.name
+    assert run.logged[0]["images/train"]._caption == "1: a circle\n2: 一只猫"
+    assert (tmp_path / "images" / "train-000001.txt").read_text("utf-8").endswith("2: 一只猫\n")
+
+
 def test_a_wandb_that_cannot_start_does_not_stop_the_run(wandb, tmp_path, capsys, monkeypatch):
     def broken(**arguments):
         raise wandb.Error("no route to host")
@@ -235,12 +250,13 @@ def test_tensorboard_gets_finite_scalars_and_pictures(tmp_path):
     with Metrics(config(tensorboard=True), tmp_path) as metrics:
         for step in (1, 2, 3):
             metrics.log({"reward/mean": step / 2, "reward/tag": math.nan}, step=step, epoch=step)
-        metrics.log_images("train", Image.new("RGB", (4, 4)), epoch=1)
+        metrics.log_images("train", foreign_grid(), epoch=1)
     with Metrics(config(tensorboard=True), tmp_path) as metrics:
         metrics.truncate(2)
         metrics.log({"reward/mean": 9.0}, step=3, epoch=3)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Tags()["scalars"] == ["reward/mean"] and events.Tags()["images"] == ["train"]
+    assert events.Tags()["tensors"] == ["train/captions/text_summary"]
     assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.5), (2, 1), (3, 9)]
 
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_nft.pictures import image_grid, side_by_side, to_pil, to_uint8, with_blanks
+from diffusion_nft.pictures import (
+    full_captions,
+    image_grid,
+    save_grid,
+    side_by_side,
+    to_pil,
+    to_uint8,
+    with_blanks,
+)
 
 WHITE = (255, 255, 255)
 
@@ -97,6 +105,44 @@ def test_long_captions_are_cut_at_the_same_height():
     heights = {image_grid(solid(1), ["word " * n], columns=1).height for n in (60, 600)}
     assert len(heights) == 1
     image_grid(solid(1), ["x" * 500 + " é → 漢字"], columns=1)
+
+
+FOREIGN = [
+    "a red circle → here",
+    "一只 戴帽子的猫",
+    "قطة",
+    "a cat \U0001f600",
+    "café",
+    "word " * 60,
+]
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        image_grid(solid(6), FOREIGN, columns=2),
+        side_by_side(solid(6), solid(6), FOREIGN, columns=2),
+    ],
+)
+def test_captions_that_cannot_be_drawn_are_beside_the_grid_by_their_numbers(grid, tmp_path):
+    """The bundled font has ASCII alone, and a caption has four lines."""
+    path = tmp_path / "new" / "grid.png"
+    save_grid(grid, path)
+    texts = [f"{i}: {text.strip()}" for i, text in enumerate(FOREIGN, start=1)]
+    assert (path.with_suffix(".txt")).read_text(encoding="utf-8").splitlines() == texts
+    save_grid(image_grid(solid(1), ["a red circle"], columns=1), path)
+    assert [file.name for file in path.parent.iterdir()] == ["grid.png"]
+
+
+def test_a_caption_that_is_not_shown_in_full_has_its_number():
+    def drawn(*captions: str) -> bytes:
+        return image_grid(solid(len(captions)), captions, columns=9).tobytes()
+
+    assert drawn("x", "一只猫 三") == drawn("x", "Ж")  # one box stands for all of them
+    assert drawn("x", "Ж") != drawn("x", "2: ")
+    assert drawn("x", "café") == drawn("x", "2: cafe")
+    assert drawn("x", "cafe") != drawn("x", "2: cafe")
+    assert full_captions(image_grid(solid(2), ["x", "“cafe” – here"], columns=2)) == ""
 
 
 def test_large_pictures_stay_as_they_are():

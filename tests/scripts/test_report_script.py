@@ -131,10 +131,10 @@ def made(report, tmp_path, *runs) -> Page:
 
 
 def refused(report, tmp_path, *runs) -> str:
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises((ValueError, OSError)) as stopped:
         call(report, *runs, "--output", tmp_path / "report.html")
-    message = stopped.value.code
-    assert isinstance(message, str) and "\n" not in message
+    message = str(stopped.value)
+    assert "\n" not in message
     assert not (tmp_path / "report.html").exists()
     return message
 
@@ -360,9 +360,18 @@ def test_what_is_no_run_is_refused_in_one_line(report, tmp_path):
     (run / "before_after.png").unlink()
     (run / "metrics.jsonl").write_text("[]\n")
     assert "metrics.jsonl:1 is not a JSON object" in refused(report, tmp_path, run)
-    with pytest.raises(SystemExit) as stopped:
-        call(report, make_run(tmp_path / "b"), "--output", tmp_path / "missing" / "report.html")
-    assert "could not be written" in str(stopped.value.code)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file is not a folder"):
+        call(report, make_run(tmp_path / "b"), "--output", tmp_path / "file" / "report.html")
+
+
+def test_captions_that_a_grid_could_not_show_are_in_the_page(report, tmp_path):
+    run = make_run(tmp_path / "run")
+    draw(run / "before_after.png", 17, 12)
+    assert "Prompts in full" not in made(report, tmp_path, run).text
+    (run / "before_after.txt").write_text("1: a <b>\n2: 一只猫\n", encoding="utf-8")
+    text = made(report, tmp_path, run).text
+    assert "Prompts in full" in text and "1: a <b>" in text and "2: 一只猫" in text
 
 
 def test_large_pictures_are_made_smaller(report, tmp_path):
