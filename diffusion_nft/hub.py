@@ -1,5 +1,6 @@
-"""Models and LoRAs by local path or hub name."""
+"""Models and LoRAs by local path or hub name, and what a pipeline's folder holds."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +8,49 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 
-from diffusion_nft.checks import EMBEDDED_MODEL, HUB_NAME
+from diffusion_nft.checks import EMBEDDED_MODEL, HUB_NAME, PIPELINE_INDEX
+from diffusion_nft.files import read_object
 from diffusion_nft.lora import Lora
 from diffusion_nft.shapes.model import PIPELINE_DIR
+
+# "fp16" of model.fp16.safetensors and of its shards, as diffusers and transformers name them.
+VARIANT = re.compile(r"\.(\w+)(-\d+-of-\d+)?\.(safetensors|bin)$")
+
+
+def weights_variant(folder: Path) -> str | None:
+    """The variant, such as "fp16", in which alone ``folder`` stores a model's weights; None where
+    it has plain ones.
+
+    Raises ValueError, naming the folder or the file, if there are no weights or one is damaged.
+    """
+    found = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".bin")]
+    if not found:
+        raise ValueError(f"{folder} holds no weights (*.safetensors)")
+    for path in found:
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged: {error}") from error
+    variants = [match[1] for path in found if (match := VARIANT.search(path.name))]
+    return variants[0] if len(variants) == len(found) else None
+
+
+def read_index(folder: Path, family: str) -> dict[str, Any]:
+    """The ``model_index.json`` of a pipeline's folder.
+
+    Raises ValueError unless the name of the pipeline's class begins with ``family``.
+    """
+    if not (folder / PIPELINE_INDEX).is_file():
+        raise ValueError(f"{folder} is not a diffusers folder: it holds no {PIPELINE_INDEX}")
+    index = read_object(folder / PIPELINE_INDEX)
+    name = index.get("_class_name")
+    if not str(name).startswith(family):
+        raise ValueError(f"{folder} holds a {name}; {family}Pipeline is needed")
+    return index
 
 
 def fetch_pipeline(name: str, revision: str = "") -> Path:

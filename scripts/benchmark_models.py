@@ -153,7 +153,7 @@ class Setup:
             build = _random_pipeline(ARCHITECTURES[self.arch], self.dist.device)
             with (
                 mock.patch("diffusion_nft.models.sd3.fetch_pipeline", return_value=Path()),
-                mock.patch.object(StableDiffusion3Pipeline, "from_pretrained", build),
+                mock.patch("diffusion_nft.models.sd3.load_pipeline", build),
             ):
                 model = load_model(settings, self.dist)
             budget = self.config.perf.embed_cache_gb * 1e9
@@ -166,12 +166,10 @@ class Setup:
 def _random_pipeline(
     arch: Architecture, device: torch.device
 ) -> Callable[..., StableDiffusion3Pipeline]:
-    """Stands in for ``from_pretrained``: random weights, no text encoders."""
+    """Stands in for ``load_pipeline``: random weights, no text encoders."""
 
-    def build(
-        folder: Path, *, dtype: dict[str, torch.dtype], **options: Any
-    ) -> StableDiffusion3Pipeline:
-        del folder, options
+    def build(folder: Path, dtype: dict[str, torch.dtype]) -> StableDiffusion3Pipeline:
+        del folder
         torch.manual_seed(0)
         with torch.device(device):
             transformer = SD3Transformer2DModel(**arch.transformer)

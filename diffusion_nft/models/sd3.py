@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from diffusers import StableDiffusion3Pipeline
+from safetensors import SafetensorError
 from torch import Tensor
 
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.flow import timestep_from_sigma
-from diffusion_nft.hub import fetch_pipeline
+from diffusion_nft.hub import fetch_pipeline, read_index, weights_variant
 from diffusion_nft.models.embeddings import Conditioning, EmbeddingCache
 from diffusion_nft.precision import Precision
 
@@ -30,9 +32,52 @@ LORA_TARGETS = tuple(
     )
 )
 
+FAMILY = "StableDiffusion3"
+# Parts of a pipeline: networks and others that it needs, and those of T5, which it may lack.
+NETWORKS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+OTHERS = ("scheduler", "tokenizer", "tokenizer_2")
+T5, T5_TOKENIZER = "text_encoder_3", "tokenizer_3"
 
 # Most graphs of a block that perf.compile may make: kinds of block x policies x sizes of a batch.
 COMPILED_GRAPHS = 64
+
+
+def load_pipeline(folder: Path, dtypes: dict[str, torch.dtype]) -> StableDiffusion3Pipeline:
+    """The pipeline in ``folder``, its parts in ``dtypes``; without T5 if that is not there, and of
+    parts that are stored in a variant alone (fp16), the variant.
+
+    Raises ValueError, naming the folder, for what is missing or damaged in it.
+    """
+    index = read_index(folder, FAMILY)
+    present = [
+        part
+        for part, classes in index.items()
+        if isinstance(classes, list) and None not in classes and (folder / part).is_dir()
+    ]
+    networks = (*NETWORKS, T5) if T5 in present else NETWORKS
+    others = (*OTHERS, T5_TOKENIZER) if T5 in present else OTHERS
+    for part in (*networks, *others):
+        if part not in present:
+            raise ValueError(f"{folder} has no {part}, which a {FAMILY}Pipeline needs")
+        if part in networks and not (folder / part / "config.json").is_file():
+            raise ValueError(f"{folder / part} has no config.json")
+    variants = filter(None, [weights_variant(folder / part) for part in networks])
+    try:
+        pipe = StableDiffusion3Pipeline.from_pretrained(
+            folder,
+            dtype=dtypes,
+            variant=next(variants, None),
+            local_files_only=True,
+            **({} if T5 in present else dict.fromkeys((T5, T5_TOKENIZER))),
+        )
+    # What diffusers and transformers raise for files that they cannot make sense of.
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(f"{folder} cannot be loaded: {type(error).__name__}: {cause}") from error
+    for part in NETWORKS:
+        if any(weight.is_meta for weight in getattr(pipe, part).parameters()):
+            raise ValueError(f"{folder / part} lacks some of its weights")
+    return pipe
 
 
 @contextmanager
@@ -76,7 +121,7 @@ class SD3Model:
         compile: bool = False,
         match_published: bool = False,
     ):
-        """Raises OSError if there is no such model, ValueError if it cannot draw at
+        """Raises OSError if there is no such model, ValueError if it is damaged or cannot draw at
         ``resolution``.
         """
         with dist.main_first():
@@ -89,9 +134,9 @@ class SD3Model:
         # It would repeat every prompt that is longer than CLIP's 77 tokens.
         diffusers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        self.pipe = StableDiffusion3Pipeline.from_pretrained(
-            folder, dtype=dtypes, local_files_only=True
-        )
+        self.pipe = load_pipeline(folder, dtypes)
+        if self.pipe.text_encoder is not None and self.pipe.text_encoder_3 is None:
+            dist.say(f"{name} has no T5: prompts are encoded by CLIP alone")
         self.pipe.set_progress_bar_config(disable=True)
         for part in self._parts():
             part.requires_grad_(False).eval()

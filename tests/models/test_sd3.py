@@ -1,8 +1,14 @@
 """The SD3 family against plain diffusers on the embedded pipeline."""
 
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
 
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.hub import fetch_lora, fetch_pipeline
@@ -164,6 +170,127 @@ def test_a_resolution_beyond_the_position_table_is_refused():
             resolution=65536,
             max_sequence_length=8,
         )
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A copy of the embedded pipeline's folder."""
+    return Path(shutil.copytree(PIPELINE_DIR, tmp_path / "base"))
+
+
+def load(folder: Path):
+    return build_model(
+        "sd3",
+        name=str(folder),
+        dist=Distributed(0, 1, 0, CPU),
+        precision=Precision("no", CPU),
+        resolution=48,
+        max_sequence_length=8,
+    )
+
+
+def change_index(folder: Path, **entries: object) -> None:
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def as_variant(folder: Path) -> None:
+    for path in list(folder.rglob("*.safetensors")):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+
+
+def as_sharded_variant(folder: Path) -> None:
+    """The transformer in two shards, the other parts as they are."""
+    whole = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights, name = load_file(whole), "diffusion_pytorch_model.fp16-0000{}-of-00002.safetensors"
+    shards = {key: name.format(1 + i % 2) for i, key in enumerate(weights)}
+    for shard in set(shards.values()):
+        part = {key: value for key, value in weights.items() if shards[key] == shard}
+        save_file(part, whole.with_name(shard), metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": shards}
+    (whole.with_name(f"{whole.name}.index.fp16.json")).write_text(json.dumps(index))
+    whole.unlink()
+
+
+@pytest.mark.parametrize("store", [as_variant, as_sharded_variant])
+def test_a_base_that_is_stored_in_a_variant_alone(store, base, shapes_model):
+    store(base)
+    model = load(base)
+    cond, same = model.encode(TEXTS), shapes_model.encode(TEXTS)
+    assert torch.equal(cond.tokens, same.tokens) and torch.equal(cond.pooled, same.pooled)
+    for ours, theirs in zip(
+        model.transformer.parameters(), shapes_model.transformer.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def drop_t5(folder: Path) -> None:
+    shutil.rmtree(folder / "text_encoder_3")
+
+
+def null_t5(folder: Path) -> None:
+    change_index(folder, text_encoder_3=[None, None], tokenizer_3=[None, None])
+
+
+@pytest.mark.parametrize("remove", [drop_t5, null_t5])
+def test_a_base_without_t5(remove, base, shapes_model, capsys):
+    remove(base)
+    cond, whole = load(base).encode(TEXTS), shapes_model.encode(TEXTS)
+    assert f"{base} has no T5" in capsys.readouterr().out
+    clip = whole.tokens.shape[1] - 8
+    assert torch.equal(cond.pooled, whole.pooled) and cond.tokens.shape == whole.tokens.shape
+    assert torch.equal(cond.tokens[:, :clip], whole.tokens[:, :clip])
+    assert not cond.tokens[:, clip:].any() and whole.tokens[:, clip:].any()
+
+
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lose_a_weight(path: Path) -> None:
+    weights = load_file(path)
+    weights.popitem()
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+BROKEN: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "no transformer": ("has no transformer", lambda b: shutil.rmtree(b / "transformer")),
+    "no VAE": ("has no vae", lambda b: change_index(b, vae=[None, None])),
+    "no tokenizer": ("has no tokenizer_2", lambda b: shutil.rmtree(b / "tokenizer_2")),
+    "T5's tokenizer": ("has no tokenizer_3", lambda b: shutil.rmtree(b / "tokenizer_3")),
+    "no weights": ("transformer holds no weights", lambda b: (b / TRANSFORMER).unlink()),
+    "cut weights": (f"{TRANSFORMER} is damaged", lambda b: cut(b / TRANSFORMER)),
+    "cut text encoder": (
+        "text_encoder/model.safetensors is damaged",
+        lambda b: cut(b / "text_encoder" / "model.safetensors"),
+    ),
+    "a lost weight": ("transformer lacks some", lambda b: lose_a_weight(b / TRANSFORMER)),
+    "no config": ("vae has no config.json", lambda b: (b / "vae" / "config.json").unlink()),
+    "config": ("cannot be loaded", lambda b: (b / "vae" / "config.json").write_text("{")),
+    "index": ("model_index.json is damaged", lambda b: (b / "model_index.json").write_text("{")),
+    "another family": (
+        "holds a FluxPipeline; StableDiffusion3Pipeline is needed",
+        lambda b: change_index(b, _class_name="FluxPipeline"),
+    ),
+    "an unknown class": (
+        "cannot be loaded: ValueError",
+        lambda b: change_index(b, transformer=["diffusers", "Nothing"]),
+    ),
+    "an entry of text": ("has no transformer", lambda b: change_index(b, transformer="x")),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_base_is_one_line_that_names_it(name, base):
+    words, damage = BROKEN[name]
+    damage(base)
+    with pytest.raises(ValueError) as caught:
+        load(base)
+    said = str(caught.value)
+    assert words in said and str(base) in said and "\n" not in said
 
 
 @pytest.mark.slow
