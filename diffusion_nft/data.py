@@ -6,7 +6,6 @@ GenEval format).  See dataset/README.md.
 """
 
 import json
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -16,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from diffusion_nft.files import sha256
+from diffusion_nft.paths import expand
 from diffusion_nft.randomness import generator
 
 T = TypeVar("T")
@@ -74,22 +74,16 @@ def resolve_dataset(name_or_path: str | Path) -> Path:
     Whatever holds a ``/`` or begins with ``.`` or ``~`` is a path.  ValueError if it is not there.
     """
     given = str(name_or_path)
-    if not is_line(given):
-        raise ValueError(f"dataset = {given!r}: is no path: it holds a control character")
     try:
-        folder = DATASET_ROOT / given if _is_name(given) else Path(given).expanduser()
+        path = expand(given)
+        folder = DATASET_ROOT / path if _is_name(given) else Path(path)
         if given and folder.is_dir():
             return folder.resolve()
-    # No such user; no such path can be: a part of it is too long.
-    except (RuntimeError, OSError) as error:
-        cause = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"dataset = {given!r}: is no path ({cause})") from error
+    except OSError as error:  # such as a part that is too long
+        raise ValueError(f"dataset = {given!r}: is not a path ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"dataset = {given!r}: {error}") from error
     raise ValueError(f"dataset = {given!r}: {_missing(given, folder)}")
-
-
-def is_line(text: str) -> bool:
-    """Whether ``text`` has no control characters (line ends, NUL) and no half surrogate pairs."""
-    return not {"Cc", "Cs"} & {unicodedata.category(char) for char in text}
 
 
 def _is_name(given: str) -> bool:
@@ -150,16 +144,28 @@ def _hint(name: str, split: str) -> str:
 def load_prompts(dataset: str | Path, split: str) -> list[Prompt]:
     """Every line of a split, in file order, duplicates kept: a line of a test file is a sample.
 
-    A malformed line is a ValueError with file, line number and what is wrong; blank lines at the
-    end of a file are not lines.
+    Raises ValueError as ``read_prompts``.
     """
-    path = split_file(dataset, split)
+    return read_prompts(split_file(dataset, split))
+
+
+def read_prompts(path: Path, *, skip_blank: bool = False) -> list[Prompt]:
+    """Every line of a prompt file, in file order: of a ``.jsonl`` file each is a JSON object with a
+    "prompt", of any other file a prompt.
+
+    A malformed line is a ValueError with file, line number and what is wrong, and so is a blank one
+    before the last prompt unless ``skip_blank``.
+    """
     parse = _parse_json if path.suffix == ".jsonl" else _parse_text
     # Split at \n alone: str.splitlines would also cut at U+2028, which may occur in a prompt.
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
     if lines == [b""]:
         raise ValueError(f"{path}: the file is empty; it needs one prompt a line")
-    return [_parse_line(path, number, line, parse) for number, line in enumerate(lines, start=1)]
+    return [
+        _parse_line(path, number, line, parse)
+        for number, line in enumerate(lines, start=1)
+        if line.strip() or not skip_blank
+    ]
 
 
 def draw_lines(prompts: Sequence[Prompt], number: int, together: int = 1) -> list[int]:

@@ -45,6 +45,14 @@ def write(folder: Path, **files: str | bytes) -> Path:
     return folder
 
 
+def test_a_prompt_file_may_have_blank_lines_where_the_caller_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n\n \na dog\n\n")
+    assert data.read_prompts(path, skip_blank=True) == [Prompt("a cat"), Prompt("a dog")]
+    with pytest.raises(ValueError, match=r"prompts.txt, line 2: the line is empty"):
+        data.read_prompts(path)
+
+
 def test_dataset_root_is_beside_the_package() -> None:
     root = Path(data.__file__).parent.parent / "dataset"
     assert (root / "README.md").is_file()

@@ -10,6 +10,7 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 
+from diffusion_nft.files import DiskError
 from diffusion_nft.lora import Lora, export_lora, scaled
 from diffusion_nft.models.sd3 import LORA_TARGETS
 from diffusion_nft.randomness import generator, normal
@@ -63,6 +64,46 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(tmp_path):
     assert same.shape == (48, 48, 3)
     assert np.array_equal(alone["000-a-red-circle-seed1"], same)
     assert not np.array_equal(both["001-a-red-circle-seed0"], same)
+
+
+def test_prompts_come_by_the_reader_of_prompt_sets(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = '{"tag": "x", "prompt": "a red circle"}\n\n{"prompt": "一个 蓝色的_हिन्दी!"}\n'
+    prompts.write_text(lines, encoding="utf-8")
+    drawn = draw(tmp_path / "out", "--prompts_file", prompts)
+    names = ["000-a-red-circle-seed0", "001-一个-蓝色的-हिन्दी-seed0", "grid"]
+    assert sorted(drawn) == names
+    prompts.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match=r'prompts.jsonl, line 2: no "prompt"'):
+        draw(tmp_path / "none", "--prompts_file", prompts)
+
+
+def test_a_failure_leaves_what_was_drawn_and_the_same_command_overwrites(tmp_path, monkeypatch):
+    real, left = sample.save_png, [1]
+
+    def full(picture, path):
+        if not left:
+            raise DiskError(28, f"{path} could not be written")
+        left.pop()
+        real(picture, path)
+
+    monkeypatch.setattr(sample, "save_png", full)
+    asked = ("--prompt", "a red circle", "--seeds", 0, 1)
+    with pytest.raises(DiskError, match="000-a-red-circle-seed1"):
+        draw(tmp_path, *asked)
+    (kept,) = tmp_path.iterdir()
+    assert kept.name == "000-a-red-circle-seed0.png"
+    monkeypatch.setattr(sample, "save_png", real)
+    whole = pixels(kept)
+    Image.new("RGB", (1, 1)).save(kept)
+    assert np.array_equal(draw(tmp_path, *asked)[kept.stem], whole)
+
+
+def test_the_folder_is_tried_before_a_model_loads(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sample, "load_model", None)
+    with pytest.raises(DiskError, match="file is not a folder"):
+        draw(tmp_path / "file", "--prompt", "a red circle")
 
 
 def test_the_base_beside_the_lora(tmp_path, lora):
