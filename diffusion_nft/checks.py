@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from diffusion_nft import data
 from diffusion_nft.algorithms.nft import OLD_POLICY_DECAYS, old_policy_schedule
+from diffusion_nft.paths import expand, is_line
 from diffusion_nft.rewards import REWARDS, check_options
 from diffusion_nft.solvers import SOLVERS, check_solver
 
@@ -98,12 +99,12 @@ def flag(value: Any) -> str | None:
 
 def text(value: Any) -> str | None:
     """A line of text, which may be empty."""
-    return None if isinstance(value, str) and data.is_line(value) else "must be text in one line"
+    return None if isinstance(value, str) and is_line(value) else "must be text in one line"
 
 
 def filled_text(value: Any) -> str | None:
     """A line of text with more than spaces."""
-    filled = isinstance(value, str) and value.strip() and data.is_line(value)
+    filled = isinstance(value, str) and value.strip() and is_line(value)
     return None if filled else "must be text, not empty, in one line"
 
 
@@ -114,35 +115,38 @@ def revision(value: Any) -> str | None:
     return "must be text that names a branch, a tag or a commit, or empty for the default branch"
 
 
-def _is_path(value: str) -> bool:
-    """Whether this can be a path: no control characters, no part too long, nothing closed."""
-    if not data.is_line(value):
-        return False
+def _path(value: Any) -> Path | None:
+    """Where the path ``value`` leads; None if there can be no such place: control characters, a
+    part too long, links in a circle, a folder that this user may not enter, no such user's home.
+    """
     try:
-        Path(value).stat()
+        path = Path(expand(value))
+    except ValueError:
+        return None
+    try:
+        path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:  # too long, links in a circle, a folder that this user may not enter
-        return False
-    return True
+        return path
+    except OSError:
+        return None
+    return path
 
 
 def _is_folder(value: Any) -> bool:
-    return isinstance(value, str) and bool(value) and _is_path(value) and Path(value).is_dir()
+    path = _path(value) if isinstance(value, str) and value else None
+    return path is not None and path.is_dir()
 
 
 def new_folder(value: Any) -> str | None:
     """The path of a folder that may not exist yet."""
     if not isinstance(value, str) or not value.strip():
         return "must be the path of the run directory, not empty"
-    if value.startswith("~"):
-        return "must be a path without '~', which nothing expands here"
-    if not _is_path(value):
+    path = _path(value)
+    if path is None:
         return (
             "must be a path that can be had: no part too long, no control characters, no links in "
-            "a circle, no folder that you may not enter"
+            "a circle, no folder that you may not enter, no ~name of a user without a home"
         )
-    path = Path(value)
     there = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
     if not there.is_dir():
         return (
@@ -164,8 +168,8 @@ def lora_or_empty(value: Any) -> str | None:
     """The path of something that may be a LoRA (it is read later), or empty text."""
     if value == "":
         return None
-    if isinstance(value, str) and _is_path(value):
-        path = Path(value)
+    path = _path(value) if isinstance(value, str) else None
+    if path is not None:
         found = [*path.glob("*.safetensors"), *path.glob("adapter_*"), *path.glob("lora/adapter_*")]
         if found or (path.is_file() and path.suffix == ".safetensors"):
             return None
@@ -179,7 +183,7 @@ def model(value: Any) -> str | None:
     """A base model: a folder, a name on the hub, the embedded one."""
     if isinstance(value, str):
         hub = HUB_NAME.fullmatch(value) and ".." not in value
-        folder = _is_folder(value) and Path(value, PIPELINE_INDEX).is_file()
+        folder = _is_folder(value) and Path(expand(value), PIPELINE_INDEX).is_file()
         if value == EMBEDDED_MODEL or folder or (hub and not Path(value).is_dir()):
             return None
     return (
@@ -191,7 +195,7 @@ def model(value: Any) -> str | None:
 
 def solver(value: Any) -> str | None:
     """A solver of ours or of diffusers."""
-    if not isinstance(value, str) or not data.is_line(value):
+    if not isinstance(value, str) or not is_line(value):
         return "must be the name of a solver"
     try:
         check_solver(value)

@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 
 from diffusion_nft.paths import expand
-from diffusion_nft.rewards.combine import RewardError
+from diffusion_nft.rewards.combine import RewardError, UnscoredError
 
 
 def path_or_name(text: str) -> str:
@@ -26,6 +26,13 @@ def path_or_name(text: str) -> str:
 def user_path(text: str) -> Path:
     """argparse's type of a path: ``~`` is expanded."""
     return Path(path_or_name(text))
+
+
+def natural(text: str) -> int:
+    """argparse's type of a count that may be 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
+    return int(text)
 
 
 def positive(text: str) -> int:
@@ -60,8 +67,10 @@ def command(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(141)  # as a program that SIGPIPE ends
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except UnscoredError as error:
+        sys.exit(f"{error}; --max_unscored N leaves up to N images out and counts them")
     except RewardError as error:
-        sys.exit(f"{error}; the same command continues where this one stopped")
+        sys.exit(f"{error}; once the cause is fixed, the same command continues from here")
     except torch.OutOfMemoryError as error:
         cause = str(error).splitlines()[0]
         sys.exit(f"{cause}  A smaller batch or resolution, or half precision, needs less memory.")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffusion_nft.data import Prompt
 from diffusion_nft.distributed import Distributed
-from diffusion_nft.files import naming, write_atomically
+from diffusion_nft.files import naming, read_lines, read_object, write_atomically
 from diffusion_nft.lock import LOCK_FILE
 from diffusion_nft.pictures import save_png, with_blanks
 from diffusion_nft.rewards.combine import RewardSet, Scores
@@ -145,7 +145,7 @@ def claim(folder: Path, settings: Mapping[str, Any], dist: Distributed) -> None:
     begun = {other.name for other in folder.glob("*")} - {SETTINGS_FILE, LOCK_FILE}
     if dist.is_main and path.exists() and begun:
         # A setting that an earlier version did not have was what is its default now.
-        found = {key: DEFAULTS[key] for key in wanted if key in DEFAULTS} | read_json(path)
+        found = {key: DEFAULTS[key] for key in wanted if key in DEFAULTS} | read_object(path)
         lines = [
             f"{key}: {found.get(key)!r} -> {wanted.get(key)!r}"
             for key in sorted(found.keys() | wanted.keys())
@@ -177,13 +177,13 @@ def _options(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def finished(folder: Path) -> dict[str, Any] | None:
     """What ``average_scores.json`` holds; None if the evaluation in ``folder`` is not finished."""
     path = folder / AVERAGES_FILE
-    return read_json(path) if path.is_file() else None
+    return {"settings": {}} | read_object(path) if path.is_file() else None
 
 
 def scored_by(folder: Path) -> dict[str, float]:
     """Reward -> weight of the finished evaluation in ``folder``; none if it is not finished."""
     averages = finished(folder)
-    return averages["settings"]["rewards"] if averages else {}
+    return averages["settings"].get("rewards", {}) if averages else {}
 
 
 def picture_path(folder: Path, line: int) -> Path:
@@ -238,7 +238,7 @@ def write_scores(folder: Path, lines: range, scores: Scores, rewards: RewardSet)
 def read_scores(folder: Path, lines: range, rewards: RewardSet) -> Scores | None:
     """What ``write_scores`` wrote for ``lines`` and such ``rewards``; None if it did not."""
     path = _progress_path(folder, lines)
-    found = read_json(path) if path.is_file() else {}
+    found = read_object(path) if path.is_file() else {}
     if found.get("by") != _identity(rewards):
         return None
     parts = {name: _float64(values) for name, values in found["parts"].items()}
@@ -261,15 +261,17 @@ def read_results(
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Scores and settings that ``write_results`` left in ``folder``.
 
-    Raises FileNotFoundError if it left none, ValueError if they are not of ``prompts``.
+    Raises FileNotFoundError if it left none, ValueError if they are damaged or not of ``prompts``.
     """
-    if not (folder / RESULTS_FILE).is_file():
+    averages = finished(folder)
+    if averages is None or not (folder / RESULTS_FILE).is_file():
         raise FileNotFoundError(
             f"{folder} holds no {RESULTS_FILE}: evaluate with --save_images first"
         )
-    lines = (folder / RESULTS_FILE).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    if [row["prompt"] for row in rows] != [prompt.text for prompt in prompts]:
+    rows = read_lines(folder / RESULTS_FILE)
+    if any(not isinstance(row.get("scores"), dict) for row in rows):
+        raise ValueError(f"{folder / RESULTS_FILE} is damaged: a line holds no scores")
+    if [row.get("prompt") for row in rows] != [prompt.text for prompt in prompts]:
         raise ValueError(
             f"{folder} holds results of {len(rows)} other prompts than the {len(prompts)} lines to "
             "score: give the same data set and --limit as when they were drawn"
@@ -278,7 +280,7 @@ def read_results(
         name: [math.nan if row["scores"][name] is None else row["scores"][name] for row in rows]
         for name in rows[0]["scores"]
     }
-    return scores, read_json(folder / AVERAGES_FILE)["settings"]
+    return scores, averages["settings"]
 
 
 def beside(
@@ -330,11 +332,6 @@ def write_json(path: Path, value: Any) -> None:
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    """The value in the file ``path``."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _without_nan(value: Any) -> Any:

@@ -2,15 +2,16 @@
 DEFAULTS."""
 
 import argparse
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from diffusion_nft.checkpoint import load_checkpoint, resolve_checkpoint
 from diffusion_nft.checks import EMBEDDED_MODEL, reward_addresses, reward_options
 from diffusion_nft.combinations import EMBEDDED_LENGTH, EMBEDDED_RESOLUTION
+from diffusion_nft.command_line import natural, path_or_name, positive, user_path
 from diffusion_nft.data import Prompt, split_file
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.files import sha256
@@ -20,7 +21,7 @@ from diffusion_nft.models import MODELS, load_model
 from diffusion_nft.policy import Policy, policy_of_lora, unusual_modules
 from diffusion_nft.precision import COMPUTE_DTYPES, set_tf32
 from diffusion_nft.rewards import REMOTE_TIMEOUT, check_prompts, parse_option
-from diffusion_nft.rewards.combine import RewardError, RewardSet, UnscoredError
+from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.run_dir import section, with_defaults
 from diffusion_nft.validation import validate_settings
 
@@ -59,32 +60,25 @@ NAMED = {
 PUBLISHED_LENGTH = 256
 
 
-def natural(text: str) -> int:
-    """argparse's type of a count that may be 0."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    """argparse's type of a count."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return int(text)
-
-
 def add_model_flags(parser: argparse.ArgumentParser, *, lora_required: bool = False) -> None:
     """The flags that ``resolve`` reads."""
     lora = parser.add_mutually_exclusive_group(required=lora_required)
     lora.add_argument(
-        "--checkpoint_path", type=Path, help="a checkpoint or a run directory (its latest)"
+        "--checkpoint_path", type=user_path, help="a checkpoint or a run directory (its latest)"
     )
     lora.add_argument(
-        "--lora_hf_path", help="a LoRA on the hub, or a local PEFT folder or diffusers file"
+        "--lora_hf_path",
+        type=path_or_name,
+        help="a LoRA on the hub, or a local PEFT folder or diffusers file",
     )
     add = parser.add_argument
     add("--adapter", default=DEFAULT_ADAPTER, help="which one of a PEFT folder with several")
-    add("--pretrained", dest="pretrained.model", help="base: folder, hub name, or 'shapes'")
+    add(
+        "--pretrained",
+        dest="pretrained.model",
+        type=path_or_name,
+        help="base: folder, hub name, or 'shapes'",
+    )
     add("--model_type", dest="pretrained.model_type", choices=sorted(MODELS))
     add("--num_inference_steps", dest="eval.num_steps", type=positive)
     add("--solver", dest="eval.solver")
@@ -104,7 +98,7 @@ def add_model_flags(parser: argparse.ArgumentParser, *, lora_required: bool = Fa
 def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that the scripts which evaluate share."""
     add = parser.add_argument
-    add("--output_dir", type=Path)
+    add("--output_dir", type=user_path)
     add("--seed", type=int, help="of the noise")
     add("--batch_size", dest="eval.batch_size", type=positive, help="pictures at once")
     add("--limit", type=positive, default=0, help="only so many lines of a test set, drawn")
@@ -268,11 +262,12 @@ def resolve(args: argparse.Namespace, script: Mapping[str, Any] | None = None) -
     """
     run: dict[str, Any] = {}
     checkpoint: Path | None = None
-    name = _model_name(args.lora_hf_path or getattr(args, "pretrained.model") or "base")
+    chosen = args.lora_hf_path or getattr(args, "pretrained.model") or "base"
+    name = chosen if chosen in ("base", EMBEDDED_MODEL) else _model_name(chosen)
     if args.checkpoint_path:
         args.checkpoint_path = checkpoint = resolve_checkpoint(args.checkpoint_path)
         run = with_defaults(load_checkpoint(checkpoint).state["config"])
-        name = f"{checkpoint.resolve().parents[1].name}-{checkpoint.name}"
+        name = _model_name(str(checkpoint))
     given = {key: value for key, value in vars(args).items() if value is not None}
     script, family, published = script or {}, {}, {}
     if _join(DEFAULTS, run, script, given)["pretrained.model"] == EMBEDDED_MODEL:
@@ -301,25 +296,13 @@ def resolve(args: argparse.Namespace, script: Mapping[str, Any] | None = None) -
 
 def _model_name(given: str) -> str:
     """A hub repository's or a path's: of a path more than its last part, which is often "lora"."""
-    path = Path(given)
-    parts = path.resolve().parts[-4:] if path.exists() else path.parts
+    parts = Path(given).parts
+    if os.path.exists(given):
+        # As the user named it: links are not followed.
+        parts = Path(os.path.abspath(given)).parts[1:]
+        # Of a checkpoint in a run directory, that and the run.
+        parts = parts[-3:] if parts[-2:-1] == ("checkpoints",) else parts[-4:]
     return "-".join(part for part in parts if part not in ("/", "checkpoints"))
-
-
-def command(main: Callable[[], None]) -> NoReturn:
-    """Runs a script's ``main`` and ends: what its user can mend or continue costs one line."""
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except UnscoredError as error:
-        sys.exit(f"{error}; --max_unscored N leaves up to N images out and counts them")
-    except RewardError as error:
-        sys.exit(f"{error}; once the cause is fixed, the same command continues from here")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit()
 
 
 def _join(*layers: Mapping[str, Any]) -> dict[str, Any]:

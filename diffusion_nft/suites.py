@@ -1,13 +1,13 @@
 """Suites: test sets whose results make up the row of one table, and the rows to compare with."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusion_nft.files import read_lines, read_object
 from diffusion_nft.metrics import ENVIRONMENTS_FILE
-from diffusion_nft.results import SETTINGS_FILE, finished, read_json
+from diffusion_nft.results import SETTINGS_FILE, finished
 
 
 @dataclass(frozen=True)
@@ -124,17 +124,14 @@ def read_rows(folder: Path, suite: Suite) -> list[Row]:
         done = {name: finished(model / name) for name in suite.datasets}
         averages = {name: result for name, result in done.items() if result}
         if averages:
-            starts = [json.loads(line) for line in _lines(model / ENVIRONMENTS_FILE)]
+            starts = read_lines(model / ENVIRONMENTS_FILE)
             environment = {
                 key: ", ".join(dict.fromkeys(str(start.get(key)) for start in starts))
                 for key in dict.fromkeys(key for start in starts for key in start)
             }
-            rows.append(Row(model.name, averages, read_json(model / SETTINGS_FILE), environment))
+            settings = read_object(model / SETTINGS_FILE)
+            rows.append(Row(model.name, averages, settings, environment))
     return rows
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def as_json(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:

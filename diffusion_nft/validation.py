@@ -6,6 +6,7 @@ every problem at once, one a line: the key, its value, and what would be valid.
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,9 +19,12 @@ from diffusion_nft.algorithms.nft import WEIGHTINGS
 from diffusion_nft.checks import Check, is_section
 from diffusion_nft.combinations import COMBINATIONS, PIXELS_PER_TOKEN
 from diffusion_nft.models import MODELS
+from diffusion_nft.paths import expand
 from diffusion_nft.precision import COMPUTE_DTYPES
 from diffusion_nft.stages import merged_configs, stage_problems
 
+# Keys whose value is a path, or may be one; a dataset is expanded where it is looked up.
+PATHS = ("save_dir", "resume_from", "pretrained.model", "train.lora_path")
 # Characters of a value that an error quotes.
 MAX_SHOWN = 400
 
@@ -170,6 +174,15 @@ PUBLISHED_KEYS: dict[str, tuple[str, str]] = {
     "test.*": ("eval.*", "num_steps, batch_size, guidance_scale, num_prompts, solver"),
 }
 
+# Abbreviations that are no part of the name of a key -> a part of it.
+ABBREVIATIONS = {
+    "lr": "learning_rate",
+    "bs": "batch_size",
+    "wd": "weight_decay",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+}
+
 
 def validate(config: ConfigDict) -> None:
     """Raise ConfigError, listing every problem, unless ``config`` can run, on any number of ranks.
@@ -193,6 +206,12 @@ def validate(config: ConfigDict) -> None:
         if line not in common
     ]
     _raise([*own, *common, *each])
+
+
+def expand_paths(config: ConfigDict) -> None:
+    """Expands ``~`` in the paths of a valid ``config``, in place."""
+    flat = dict(_leaves(config))
+    config.update_from_flattened_dict({key: expand(flat[key]) for key in PATHS})
 
 
 def _raise(problems: list[str]) -> None:
@@ -268,8 +287,21 @@ def unknown_key(key: str) -> str:
         ours, note = published
         advice = f"use {ours}" if ours else "drop it"
         return f"is a key of the published code; {advice}{f' ({note})' if note else ''}"
-    name = key.rpartition(".")[2]
-    namesakes = [known for known in SCHEMA if known.rpartition(".")[2] == name]
-    close = namesakes or difflib.get_close_matches(key, SCHEMA, n=1)
+    close = _namesakes(key) or difflib.get_close_matches(key, SCHEMA, n=1)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     return f"is an unknown key{hint or '; the keys are in config/base.py'}"
+
+
+def _namesakes(key: str) -> list[str]:
+    """The known keys whose name is that of ``key``, or holds it as whole words, of which the last
+    may be cut short: those with the fewest other words, of the same section if there are any.
+    """
+    section, _, name = key.rpartition(".")
+    name = ABBREVIATIONS.get(name, name)
+    others: dict[str, tuple[int, bool]] = {}
+    for known in SCHEMA:
+        last = known.rpartition(".")[2]
+        if len(name) > 1 and re.search(rf"(^|_){re.escape(name)}", last):
+            others[known] = (last.count("_") - name.count("_"), last != name)
+    found = [known for known in others if others[known] == min(others.values())]
+    return [known for known in found if known.rpartition(".")[0] == section] or found

@@ -29,13 +29,14 @@ from benchmark_models import ARCHITECTURES, Product, Setup
 from benchmark_phases import Observer, Peaks, report, synchronize
 from ml_collections import ConfigDict
 
+from diffusion_nft.command_line import command, positive, user_path
 from diffusion_nft.config_files import load_file
 from diffusion_nft.distributed import Distributed, distributed
 from diffusion_nft.files import write_atomically
 from diffusion_nft.metrics import cpu_name
+from diffusion_nft.paths import prepare_folder
 from diffusion_nft.rewards import parse_option
-from diffusion_nft.settings import command
-from diffusion_nft.validation import SCHEMA, unknown_key, validate
+from diffusion_nft.validation import SCHEMA, expand_paths, unknown_key, validate
 
 CONFIG_FILE = Path(__file__).resolve().parent.parent / "config" / "nft.py"
 PRETRAINED = "pretrained"
@@ -59,8 +60,8 @@ def parse_flags() -> argparse.Namespace:
     add("--set", **setting, help="such as train.batch_size=4")
     add("--rewards", help="comma-separated, weight 1; default: the preset's")
     add("--baseline", action="store_true", help="alternate with the published way")
-    add("--repeats", type=int, default=3, help="measured epochs of each way")
-    add("--output", type=Path, help="also write the JSON here")
+    add("--repeats", type=positive, default=3, help="measured epochs of each way")
+    add("--output", type=user_path, help="also write the JSON here")
     return parser.parse_args()
 
 
@@ -83,6 +84,7 @@ def make_config(args: argparse.Namespace, save_dir: str) -> ConfigDict:
             raise ValueError(f"--set {key} {unknown_key(key)}")
         config.update_from_flattened_dict({key: value})
     validate(config)
+    expand_paths(config)
     if config.algorithm != "nft":
         raise ValueError(f"algorithm {config.algorithm!r}: the benchmark is of 'nft'")
     return config
@@ -284,14 +286,12 @@ def main() -> None:
     """Prints the table and the JSON on the first rank."""
     args = parse_flags()
     with distributed(timeout_minutes=10) as dist, tempfile.TemporaryDirectory() as folder:
-        try:
-            results = benchmark(args, dist, folder)
-        except (ValueError, OSError, ImportError) as error:
-            sys.exit(str(error))
+        if args.output and dist.is_main:
+            prepare_folder(args.output.parent)
+        results = benchmark(args, dist, folder)
         text = json.dumps(results, indent=2)
         dist.say(f"{text}\n\n{table(results)}")
         if args.output and dist.is_main:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(args.output, f"{text}\n".encode())
 
 

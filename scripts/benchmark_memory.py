@@ -12,12 +12,10 @@ Prints JSON and a table in Markdown.
 
 import argparse
 import json
-import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -37,10 +35,12 @@ from transformers import (
 )
 
 from diffusion_nft.algorithms import Algorithm, Batch, build_algorithm
+from diffusion_nft.command_line import command, positive, user_path
 from diffusion_nft.distributed import Distributed
 from diffusion_nft.files import write_atomically
 from diffusion_nft.flow import add_noise
 from diffusion_nft.models.embeddings import Conditioning
+from diffusion_nft.paths import prepare_folder
 from diffusion_nft.plan import memory
 from diffusion_nft.policy import Policy
 
@@ -259,15 +259,13 @@ def parse_flags() -> argparse.Namespace:
     add("--resolution", type=int, default=512, help="pixels")
     add("--rank", type=int, default=32, help="of the LoRA")
     add("--precision", choices=("fp16", "bf16"), default="fp16", help="mixed_precision")
-    add("--sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="of micro-batches")
-    add("--output", type=Path, help="also write the JSON here")
+    add("--sizes", type=positive, nargs="+", default=[1, 2, 4, 8, 16], help="of micro-batches")
+    add("--output", type=user_path, help="also write the JSON here")
     return parser.parse_args()
 
 
 def count(args: argparse.Namespace, save_dir: str) -> dict[str, Any]:
     """Everything in GB, ready for JSON.  Raises ValueError for flags that no run could have."""
-    if min(args.sizes) < 1:
-        raise ValueError(f"--sizes {min(args.sizes)}: a micro-batch has at least one sample")
     args.preset = args.rewards = None
     args.set = [
         ("resolution", args.resolution),
@@ -327,17 +325,15 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     """Prints the JSON and the table."""
     args = parse_flags()
+    if args.output:
+        prepare_folder(args.output.parent)
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            results = count(args, folder)
-        except ValueError as error:
-            sys.exit(str(error))
+        results = count(args, folder)
     text = json.dumps(results, indent=2)
     print(f"{text}\n\n{table(results)}")
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.output, f"{text}\n".encode())
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -10,6 +10,7 @@ the SD3.5 architecture with small random weights.  The figure needs matplotlib (
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -27,10 +28,11 @@ from benchmark import describe, make_config
 from benchmark_models import Product, Setup
 from benchmark_phases import synchronize
 
+from diffusion_nft.command_line import command, positive, user_path
 from diffusion_nft.distributed import Distributed, distributed
 from diffusion_nft.files import write_atomically
+from diffusion_nft.paths import prepare_folder
 from diffusion_nft.rewards import parse_option
-from diffusion_nft.settings import command
 
 BENCHMARK = Path(__file__).with_name("benchmark.py")
 PARTS = ("sampling", "training", "epoch")
@@ -72,10 +74,10 @@ def parse_flags() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--axes", nargs="+", choices=list(AXES), default=list(AXES))
-    add("--repeats", type=int, default=3, help="epochs at each size, of which the fastest counts")
-    add("--ranks", type=int, nargs="+", default=list(AXES["ranks"].sizes), help="processes")
-    add("--output", type=Path, help="write the JSON here too")
-    add("--figure", type=Path, help="draw the curves into this PNG")
+    add("--repeats", type=positive, default=3, help="epochs at each size; the fastest counts")
+    add("--ranks", type=positive, nargs="+", default=list(AXES["ranks"].sizes), help="processes")
+    add("--output", type=user_path, help="write the JSON here too")
+    add("--figure", type=user_path, help="draw the curves into this PNG")
     return parser.parse_args()
 
 
@@ -111,13 +113,15 @@ def time_here(
 def time_ranks(axis: Axis, ranks: int, repeats: int, folder: str) -> dict[str, float]:
     """Seconds of an epoch on ``ranks`` processes of one thread each, by torchrun."""
     output = Path(folder, f"ranks-{ranks}.json")
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(BENCHMARK)]
-    command += ["--preset", axis.preset, "--repeats", str(repeats), "--output", str(output)]
+    arguments = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    arguments += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(BENCHMARK)]
+    arguments += ["--preset", axis.preset, "--repeats", str(repeats), "--output", str(output)]
     for change in axis.fixed:
-        command += ["--set", change]
+        arguments += ["--set", change]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+    done = subprocess.run(arguments, env=environment, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise OSError(f"{BENCHMARK.name} on {ranks} ranks ended with status {done.returncode}")
     result = json.loads(output.read_text())
     return {"epoch": result["ours"]["epoch_seconds"]["min"]}
 
@@ -169,8 +173,12 @@ def draw(curves: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Measures, prints JSON and exponents, draws."""
     args = parse_flags()
-    if len(args.ranks) < 2 and "ranks" in args.axes:
-        sys.exit("--ranks: a slope needs two numbers at least")
+    if len(set(args.ranks)) < 2 and "ranks" in args.axes:
+        raise ValueError("--ranks: a slope needs two numbers at least")
+    if args.figure and not importlib.util.find_spec("matplotlib"):
+        raise ImportError("--figure needs matplotlib: pip install 'diffusion-nft[plots]'")
+    for path in filter(None, (args.output, args.figure)):
+        prepare_folder(path.parent)
     with distributed(timeout_minutes=10) as dist, tempfile.TemporaryDirectory() as folder:
         curves = measure(args, dist, folder)
     text = json.dumps({"threads": torch.get_num_threads(), "curves": curves}, indent=2)
@@ -181,10 +189,7 @@ def main() -> None:
     if args.output:
         write_atomically(args.output, f"{text}\n".encode())
     if args.figure:
-        try:
-            draw(curves, args.figure)
-        except ImportError:
-            sys.exit("--figure needs matplotlib: pip install 'diffusion-nft[plots]'")
+        draw(curves, args.figure)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import psutil
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from diffusion_nft.command_line import command, device, path_or_name
 from diffusion_nft.config_files import load_file
 from diffusion_nft.inputs import reward_weights
 from diffusion_nft.precision import set_tf32
@@ -154,23 +155,25 @@ def wanted(args: argparse.Namespace) -> tuple[list[str], Mapping[str, Any], Mapp
     return list(names), config.reward_options.to_dict(), config.remote.to_dict()
 
 
-def main() -> None:
-    """Checks one reward after the other."""
+def main() -> int:
+    """Checks one reward after the other; the exit status is 1 if one failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--reward", default="", help="comma-separated; default: all")
-    which.add_argument("--config", default="", help="path:preset, for the rewards of a preset")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    which.add_argument(
+        "--config", type=path_or_name, help="path:preset, for the rewards of a preset"
+    )
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=usual)
     args = parser.parse_args()
     names, options, remote = wanted(args)
-    device = torch.device(args.device)
     set_tf32(True)  # as in runs, unless they have allow_tf32 = False
     findings = []
     for name in names:
         print(f"checking {name} ...", file=sys.stderr, flush=True)
-        findings.append(check(name, device, options.get(name, {}), remote.get(name, ())))
+        findings.append(check(name, args.device, options.get(name, {}), remote.get(name, ())))
     header = ("reward", *STAGES, "s/picture", "GB", "scores of the two pictures")
     print("\n".join(aligned([header, *(finding.row() for finding in findings)])))
     failed = [finding for finding in findings if finding.problem]
@@ -178,11 +181,8 @@ def main() -> None:
         print(f"\n{finding.name}: {finding.problem}")
         if finding.remedy:
             print(f"    {finding.remedy}")
-    sys.exit(1 if failed else 0)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command(main)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from diffusion_nft.command_line import command
 from diffusion_nft.download import fetch, fetch_from_hub, in_hub_cache
 from diffusion_nft.report import aligned
 from diffusion_nft.rewards.weights import (
@@ -102,4 +103,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -15,6 +15,7 @@ import argparse
 import json
 from pathlib import Path
 
+from diffusion_nft.command_line import command
 from diffusion_nft.data import evaluated_lines, resolve_dataset, split_file
 from diffusion_nft.distributed import Distributed, check_shared, distributed
 from diffusion_nft.evaluate import choose_rewards, complete, rescore
@@ -23,7 +24,6 @@ from diffusion_nft.results import beside, finished, joined_settings, read_result
 from diffusion_nft.settings import (
     add_evaluation_flags,
     add_model_flags,
-    command,
     named_rewards,
     resolve,
 )

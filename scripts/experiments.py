@@ -33,8 +33,9 @@ from experiments_results import (
     write_result,
 )
 
+from diffusion_nft.command_line import command, positive, user_path
 from diffusion_nft.config_files import load_file
-from diffusion_nft.files import DiskError
+from diffusion_nft.paths import prepare_folder
 from diffusion_nft.preemption import requested, stop_on_signals
 
 POLL_SECONDS = 0.2
@@ -50,17 +51,15 @@ def parse_flags(experiments: dict[str, Any]) -> argparse.Namespace:
     add("names", nargs="*", metavar="NAME", help="of config/experiments.py, one after another")
     add("--seeds", type=int, nargs="+", help="default: the experiment's")
     add("--arms", nargs="+", help="of one experiment; default: all")
-    add("--jobs", type=int, default=1, help="runs at once; they share the cores")
-    add("--results", type=Path, default=Path("results"))
-    add("--runs", type=Path, default=Path("logs", "experiments"))
+    add("--jobs", type=positive, default=1, help="runs at once; they share the cores")
+    add("--results", type=user_path, default=Path("results"))
+    add("--runs", type=user_path, default=Path("logs", "experiments"))
     add("--list", action="store_true", help="show the experiments and which runs are finished")
     args = parser.parse_args()
     if not args.names and not args.list:
         parser.error("name an experiment, or give --list")
     if unknown := [name for name in args.names if name not in experiments]:
         parser.error(f"invalid choice: {unknown[0]!r} (choose from {', '.join(experiments)})")
-    if args.jobs < 1:
-        parser.error("--jobs must be 1 or more")
     if args.arms and len(args.names) != 1:
         parser.error("--arms are those of one experiment: name it alone")
     if args.arms:
@@ -170,22 +169,18 @@ def main() -> None:
     args = parse_flags(experiments)
     if args.list:
         return show(experiments, args)
-    try:
-        runs = [
-            run for name in dict.fromkeys(args.names) for run in plan(name, experiments[name], args)
-        ]
-        for run in runs:
-            model_shape(run.config)
-        todo = [run for run in runs if not is_done(run)]
-    except ValueError as error:
-        sys.exit(str(error))
+    runs = [
+        run for name in dict.fromkeys(args.names) for run in plan(name, experiments[name], args)
+    ]
+    for run in runs:
+        model_shape(run.config)
+    todo = [run for run in runs if not is_done(run)]
+    if todo:
+        prepare_folder(args.results)
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before")
-    try:
-        with stop_on_signals():
-            failed = run_all(todo, args.jobs)
-            stopped = requested()
-    except (DiskError, ValueError) as error:
-        sys.exit(str(error))
+    with stop_on_signals():
+        failed = run_all(todo, args.jobs)
+        stopped = requested()
     if failed:
         names = "\n  ".join(f"{run.title}: {run.log}" for run in failed)
         sys.exit(f"{len(failed)} failed (the same command tries again):\n  {names}")
@@ -194,4 +189,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffusion_nft.files import read_lines
 from diffusion_nft.monitor import ALARM
 
 STRICT = "eval/shapes/strict"
@@ -103,7 +104,9 @@ def read(folder: Path) -> Results:
     if not paths:
         raise ValueError(f"{folder} holds no results: python scripts/experiments.py {folder.name}")
     for path in paths:
-        about, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        about, *rows = read_lines(path) or [{}]
+        if missing := {"arm", "seed", "baseline", "preset", "changes"} - about.keys():
+            raise ValueError(f"{path} is no result: its first line lacks {', '.join(missing)}")
         result = Result(about, rows)
         if len(result.evaluations) < 2 or STRICT not in result.evaluations[0]:
             raise ValueError(f"{path} must hold two evaluations or more, with {STRICT}")

@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 
 from diffusion_nft.config_files import load_file
 from diffusion_nft.data import hash_splits
+from diffusion_nft.files import read_object
 from diffusion_nft.run_dir import CONFIG_FILE, PromptHashes, changed_prompts, flatten
 from diffusion_nft.stages import stages_of
-from diffusion_nft.validation import SCHEMA, unknown_key, validate
+from diffusion_nft.validation import SCHEMA, expand_paths, unknown_key, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "scripts" / "train_nft_sd3.py"
@@ -92,6 +93,7 @@ def make_run(name: str, experiment: Any, arm: str, seed: int, args: argparse.Nam
         config.update_from_flattened_dict(changes)
         config.seed, config.save_dir = seed, str(args.runs / name / stem)
         validate(config)
+        expand_paths(config)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name}, arm {arm}: {error}") from error
     return Run(
@@ -150,7 +152,7 @@ def is_done(run: Run) -> bool:
             changed.append(f"the {split} prompts of dataset {dataset}")
         refuse(run, run.result, changed)
     elif (path := run.folder / CONFIG_FILE).is_file():
-        refuse(run, run.folder, differences(run, json.loads(path.read_bytes()), []))
+        refuse(run, run.folder, differences(run, read_object(path), []))
     return done
 
 

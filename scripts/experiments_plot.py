@@ -13,7 +13,6 @@ Needs the extra "plots".
 import argparse
 import math
 import statistics
-import sys
 from pathlib import Path
 
 from experiments_comparison import (
@@ -27,8 +26,10 @@ from experiments_comparison import (
 )
 from experiments_tables import report, watched
 
+from diffusion_nft.command_line import command, user_path
 from diffusion_nft.files import write_atomically
 from diffusion_nft.monitor import PICTURES
+from diffusion_nft.paths import prepare_folder
 
 AXES = {COST: "training compute, thousands of forward-equivalents", SECONDS: "training time, s"}
 # Okabe and Ito's colours, which the colour-blind can tell apart; markers tell them apart in grey.
@@ -127,29 +128,28 @@ def parse_flags() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help="of experiments that have results")
-    add("--results", type=Path, default=Path("results"))
-    add("--output", type=Path, default=Path("docs", "figures"))
+    add("--results", type=user_path, default=Path("results"))
+    add("--output", type=user_path, default=Path("docs", "figures"))
     return parser.parse_args()
 
 
 def main() -> None:
     """Draws, prints and writes."""
     args = parse_flags()
-    try:
-        found = {name: read(args.results / name) for name in args.names}
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
-    args.output.mkdir(parents=True, exist_ok=True)
+    found = {name: read(args.results / name) for name in args.names}
+    prepare_folder(args.output)
     for name, results in found.items():
         try:
             text = report(name, results, args)
             draw(results, args.output / f"{name}.png")
             draw_watched(results, args.output / f"{name}-watched.png")
         except ImportError as error:
-            sys.exit(f"{error.name} is missing: pip install 'diffusion-nft[plots]'")
+            raise ImportError(
+                f"{error.name} is missing: pip install 'diffusion-nft[plots]'"
+            ) from error
         write_atomically(args.output / f"{name}.md", text.encode())
         print(f"{text}\n{args.output / name}.md and .png")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

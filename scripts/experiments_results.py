@@ -19,7 +19,7 @@ from experiments_grid import ROOT, Run, differences, read_header, refuse
 from ml_collections import ConfigDict
 
 from diffusion_nft.checks import EMBEDDED_MODEL
-from diffusion_nft.files import write_atomically
+from diffusion_nft.files import read_lines, read_object, write_atomically
 from diffusion_nft.metrics import ENVIRONMENTS_FILE, METRICS_FILE, cpu_name, read_metrics
 from diffusion_nft.run_dir import CONFIG_FILE, changed_prompts, flatten
 
@@ -49,7 +49,7 @@ def model_shape(config: ConfigDict) -> tuple[dict[str, Any], int, int]:
             "diffusers folder"
         )
     read = {
-        part: json.loads((folder / part).read_bytes())
+        part: read_object(folder / part)
         for part in (
             "transformer/config.json",
             "vae/config.json",
@@ -88,8 +88,10 @@ def place(run: Run) -> dict[str, Any]:
 
 def header(run: Run, ratio: float, jobs: int) -> dict[str, Any]:
     """What ran, where, and by which version of the program."""
-    starts = (run.folder / ENVIRONMENTS_FILE).read_text(encoding="utf-8").splitlines()
-    about = json.loads(starts[-1])
+    starts = read_lines(run.folder / ENVIRONMENTS_FILE)
+    if not starts:
+        raise Incomplete(f"{run.folder / ENVIRONMENTS_FILE} tells of no start")
+    about = dict(starts[-1])
     del about["command"]
     command = shlex.join(["python", *run.command()])
     return {
@@ -161,7 +163,7 @@ def write_result(run: Run, jobs: int) -> dict[str, Any]:
     """
     ratio = backward_over_forward(run.config)
     numbers = list(rows(run, ratio))
-    ran = json.loads((run.folder / CONFIG_FILE).read_bytes())
+    ran = read_object(run.folder / CONFIG_FILE)
     refuse(run, run.folder, differences(run, ran, []))
     lines = [_json(line) for line in (header(run, ratio, jobs), *numbers)]
     run.result.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 from diffusion_nft.checkpoint import STATE, read_json
 from diffusion_nft.checks import EMBEDDED_MODEL
+from diffusion_nft.command_line import command, user_path
 from diffusion_nft.distributed import distributed
 from diffusion_nft.files import DiskError
 from diffusion_nft.hub import base_note, fetch_pipeline, public_name
@@ -39,7 +40,7 @@ from diffusion_nft.lora import (
 from diffusion_nft.metrics import METRICS_FILE
 from diffusion_nft.precision import COMPUTE_DTYPES
 from diffusion_nft.report import comparable, pictures_file, stage_evaluations
-from diffusion_nft.settings import Choice, add_model_flags, command, resolve
+from diffusion_nft.settings import Choice, add_model_flags, resolve
 
 PIPELINE_INDEX, TRANSFORMER = "model_index.json", "transformer"
 CARD, SAMPLES = "README.md", "samples.png"
@@ -72,7 +73,7 @@ def parse_flags() -> argparse.Namespace:
     )
     add_model_flags(parser, lora_required=True)
     add = parser.add_argument
-    add("--output_dir", type=Path, required=True, help="a new or empty folder")
+    add("--output_dir", type=user_path, required=True, help="a new or empty folder")
     add("--merge", action="store_true", help="also write a pipeline with the LoRA merged")
     add("--push", metavar="OWNER/NAME", help="upload the folder to the hub under this name")
     args = parser.parse_args()

@@ -16,6 +16,7 @@ import os
 import sys
 from pathlib import Path
 
+from diffusion_nft.command_line import command, user_path
 from diffusion_nft.data import (
     DATASET_ROOT,
     PUBLISHED_FILES,
@@ -133,7 +134,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("name", nargs="*", help=", ".join(choices))
     parser.add_argument("--list", action="store_true", help="show what there is, fetch nothing")
     parser.add_argument(
-        "--output_dir", type=Path, default=DATASET_ROOT, help="default: the repository's dataset/"
+        "--output_dir",
+        type=user_path,
+        default=DATASET_ROOT,
+        help="default: the repository's dataset/",
     )
     parser.add_argument(
         "--generate", action="store_true", help="write GenEval training prompts, do not fetch them"
@@ -141,7 +145,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_prompts", type=int, help=f"of --generate; default: {NUM_PROMPTS:,}")
     parser.add_argument("--seed", type=int, help=f"of --generate; default: {SEED}")
     args = parser.parse_args()
-    args.output_dir = args.output_dir.expanduser().resolve()
+    args.output_dir = args.output_dir.resolve()
     if args.list:
         return args
     unknown = [name for name in args.name if name not in choices]
@@ -190,4 +194,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

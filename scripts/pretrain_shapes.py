@@ -45,7 +45,9 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipe
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
+from diffusion_nft.command_line import command, device, positive, user_path
 from diffusion_nft.flow import timestep_from_sigma
+from diffusion_nft.paths import prepare_folder
 from diffusion_nft.shapes import captions as grammar
 from diffusion_nft.shapes.model import (
     MAX_SEQUENCE_LENGTH,
@@ -330,36 +332,46 @@ def print_scores(pipeline: StableDiffusion3Pipeline) -> None:
             print(f"{rule:10s}{name:15s}{by_tag}{strict.mean():8.3f}{graded.mean():8.3f}")
 
 
+def existing(folder: Path) -> str:
+    """``folder``, for diffusers, which would look for one that is missing on the hub."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing: an earlier --phase makes it")
+    return str(folder)
+
+
 def main() -> None:
     """Runs the phases asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--phase", choices=("all", "vae", "transformer", "scores"), default="all")
-    parser.add_argument("--vae_steps", type=int, default=1000)
-    parser.add_argument("--transformer_steps", type=int, default=4500)
+    parser.add_argument("--vae_steps", type=positive, default=1000)
+    parser.add_argument("--transformer_steps", type=positive, default=4500)
     parser.add_argument("--minutes", type=float, default=math.inf, help="limit of each phase")
     parser.add_argument(
         "--resume",
         action="store_true",
         help="go on from the transformer in --work_dir, with fresh pictures and a new schedule",
     )
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/pretrain_shapes"))
-    parser.add_argument("--output_dir", type=Path, default=PIPELINE_DIR)
+    parser.add_argument("--device", type=device, default="cpu")
+    parser.add_argument("--work_dir", type=user_path, default=Path("runs/pretrain_shapes"))
+    parser.add_argument("--output_dir", type=user_path, default=PIPELINE_DIR)
     args = parser.parse_args()
 
+    if args.phase != "scores":
+        prepare_folder(args.work_dir)
+        prepare_folder(args.output_dir.parent)
     if args.phase in ("all", "vae"):
         grammar.write_metadata(DATASET_DIR)
         vae = train_vae(args.vae_steps, args.minutes, args.device)
         vae.save_pretrained(args.work_dir / "vae")
     if args.phase in ("all", "transformer"):
-        vae = AutoencoderKL.from_pretrained(args.work_dir / "vae")
+        vae = AutoencoderKL.from_pretrained(existing(args.work_dir / "vae"))
         directory = args.work_dir / "transformer"
         torch.manual_seed(SEED)
         transformer = build_transformer()
         if args.resume:
-            transformer = SD3Transformer2DModel.from_pretrained(directory)
+            transformer = SD3Transformer2DModel.from_pretrained(existing(directory))
         train_transformer(
             vae,
             transformer.to(args.device),
@@ -370,10 +382,12 @@ def main() -> None:
         )
         save_pipeline(build_pipeline(vae.cpu(), transformer.cpu(), SEED), args.output_dir)
     if args.phase != "vae":
-        pipeline = StableDiffusion3Pipeline.from_pretrained(args.output_dir, dtype=torch.float32)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            existing(args.output_dir), dtype=torch.float32
+        )
         pipeline.set_progress_bar_config(disable=True)
         print_scores(pipeline.to(args.device))
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

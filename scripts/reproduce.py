@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion_nft.checks import EMBEDDED_MODEL
+from diffusion_nft.command_line import command
 from diffusion_nft.data import Prompt, draw_lines, evaluated_lines
 from diffusion_nft.distributed import Distributed, check_shared, distributed
 from diffusion_nft.evaluate import choose_rewards, complete
 from diffusion_nft.files import write_atomically
 from diffusion_nft.lock import only_writer
 from diffusion_nft.metrics import write_environment
-from diffusion_nft.pictures import image_grid, save_png
+from diffusion_nft.pictures import image_grid, save_grid
 from diffusion_nft.results import (
     PER_REWARD,
     claim,
@@ -35,7 +36,6 @@ from diffusion_nft.settings import (
     Choice,
     add_evaluation_flags,
     add_model_flags,
-    command,
     named_rewards,
     resolve,
 )
@@ -132,7 +132,7 @@ def draw_grid(task: Task) -> None:
         columns=4,
         scores=[scores[reward][i] for i in shown],
     )
-    save_png(grid, task.folder / "grid.png")
+    save_grid(grid, task.folder / "grid.png")
 
 
 def main() -> None:

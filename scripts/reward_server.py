@@ -18,6 +18,7 @@ import sys
 
 import torch
 
+from diffusion_nft.command_line import command, device, positive
 from diffusion_nft.precision import set_tf32
 from diffusion_nft.rewards import REWARDS, build_reward, parse_option
 from diffusion_nft.rewards.protocol import TOKEN_VARIABLE, shared_token
@@ -39,9 +40,9 @@ def parse_flags() -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="an argument of the reward's class; may be given several times",
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=_device, default=device, help="default: %(default)s")
-    parser.add_argument("--max_images", type=_images, default=256, help="in one request")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=usual, help="default: %(default)s")
+    parser.add_argument("--max_images", type=positive, default=256, help="in one request")
     parser.add_argument("--max_megabytes", type=_megabytes, default=512, help="in one request")
     return parser.parse_args()
 
@@ -52,23 +53,10 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _images(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return int(text)
-
-
 def _megabytes(text: str) -> float:
     if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number, not {text}")
     return float(text)
-
-
-def _device(text: str) -> torch.device:
-    try:
-        return torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def bind(host: str, port: int, token: str) -> socket.socket:
@@ -121,7 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command(main)

@@ -15,10 +15,17 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from diffusion_nft.distributed import LaunchError, LostContact, distributed
-from diffusion_nft.validation import SCHEMA, unknown_key, validate
+from diffusion_nft.paths import expand
+from diffusion_nft.validation import SCHEMA, expand_paths, unknown_key, validate
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="path:preset")
-flags.mark_flags_as_required(["config"])
+PRESET = "a preset is named as config/nft.py:PRESET"
+# Keys that hold a mapping of rewards, and how one is written.
+MAPPINGS = {
+    "reward_fn": "{'ocr': 1.0}",
+    "remote": "{'ocr': ('http://host:8000',)}",
+    "reward_options": "{'ocr': {'backend': 'paddleocr'}}",
+}
 # All of them may differ when a run continues.
 OUT_OF_MEMORY = (
     "on a GPU without room lower train.batch_size, sample.batch_size, eval.batch_size or "
@@ -39,26 +46,42 @@ def refuse(message: str) -> NoReturn:
     sys.exit(message if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
+def _mapping(key: str) -> bool:
+    """Whether ``key`` is an entry of a mapping of rewards."""
+    return key.startswith(tuple(f"{name}." for name in MAPPINGS))
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Reads preset and overrides; a wrong one ends the program with one line."""
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    argv, preset = list(argv), ""
+    for i, argument in enumerate(argv):
         name, sign, value = argument.partition("=")
-        key = name.lstrip("-").removeprefix("config.")
-        known = key in SCHEMA or key.startswith(("reward_fn.", "remote.", "reward_options."))
-        if argument.startswith("--config.") and not known:
+        key = name.removeprefix("--config.")
+        if key != name and key not in SCHEMA and not _mapping(key):
             refuse(f"--config.{key} {unknown_key(key)}")
-        preset = value if sign else following
-        if name == "--config" and not os.path.isfile(preset.partition(":")[0]):
-            refuse(f"--config {preset}: no such file; a preset is named as config/nft.py:PRESET")
+        if name == "--config":
+            try:
+                preset = expand(value if sign else "".join(argv[i + 1 : i + 2]))
+            except ValueError as error:
+                refuse(f"--config {value!r} {error}")
+            argv[i] = f"--config={preset}" if sign else argument
+            if preset and not os.path.isfile(preset.partition(":")[0]):
+                refuse(f"--config {preset}: no such file; {PRESET}")
+    if not preset and not any(a.lstrip("-").startswith("help") for a in argv):
+        refuse(f"--config is missing: {PRESET}")
     try:
         return flags.FLAGS(argv)
     except (ValueError, TypeError, LookupError, AttributeError, OSError, flags.Error) as error:
         # absl puts its own line before the preset's message.
         message = str(error).splitlines()[-1]
         for argument in argv:
-            name = argument.partition("=")[0].removeprefix("--config.reward_fn.")
-            if message.strip("'\"") == name:
-                message = f"reward {name!r} is not in this preset: another set takes a preset"
+            name = argument.partition("=")[0].removeprefix("--config.")
+            mapping, _, reward = name.partition(".")
+            if _mapping(name) and message.strip("'\"") == reward.partition(".")[0]:
+                message = (
+                    f"--config.{name}: {mapping} of this preset does not hold {reward!r}; give the "
+                    f'whole mapping, as in --config.{mapping}="{MAPPINGS[mapping]}"'
+                )
         refuse(message)
 
 
@@ -71,6 +94,7 @@ def main(argv: list[str]) -> None:
         validate(config)
     except ValueError as error:
         refuse(str(error))
+    expand_paths(config)
     # Loading the model libraries takes seconds: a wrong configuration should not have to wait.
     from torch import OutOfMemoryError
 

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,31 @@ def test_a_folder_is_named_by_what_is_most_often_varied(run_dir):
     name = choose("--pretrained", "shapes", "--lora_hf_path", weights, "--adapter", "old").name
     assert name == f"mine-{weights.parent.name}-lora-old"
     assert choose("--lora_hf_path", "owner/name").name == "owner-name"
+
+
+def test_a_model_is_named_as_it_was_chosen(run_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # Folders that happen to have these names here are not what was chosen.
+    for folder in ("base", "shapes"):
+        (tmp_path / folder).mkdir()
+    assert choose().name == "base" and choose("--pretrained", "shapes").name == "shapes"
+    (tmp_path / "favourite").symlink_to(run_dir)
+    chosen = choose("--checkpoint_path", "favourite")
+    assert chosen.name == f"favourite-{chosen.checkpoint.name}"
+    # A checkpoint outside a run directory, and from within.
+    shutil.copytree(chosen.checkpoint, tmp_path / "copied")
+    assert choose("--checkpoint_path", "copied").name.endswith(f"{tmp_path.name}-copied")
+    monkeypatch.chdir(chosen.checkpoint)
+    assert choose("--checkpoint_path", ".").name == f"mine-{chosen.checkpoint.name}"
+
+
+def test_every_path_is_expanded(run_dir, monkeypatch):
+    monkeypatch.setenv("HOME", str(run_dir.parent))
+    assert choose("--checkpoint_path=~/mine").run["seed"] == 5
+    assert choose("--lora_hf_path=~/mine/lora").lora == f"{run_dir}/lora"
+    parser = argparse.ArgumentParser()
+    add_evaluation_flags(parser)
+    assert parser.parse_args(["--output_dir=~/out"]).output_dir == run_dir.parent / "out"
 
 
 def test_the_record_tells_what_the_numbers_rest_on(run_dir, tmp_path):

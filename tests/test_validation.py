@@ -81,7 +81,7 @@ BELOW_ONE = "a finite number in [0, 1)"
 REFUSED: list[tuple[str, Any, str]] = [
     ("run_name", 7, "text"),
     ("save_dir", "", "not empty"),
-    ("save_dir", "~/runs", "without '~'"),
+    ("save_dir", "~nobody-at-all/runs", "no ~name of a user without a home"),
     ("save_dir", __file__, "is a file; must be a folder"),
     ("seed", -1, COUNT_OR_NONE),
     ("seed", 1.5, COUNT_OR_NONE),
@@ -305,6 +305,16 @@ def test_takes_plain_dictionaries_and_frozen_configs() -> None:
 UNKNOWN = [
     ("train.lerning_rate", "did you mean train.learning_rate?"),
     ("learning_rate", "did you mean train.learning_rate?"),
+    ("train.lr", "did you mean train.learning_rate?"),
+    ("lr", "did you mean train.learning_rate?"),
+    ("train.wd", "did you mean train.adam_weight_decay?"),
+    ("train.weight_decay", "did you mean train.adam_weight_decay?"),
+    ("train.eps", "did you mean train.adam_epsilon?"),
+    ("train.rank", "did you mean train.lora_rank?"),
+    ("train.epochs", "did you mean num_epochs?"),
+    ("sample.bs", "did you mean sample.batch_size?"),
+    ("eval.cfg", "did you mean eval.guidance_scale?"),
+    ("nft.kl", "did you mean nft.kl_weight?"),
     ("train.num_steps", "did you mean sample.num_steps or eval.num_steps?"),
     ("xyzzy", "the keys are in config/base.py"),
 ]

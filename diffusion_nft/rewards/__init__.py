@@ -30,6 +30,8 @@ from typing import Any, Literal, Protocol, get_args, get_origin
 import torch
 from torch import Tensor
 
+from diffusion_nft.paths import expand
+
 # name -> "module:Class"; a module is imported only when its reward is built.
 REWARDS: dict[str, str] = {
     "geneval": "diffusion_nft.rewards.geneval:GenEvalReward",
@@ -126,7 +128,7 @@ def build_reward(
         options["dtype"] = DTYPES[options["dtype"]]
     for key, parameter in inspect.signature(cls).parameters.items():
         if isinstance(options.get(key), str) and Path in get_args(parameter.annotation):
-            options[key] = Path(options[key])
+            options[key] = Path(expand(options[key]))
     return cls(device=device, **options)
 
 
@@ -150,6 +152,11 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         if not _fits(value, known[key].annotation):
             kind = inspect.formatannotation(known[key].annotation)
             raise ValueError(f"the {key} of {name} must be of the type {kind}, not {value!r}")
+        if isinstance(value, str) and Path in get_args(known[key].annotation):
+            try:
+                expand(value)
+            except ValueError as error:
+                raise ValueError(f"the {key} of {name}, {value!r}, {error}") from error
     size = options.get("batch_size", 1)
     if type(size) is not int or size < 1:
         raise ValueError(f"the batch_size of {name} must be a whole number from 1, not {size!r}")

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffusion_nft.paths import expand
+
 ROOT_VARIABLE = "DIFFUSION_NFT_REWARD_CKPTS"
 DEFAULT_ROOT = Path(__file__).resolve().parents[2] / "reward_ckpts"
 
@@ -92,7 +94,8 @@ NOTHING_TO_FETCH: dict[str, str] = {
 
 def weights_root() -> Path:
     """The folder of the weight files: DIFFUSION_NFT_REWARD_CKPTS, else ``reward_ckpts/``."""
-    return Path(os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT)
+    given = os.environ.get(ROOT_VARIABLE)
+    return Path(expand(given)) if given else DEFAULT_ROOT
 
 
 def weight_file(name: str) -> Path:

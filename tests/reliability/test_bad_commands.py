@@ -17,6 +17,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "latin").write_bytes("café".encode("latin-1"))
     (tmp_path / "picture").write_bytes(b"\x89PNG\r\n\x1a\n\0")
     (tmp_path / "nul").write_bytes(b"a\0cat")
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a red circle"}\na red circle\n')
     (tmp_path / "pickle").mkdir()
     (tmp_path / "pickle" / "adapter_model.bin").write_bytes(b"\x80\x04.")
     (tmp_path / "full").mkdir()
@@ -44,10 +45,24 @@ SAMPLE: dict[str, tuple[str, tuple[object, ...]]] = {
     "a prompt of bytes": ("a prompt holds half a surrogate", (*EMBEDDED, "--prompt", "caf\udce9")),
     "prompts absent": ("No such file", (*EMBEDDED, "--prompts_file", "absent")),
     "prompts of a folder": ("Is a directory", (*EMBEDDED, "--prompts_file", "full")),
-    "prompts in Latin-1": ("latin is not UTF-8 (byte 4)", (*EMBEDDED, "--prompts_file", "latin")),
-    "prompts of a picture": ("is not UTF-8 (byte 1)", (*EMBEDDED, "--prompts_file", "picture")),
-    "prompts with NUL": ("a prompt holds a NUL", (*EMBEDDED, "--prompts_file", "nul")),
-    "output to a file": ("--output_dir file is no folder", (*ONE, "--output_dir", "file")),
+    "prompts in Latin-1": (
+        "latin, line 1: not UTF-8 (byte 4)",
+        (*EMBEDDED, "--prompts_file", "latin"),
+    ),
+    "prompts of a picture": (
+        "line 1: not UTF-8 (byte 1)",
+        (*EMBEDDED, "--prompts_file", "picture"),
+    ),
+    "prompts with NUL": ("nul, line 1: a NUL", (*EMBEDDED, "--prompts_file", "nul")),
+    "prompts of no JSON": ("x.jsonl, line 2: not JSON", (*EMBEDDED, "--prompts_file", "x.jsonl")),
+    "output to a file": ("file is not a folder", (*ONE, "--output_dir", "file")),
+    "output below a file": ("file/x could not be written", (*ONE, "--output_dir", "file/x")),
+    "output of NUL": ("--output_dir: 'a\\x00b' is not a path", (*ONE, "--output_dir", "a\0b")),
+    "output of nobody": ("~nobody-at-all has no home", (*ONE, "--output_dir", "~nobody-at-all/x")),
+    "output nowhere": ("--output_dir: must not be empty", (*ONE, "--output_dir", "")),
+    "a LoRA of NUL": ("--lora_hf_path: 'a\\x00b' is not a path", (*ONE, "--lora_hf_path", "a\0b")),
+    "a LoRA of no name": ("--lora_hf_path: must not be empty", (*ONE, "--lora_hf_path", "")),
+    "a model of NUL": ("--pretrained: 'a\\x00b' is not a path", (*ONE, "--pretrained", "a\0b")),
     "comparison with nothing": ("--compare needs", (*ONE, "--compare")),
     "seeds of text": ("invalid int value", (*ONE, "--seeds", "one")),
     "no steps": ("must be at least 1", (*ONE, "--num_inference_steps", 0)),
@@ -64,7 +79,10 @@ SAMPLE: dict[str, tuple[str, tuple[object, ...]]] = {
     "a model of any folder": ("model_index.json", ("--pretrained", ".", "--prompt", "x")),
     "a model that climbs": ("hub name", ("--pretrained", "../../x", "--prompt", "x")),
     "no run there": ("is neither a checkpoint", (*ONE, "--checkpoint_path", "full")),
-    "a run of NUL": ("is neither a checkpoint", (*ONE, "--checkpoint_path", "a\0b")),
+    "a run of NUL": (
+        "--checkpoint_path: 'a\\x00b' is not a path: it holds a control character",
+        (*ONE, "--checkpoint_path", "a\0b"),
+    ),
     "both": ("not allowed with", (*ONE, "--checkpoint_path", "x", "--lora_hf_path", "y")),
 }
 EXPORT: dict[str, tuple[str, tuple[object, ...]]] = {

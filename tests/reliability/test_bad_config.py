@@ -12,7 +12,15 @@ from ml_collections import ConfigDict
 from diffusion_nft.config_files import load_file
 from diffusion_nft.validation import SCHEMA, validate
 from tests.launch import ROOT
-from tests.reliability.bad_inputs import Case, parametrized, parse, train, watch
+from tests.reliability.bad_inputs import (
+    Case,
+    exit_message,
+    parametrized,
+    parse,
+    train,
+    training_script,
+    watch,
+)
 
 
 def _defaults() -> dict[str, object]:
@@ -190,8 +198,9 @@ FLAGS = [
     Case("unknown flag", "flags", "Unknown command line flag", ["--nonsense"]),
     Case("an absent preset file", "flags", "no such file", ["--config=../../etc/nft.py:x"]),
     Case("a folder as preset", "flags", "no such file", ["--config=/:x"]),
-    Case("a NUL in the preset", "flags", "no such file", ["--config=a\0b:x"]),
-    Case("another reward", "flags", "is not in this preset", ["--config.reward_fn.ocr=1"]),
+    Case("a NUL in the preset", "flags", "a control character", ["--config=a\0b:x"]),
+    Case("another reward", "flags", "does not hold 'ocr'", ["--config.reward_fn.ocr=1"]),
+    Case("a server alone", "flags", "give the whole mapping", ["--config.remote.ocr=('x',)"]),
 ]
 
 
@@ -201,3 +210,19 @@ def test_a_flag_that_cannot_be_read_costs_one_line(case, monkeypatch):
     message = parse(*case.given)
     seen.expect(case.moment)
     assert case.words in message and len(message.splitlines()) == 1
+
+
+NO_PRESET = "--config is missing: a preset is named as config/nft.py:PRESET"
+
+
+@pytest.mark.parametrize("given", [(), ("--config",), ("--config=",), ("--config.seed=3",)])
+def test_a_missing_preset_costs_one_line(given):
+    module = training_script()
+    assert exit_message(lambda: module.parse_flags(["train", *given])) == NO_PRESET
+
+
+def test_a_preset_in_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    module = training_script()
+    given = ["train", "--config=~/mine.py:x"]
+    assert f"{tmp_path}/mine.py:x: no such file" in exit_message(lambda: module.parse_flags(given))

@@ -44,7 +44,8 @@ ABSENT = {
 }
 SAVE_DIR = [
     *(Case(f"save_dir {name}", "validation", "", ("save_dir", NOWHERE[name])) for name in NOWHERE),
-    Case("save_dir home", "validation", "without '~'", ("save_dir", "~/run")),
+    Case("save_dir home", "validation", "is a file; must be a folder", ("save_dir", "~/file")),
+    Case("save_dir of nobody", "validation", "without a home", ("save_dir", "~nobody-at-all/run")),
     Case("save_dir file", "validation", "is a file; must be a folder", ("save_dir", "file")),
     Case("save_dir device", "validation", "is a file; must be a folder", ("save_dir", "/dev/null")),
     Case("save_dir below a file", "validation", "is no folder", ("save_dir", "file/a/b")),
@@ -86,6 +87,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "circle").symlink_to("circle")
     os.mkfifo(folder / "pipe")
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder))
     return folder
 
 

@@ -206,7 +206,7 @@ def test_a_phase_is_bound_by_what_takes_longest(benchmark, flops, data, seconds,
     ],
 )
 def test_a_wrong_command_line_ends_with_one_line(benchmark, flags, message):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(ValueError) as stopped:
         call(benchmark, *flags)
     assert message in str(stopped.value)
 
