@@ -27,8 +27,8 @@ from diffusion_nft.checkpoint import STATE, read_json
 from diffusion_nft.checks import EMBEDDED_MODEL
 from diffusion_nft.command_line import command, user_path
 from diffusion_nft.distributed import distributed
-from diffusion_nft.files import DiskError
-from diffusion_nft.hub import base_note, fetch_pipeline, public_name
+from diffusion_nft.files import DiskError, read_object
+from diffusion_nft.hub import base_note, fetch_pipeline, public_name, weights_variant
 from diffusion_nft.lora import (
     DIFFUSERS_WEIGHTS,
     PEFT_FOLDER,
@@ -38,8 +38,10 @@ from diffusion_nft.lora import (
     merge_lora,
 )
 from diffusion_nft.metrics import METRICS_FILE
+from diffusion_nft.models.sd3 import T5, T5_TOKENIZER
 from diffusion_nft.precision import COMPUTE_DTYPES
 from diffusion_nft.report import comparable, pictures_file, stage_evaluations
+from diffusion_nft.results import write_json
 from diffusion_nft.settings import Choice, add_model_flags, resolve
 
 PIPELINE_INDEX, TRANSFORMER = "model_index.json", "transformer"
@@ -140,19 +142,37 @@ def merge(settings: dict[str, Any], lora: Lora) -> tuple[Path, Any]:
     stored = COMPUTE_DTYPES[settings["mixed_precision"]]
     # A sum in half precision would lose most of the small change that a LoRA is.
     exact = torch.promote_types(stored, torch.float32)
-    transformer: Any = AutoModel.from_pretrained(str(base), subfolder=TRANSFORMER, dtype=exact)
+    transformer: Any = AutoModel.from_pretrained(
+        str(base),
+        subfolder=TRANSFORMER,
+        dtype=exact,
+        variant=weights_variant(base / TRANSFORMER),
+    )
     merged: Any = merge_lora(transformer, lora)
     return base, merged.to(stored)
 
 
 def write_pipeline(base: Path, transformer: Any, to: Path) -> None:
-    """Writes the pipeline in ``base`` into ``to``, with another transformer."""
+    """Writes the pipeline in ``base`` into ``to``, with another transformer.
+
+    Its index names no part that ``base`` lacks (T5), and weights that are stored in a variant alone
+    (fp16) get plain names.
+    """
     transformer.save_pretrained(to / TRANSFORMER)
-    parts = json.loads((base / PIPELINE_INDEX).read_text(encoding="utf-8"))
-    shutil.copyfile(base / PIPELINE_INDEX, to / PIPELINE_INDEX)
-    for folder in base.iterdir():
-        if folder.is_dir() and folder.name in parts and folder.name != TRANSFORMER:
-            shutil.copytree(folder, to / folder.name)
+    index = read_object(base / PIPELINE_INDEX)
+    parts = [part for part, classes in index.items() if isinstance(classes, list)]
+    absent = [part for part in parts if not (base / part).is_dir()]
+    if absent:
+        write_json(to / PIPELINE_INDEX, index | {part: [None, None] for part in absent})
+    else:
+        shutil.copyfile(base / PIPELINE_INDEX, to / PIPELINE_INDEX)
+    for part in {*parts} - {*absent, TRANSFORMER}:
+        shutil.copytree(base / part, to / part)
+        if any((to / part).glob("*.safetensors")) and (variant := weights_variant(to / part)):
+            for path in list((to / part).iterdir()):
+                if path.suffixes[-2:] == [f".{variant}", ".json"]:  # an index of shards
+                    path.write_text(path.read_text("utf-8").replace(f".{variant}-", "-"), "utf-8")
+                path.rename(path.with_name(path.name.replace(f".{variant}", "", 1)))
 
 
 def write_card(choice: Choice, lora: Lora, folder: Path, *, repo: str | None, merged: bool) -> None:
@@ -180,7 +200,8 @@ def write_card(choice: Choice, lora: Lora, folder: Path, *, repo: str | None, me
         f"A LoRA of `{base}`, rank {lora.rank}. Its trained strength is in the weights: alpha is",
         *("the rank, for every program that reads them.", ""),
         *about,
-        *("## Use", "", *snippet(choice.settings, base, repo or ".", merged), ""),
+        *("## Use", "", *snippet(choice.settings, base, repo or ".", folder if merged else None)),
+        "",
         f"The LoRA alone: `{DIFFUSERS_WEIGHTS}` for diffusers (>= {OLDEST_DIFFUSERS}) and ComfyUI,",
         *(f"`{PEFT_FOLDER}/` for PEFT (>= {OLDEST_PEFT}).", ""),
         *results,
@@ -248,8 +269,10 @@ def shared_json(run: dict[str, Any]) -> str:
     return json.dumps(kept, indent=1)
 
 
-def snippet(settings: dict[str, Any], base: str, where: str, merged: bool) -> list[str]:
-    """A program that draws a picture with plain diffusers."""
+def snippet(settings: dict[str, Any], base: str, where: str, merged: Path | None) -> list[str]:
+    """A program that draws an image with plain diffusers; ``merged``: the folder of the pipeline
+    that has the LoRA in its weights, if there is one.
+    """
     dtype = COMPUTE_DTYPES[settings["mixed_precision"]]
     lines = ["import torch", "from diffusers import StableDiffusion3Pipeline"]
     # JSON's quoting, as the names may be a stranger's.
@@ -257,6 +280,9 @@ def snippet(settings: dict[str, Any], base: str, where: str, merged: bool) -> li
     if base == EMBEDDED_MODEL and not merged:
         lines += ["from diffusion_nft.shapes.model import PIPELINE_DIR"]
         source = "PIPELINE_DIR"
+    if merged:
+        index = read_object(merged / PIPELINE_INDEX)
+        source += "".join(f", {part}=None" for part in (T5, T5_TOKENIZER) if index[part][0] is None)
     lines += [
         "",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',

@@ -23,7 +23,7 @@ from diffusion_nft.data import check_text, read_prompts
 from diffusion_nft.distributed import distributed
 from diffusion_nft.models import load_model
 from diffusion_nft.paths import prepare_folder
-from diffusion_nft.pictures import image_grid, save_grid, save_png, side_by_side, to_pil
+from diffusion_nft.pictures import finite, image_grid, save_grid, save_png, side_by_side, to_pil
 from diffusion_nft.policy import REFERENCE
 from diffusion_nft.randomness import generator
 from diffusion_nft.rollout import Sampler
@@ -91,6 +91,11 @@ def draw(
         for seed in seeds:
             latents = sampler(model, model.encode([prompt]), [generator(seed, "sample")])[0]
             images.append(model.decode(latents).cpu())
+            if not finite(images[-1]).all():
+                raise ValueError(
+                    f"the image of {prompt!r}, seed {seed}, has NaN or infinite values; the "
+                    f"{len(images) - 1} images before it are in {folder}"
+                )
             path = folder / f"{file_stem(number, prompt)}-seed{seed}{suffix}.png"
             save_png(to_pil(images[-1])[0], path)
     return torch.cat(images)

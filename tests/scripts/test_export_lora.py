@@ -192,6 +192,32 @@ def test_a_card_names_no_folder_of_the_machine(tmp_path, exported):
         assert described["base_model_name_or_path"] == name
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_base_in_a_variant_alone_and_without_t5_is_merged_into_a_plain_folder(
+    run_dir, exported, tmp_path, sharded
+):
+    base, out = shutil.copytree(PIPELINE_DIR, tmp_path / "base"), tmp_path / "out"
+    shutil.rmtree(base / "text_encoder_3")
+    shutil.rmtree(base / "tokenizer_3")
+    for path in list(base.rglob("*.safetensors")):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    if sharded:
+        vae = StableDiffusion3Pipeline.from_pretrained(PIPELINE_DIR).vae
+        shutil.rmtree(base / "vae")
+        vae.save_pretrained(base / "vae", variant="fp16", max_shard_size="100KB")
+        assert len(list((base / "vae").glob("*.fp16-*.safetensors"))) > 1
+    asked = ("--checkpoint_path", run_dir, "--pretrained", base, "--merge", "--output_dir", out)
+    call(export, *asked)
+    assert not list(out.rglob("*fp16*"))
+    assert '".", text_encoder_3=None, tokenizer_3=None, torch' in (out / "README.md").read_text()
+    pipe = StableDiffusion3Pipeline.from_pretrained(out, text_encoder_3=None, tokenizer_3=None)
+    whole = StableDiffusion3Pipeline.from_pretrained(exported)
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        ours, theirs = (getattr(p, part).state_dict() for p in (pipe, whole))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
 def test_a_lora_that_names_another_base_is_said(exported, tmp_path, capsys):
     base = "stabilityai/stable-diffusion-3.5-medium"
     said = {}

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusion_nft.files import DiskError
 from diffusion_nft.lora import Lora, export_lora, scaled
-from diffusion_nft.models.sd3 import LORA_TARGETS
+from diffusion_nft.models.sd3 import LORA_TARGETS, SD3Model
 from diffusion_nft.randomness import generator, normal
 from diffusion_nft.shapes.model import PIPELINE_DIR, load_pipeline
 from tests.scripts.in_process import call, script
@@ -205,3 +205,16 @@ def test_a_lora_on_other_layers_is_drawn_as_diffusers_draws_it(tmp_path, capsys)
     assert np.abs(drawn["000-a-red-circle-seed0"] / 255 - theirs).max() <= 0.51 / 255
     base = draw(tmp_path / "base", "--prompt", PROMPTS[0])
     assert not np.array_equal(base["000-a-red-circle-seed0"], drawn["000-a-red-circle-seed0"])
+
+
+def test_an_image_of_no_numbers_is_named_and_not_written(tmp_path, monkeypatch):
+    real, calls = SD3Model.decode, []
+
+    def decode(self, x0):
+        calls.append(len(x0))
+        return real(self, x0) * (torch.nan if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(SD3Model, "decode", decode)
+    with pytest.raises(ValueError, match=r"'b', seed 0, has NaN or inf.* the 1 images before"):
+        draw(tmp_path, "--prompt", "a", "--prompt", "b", "--prompt", "c")
+    assert [path.name for path in tmp_path.iterdir()] == ["000-a-seed0.png"]
