@@ -52,7 +52,7 @@ def check_launch() -> None:
             raise LaunchError(
                 f"{launcher} started {count} processes without ranks (RANK is not set), each of "
                 f"which would do all of the work: let {launcher} start one torchrun per node "
-                "(docs/operations.md), or a single process"
+                "(docs/operations.md), or a single process (srun -n 1)"
             )
 
 

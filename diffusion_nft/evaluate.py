@@ -238,7 +238,8 @@ def _scorer(
                 [p.metadata for p in chosen],
                 [f"line {places[line] + 1}" for line in lines],
             )
-            if folder is not None:
+            # A reward that has failed may be fixed when this is repeated.
+            if folder is not None and not scores.reasons:
                 write_scores(folder, lines, scores, rewards)
         return scores
 

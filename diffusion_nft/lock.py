@@ -64,10 +64,13 @@ def _lock(folder: Path) -> int:
 
     Raises FolderInUse, with the holder as its text, or OSError if the file cannot be locked.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the former holder has just removed the folder
+            continue
         try:
             _lock_file(descriptor)
         except OSError:

@@ -73,8 +73,18 @@ def lora_modules(state: Iterable[str]) -> list[str]:
 
 
 def scaled(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """``state`` with all B, and so all B A, times ``factor``: exact if that is a power of two."""
-    return {key: value * factor if ".lora_B." in key else value for key, value in state.items()}
+    """``state`` with all B, and so all B A, times ``factor``: exact if that is a power of two.
+
+    Otherwise a B in half precision becomes float32.
+    """
+    if factor == 1:
+        return state
+    return {
+        key: value.to(torch.promote_types(value.dtype, torch.float32)) * factor
+        if ".lora_B." in key
+        else value
+        for key, value in state.items()
+    }
 
 
 def export_lora(path: Path, lora: Lora) -> None:

@@ -68,7 +68,7 @@ def with_blanks(images: Tensor) -> list[Image.Image]:
     valid = finite(images)
     blank = Image.new("RGBA", (images.shape[3], images.shape[2]))
     pictures = to_pil(images.where(valid, 0))
-    return [p if v else blank for p, v in zip(pictures, valid.flatten(), strict=True)]
+    return [p if v else blank for p, v in zip(pictures, valid.flatten().tolist(), strict=True)]
 
 
 def save_png(picture: Image.Image, path: Path) -> None:

@@ -23,7 +23,7 @@ from diffusion_nft.distributed import Distributed
 from diffusion_nft.files import naming, read_lines, read_object, write_atomically
 from diffusion_nft.lock import LOCK_FILE
 from diffusion_nft.pictures import save_png, with_blanks
-from diffusion_nft.rewards.combine import RewardSet, Scores
+from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores
 from diffusion_nft.run_dir import deciding_options
 from diffusion_nft.settings import DEFAULTS
 
@@ -52,7 +52,12 @@ class Evaluation:
         return sum(map(math.isnan, self.scores["total"]))
 
     def averages(self) -> dict[str, Any]:
-        """What ``average_scores.json`` holds: means and standard errors, also per tag; no NaN."""
+        """What ``average_scores.json`` holds: means and standard errors, also per tag; no NaN.
+
+        Raises RewardError if no line has a score.
+        """
+        if self.num_unscored == len(self.prompts) > 0:
+            raise RewardError(f"none of the {len(self.prompts)} lines evaluated has a score")
         tags = [str(prompt.metadata.get("tag", "")) for prompt in self.prompts]
         summary: dict[str, Any] = {
             "num_samples": len(self.prompts),
@@ -227,11 +232,7 @@ def _progress_path(folder: Path, lines: range) -> Path:
 def write_scores(folder: Path, lines: range, scores: Scores, rewards: RewardSet) -> None:
     """Remembers how ``rewards`` scored ``lines``."""
     parts = {name: _without_nan(part.tolist()) for name, part in scores.parts.items()}
-    numbers = {
-        "total": _without_nan(scores.total.tolist()),
-        "parts": parts,
-        "reasons": [*scores.reasons.items()],
-    }
+    numbers = {"total": scores.total.tolist(), "parts": parts}
     write_json(_progress_path(folder, lines), {"by": _identity(rewards), **numbers})
 
 
@@ -242,7 +243,7 @@ def read_scores(folder: Path, lines: range, rewards: RewardSet) -> Scores | None
     if found.get("by") != _identity(rewards):
         return None
     parts = {name: _float64(values) for name, values in found["parts"].items()}
-    return Scores(_float64(found["total"]), parts, dict(found.get("reasons", ())))
+    return Scores(_float64(found["total"]), parts)
 
 
 def _identity(rewards: RewardSet) -> dict[str, Any]:

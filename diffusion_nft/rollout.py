@@ -253,7 +253,7 @@ def gather_scores(
 
     ``score`` waits for this rank's scores.  If it raises RewardError or Preempted on any rank, that
     is raised on every rank, so that all of them can stop in step and save.  So is UnscoredError if
-    more than ``max_unscored`` images of all ranks, or all of them, have no score.
+    more than ``max_unscored`` images of all ranks have no score.
     """
     local, failure = Scores.concatenate([]), None
     try:
@@ -270,7 +270,7 @@ def gather_scores(
         named = "; ".join(f"{error} (on rank {rank})" for rank, error in failures.items())
         raise kind(named) from failure
     scores = Scores.concatenate([scores for scores, *_ in gathered if len(scores.total)])
-    scores.check_unscored(max_unscored, some_needed=True)
+    scores.check_unscored(max_unscored)
     for reason in islice(scores.reasons.values(), MAX_NAMED):
         dist.say(f"left out, without a score: {reason}")
     return scores, torch.cat([thumbs for _, thumbs, _ in gathered])
@@ -356,6 +356,8 @@ def collect(
         )
     x0 = torch.cat(latents) if latents else torch.zeros(0, *model.latent_shape)
     scored = ~scores.total.isnan()
+    if not scored.any():
+        raise RewardError(f"none of the {len(scored)} images has a score: {scores.reasons[0]}")
     mine = x0[scored[indices.start : indices.stop].to(x0.device)]
     squares = dist.gather_objects(float(mine.double().square().sum()))
     num_values = int(scored.sum()) * math.prod(model.latent_shape)

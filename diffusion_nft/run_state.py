@@ -166,7 +166,7 @@ class RunState:
         self.test_set = state.get("test_set", 0) + new_test_set
         if stage_number(checkpoint) < self.stage.number:
             return  # scores of another stage do not compare
-        self.evaluated = state["evaluated"]
+        self.evaluated = state["evaluated"] and not new_test_set
         self.monitor.load_state_dict(state["monitor"])
         if (dataset, "train") in changed:
             self.monitor.forget_epoch()

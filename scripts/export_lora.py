@@ -129,7 +129,7 @@ def filling(folder: Path) -> Iterator[Path]:
             path.rename(folder / path.name)
         unfinished.rmdir()
     except (OSError, SafetensorError) as error:
-        raise DiskError(f"{folder} could not be filled, and is as it was: {error}") from error
+        raise DiskError(f"{folder} could not be filled: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         if missing and folder.exists() and not any(folder.iterdir()):

@@ -266,7 +266,7 @@ def test_a_checkpoint_of_an_earlier_version_is_continued(tmp_path, monkeypatch):
     # So it is where another run takes its policies from.
     monkeypatch.setattr(run_state, "load_checkpoint", earlier)
     again.resume_from, again.save_dir = again.save_dir, str(tmp_path / "other")
-    run_state.check_start(again)
+    assert run_state.starting_modules(again, None)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ def exponential_weights(advantages: Tensor, temperature: float) -> Tensor:
 def best_of_weights(advantages: Tensor, group_size: int, best: int) -> Tensor:
     """``group_size / best`` for the ``best`` samples of each group, else 0; ``[N]``, of mean 1.
 
-    Of equal ones the first counts as the better.  Where an advantage is NaN, so is the weight.
+    Of equal ones the first counts as the better.  Where an advantage is NaN, so is the weight, and
+    the mean is another.
     """
     grouped = advantages.nan_to_num(-math.inf).reshape(-1, group_size)
     chosen = grouped.argsort(dim=1, descending=True, stable=True)[:, :best]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, islice
 from typing import Any, Self
 
@@ -69,15 +70,14 @@ class Scores:
         }
         return Scores(torch.cat([item.total for item in items]), parts, reasons)
 
-    def check_unscored(self, limit: int, *, some_needed: bool = False) -> None:
-        """Raises UnscoredError, naming the first of them, if more than ``limit`` images have no
-        score; with ``some_needed`` also if none has one.
-        """
-        missing, count = len(self.reasons), len(self.total)
-        if missing > limit or (some_needed and missing == count > 0):
-            bound = f", more than max_unscored = {limit}" if missing > limit else ""
+    def check_unscored(self, limit: int) -> None:
+        """Raises UnscoredError, naming the first of them, if more than ``limit`` have no score."""
+        if len(self.reasons) > limit:
             named = "; ".join(islice(self.reasons.values(), MAX_NAMED))
-            raise UnscoredError(f"{missing} of {count} images have no score{bound}: {named}")
+            raise UnscoredError(
+                f"{len(self.reasons)} of {len(self.total)} images have no score, more than "
+                f"max_unscored = {limit}: {named}"
+            )
 
 
 def build_rewards(
@@ -104,8 +104,9 @@ def quantized(images: Tensor) -> Tensor:
     becomes NaN as a whole.
     """
     valid = finite(images)
-    levels = LEVELS.to(images.device)[to_uint8(images.where(valid, 0)).int()]
-    return levels.where(valid, math.nan)
+    if valid.all():
+        return LEVELS.to(images.device)[to_uint8(images).int()]
+    return quantized(images.where(valid, 0)).where(valid, math.nan)
 
 
 class RewardSet:
@@ -166,77 +167,78 @@ class RewardSet:
         """
         names = names or [f"picture {row}" for row in range(len(prompts))]
         images = quantized(images)
-        valid = finite(images)
-        drawn = valid.flatten().cpu()
         scores = Scores(torch.zeros(len(prompts), dtype=torch.float64), {})
 
         def leave_out(row: int, why: str) -> None:
             scores.total[row] = math.nan
             scores.reasons.setdefault(row, f"{names[row]} ({prompts[row]!r}): {why}")
 
-        for row in (~drawn).nonzero().flatten().tolist():
+        valid = finite(images).flatten().tolist()
+        for row in (row for row, sound in enumerate(valid) if not sound):
             leave_out(row, "it has NaN or infinite values")
         scores.check_unscored(self.max_unscored)
-        images = images.where(valid, 0)
-        for name, reward in self._rewards.items():
-            output = self._score(name, reward, images, prompts, metadata)
-            parts = _checked(name, output, len(prompts))
-            scores.total.add_(self.weights[name] * parts[name])
-            scores.parts.update({k: v.where(drawn, math.nan) for k, v in parts.items()})
-            for row in parts[name].isnan().nonzero().flatten().tolist():
-                leave_out(row, f"reward {name!r} {output.reasons.get(row, 'returned NaN')}")
+        if scores.reasons:  # the others alone are scored
+            kept = [row for row, sound in enumerate(valid) if sound]
+            images = images[kept]
+            here, lines = [prompts[row] for row in kept], [metadata[row] for row in kept]
+        else:
+            kept, here, lines = [*range(len(prompts))], prompts, metadata
+        for name, reward in self._rewards.items() if kept or not prompts else ():
+            output = self._score(name, reward, images, here, lines)
+            for key, values in _checked(name, output, len(kept)).items():
+                scores.parts[key] = torch.full_like(scores.total, math.nan)
+                scores.parts[key][kept] = values
+            scores.total.add_(self.weights[name] * scores.parts[name])
+            for i in output.scores.isnan().nonzero().flatten().tolist():
+                leave_out(kept[i], f"reward {name!r} {output.reasons.get(i, 'returned NaN')}")
             scores.check_unscored(self.max_unscored)
         if (wrong := scores.total.abs() > LARGEST_SCORE).any():
             raise RewardError(
                 f"the weighted sum of the rewards {self.weights} is {_first(scores.total, wrong)}"
             )
+        # An image that one reward could not score is out of the others' statistics, too.
+        for values in scores.parts.values():
+            values[scores.total.isnan()] = math.nan
         return scores
 
     def _score(
         self, name: str, reward: Reward, images: Tensor, prompts: list[str], metadata: list[dict]
     ) -> RewardOutput:
         """What ``reward`` returns; RewardError if it fails."""
+        call = partial(score_apart, reward) if self.max_unscored else reward
         try:
-            return score_apart(reward, images, prompts, metadata, self.max_unscored)
+            return call(images, prompts, metadata)
         except Exception as error:
             raise RewardError(f"reward {name!r} failed: {type(error).__name__}: {error}") from error
 
 
 def score_apart(
-    reward: Reward, images: Tensor, prompts: list[str], metadata: list[dict], most: int
+    reward: Reward, images: Tensor, prompts: list[str], metadata: list[dict]
 ) -> RewardOutput:
-    """Scores ``[B]`` of ``reward``, which may fail on up to ``most`` of the images.
+    """What ``reward`` returns; if it raises, it is asked image by image, and those on which it
+    raises have no score.
 
-    If it raises, it scores the images one by one.  Raises its error if it fails on more than
-    ``most``, or for a reason that is not the image's (ENVIRONMENT_ERRORS).
+    Raises its error if that is not an image's (ENVIRONMENT_ERRORS).
     """
     try:
         return reward(images, prompts, metadata)
-    except ENVIRONMENT_ERRORS:
-        raise
-    except Exception:
-        if not most:
+    except Exception as error:
+        if isinstance(error, ENVIRONMENT_ERRORS):
             raise
-    outputs: list[RewardOutput] = []
-    reasons: dict[int, str] = {}
-    for row in range(len(prompts)):
-        here = slice(row, row + 1)
-        try:
-            output = reward(images[here], prompts[here], metadata[here])
-            if output.reasons:
-                reasons[row] = output.reasons[0]
-        except ENVIRONMENT_ERRORS:
-            raise
-        except Exception as error:
-            reasons[row] = f"failed: {type(error).__name__}: {error}"
-            if len(reasons) > most:
-                raise
-            output = RewardOutput(torch.tensor([math.nan], dtype=torch.float64))
-        outputs.append(output)
+        if len(prompts) == 1:
+            missing = torch.full((1,), math.nan, dtype=torch.float64)
+            return RewardOutput(missing, reasons={0: f"failed: {type(error).__name__}: {error}"})
+    outputs = [
+        score_apart(reward, images[row : row + 1], [prompt], [line])
+        for row, (prompt, line) in enumerate(zip(prompts, metadata, strict=True))
+    ]
     joined = Scores.concatenate(
-        [Scores(o.scores.cpu(), {k: v.cpu() for k, v in o.components.items()}) for o in outputs]
+        [
+            Scores(o.scores.cpu(), {k: v.cpu() for k, v in o.components.items()}, o.reasons)
+            for o in outputs
+        ]
     )
-    return RewardOutput(joined.total, joined.parts, reasons)
+    return RewardOutput(joined.total, joined.parts, joined.reasons)
 
 
 def _first(values: Tensor, wrong: Tensor) -> str:
@@ -256,6 +258,9 @@ def _checked(name: str, output: object, count: int) -> dict[str, Tensor]:
     if not isinstance(output.components, Mapping):
         kind = type(output.components).__name__
         raise RewardError(f"reward {name!r} returned components as {kind}, no mapping")
+    if not isinstance(output.reasons, Mapping):
+        kind = type(output.reasons).__name__
+        raise RewardError(f"reward {name!r} returned reasons as {kind}, no mapping")
     values = {name: output.scores}
     values |= {f"{name}/{key}": value for key, value in output.components.items()}
     checked: dict[str, Tensor] = {}

@@ -50,7 +50,7 @@ def normalized(text: str) -> str:
     """
     text = unicodedata.normalize("NFKC", text).translate(ALIKE)
     seen = (c for c in text if not c.isspace() and unicodedata.category(c) not in INVISIBLE)
-    return unicodedata.normalize("NFKC", "".join(seen).lower())
+    return unicodedata.normalize("NFKC", "".join(seen).lower().replace("ς", "σ"))
 
 
 def target_text(prompt: str, letters: Set[str] | None = None) -> str:

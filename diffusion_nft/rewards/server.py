@@ -127,9 +127,8 @@ def create_app(
             raise HTTPException(422, _told(str(error))) from error
         try:
             images = batch.images.to(device)
-            # Of images on which a reward fails, the run decides whether it can do without.
-            most = len(images) - 1
-            output = score_apart(reward, images, batch.prompts, batch.metadata, most)
+            # The run decides whether it can do without images on which the reward fails.
+            output = score_apart(reward, images, batch.prompts, batch.metadata)
             reasons = {row: _told(reason) for row, reason in output.reasons.items()}
             return encode_output(replace(output, reasons=reasons))
         except Exception as error:

@@ -33,7 +33,7 @@ class Counting:
     def __call__(self, images, prompts, metadata):
         Counting.batches += 1
         if prompts[0] == "fail":
-            raise KeyError(metadata[0]["why"])
+            raise OSError(metadata[0]["why"])
         return RewardOutput(images.mean((1, 2, 3)))
 
 
@@ -125,7 +125,7 @@ REQUESTS: dict[str, tuple[bytes, int, str]] = {
     "a reward that fails": (
         with_(pictures=PICTURES[:1], prompts=["fail"], metadata=[{"why": "\ud800" + "x" * 9000}]),
         500,
-        "KeyError: ",
+        "OSError: ",
     ),
 }
 

@@ -59,6 +59,8 @@ RETURNED: dict[str, tuple[Answer, str]] = {
         "inf for picture 0",
     ),
     "all NaN": (lambda *a: RewardOutput(ZEROS * math.nan), "3 of 3 images have no score"),
+    "reasons of None": (lambda *a: RewardOutput(ZEROS, reasons=None), "reasons as NoneType"),
+    "reasons of a list": (lambda *a: RewardOutput(ZEROS, reasons=["x"]), "reasons as list"),
     "components of a list": (lambda *a: RewardOutput(ZEROS, [ZEROS]), "components as list"),
     "no components": (lambda *a: RewardOutput(ZEROS, None), "components as NoneType"),
     "a component of text": (lambda *a: RewardOutput(ZEROS, {"x": "y"}), "'bad/x' returned str"),
@@ -184,12 +186,20 @@ def test_a_reward_may_fail_on_as_many_images_as_are_allowed():
         -1,
         1,
     ]
-    calls.clear()
-    with pytest.raises(RewardError, match="'fails' failed: ZeroDivisionError"):
+    with pytest.raises(UnscoredError, match=r"4 of 4 .*'fails' failed: ZeroDivisionError"):
         ask("bad", "bad", "bad", "bad", allowed=1)
-    assert calls == [4, 1, 1], "a reward that fails on all is not asked for all"
     with pytest.raises(RewardError, match="'fails' failed: ZeroDivisionError"):
         ask("a", "bad", allowed=0)
+
+
+def test_an_image_that_one_reward_cannot_score_is_out_of_the_others_too():
+    scores = {"a": torch.tensor([1.0, 2.0, 100.0]), "b": torch.tensor([1.0, 3.0, math.nan])}
+    rewards = {k: (lambda *_, v=v: RewardOutput(v, {"x": v + 1})) for k, v in scores.items()}
+    whole = RewardSet({"a": 1.0, "b": 1.0}, rewards, max_unscored=1)
+    found = whole(torch.rand(3, 3, 8, 8), ["x"] * 3, [LINE] * 3)
+    for name in ("a", "a/x", "b", "b/x"):
+        assert found.parts[name].isnan().tolist() == [False, False, True], name
+    assert found.total[:2].tolist() == [2.0, 5.0]
 
 
 def test_an_outage_is_no_fault_of_an_image():

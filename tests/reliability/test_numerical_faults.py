@@ -334,5 +334,5 @@ def test_a_reward_that_fails_on_one_prompt_may_be_left_out(tmp_path, monkeypatch
 def test_no_run_goes_on_without_any_score(tmp_path, monkeypatch):
     config = with_reward(tmp_path, "constant", {"max_unscored": 99}, monkeypatch)
     monkeypatch.setattr(Constant, "value", math.nan)
-    with pytest.raises(UnscoredError, match="4 of 4 images have no score"):
+    with pytest.raises(RewardError, match="none of the 4 images has a score: sample 0 of epoch 0"):
         run(config)

@@ -392,7 +392,7 @@ class Broken:
     def __call__(self, images, prompts, metadata):
         self.failures -= 1
         if self.failures >= 0:
-            raise KeyError("no such colour")
+            raise OSError("no such colour")
         return RewardOutput(torch.zeros(len(prompts)))
 
 
@@ -400,11 +400,9 @@ def test_a_scoring_error_tells_its_type_and_message_only():
     with serving("x", Broken()) as address:
         reply = WEB.post(f"{address}/score", json=body(1))
         assert reply.status_code == 500
-        assert reply.json() == {"detail": "KeyError: 'no such colour'"}
+        assert reply.json() == {"detail": "OSError: no such colour"}
         reward = RemoteReward("x", [address], **QUICK)
-        with pytest.raises(
-            RewardError, match=r"'x' failed: ConnectionError.*KeyError.*no such col"
-        ):
+        with pytest.raises(RewardError, match=r"'x' failed: ConnectionError.*OSError.*no such col"):
             RewardSet({"x": 1.0}, {"x": reward})(pictures(1), [""], [{}])
 
 
@@ -423,6 +421,10 @@ def test_an_image_without_a_score_is_told_with_its_reason():
             reasons = {row: "cannot tell" for row, gone in enumerate(missing) if gone}
             return RewardOutput(scores, {"part": scores}, reasons)
 
+    with serving("x", Partly()) as address:  # alone in its request
+        remote = RemoteReward("x", [address], **QUICK)
+        found = remote(torch.rand(1, 3, 8, 8), ["fails"], [{}])
+        assert found.scores.isnan().all() and "KeyError" in found.reasons[0]
     prompts = ["a", "no score", "fails", "b", "no score"]
     with serving("x", Partly()) as one, serving("x", Partly()) as two:
         remote = RemoteReward("x", [one, two], **QUICK)
