@@ -63,7 +63,7 @@ def versions() -> dict[str, str]:
 
 def _told(message: str) -> str:
     """``message`` as an answer can hold it: what it quotes may be long, or no text at all."""
-    return message[:MAX_DETAIL].encode(errors="backslashreplace").decode()
+    return message.encode(errors="backslashreplace").decode()[:MAX_DETAIL]
 
 
 def create_app(
