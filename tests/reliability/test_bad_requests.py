@@ -33,7 +33,7 @@ class Counting:
     def __call__(self, images, prompts, metadata):
         Counting.batches += 1
         if prompts[0] == "fail":
-            raise OSError(metadata[0]["why"])
+            raise OSError(ascii(metadata[0]["why"]))
         return RewardOutput(images.mean((1, 2, 3)))
 
 
