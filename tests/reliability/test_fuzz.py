@@ -266,13 +266,13 @@ ANSWERS = st.one_of(
 
 @MANY
 @given(answer=ANSWERS)
-def test_any_answer_holds_finite_scores_or_is_refused(answer):
+def test_any_answer_holds_scores_that_are_finite_or_missing_or_is_refused(answer):
     try:
         output = decode_output(answer, 2)
     except ValueError as error:
         assert str(error)
     else:
-        assert output.scores.isfinite().all() and output.scores.shape == (2,)
+        assert not output.scores.isinf().any() and output.scores.shape == (2,)
         assert not any(values.isinf().any() for values in output.components.values())
 
 
