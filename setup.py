@@ -53,7 +53,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["diffusion_nft", "diffusion_nft.*"]),
-    package_data={"diffusion_nft.shapes": ["pipeline/**/*"]},
+    package_data={
+        "diffusion_nft.shapes": ["pipeline/**/*"],
+        "diffusion_nft.reports": ["*.html", "*.css", "*.js"],
+    },
     install_requires=CORE,
     extras_require={
         "geneval": GENEVAL,

@@ -1,8 +1,9 @@
 """Every configuration key, with its meaning and default.
 
 A preset (config/nft.py) starts from ``get_config()`` and changes what it must.  The tree is locked:
-a misspelt key is an error.  Allowed values are in ``diffusion_nft/validation.py``, which refuses a
-bad configuration before any model is loaded.  Every key can be set on the command line:
+a misspelt key is an error.  Allowed values are in
+``diffusion_nft/validation/schema.py``, which refuses a bad configuration before any model is
+loaded.  Every key can be set on the command line:
 ``--config.train.learning_rate=1e-4``.
 
 For whoever adds a key: with its default the numbers must be as they were before the key existed.  A
@@ -200,7 +201,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Evaluate before the first epoch.
     evaluation.at_start = True
 
-    # Alarms: signs that the reward rises at the cost of the pictures (diffusion_nft/monitor.py).
+    # Alarms: signs that the reward rises at the cost of the pictures (tracking/monitor.py).
     config.monitor = monitor = ml_collections.ConfigDict()
     # off | warn | stop (after saving; the same command goes on to the next alarm) | raise_kl (an
     # alarm doubles the weight of the KL term, up to 64 times; that stays for the run or its stage).

@@ -9,8 +9,8 @@ from typing import NoReturn
 
 import torch
 
-from diffusion_nft.paths import expand
 from diffusion_nft.rewards.combine import RewardError, UnscoredError
+from diffusion_nft.utils.paths import expand
 
 
 def path_or_name(text: str) -> str:

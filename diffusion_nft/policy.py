@@ -20,8 +20,8 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from diffusion_nft.lora import Lora, check_modules, scaled
-from diffusion_nft.precision import keeps_small_changes
+from diffusion_nft.models.lora import Lora, check_modules, scaled
+from diffusion_nft.models.precision import keeps_small_changes
 from diffusion_nft.randomness import generator
 
 ADAPTERS = ("current", "old", "ema")

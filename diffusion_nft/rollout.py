@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from diffusion_nft.advantages import statistics
-from diffusion_nft.data import Prompt, shard
-from diffusion_nft.distributed import Distributed
+from diffusion_nft.data.prompts import Prompt, shard
+from diffusion_nft.distributed.preemption import Preempted, requested
+from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models.embeddings import Conditioning
-from diffusion_nft.preemption import Preempted, requested
 from diffusion_nft.randomness import generator, normal
 from diffusion_nft.rewards.combine import (
     MAX_NAMED,

@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from ml_collections import ConfigDict
 
-from diffusion_nft.distributed import Distributed, LostContact, check_shared
-from diffusion_nft.inputs import build_named, load_checked_prompts, reward_weights
-from diffusion_nft.lock import only_writer
-from diffusion_nft.preemption import Preempted, requested, stop_on_signals
-from diffusion_nft.report import pictures_file, result
-from diffusion_nft.run_dir import check_run_dir
-from diffusion_nft.run_state import is_finished, newest_checkpoint, stage_number
-from diffusion_nft.stages import Stage, stages_of
+from diffusion_nft.distributed.preemption import Preempted, requested, stop_on_signals
+from diffusion_nft.distributed.ranks import Distributed, LostContact, check_shared
+from diffusion_nft.runs.lock import only_writer
+from diffusion_nft.runs.run_dir import check_run_dir
+from diffusion_nft.runs.state import is_finished, newest_checkpoint, stage_number
+from diffusion_nft.tracking.summary import pictures_file, result
 from diffusion_nft.trainer import Trainer
+from diffusion_nft.validation.inputs import build_named, load_checked_prompts, reward_weights
+from diffusion_nft.validation.stages import Stage, stages_of
 
 
 class StartError(Exception):

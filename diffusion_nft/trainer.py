@@ -10,30 +10,30 @@ from tqdm import tqdm
 
 from diffusion_nft.advantages import group_advantages, optimality, standardized_total
 from diffusion_nft.algorithms import build_algorithm
-from diffusion_nft.data import Prompt, draw_lines, epoch_prompts
-from diffusion_nft.distributed import Distributed
-from diffusion_nft.evaluate import evaluate
-from diffusion_nft.inputs import (
+from diffusion_nft.data.prompts import Prompt, draw_lines, epoch_prompts
+from diffusion_nft.distributed.preemption import REASON, Preempted
+from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.evaluation.evaluate import evaluate
+from diffusion_nft.evaluation.results import Evaluation, write_results
+from diffusion_nft.images import image_grid, save_grid
+from diffusion_nft.models import load_model
+from diffusion_nft.policy import Policy, unusual_modules
+from diffusion_nft.rewards.combine import RewardError, RewardSet
+from diffusion_nft.rollout import GRID_COLUMNS, Samples, collect, summarise
+from diffusion_nft.runs.run_dir import check_prompts_kept, check_run_dir, flatten, write_config
+from diffusion_nft.runs.state import RunState, newest_checkpoint, stage_number, starting_modules
+from diffusion_nft.tracking.metrics import Timer, make_metrics, write_environment
+from diffusion_nft.tracking.monitor import Alarm, Monitor
+from diffusion_nft.tracking.plan import describe
+from diffusion_nft.tracking.summary import TEST_SET, compare_pictures, pictures_file, result
+from diffusion_nft.update import Updater
+from diffusion_nft.validation.inputs import (
     build_named,
     hash_prompts,
     load_checked_prompts,
     reward_weights,
 )
-from diffusion_nft.metrics import Timer, make_metrics, write_environment
-from diffusion_nft.models import load_model
-from diffusion_nft.monitor import Alarm, Monitor
-from diffusion_nft.pictures import image_grid, save_grid
-from diffusion_nft.plan import describe
-from diffusion_nft.policy import Policy, unusual_modules
-from diffusion_nft.preemption import REASON, Preempted
-from diffusion_nft.report import TEST_SET, compare_pictures, pictures_file, result
-from diffusion_nft.results import Evaluation, write_results
-from diffusion_nft.rewards.combine import RewardError, RewardSet
-from diffusion_nft.rollout import GRID_COLUMNS, Samples, collect, summarise
-from diffusion_nft.run_dir import check_prompts_kept, check_run_dir, flatten, write_config
-from diffusion_nft.run_state import RunState, newest_checkpoint, stage_number, starting_modules
-from diffusion_nft.stages import Stage, stages_of
-from diffusion_nft.update import Updater
+from diffusion_nft.validation.stages import Stage, stages_of
 
 
 class Trainer:

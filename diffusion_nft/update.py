@@ -15,16 +15,16 @@ from torch import Tensor
 
 from diffusion_nft.advantages import flat_groups
 from diffusion_nft.algorithms import Algorithm, Batch, Transitions, Velocity
-from diffusion_nft.checkpoint import flatten_optimizer, unflatten_optimizer
-from diffusion_nft.distributed import Distributed
+from diffusion_nft.batches import fitting_micro_batch
+from diffusion_nft.distributed.preemption import Preempted, requested
+from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.flow import add_noise
-from diffusion_nft.micro_batch import fitting_micro_batch
 from diffusion_nft.models.embeddings import Conditioning
+from diffusion_nft.models.precision import Precision
 from diffusion_nft.policy import Policy
-from diffusion_nft.precision import Precision
-from diffusion_nft.preemption import Preempted, requested
 from diffusion_nft.randomness import generator, normal
 from diffusion_nft.rollout import Samples, guided_velocity
+from diffusion_nft.runs.checkpoint import flatten_optimizer, unflatten_optimizer
 
 
 def sigma_slots(available: int, used: int, choice: str, rng: torch.Generator) -> list[int]:

@@ -24,19 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_baseline import Published
-from benchmark_models import ARCHITECTURES, Product, Setup
-from benchmark_phases import Observer, Peaks, report, synchronize
 from ml_collections import ConfigDict
 
+from diffusion_nft.benchmarks.baseline import Published
+from diffusion_nft.benchmarks.models import ARCHITECTURES, Product, Setup
+from diffusion_nft.benchmarks.phases import Observer, Peaks, report, synchronize
 from diffusion_nft.command_line import command, positive, user_path
-from diffusion_nft.config_files import load_file
-from diffusion_nft.distributed import Distributed, distributed
-from diffusion_nft.files import write_atomically
-from diffusion_nft.metrics import cpu_name
-from diffusion_nft.paths import prepare_folder
+from diffusion_nft.distributed.ranks import Distributed, distributed
 from diffusion_nft.rewards import parse_option
-from diffusion_nft.validation import SCHEMA, expand_paths, unknown_key, validate
+from diffusion_nft.tracking.metrics import cpu_name
+from diffusion_nft.utils.files import write_atomically
+from diffusion_nft.utils.paths import prepare_folder
+from diffusion_nft.validation.config_files import load_file
+from diffusion_nft.validation.schema import SCHEMA, expand_paths, unknown_key, validate
 
 CONFIG_FILE = Path(__file__).resolve().parent.parent / "config" / "nft.py"
 PRETRAINED = "pretrained"

@@ -22,7 +22,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from benchmark import make_config
-from benchmark_models import ARCHITECTURES, CLIP_TOKENS, Setup
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,14 +34,15 @@ from transformers import (
 )
 
 from diffusion_nft.algorithms import Algorithm, Batch, build_algorithm
+from diffusion_nft.benchmarks.models import ARCHITECTURES, CLIP_TOKENS, Setup
 from diffusion_nft.command_line import command, positive, user_path
-from diffusion_nft.distributed import Distributed
-from diffusion_nft.files import write_atomically
+from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.flow import add_noise
 from diffusion_nft.models.embeddings import Conditioning
-from diffusion_nft.paths import prepare_folder
-from diffusion_nft.plan import memory
 from diffusion_nft.policy import Policy
+from diffusion_nft.tracking.plan import memory
+from diffusion_nft.utils.files import write_atomically
+from diffusion_nft.utils.paths import prepare_folder
 
 META = torch.device("meta")
 # The text encoders are SD3's own, whatever the transformer; others of ARCHITECTURES are toys.

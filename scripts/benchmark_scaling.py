@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 from benchmark import describe, make_config
-from benchmark_models import Product, Setup
-from benchmark_phases import synchronize
 
+from diffusion_nft.benchmarks.models import Product, Setup
+from diffusion_nft.benchmarks.phases import synchronize
 from diffusion_nft.command_line import command, positive, user_path
-from diffusion_nft.distributed import Distributed, distributed
-from diffusion_nft.files import write_atomically
-from diffusion_nft.paths import prepare_folder
+from diffusion_nft.distributed.ranks import Distributed, distributed
 from diffusion_nft.rewards import parse_option
+from diffusion_nft.utils.files import write_atomically
+from diffusion_nft.utils.paths import prepare_folder
 
 BENCHMARK = Path(__file__).with_name("benchmark.py")
 PARTS = ("sampling", "training", "epoch")

@@ -25,15 +25,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusion_nft.command_line import command, device, path_or_name
-from diffusion_nft.config_files import load_file
-from diffusion_nft.inputs import reward_weights
-from diffusion_nft.precision import set_tf32
-from diffusion_nft.report import aligned
+from diffusion_nft.models.precision import set_tf32
 from diffusion_nft.rewards import REWARDS, build_reward
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.rewards.unifiedreward import START_COMMAND
 from diffusion_nft.rewards.weights import WEIGHT_FILES, weights_root
-from diffusion_nft.stages import merged_configs
+from diffusion_nft.tracking.summary import aligned
+from diffusion_nft.validation.config_files import load_file
+from diffusion_nft.validation.inputs import reward_weights
+from diffusion_nft.validation.stages import merged_configs
 
 SIDE = 512
 PROMPTS = ['a white poster that says "HELLO"', 'a white poster that says "WORLD"']

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from diffusion_nft.command_line import command
-from diffusion_nft.download import fetch, fetch_from_hub, in_hub_cache
-from diffusion_nft.report import aligned
+from diffusion_nft.data.download import fetch, fetch_from_hub, in_hub_cache
 from diffusion_nft.rewards.weights import (
     HUB_MODELS,
     NOTHING_TO_FETCH,
@@ -25,6 +24,7 @@ from diffusion_nft.rewards.weights import (
     HubModel,
     weights_root,
 )
+from diffusion_nft.tracking.summary import aligned
 
 EVERYTHING = ("rewards", "all")
 NAMES = sorted({*WEIGHT_FILES, *HUB_MODELS, *NOTHING_TO_FETCH})

@@ -16,17 +16,23 @@ import json
 from pathlib import Path
 
 from diffusion_nft.command_line import command
-from diffusion_nft.data import evaluated_lines, resolve_dataset, split_file
-from diffusion_nft.distributed import Distributed, check_shared, distributed
-from diffusion_nft.evaluate import choose_rewards, complete, rescore
-from diffusion_nft.lock import only_writer
-from diffusion_nft.results import beside, finished, joined_settings, read_results, write_results
-from diffusion_nft.settings import (
+from diffusion_nft.data.prompts import evaluated_lines, resolve_dataset, split_file
+from diffusion_nft.distributed.ranks import Distributed, check_shared, distributed
+from diffusion_nft.evaluation.evaluate import choose_rewards, complete, rescore
+from diffusion_nft.evaluation.options import (
     add_evaluation_flags,
     add_model_flags,
     named_rewards,
     resolve,
 )
+from diffusion_nft.evaluation.results import (
+    beside,
+    finished,
+    joined_settings,
+    read_results,
+    write_results,
+)
+from diffusion_nft.runs.lock import only_writer
 
 
 def parse_flags() -> argparse.Namespace:

@@ -5,7 +5,7 @@
     python scripts/experiments.py fast --seeds 42 43 --arms faithful 9-sigmas --jobs 2
 
 A run is a process of its own; its directory and log lie in --runs, its numbers in
---results/EXPERIMENT/ARM-seedSEED.jsonl (experiments_results.py).  The same command goes on where it
+--results/EXPERIMENT/ARM-seedSEED.jsonl (diffusion_nft/experiments/results.py).  The same command goes on where it
 was stopped.  What has finished is not run again, in another experiment neither if the arm is the
 same there; results of an arm that has changed since are refused.  scripts/experiments_plot.py draws
 them.
@@ -22,8 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments_grid import ROOT, Run, is_done, plan
-from experiments_results import (
+from diffusion_nft.command_line import command, positive, user_path
+from diffusion_nft.distributed.preemption import requested, stop_on_signals
+from diffusion_nft.experiments.grid import ROOT, Run, is_done, plan
+from diffusion_nft.experiments.results import (
     THREADS,
     Incomplete,
     model_shape,
@@ -32,11 +34,8 @@ from experiments_results import (
     threads,
     write_result,
 )
-
-from diffusion_nft.command_line import command, positive, user_path
-from diffusion_nft.config_files import load_file
-from diffusion_nft.paths import prepare_folder
-from diffusion_nft.preemption import requested, stop_on_signals
+from diffusion_nft.utils.paths import prepare_folder
+from diffusion_nft.validation.config_files import load_file
 
 POLL_SECONDS = 0.2
 SHOWN = ("eval/total", "eval/shapes/strict")

@@ -15,7 +15,8 @@ import math
 import statistics
 from pathlib import Path
 
-from experiments_comparison import (
+from diffusion_nft.command_line import command, user_path
+from diffusion_nft.experiments.comparison import (
     COST,
     SECONDS,
     STRICT,
@@ -24,12 +25,10 @@ from experiments_comparison import (
     mean_and_half_width,
     read,
 )
-from experiments_tables import report, watched
-
-from diffusion_nft.command_line import command, user_path
-from diffusion_nft.files import write_atomically
-from diffusion_nft.monitor import PICTURES
-from diffusion_nft.paths import prepare_folder
+from diffusion_nft.experiments.tables import report, watched
+from diffusion_nft.tracking.monitor import PICTURES
+from diffusion_nft.utils.files import write_atomically
+from diffusion_nft.utils.paths import prepare_folder
 
 AXES = {COST: "training compute, thousands of forward-equivalents", SECONDS: "training time, s"}
 # Okabe and Ito's colours, which the colour-blind can tell apart; markers tell them apart in grey.

@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 
 from diffusion_nft.command_line import command, user_path
-from diffusion_nft.data import (
+from diffusion_nft.data.download import DownloadError, Fetched, fetch
+from diffusion_nft.data.prompts import (
     DATASET_ROOT,
     PUBLISHED_FILES,
     PUBLISHED_URL,
@@ -26,10 +27,9 @@ from diffusion_nft.data import (
     files_of,
     load_prompts,
 )
-from diffusion_nft.download import DownloadError, Fetched, fetch
-from diffusion_nft.geneval_prompts import generate
-from diffusion_nft.report import aligned
+from diffusion_nft.rewards.geneval.training_prompts import generate
 from diffusion_nft.rewards.geneval.vocabulary import check_metadata
+from diffusion_nft.tracking.summary import aligned
 
 URL_VARIABLE = "DIFFUSION_NFT_DATA_URL"
 NUM_PROMPTS = 60_000

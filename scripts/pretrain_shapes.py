@@ -47,7 +47,6 @@ from tqdm import tqdm
 
 from diffusion_nft.command_line import command, device, positive, user_path
 from diffusion_nft.flow import timestep_from_sigma
-from diffusion_nft.paths import prepare_folder
 from diffusion_nft.shapes import captions as grammar
 from diffusion_nft.shapes.model import (
     MAX_SEQUENCE_LENGTH,
@@ -58,6 +57,7 @@ from diffusion_nft.shapes.model import (
 )
 from diffusion_nft.shapes.scene import IMAGE_SIZE, NUM_CELLS, random_scene, render_batch
 from diffusion_nft.shapes.verifier import RULES, verify
+from diffusion_nft.utils.paths import prepare_folder
 
 SEED = 0
 DATASET_DIR = Path(__file__).parents[1] / "dataset" / "shapes"

@@ -10,12 +10,11 @@ model and no network.  The file opens offline and brings its pictures, curves an
 import argparse
 from pathlib import Path
 
-from report_page import page
-from report_runs import read_runs
-
 from diffusion_nft.command_line import command, user_path
-from diffusion_nft.files import write_atomically
-from diffusion_nft.paths import prepare_folder
+from diffusion_nft.reports.page import page
+from diffusion_nft.reports.runs import read_runs
+from diffusion_nft.utils.files import write_atomically
+from diffusion_nft.utils.paths import prepare_folder
 
 
 def parse_flags() -> argparse.Namespace:

@@ -15,16 +15,18 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion_nft.checks import EMBEDDED_MODEL
 from diffusion_nft.command_line import command
-from diffusion_nft.data import Prompt, draw_lines, evaluated_lines
-from diffusion_nft.distributed import Distributed, check_shared, distributed
-from diffusion_nft.evaluate import choose_rewards, complete
-from diffusion_nft.files import write_atomically
-from diffusion_nft.lock import only_writer
-from diffusion_nft.metrics import write_environment
-from diffusion_nft.pictures import image_grid, save_grid
-from diffusion_nft.results import (
+from diffusion_nft.data.prompts import Prompt, draw_lines, evaluated_lines
+from diffusion_nft.distributed.ranks import Distributed, check_shared, distributed
+from diffusion_nft.evaluation.evaluate import choose_rewards, complete
+from diffusion_nft.evaluation.options import (
+    Choice,
+    add_evaluation_flags,
+    add_model_flags,
+    named_rewards,
+    resolve,
+)
+from diffusion_nft.evaluation.results import (
     PER_REWARD,
     claim,
     read_pictures,
@@ -32,14 +34,12 @@ from diffusion_nft.results import (
     scored_by,
     write_json,
 )
-from diffusion_nft.settings import (
-    Choice,
-    add_evaluation_flags,
-    add_model_flags,
-    named_rewards,
-    resolve,
-)
-from diffusion_nft.suites import SUITES, as_json, as_markdown, read_rows, result_table
+from diffusion_nft.evaluation.suites import SUITES, as_json, as_markdown, read_rows, result_table
+from diffusion_nft.images import image_grid, save_grid
+from diffusion_nft.runs.lock import only_writer
+from diffusion_nft.tracking.metrics import write_environment
+from diffusion_nft.utils.files import write_atomically
+from diffusion_nft.validation.checks import EMBEDDED_MODEL
 
 NUM_PICTURES = 16
 # Settings that a model's test sets do not have in common.

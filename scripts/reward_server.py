@@ -19,9 +19,9 @@ import sys
 import torch
 
 from diffusion_nft.command_line import command, device, positive
-from diffusion_nft.precision import set_tf32
+from diffusion_nft.models.precision import set_tf32
 from diffusion_nft.rewards import REWARDS, build_reward, parse_option
-from diffusion_nft.rewards.protocol import TOKEN_VARIABLE, shared_token
+from diffusion_nft.rewards.serving.protocol import TOKEN_VARIABLE, shared_token
 
 
 def parse_flags() -> argparse.Namespace:
@@ -82,7 +82,7 @@ def main() -> None:
     try:
         import uvicorn
 
-        from diffusion_nft.rewards.server import create_app
+        from diffusion_nft.rewards.serving.server import create_app
     except ImportError as error:
         raise ImportError(
             f"a reward server needs: pip install fastapi uvicorn ({error})"

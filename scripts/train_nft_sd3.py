@@ -14,9 +14,9 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffusion_nft.distributed import LaunchError, LostContact, distributed
-from diffusion_nft.paths import expand
-from diffusion_nft.validation import SCHEMA, expand_paths, unknown_key, validate
+from diffusion_nft.distributed.ranks import LaunchError, LostContact, distributed
+from diffusion_nft.utils.paths import expand
+from diffusion_nft.validation.schema import SCHEMA, expand_paths, unknown_key, validate
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="path:preset")
 PRESET = "a preset is named as config/nft.py:PRESET"
@@ -98,11 +98,11 @@ def main(argv: list[str]) -> None:
     # Loading the model libraries takes seconds: a wrong configuration should not have to wait.
     from torch import OutOfMemoryError
 
-    from diffusion_nft.files import DiskError
-    from diffusion_nft.monitor import Alarm
-    from diffusion_nft.preemption import Preempted
+    from diffusion_nft.distributed.preemption import Preempted
     from diffusion_nft.rewards.combine import RewardError, UnscoredError
     from diffusion_nft.run import StartError, run
+    from diffusion_nft.tracking.monitor import Alarm
+    from diffusion_nft.utils.files import DiskError
 
     go_on = f"the same command continues the run in {config.save_dir}"
     minutes = config.distributed.timeout_minutes

@@ -28,9 +28,9 @@ def shapes_model():
     """The embedded model in float32 on the CPU, without LoRA: do not change it."""
     import torch
 
-    from diffusion_nft.distributed import Distributed
+    from diffusion_nft.distributed.ranks import Distributed
     from diffusion_nft.models import build_model
-    from diffusion_nft.precision import Precision
+    from diffusion_nft.models.precision import Precision
 
     device = torch.device("cpu")
     return build_model(

@@ -97,7 +97,7 @@ def one_thread() -> Iterator[None]:
 
 def train_here(save_dir: Path, overrides: dict[str, Any] | None = None) -> Any:
     """Trains in this process, to the end; returns the trainer."""
-    from diffusion_nft.distributed import Distributed
+    from diffusion_nft.distributed.ranks import Distributed
     from diffusion_nft.trainer import Trainer
 
     with one_thread():
@@ -114,7 +114,7 @@ def train_on_ranks(nproc: int, jobs: list[tuple[Path, dict[str, Any]]]) -> None:
 
 def _train_jobs(text: str) -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "config")]
-    from diffusion_nft.distributed import distributed
+    from diffusion_nft.distributed.ranks import distributed
     from diffusion_nft.trainer import Trainer
 
     with distributed(timeout_minutes=3) as dist:

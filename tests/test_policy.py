@@ -9,10 +9,10 @@ from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners import lora
 
-from diffusion_nft.lora import Lora
+from diffusion_nft.models.lora import Lora
+from diffusion_nft.models.precision import Precision
 from diffusion_nft.models.sd3 import LORA_TARGETS
 from diffusion_nft.policy import ADAPTERS, LoraLinear, Policy, policy_of_lora, unusual_modules
-from diffusion_nft.precision import Precision
 
 RANK, ALPHA = 3, 12
 

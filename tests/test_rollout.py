@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_nft.data import load_prompts
-from diffusion_nft.distributed import Distributed
+from diffusion_nft.data.prompts import load_prompts
+from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.randomness import generator
 from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores, build_rewards
 from diffusion_nft.rollout import (

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion_nft.checkpoint import load_checkpoint
-from diffusion_nft.data import load_prompts, shard
-from diffusion_nft.distributed import Distributed
-from diffusion_nft.metrics import read_metrics
+from diffusion_nft.data.prompts import load_prompts, shard
+from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.rewards.combine import RewardSet, Scores
 from diffusion_nft.rollout import collect
+from diffusion_nft.runs.checkpoint import load_checkpoint
+from diffusion_nft.tracking.metrics import read_metrics
 from tests.launch import smoke, train_here, train_on_ranks
 
 PRECISIONS = ("fp64", "no")

@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_nft import rollout
-from diffusion_nft.data import epoch_prompts
-from diffusion_nft.distributed import Distributed
+from diffusion_nft.data.prompts import epoch_prompts
+from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.policy import LoraLinear
 from diffusion_nft.rollout import Sampler
 from diffusion_nft.trainer import Trainer

@@ -8,13 +8,13 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
-from diffusion_nft.checkpoint import Checkpointer
-from diffusion_nft.distributed import Distributed
-from diffusion_nft.lora import Lora, export_lora, load_lora
-from diffusion_nft.metrics import read_metrics
+from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.models.lora import Lora, export_lora, load_lora
 from diffusion_nft.rewards import REWARDS, RewardOutput
 from diffusion_nft.rewards.combine import RewardError
+from diffusion_nft.runs.checkpoint import Checkpointer
 from diffusion_nft.shapes.model import PIPELINE_DIR
+from diffusion_nft.tracking.metrics import read_metrics
 from diffusion_nft.trainer import Trainer
 from tests.launch import one_thread, smoke, train_here
 

@@ -9,15 +9,15 @@ import torch
 from torch.distributions import Normal
 
 from diffusion_nft.algorithms import build_algorithm
-from diffusion_nft.checkpoint import load_checkpoint
-from diffusion_nft.data import shard
-from diffusion_nft.distributed import Distributed
-from diffusion_nft.metrics import read_metrics
+from diffusion_nft.data.prompts import shard
+from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models.embeddings import Conditioning
-from diffusion_nft.precision import Precision
+from diffusion_nft.models.precision import Precision
 from diffusion_nft.rewards.combine import Scores
 from diffusion_nft.rollout import Samples
+from diffusion_nft.runs.checkpoint import load_checkpoint
 from diffusion_nft.solvers import Trajectory, sample_trajectory
+from diffusion_nft.tracking.metrics import read_metrics
 from diffusion_nft.trainer import Trainer
 from diffusion_nft.update import Updater
 from tests.launch import one_thread, smoke, train_here, train_on_ranks

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from diffusion_nft.algorithms.nft import NFT
-from diffusion_nft.data import shard
-from diffusion_nft.distributed import Distributed
+from diffusion_nft.data.prompts import shard
+from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models.embeddings import Conditioning
-from diffusion_nft.precision import FIRST_LOSS_SCALE, Precision
+from diffusion_nft.models.precision import FIRST_LOSS_SCALE, Precision
 from diffusion_nft.rewards.combine import Scores
 from diffusion_nft.rollout import Samples
 from diffusion_nft.update import Updater, sigma_slots

@@ -4,8 +4,8 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion_nft.distributed import Distributed
-from diffusion_nft.precision import Precision
+from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.models.precision import Precision
 
 # pretrained.model_type -> "module:Class".
 MODELS: dict[str, str] = {

@@ -11,11 +11,11 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffusion_nft.distributed import Distributed
+from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.flow import timestep_from_sigma
-from diffusion_nft.hub import fetch_pipeline, read_index, weights_variant
 from diffusion_nft.models.embeddings import Conditioning, EmbeddingCache
-from diffusion_nft.precision import Precision
+from diffusion_nft.models.hub import fetch_pipeline, read_index, weights_variant
+from diffusion_nft.models.precision import Precision
 
 # The attention projections that carry LoRA (algorithm: not attn2, not the feed-forward layers).
 LORA_TARGETS = tuple(

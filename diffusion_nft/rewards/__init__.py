@@ -30,7 +30,7 @@ from typing import Any, Literal, Protocol, get_args, get_origin
 import torch
 from torch import Tensor
 
-from diffusion_nft.paths import expand
+from diffusion_nft.utils.paths import expand
 
 # name -> "module:Class"; a module is imported only when its reward is built.
 REWARDS: dict[str, str] = {
@@ -117,7 +117,7 @@ def build_reward(
     if remote:
         if options:
             raise ValueError(f"reward {name!r} is served: its options belong to its server")
-        from diffusion_nft.rewards.remote import RemoteReward
+        from diffusion_nft.rewards.serving.remote import RemoteReward
 
         return RemoteReward(name, remote, timeout=timeout)
     cls = reward_class(name)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion_nft.pictures import to_pil
+from diffusion_nft.images import to_pil
 
 MAX_TOKENS = 77
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from diffusion_nft.pictures import finite, to_uint8
+from diffusion_nft.images import finite, to_uint8
 from diffusion_nft.rewards import REMOTE_TIMEOUT, Reward, RewardOutput, build_reward
 
 # The value of each of the 256 levels.  Divided on the CPU: CUDA multiplies by 1/255 instead, which

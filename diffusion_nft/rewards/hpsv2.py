@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion_nft.pictures import to_pil, to_uint8
+from diffusion_nft.images import to_pil, to_uint8
 from diffusion_nft.rewards import RewardOutput
 from diffusion_nft.rewards.clip_common import score_in_batches
 from diffusion_nft.rewards.weights import load_checkpoint, load_weights, weight_file

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from diffusion_nft.pictures import to_pil
+from diffusion_nft.images import to_pil
 from diffusion_nft.rewards import RewardOutput
 from diffusion_nft.rewards.clip_common import score_in_batches, tokenize
 from diffusion_nft.rewards.weights import load_checkpoint, load_weights, weight_file

@@ -5,7 +5,7 @@ import io
 import torch
 from torch import Tensor
 
-from diffusion_nft.pictures import to_pil
+from diffusion_nft.images import to_pil
 from diffusion_nft.rewards import RewardOutput
 
 JPEG_QUALITY = 95

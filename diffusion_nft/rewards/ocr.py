@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion_nft.pictures import to_pil
+from diffusion_nft.images import to_pil
 from diffusion_nft.rewards import RewardOutput
 
 if TYPE_CHECKING:

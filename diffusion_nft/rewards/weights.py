@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusion_nft.paths import expand
+from diffusion_nft.utils.paths import expand
 
 ROOT_VARIABLE = "DIFFUSION_NFT_REWARD_CKPTS"
 DEFAULT_ROOT = Path(__file__).resolve().parents[2] / "reward_ckpts"

@@ -10,12 +10,12 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
-from diffusion_nft.distributed import Distributed
-from diffusion_nft.hub import fetch_lora, fetch_pipeline
+from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models import build_model, sd3
+from diffusion_nft.models.hub import fetch_lora, fetch_pipeline
+from diffusion_nft.models.precision import Precision
 from diffusion_nft.models.sd3 import visiting
 from diffusion_nft.policy import ADAPTERS, REFERENCE, Policy
-from diffusion_nft.precision import Precision
 from diffusion_nft.randomness import generator
 from diffusion_nft.rollout import Sampler
 from diffusion_nft.shapes.model import PIPELINE_DIR

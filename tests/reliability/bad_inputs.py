@@ -14,7 +14,7 @@ import torch
 from absl import flags
 from ml_collections import ConfigDict
 
-from diffusion_nft.distributed import Distributed
+from diffusion_nft.distributed.ranks import Distributed
 from tests.scripts.in_process import script
 
 CPU = torch.device("cpu")

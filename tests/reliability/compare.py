@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from diffusion_nft.checkpoint import Checkpointer
-from diffusion_nft.lora import DIFFUSERS_WEIGHTS, PEFT_FOLDER, PEFT_WEIGHTS
-from diffusion_nft.metrics import read_metrics
+from diffusion_nft.models.lora import DIFFUSERS_WEIGHTS, PEFT_FOLDER, PEFT_WEIGHTS
+from diffusion_nft.runs.checkpoint import Checkpointer
+from diffusion_nft.tracking.metrics import read_metrics
 
 # How far rows of the log may be apart where weights may be.
 LOG_TOLERANCE = 1e-2

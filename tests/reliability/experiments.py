@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion_nft.checkpoint import Checkpointer
+from diffusion_nft.runs.checkpoint import Checkpointer
 from tests.launch import ROOT, environment, torchrun, train_command
 from tests.reliability.compare import differences
 from tests.reliability.faults import PHASES, Strike, children

@@ -29,9 +29,10 @@ PHASES = {
     "scoring": "diffusion_nft.rewards.combine:RewardSet.__call__",  # in the background thread
     "training": "diffusion_nft.update:Updater._loss",  # before each micro-batch
     "update": "diffusion_nft.policy:Policy.blend",  # weights changed, EMA or old policy not yet
-    "log": "diffusion_nft.metrics:Metrics.log",
-    "evaluation": "diffusion_nft.evaluate:thumbnails",
-    "checkpoint": "diffusion_nft.checkpoint:sync",  # before each file and folder is made durable
+    "log": "diffusion_nft.tracking.metrics:Metrics.log",
+    "evaluation": "diffusion_nft.evaluation.evaluate:thumbnails",
+    # Before each file and folder is made durable.
+    "checkpoint": "diffusion_nft.runs.checkpoint:sync",
 }
 
 

@@ -154,7 +154,7 @@ def test_the_reward_server_refuses(case, monkeypatch, capsys):
     monkeypatch.delenv("REWARD_SERVER_TOKEN", raising=False)
     module = script("reward_server")
     monkeypatch.setattr(module.signal, "signal", lambda *arguments: None)
-    monkeypatch.setattr("diffusion_nft.rewards.server.create_app", serve)
+    monkeypatch.setattr("diffusion_nft.rewards.serving.server.create_app", serve)
     with pytest.raises((SystemExit, ValueError, OSError)) as caught:
         call(module, *case.given)
     said = capsys.readouterr().err if isinstance(caught.value, SystemExit) else str(caught.value)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffusion_nft.config_files import load_file
-from diffusion_nft.validation import SCHEMA, validate
+from diffusion_nft.validation.config_files import load_file
+from diffusion_nft.validation.schema import SCHEMA, validate
 from tests.launch import ROOT
 from tests.reliability.bad_inputs import (
     Case,

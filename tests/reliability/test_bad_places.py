@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_nft import data
-from diffusion_nft.hub import fetch_lora
-from diffusion_nft.lora import lora_file
+from diffusion_nft.data import prompts as data
+from diffusion_nft.models.hub import fetch_lora
+from diffusion_nft.models.lora import lora_file
 from tests.reliability.bad_inputs import Case, parametrized, train, watch
 from tests.reliability.test_bad_config import config_with
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from ml_collections import ConfigDict
 
-from diffusion_nft.data import load_prompts
-from diffusion_nft.inputs import load_checked_prompts
-from diffusion_nft.pictures import image_grid
+from diffusion_nft.data.prompts import load_prompts
+from diffusion_nft.images import image_grid
 from diffusion_nft.rewards import check_prompts
+from diffusion_nft.validation.inputs import load_checked_prompts
 from tests.reliability.bad_inputs import Case, parametrized, train, watch
 from tests.reliability.test_bad_config import config_with
 

@@ -15,9 +15,9 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from diffusion_nft.rewards import RewardOutput
-from diffusion_nft.rewards.protocol import PROTOCOL, encode_batch, encode_pictures
-from diffusion_nft.rewards.remote import RemoteReward
-from diffusion_nft.rewards.server import create_app
+from diffusion_nft.rewards.serving.protocol import PROTOCOL, encode_batch, encode_pictures
+from diffusion_nft.rewards.serving.remote import RemoteReward
+from diffusion_nft.rewards.serving.server import create_app
 from tests.reliability.bad_inputs import CPU, Case, parametrized, pickles
 
 SECRET = "s3cret"

@@ -222,9 +222,9 @@ def test_no_picture_at_all_has_no_score():
 
 def test_a_bad_score_ends_a_run_with_its_state_saved(tmp_path, monkeypatch):
     """In training: RewardError, and a checkpoint of the last sound epoch."""
-    from diffusion_nft.checkpoint import Checkpointer
-    from diffusion_nft.distributed import Distributed
+    from diffusion_nft.distributed.ranks import Distributed
     from diffusion_nft.rewards import REWARDS
+    from diffusion_nft.runs.checkpoint import Checkpointer
     from diffusion_nft.trainer import Trainer
 
     monkeypatch.setitem(REWARDS, "listing", f"{__name__}:Listing")

@@ -11,8 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from diffusion_nft.checkpoint import MANIFEST, STATE, CheckpointError, load_checkpoint
-from diffusion_nft.lora import (
+from diffusion_nft.models.lora import (
     DIFFUSERS_WEIGHTS,
     PEFT_CONFIG,
     PEFT_FOLDER,
@@ -26,6 +25,7 @@ from diffusion_nft.lora import (
 from diffusion_nft.rewards import weights as reward_weights
 from diffusion_nft.rewards.geneval.mask2former_weights import load_mmdet_state_dict
 from diffusion_nft.rewards.weights import WEIGHT_FILES
+from diffusion_nft.runs.checkpoint import MANIFEST, STATE, CheckpointError, load_checkpoint
 from tests.launch import smoke, train_here
 from tests.reliability.bad_inputs import Case, parametrized, pickles, train, watch
 

@@ -18,20 +18,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from diffusion_nft.checkpoint import MANIFEST, STATE, CheckpointError, load_checkpoint
-from diffusion_nft.data import load_prompts
-from diffusion_nft.lora import PEFT_CONFIG, PEFT_FOLDER, load_lora
+from diffusion_nft.data.prompts import load_prompts
+from diffusion_nft.models.lora import PEFT_CONFIG, PEFT_FOLDER, load_lora
 from diffusion_nft.rewards import check_prompts
-from diffusion_nft.rewards.protocol import (
+from diffusion_nft.rewards.serving.protocol import (
     TooLarge,
     decode_batch,
     decode_output,
     encode_batch,
     encode_pictures,
 )
-from diffusion_nft.rewards.server import create_app
-from diffusion_nft.run_dir import flatten
-from diffusion_nft.validation import SCHEMA, ConfigError, validate
+from diffusion_nft.rewards.serving.server import create_app
+from diffusion_nft.runs.checkpoint import MANIFEST, STATE, CheckpointError, load_checkpoint
+from diffusion_nft.runs.run_dir import flatten
+from diffusion_nft.validation.schema import SCHEMA, ConfigError, validate
 from tests.reliability.bad_inputs import CPU
 from tests.reliability.test_bad_config import config_with
 from tests.reliability.test_bad_requests import Counting

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_nft.checkpoint import Checkpointer, load_checkpoint
+from diffusion_nft.runs.checkpoint import Checkpointer, load_checkpoint
 from tests.launch import run, torchrun, train_here
 from tests.reliability.compare import differences
 from tests.reliability.experiments import (
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.multiproc
 
 RESTARTED = """
 import os, signal
-from diffusion_nft.distributed import distributed
+from diffusion_nft.distributed.ranks import distributed
 attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
 with distributed(timeout_minutes=1) as dist:
     dist.barrier()

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion_nft.checkpoint import load_checkpoint
-from diffusion_nft.distributed import Distributed, check_shared
+from diffusion_nft.distributed.ranks import Distributed, check_shared
+from diffusion_nft.runs.checkpoint import load_checkpoint
 from tests.launch import ROOT, environment, train_command, train_here
 from tests.reliability.compare import differences
 from tests.reliability.experiments import FP64_WITHIN, SETTINGS, kill_all
@@ -178,7 +178,7 @@ def wait_for(pattern: str, run_dir: Path, processes: list[subprocess.Popen[bytes
 PROBE = """
 import os, signal, sys
 from pathlib import Path
-from diffusion_nft.distributed import LostContact, check_shared, distributed
+from diffusion_nft.distributed.ranks import LostContact, check_shared, distributed
 folder = Path(sys.argv[1])
 try:
     with distributed(timeout_minutes=1) as dist:
@@ -226,7 +226,7 @@ def test_two_nodes_on_loopback(tmp_path):
 RESTARTED = """
 import os, signal, sys
 from pathlib import Path
-from diffusion_nft.distributed import distributed
+from diffusion_nft.distributed.ranks import distributed
 with distributed(timeout_minutes=1) as dist:
     dist.barrier()
     if dist.rank == 1 and not Path(sys.argv[1]).exists():

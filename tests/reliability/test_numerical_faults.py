@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from diffusion_nft.advantages import group_advantages, optimality
-from diffusion_nft.checkpoint import Checkpointer
-from diffusion_nft.distributed import Distributed
-from diffusion_nft.metrics import read_metrics
+from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.evaluation.results import RESULTS_FILE
+from diffusion_nft.models.precision import FIRST_LOSS_SCALE
 from diffusion_nft.models.sd3 import SD3Model
-from diffusion_nft.precision import FIRST_LOSS_SCALE
-from diffusion_nft.results import RESULTS_FILE
 from diffusion_nft.rewards import REWARDS, RewardOutput
 from diffusion_nft.rewards.combine import RewardError, UnscoredError
 from diffusion_nft.rollout import Samples, summarise
+from diffusion_nft.runs.checkpoint import Checkpointer
+from diffusion_nft.tracking.metrics import read_metrics
 from diffusion_nft.trainer import Trainer
 from tests.launch import one_thread, smoke, train_here
 from tests.test_update import NUM, R, copies, make_fp16_updater, make_samples, make_updater

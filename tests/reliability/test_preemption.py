@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from diffusion_nft.advantages import optimality
-from diffusion_nft.checkpoint import Checkpointer
-from diffusion_nft.distributed import Distributed
-from diffusion_nft.preemption import REASON, Preempted, requested, stop_on_signals
+from diffusion_nft.distributed.preemption import REASON, Preempted, requested, stop_on_signals
+from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.rewards.combine import Scores
 from diffusion_nft.rollout import Background, gather_scores
 from diffusion_nft.run import run
+from diffusion_nft.runs.checkpoint import Checkpointer
 from diffusion_nft.trainer import Trainer
 from tests.launch import one_thread, smoke, train_here
 from tests.reliability.compare import differences
@@ -43,7 +43,7 @@ def test_signals_are_noted_within_the_block_only():
 def test_the_first_interrupt_asks_and_the_second_kills():
     program = """
 import os, signal
-from diffusion_nft.preemption import requested, stop_on_signals
+from diffusion_nft.distributed.preemption import requested, stop_on_signals
 with stop_on_signals():
     os.kill(os.getpid(), signal.SIGINT)
     print(requested(), flush=True)

@@ -6,12 +6,12 @@ import re
 import pytest
 import torch
 
-from diffusion_nft.checkpoint import Checkpointer, CheckpointError
-from diffusion_nft.distributed import Distributed
-from diffusion_nft.files import DiskError, append_line, write_atomically
-from diffusion_nft.metrics import Metrics, read_metrics
-from diffusion_nft.run_dir import RunDirError, check_run_dir
+from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.runs.checkpoint import Checkpointer, CheckpointError
+from diffusion_nft.runs.run_dir import RunDirError, check_run_dir
+from diffusion_nft.tracking.metrics import Metrics, read_metrics
 from diffusion_nft.trainer import Trainer
+from diffusion_nft.utils.files import DiskError, append_line, write_atomically
 from tests.launch import run, smoke, train_command, train_here
 from tests.reliability.compare import differences
 from tests.reliability.experiments import SETTINGS

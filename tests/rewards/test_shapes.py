@@ -2,7 +2,7 @@
 
 import torch
 
-from diffusion_nft.data import load_prompts
+from diffusion_nft.data.prompts import load_prompts
 from diffusion_nft.rewards.shapes import ShapesReward
 
 

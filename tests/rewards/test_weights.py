@@ -77,7 +77,7 @@ def test_open_clip_takes_genevals_colours_from_the_same_place():
     open_clip = pytest.importorskip("open_clip")
     from open_clip import constants
 
-    from diffusion_nft.download import HUB_PARTS
+    from diffusion_nft.data.download import HUB_PARTS
     from diffusion_nft.rewards.geneval.colors import ARCHITECTURE
 
     (model,) = HUB_MODELS["geneval"]
@@ -92,7 +92,7 @@ def test_the_fetched_parts_are_enough_for_the_rewards_clip(tiny_clip, tmp_path):
 
     files = {path.name: path.read_bytes() for path in Path(tiny_clip).iterdir()}
     assert {"model.safetensors", "tokenizer_config.json"} <= files.keys()
-    code = "import sys, json; from diffusion_nft.download import fetch_from_hub as f;"
+    code = "import sys, json; from diffusion_nft.data.download import fetch_from_hub as f;"
     code += "print(json.dumps([str(f(*call)) for call in json.loads(sys.argv[1])]))"
     calls = [("me/whole", ["model", "tokenizer", "images"]), ("me/reader", ["tokenizer", "images"])]
     with serving() as server:

@@ -3,7 +3,7 @@
 import sys
 from types import ModuleType
 
-from diffusion_nft.config_files import load_file
+from diffusion_nft.validation.config_files import load_file
 from tests.launch import ROOT, one_thread
 
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_nft.algorithms import Batch
 from diffusion_nft.algorithms.nft import NFT
-from diffusion_nft.distributed import Distributed
+from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.flow import add_noise
 from diffusion_nft.rewards import parse_option
 from tests.launch import ROOT, one_thread
@@ -50,7 +50,7 @@ def counted(work) -> tuple[object, int]:
 
 @pytest.mark.parametrize("arch, resolution", [("sd3.5-tiny", 128), ("shapes", 48)])
 def test_flops_by_formula_are_those_that_torch_counts(benchmark, tmp_path, arch, resolution):
-    import benchmark_flops as formula
+    import diffusion_nft.models.flops as formula
 
     model = make_setup(benchmark, tmp_path, arch, f"resolution={resolution}").load()
     transformer, count = model.transformer, 3
@@ -72,7 +72,7 @@ def test_flops_by_formula_are_those_that_torch_counts(benchmark, tmp_path, arch,
 
 
 def test_bytes_count_weights_once_a_call_and_activations_once_a_sample(benchmark):
-    from benchmark_flops import Linear
+    from diffusion_nft.models.flops import Linear
 
     cost = Linear(rows=5, n_in=3, n_out=7).forward(rank=0)
     assert cost.flops == 2 * 5 * 3 * 7
@@ -80,9 +80,10 @@ def test_bytes_count_weights_once_a_call_and_activations_once_a_sample(benchmark
 
 
 def test_the_medium_architecture_has_the_real_ones_size(benchmark):
-    from benchmark_flops import forward_cost
-    from benchmark_models import ARCHITECTURES
     from diffusers import SD3Transformer2DModel
+
+    from diffusion_nft.benchmarks.models import ARCHITECTURES
+    from diffusion_nft.models.flops import forward_cost
 
     arguments = ARCHITECTURES["sd3.5-medium"].transformer
     with torch.device("meta"):
@@ -98,8 +99,8 @@ def test_the_medium_architecture_has_the_real_ones_size(benchmark):
 
 
 def test_both_ways_have_the_same_loss_and_gradient(benchmark, tmp_path):
-    from benchmark_baseline import Published
-    from benchmark_models import Product
+    from diffusion_nft.benchmarks.baseline import Published
+    from diffusion_nft.benchmarks.models import Product
 
     setup = make_setup(benchmark, tmp_path, "shapes", "nft.kl_weight=0.5", "nft.beta=0.5")
     ours, theirs = Product(setup), Published(setup)
@@ -171,8 +172,8 @@ def test_it_counts_what_an_epoch_does_and_prints_it(benchmark, tmp_path, capsys)
 
 
 def test_without_a_kl_term_ours_makes_no_reference_forward(benchmark, tmp_path):
-    from benchmark_models import Product
-    from benchmark_phases import Observer
+    from diffusion_nft.benchmarks.models import Product
+    from diffusion_nft.benchmarks.phases import Observer
 
     way = Product(make_setup(benchmark, tmp_path, "shapes", "nft.kl_weight=0.0", *SIZES))
     observer = Observer(way)
@@ -187,7 +188,7 @@ def test_without_a_kl_term_ours_makes_no_reference_forward(benchmark, tmp_path):
     [(100, 1, 1.5, "compute"), (1, 100, 15, "memory"), (100, 1, 3.5, "overhead")],
 )
 def test_a_phase_is_bound_by_what_takes_longest(benchmark, flops, data, seconds, bound):
-    from benchmark_phases import Peaks, Phase, verdict
+    from diffusion_nft.benchmarks.phases import Peaks, Phase, verdict
 
     peaks = Peaks(flops=100.0, bandwidth=10.0)
     row = verdict("decode", Phase(seconds, 1, 1, flops, data), peaks)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers import T5Config, T5EncoderModel
 
-from diffusion_nft.distributed import Distributed
+from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.policy import Policy
 from tests.launch import ROOT, one_thread
 from tests.scripts.in_process import call, script
@@ -67,7 +67,7 @@ def allocated(work) -> int:
 
 def test_a_forward_and_backward_allocates_what_is_said(module, shapes, tmp_path):
     """Real tensors under torch's own autocast and attention, watched by its profiler."""
-    from benchmark_models import Setup
+    from diffusion_nft.benchmarks.models import Setup
 
     config = make_config(module, tmp_path, "bf16")
     setup = Setup.of(config, Distributed(0, 1, 0, torch.device("cpu")), "sd3.5-tiny")

@@ -14,9 +14,9 @@ import torch
 from absl import flags
 from ml_collections import config_flags
 
-from diffusion_nft.config_files import load_file
-from diffusion_nft.run_dir import flatten
+from diffusion_nft.runs.run_dir import flatten
 from diffusion_nft.solvers import solve
+from diffusion_nft.validation.config_files import load_file
 from tests.launch import ROOT, train_here
 from tests.scripts.in_process import call, script
 
@@ -73,7 +73,7 @@ def tiny(runner, tmp_path, monkeypatch):
     """The command on an experiment of two arms and two seeds, with a training script that pretends;
     ``tiny.steps`` is what the second arm changes.
     """
-    import experiments_grid as grid
+    import diffusion_nft.experiments.grid as grid
 
     real = load_file(ROOT / "config" / "experiments.py")
     train = tmp_path / "train.py"
@@ -104,7 +104,7 @@ def tiny(runner, tmp_path, monkeypatch):
 
 def named_runs(runner, tmp_path):
     """Every run of config/experiments.py."""
-    import experiments_grid as grid
+    import diffusion_nft.experiments.grid as grid
 
     args = SimpleNamespace(
         seeds=None, arms=None, runs=tmp_path / "runs", results=tmp_path / "results"
@@ -118,7 +118,7 @@ GUIDED = ("flow-grpo-cfg", "cfg-lr-1e-3", "cfg-lr-3e-3", "cfg-in-evaluation")
 
 
 def test_the_named_experiments_are_sound_and_their_arms_evaluated_alike(runner, tmp_path):
-    import experiments_results as results
+    import diffusion_nft.experiments.results as results
 
     for name, experiment, runs in named_runs(runner, tmp_path):
         assert experiment.baseline in experiment.arms
@@ -366,7 +366,7 @@ def test_the_list_names_arms_and_finished_seeds(tiny, runner, capsys):
 
 
 def made_run(runner, tiny, arm: str = "plain", **changes):
-    import experiments_grid as grid
+    import diffusion_nft.experiments.grid as grid
 
     experiment = runner.load_file(None).EXPERIMENTS["tiny"]
     args = SimpleNamespace(runs=tiny.runs, results=tiny.results)
@@ -376,11 +376,11 @@ def made_run(runner, tiny, arm: str = "plain", **changes):
 
 
 def test_the_real_trainers_numbers_make_a_result(tiny, runner, tmp_path):
-    import experiments_results
+    from diffusion_nft.experiments import results
 
     run = made_run(runner, tiny)
     train_here(run.folder, {"seed": 1, "eval.num_steps": 3})
-    last = experiments_results.write_result(run, jobs=1)
+    last = results.write_result(run, jobs=1)
     epochs = [
         row
         for row in map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
@@ -390,24 +390,24 @@ def test_the_real_trainers_numbers_make_a_result(tiny, runner, tmp_path):
     assert last["seconds"] == pytest.approx(sum(row["time/epoch"] for row in epochs), rel=1e-4)
     assert "eval/shapes/strict" in last and "eval/tag/colors/shapes/strict" in last
     # 12 samples: 4 steps, then 2 sigmas for the policies old, reference and current.
-    cost = 2 * 12 * (4 + 2 * (3 + experiments_results.backward_over_forward(run.config)))
+    cost = 2 * 12 * (4 + 2 * (3 + results.backward_over_forward(run.config)))
     assert last["forward_equivalents"] == pytest.approx(cost, rel=1e-4)
 
 
 def test_the_flops_are_of_the_models_own_sizes(tiny, runner, shapes_model):
-    import experiments_results
+    from diffusion_nft.experiments import results
 
     config = made_run(runner, tiny).config
-    transformer, side, text = experiments_results.model_shape(config)
+    transformer, side, text = results.model_shape(config)
     assert (transformer["in_channels"], side, side) == shapes_model.latent_shape
     assert text == shapes_model.encode(["a red circle"]).tokens.shape[1]
     config.pretrained.model = "owner/name"
     with pytest.raises(ValueError, match="owner/name"):
-        experiments_results.model_shape(config)
+        results.model_shape(config)
 
 
 def test_a_result_of_a_long_run_stays_small(tiny, runner):
-    import experiments_results
+    from diffusion_nft.experiments import results
 
     run = made_run(runner, tiny, num_epochs=500, eval_freq=50)
     run.folder.mkdir(parents=True)
@@ -417,7 +417,7 @@ def test_a_result_of_a_long_run_stays_small(tiny, runner):
     lines = []
     for epoch in range(501):
         row = {"step": 2 * epoch, "epoch": epoch}
-        values = dict.fromkeys(experiments_results.KEPT, 1 / 3 + epoch)
+        values = dict.fromkeys(results.KEPT, 1 / 3 + epoch)
         cost = {"time/epoch": 1 / 3, "cost/forwards": 1, "cost/backwards": 1}
         lines += [row | values | cost] if epoch else []
         if epoch % 50 == 0:
@@ -427,7 +427,7 @@ def test_a_result_of_a_long_run_stays_small(tiny, runner):
     about = {"time": "", "device": "cpu", "git_revision": "", "git_dirty": False, "command": ""}
     (run.folder / "environments.jsonl").write_text(json.dumps(about) + "\n")
     (run.folder / "config.json").write_text(json.dumps({"eval.num_steps": 3}))
-    last = experiments_results.write_result(run, jobs=1)
+    last = results.write_result(run, jobs=1)
     assert run.result.stat().st_size < 30_000
     # Epochs are left out, not what they cost.
     assert last["seconds"] == pytest.approx(500 / 3, rel=1e-4)

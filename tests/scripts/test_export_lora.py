@@ -13,15 +13,15 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusion_nft.checkpoint import resolve_checkpoint
-from diffusion_nft.distributed import Distributed
-from diffusion_nft.files import DiskError
-from diffusion_nft.lora import load_lora
-from diffusion_nft.metrics import read_metrics
+from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.models.lora import load_lora
 from diffusion_nft.policy import policy_of_lora
 from diffusion_nft.randomness import generator, normal
 from diffusion_nft.rollout import Sampler
+from diffusion_nft.runs.checkpoint import resolve_checkpoint
 from diffusion_nft.shapes.model import PIPELINE_DIR
+from diffusion_nft.tracking.metrics import read_metrics
+from diffusion_nft.utils.files import DiskError
 from tests.launch import train_here
 from tests.scripts.in_process import call, script
 
@@ -60,7 +60,7 @@ def exported(run_dir, tmp_path_factory) -> Path:
 def ours(run_dir) -> torch.Tensor:
     """A picture by the checkpoint's LoRA in this project's own loading and sampling."""
     from diffusion_nft.models import build_model
-    from diffusion_nft.precision import Precision
+    from diffusion_nft.models.precision import Precision
 
     about = {"name": "shapes", "max_sequence_length": 8, "resolution": 48}
     model = build_model("sd3", **about, dist=CPU, precision=Precision("no", CPU.device))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_nft import data
-from diffusion_nft.data import PUBLISHED_FILES, PublishedFile, load_prompts
+from diffusion_nft.data import prompts as data
+from diffusion_nft.data.prompts import PUBLISHED_FILES, PublishedFile, load_prompts
 from tests.launch import ROOT
 from tests.local_server import Page, serving
 from tests.scripts.in_process import script

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion_nft import data, rewards, settings
+from diffusion_nft import rewards
+from diffusion_nft.data import prompts as data
+from diffusion_nft.evaluation import options as settings
 from diffusion_nft.rewards import RewardOutput
 from tests.launch import ROOT, environment, train_here
 from tests.scripts.in_process import call, script

@@ -16,7 +16,7 @@ import torch
 
 from diffusion_nft.rewards import parse_option
 from diffusion_nft.rewards.combine import RewardSet
-from diffusion_nft.rewards.remote import RemoteReward
+from diffusion_nft.rewards.serving.remote import RemoteReward
 from tests.launch import ROOT, environment, run
 from tests.scripts.in_process import script
 

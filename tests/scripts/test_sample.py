@@ -10,11 +10,11 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 
-from diffusion_nft.files import DiskError
-from diffusion_nft.lora import Lora, export_lora, scaled
+from diffusion_nft.models.lora import Lora, export_lora, scaled
 from diffusion_nft.models.sd3 import LORA_TARGETS, SD3Model
 from diffusion_nft.randomness import generator, normal
 from diffusion_nft.shapes.model import PIPELINE_DIR, load_pipeline
+from diffusion_nft.utils.files import DiskError
 from tests.scripts.in_process import call, script
 
 sample = script("sample")

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from diffusion_nft.distributed import Distributed
-from diffusion_nft.metrics import read_metrics
+from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.run import devices
-from diffusion_nft.validation import SCHEMA
+from diffusion_nft.tracking.metrics import read_metrics
+from diffusion_nft.validation.schema import SCHEMA
 from tests.launch import run, train, train_command
 
 MISTAKES = {

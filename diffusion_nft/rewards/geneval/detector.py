@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_nft.pictures import to_uint8
+from diffusion_nft.images import to_uint8
 from diffusion_nft.rewards.geneval.verdict import SCORE_THRESHOLD, Detection
 from diffusion_nft.rewards.geneval.vocabulary import OBJECT_NAMES
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_nft import files
 from diffusion_nft.rewards.weights import WEIGHT_FILES
+from diffusion_nft.utils import files
 
 # The start of the published file's sha256.
 PUBLISHED_SHA256 = WEIGHT_FILES["geneval"].sha256

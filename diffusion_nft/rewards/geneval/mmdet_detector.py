@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_nft.pictures import to_uint8
+from diffusion_nft.images import to_uint8
 from diffusion_nft.rewards.geneval.detector import ChannelOrder, check_channel_order
 from diffusion_nft.rewards.geneval.mask2former_weights import (
     PUBLISHED_SHA256,

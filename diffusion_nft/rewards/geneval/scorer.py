@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion_nft.pictures import to_pil
+from diffusion_nft.images import to_pil
 from diffusion_nft.rewards import RewardOutput
 from diffusion_nft.rewards.geneval.colors import ColorClassifier, object_crop
 from diffusion_nft.rewards.geneval.detector import ChannelOrder, Detector, check_channel_order

@@ -1,0 +1,226 @@
+"""The published algorithm, run the way its published implementation runs it; written anew.
+
+What that way is: frozen weights in float32 under autocast; adapters beside their layers at every
+forward, of the old policy too; every picture's prompt encoded with its picture; three forwards for
+every (sample, sigma) pair, one sigma a micro-batch; gradients synchronised at every backward pass;
+all of it eager.  Where the published code does anything slower than that (it walks all parameters
+to switch an adapter, decides the noise of a sample step by step in Python), this does not.  The
+loss is the product's.
+"""
+
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from diffusion_nft.algorithms import Batch
+from diffusion_nft.algorithms.nft import NFT, nft_loss
+from diffusion_nft.benchmarks.models import ARCHITECTURES, Setup
+from diffusion_nft.data.prompts import shard
+from diffusion_nft.flow import add_noise
+from diffusion_nft.models.embeddings import Conditioning
+from diffusion_nft.randomness import generator
+from diffusion_nft.rewards.combine import Scores
+from diffusion_nft.rollout import Sampler
+
+# Threads that score pictures while others are drawn.
+SCORERS = 8
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """This rank's samples of an epoch, a row each."""
+
+    first: int  # index of the first of them in the epoch
+    x0: Tensor
+    cond: Conditioning
+    sigmas: Tensor
+
+
+class Published:
+    """Epochs of the published algorithm, made the published way."""
+
+    name = "baseline"
+
+    def __init__(self, setup: Setup):
+        self.setup, config = setup, setup.config
+        self.algorithm = NFT(config)
+        self.model = model = setup.load(frozen_in_float32=True)
+        # The published code decodes a batch at once.
+        model.vae_batch_size = config.sample.batch_size
+        lora = LoraConfig(
+            r=config.train.lora_rank,
+            lora_alpha=config.train.lora_alpha,
+            init_lora_weights="gaussian",
+            target_modules=list(model.lora_targets),
+        )
+        torch.manual_seed(config.seed)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            for name in ("old", "current"):
+                model.transformer.add_adapter(lora, adapter_name=name)
+        self._layers = [m for m in model.transformer.modules() if isinstance(m, LoraLayer)]
+        self.weights = {name: self._weights(name) for name in ("current", "old")}
+        for name, weights in self.weights.items():
+            for weight in weights:
+                weight.data = weight.data.to(model.precision.trained_dtype)
+                weight.requires_grad_(name == "current")
+        self._blend(self.weights["old"], 0.0)
+        self.ema = [weight.detach().clone() for weight in self.weights["current"]]
+        self.step, self._active = 0, "current"
+        # Where an observer finds what it times.
+        self.encoder, self.switch, self.waiting = self, self, (self, "totals")
+        self.optimizer = torch.optim.AdamW(
+            self.weights["current"],
+            lr=config.train.learning_rate,
+            betas=(config.train.adam_beta1, config.train.adam_beta2),
+            weight_decay=config.train.adam_weight_decay,
+            eps=config.train.adam_epsilon,
+        )
+        if setup.dist.world_size > 1:
+            devices = [setup.dist.device] if setup.dist.device.type == "cuda" else None
+            model.transformer = DistributedDataParallel(
+                model.transformer, device_ids=devices, broadcast_buffers=False
+            )
+
+    def _weights(self, adapter: str) -> list[torch.nn.Parameter]:
+        return [
+            getattr(layer, matrix)[adapter].weight
+            for layer in self._layers
+            for matrix in ("lora_A", "lora_B")
+        ]
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """``old``, ``current`` or ``reference``, by two fields a layer."""
+        before = self._active
+        self._activate(name)
+        try:
+            yield
+        finally:
+            self._activate(before)
+
+    def _activate(self, name: str) -> None:
+        self._active = name
+        for layer in self._layers:
+            layer._disable_adapters = name == "reference"
+            if name != "reference":
+                layer._active_adapter = [name]
+
+    def encode(self, texts: list[str]) -> Conditioning:
+        """A row for each text, whether or not it was encoded before."""
+        model = self.model
+        if self.setup.arch in ARCHITECTURES:  # there is nothing to encode with
+            return model.encode(texts)
+        with torch.no_grad():
+            tokens, _, pooled, _ = model.pipe.encode_prompt(
+                prompt=texts,
+                prompt_2=texts,
+                prompt_3=texts,
+                device=model.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=model.max_sequence_length,
+            )
+        return Conditioning(tokens, pooled)
+
+    def sample(self, epoch: int) -> tuple[Drawn, Tensor]:
+        """The samples of ``epoch``, and r ``[N]``."""
+        setup, config, dist = self.setup, self.setup.config, self.setup.dist
+        prompts, size = setup.epoch_prompts(epoch), config.sample.num_image_per_prompt
+        indices = shard(setup.num_samples, dist.rank, dist.world_size)
+        sampler = Sampler(
+            config.sample.solver,
+            config.sample.num_steps,
+            config.sample.guidance_scale,
+            config.sample.noise_level,
+        )
+        latents, conds, futures, sigmas = [], [], [], torch.zeros(0)
+        with ThreadPoolExecutor(SCORERS) as scorers, self.using("old"):
+            for start in range(0, len(indices), config.sample.batch_size):
+                rows = indices[start : start + config.sample.batch_size]
+                batch = [prompts[i // size] for i in rows]
+                texts = [prompt.text for prompt in batch]
+                cond = self.encode(texts)
+                noise = [generator(config.seed, epoch, i, "rollout") for i in rows]
+                x0, sigmas = sampler(self.model, cond, noise)
+                images = self.model.decode(x0)
+                metadata = [prompt.metadata for prompt in batch]
+                futures.append(scorers.submit(setup.rewards, images, texts, metadata))
+                latents.append(x0)
+                conds.append(cond)
+            mine = self.totals(futures)
+        total = torch.cat(dist.gather_objects(mine))
+        cond = Conditioning(
+            torch.cat([c.tokens for c in conds]), torch.cat([c.pooled for c in conds])
+        )
+        return Drawn(indices.start, torch.cat(latents), cond, sigmas), setup.optimality(total)
+
+    def totals(self, futures: list[Future[Scores]]) -> Tensor:
+        """Waits for the rewards of this rank's samples."""
+        return torch.cat([future.result().total for future in futures])
+
+    def train(self, drawn: Drawn, r: Tensor, epoch: int) -> None:
+        """The updates of ``epoch``."""
+        del epoch
+        config, device = self.setup.config.train, self.setup.dist.device
+        used = max(1, int(len(drawn.sigmas) * config.timestep_fraction))
+        sigmas = drawn.sigmas.to(device, drawn.x0.dtype)
+        mine = r[drawn.first : drawn.first + len(drawn.x0)].to(device)
+        rows = torch.randperm(len(drawn.x0), device=device)
+        slots = torch.rand(len(rows), len(sigmas), device=device).argsort(dim=1)
+        for chosen in rows.chunk(config.gradient_step_per_epoch):
+            self.optimizer.zero_grad()
+            for part in chosen.split(config.batch_size):
+                cond = drawn.cond.select(part)
+                for column in range(used):
+                    x0, sigma = drawn.x0[part], sigmas[slots[part, column]]
+                    noise = torch.randn_like(x0)
+                    xt = add_noise(x0, noise, sigma)
+                    losses = self.losses(Batch(x0, noise, xt, sigma, mine[part]), cond)
+                    loss = losses.sum() / (len(chosen) * used)
+                    self.model.precision.scaler.scale(loss).backward()
+            self._update()
+        self._blend(self.weights["old"], self.algorithm.old_policy_decay(self.step))
+
+    def losses(self, batch: Batch, cond: Conditioning) -> Tensor:
+        """The losses ``[B]`` of ``batch`` after three forwards."""
+
+        def velocity(policy: str) -> Tensor:
+            with self.using(policy), torch.set_grad_enabled(policy == "current"):
+                return self.model.velocity(batch.xt, batch.sigma, cond)
+
+        old, reference = velocity("old"), velocity("reference")
+        losses, _ = nft_loss(
+            velocity("current"),
+            old,
+            reference,
+            x0=batch.x0,
+            noise=batch.noise,
+            xt=batch.xt,
+            sigma=batch.sigma,
+            r=batch.weight,
+            kl_weight=self.algorithm.kl_weight,
+            **self.algorithm.options,
+        )
+        return losses
+
+    def _update(self) -> None:
+        config, scaler = self.setup.config.train, self.model.precision.scaler
+        scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.weights["current"], config.max_grad_norm)
+        scaler.step(self.optimizer)
+        scaler.update()
+        self.step += 1
+        self._blend(self.ema, min((1 + self.step) / (10 + self.step), config.ema_decay))
+
+    @torch.no_grad()
+    def _blend(self, own: list[Any], decay: float) -> None:
+        torch._foreach_lerp_(own, [w.detach() for w in self.weights["current"]], 1 - decay)

@@ -1,0 +1,266 @@
+"""What is benchmarked: the product as the trainer puts it together, with or without real weights.
+
+``ARCHITECTURES`` have random weights in the shape of a real model, and random tensors in place of
+the text encoders' output: what they cost to sample and train is real, what encoding costs is not.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+
+from diffusion_nft.advantages import group_advantages, optimality, standardized_total
+from diffusion_nft.algorithms import build_algorithm
+from diffusion_nft.data.prompts import Prompt, epoch_prompts
+from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.models import load_model
+from diffusion_nft.models.embeddings import Conditioning, EmbeddingCache
+from diffusion_nft.policy import Policy
+from diffusion_nft.randomness import generator
+from diffusion_nft.rewards import check_prompts
+from diffusion_nft.rewards.combine import RewardSet
+from diffusion_nft.rollout import Background, Samples, collect
+from diffusion_nft.runs.run_dir import flatten
+from diffusion_nft.runs.state import RunState
+from diffusion_nft.tracking.monitor import Monitor
+from diffusion_nft.update import Updater
+from diffusion_nft.validation.inputs import build_named, load_checked_prompts, reward_weights
+from diffusion_nft.validation.stages import stages_of
+
+CLIP_TOKENS = 77
+# More than any epoch has groups.
+NUM_SYNTHETIC_PROMPTS = 1000
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Arguments of an SD3Transformer2DModel, and of its AutoencoderKL."""
+
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+
+
+def _vae(widths: tuple[int, ...], **options: Any) -> dict[str, Any]:
+    return dict(
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        **options,
+    )
+
+
+ARCHITECTURES = {
+    "sd3.5-medium": Architecture(
+        transformer=dict(
+            sample_size=128,
+            num_layers=24,
+            num_attention_heads=24,
+            joint_attention_dim=4096,
+            caption_projection_dim=1536,
+            pooled_projection_dim=2048,
+            pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)),
+            qk_norm="rms_norm",
+        ),
+        vae=_vae((128, 256, 512, 512), layers_per_block=2),
+    ),
+    # The same parts a thousandth the size: for tests, and for curves over resolutions on CPUs.
+    "sd3.5-tiny": Architecture(
+        transformer=dict(
+            sample_size=64,
+            num_layers=3,
+            num_attention_heads=2,
+            joint_attention_dim=96,
+            caption_projection_dim=128,
+            pooled_projection_dim=64,
+            pos_embed_max_size=64,
+            dual_attention_layers=(0, 1),
+            qk_norm="rms_norm",
+        ),
+        vae=_vae((8, 8, 16, 16), layers_per_block=1, norm_num_groups=8),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every way of running a benchmark is given."""
+
+    config: ConfigDict
+    dist: Distributed
+    arch: str  # a name in ARCHITECTURES, or whatever else for the model that the config names
+    prompts: list[Prompt]
+    rewards: RewardSet
+
+    @classmethod
+    def of(cls, config: ConfigDict, dist: Distributed, arch: str) -> "Setup":
+        """Prompts and rewards of ``config``; of ARCHITECTURES, which know no words, numbered
+        prompts.
+
+        Raises ValueError or OSError if they cannot be had.
+        """
+        weights, _ = reward_weights(config)
+        if arch in ARCHITECTURES:
+            prompts = [Prompt(f"prompt {i}") for i in range(NUM_SYNTHETIC_PROMPTS)]
+            check_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts])
+        else:
+            prompts, *_ = load_checked_prompts(config)
+        return cls(
+            config, dist, arch, prompts, RewardSet(weights, build_named(config, weights, dist))
+        )
+
+    @property
+    def num_samples(self) -> int:
+        """Of an epoch, over all ranks."""
+        return self.config.sample.num_groups * self.config.sample.num_image_per_prompt
+
+    def epoch_prompts(self, epoch: int) -> list[Prompt]:
+        """The prompts of ``epoch``, as the trainer draws them."""
+        groups, seed = self.config.sample.num_groups, self.config.seed
+        return epoch_prompts(self.prompts, groups, seed=seed, epoch=epoch)
+
+    def optimality(self, total: Tensor) -> Tensor:
+        """r ``[N]`` of an epoch's total rewards ``[N]``, as the trainer makes it."""
+        config = self.config
+        size = config.sample.num_image_per_prompt
+        advantages = group_advantages(total, size, global_std=config.sample.global_std)
+        return optimality(
+            advantages, adv_clip_max=config.train.adv_clip_max, adv_mode=config.train.adv_mode
+        )
+
+    def load(self, *, frozen_in_float32: bool = False) -> Any:
+        """A model of its own, frozen weights in the compute dtype unless ``frozen_in_float32``."""
+        settings = flatten(self.config) | {"match_published": frozen_in_float32}
+        if self.arch not in ARCHITECTURES:
+            model = load_model(settings, self.dist)
+        else:
+            build = _random_pipeline(ARCHITECTURES[self.arch], self.dist.device)
+            with (
+                mock.patch("diffusion_nft.models.sd3.fetch_pipeline", return_value=Path()),
+                mock.patch("diffusion_nft.models.sd3.load_pipeline", build),
+            ):
+                model = load_model(settings, self.dist)
+            budget = self.config.perf.embed_cache_gb * 1e9
+            model.encode_cached = EmbeddingCache(_random_embeddings(model), budget)
+        # Of the published ways, its whole-number timesteps are not wanted.
+        model.match_published = False
+        return model
+
+
+def _random_pipeline(
+    arch: Architecture, device: torch.device
+) -> Callable[..., StableDiffusion3Pipeline]:
+    """Stands in for ``load_pipeline``: random weights, no text encoders."""
+
+    def build(folder: Path, dtype: dict[str, torch.dtype]) -> StableDiffusion3Pipeline:
+        del folder
+        torch.manual_seed(0)
+        with torch.device(device):
+            transformer = SD3Transformer2DModel(**arch.transformer)
+            vae = AutoencoderKL(**arch.vae)
+        parts: dict[str, Any] = {
+            "transformer": _cast(transformer, dtype.get("transformer", dtype["default"])),
+            "vae": _cast(vae, dtype["vae"]),
+            "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        }
+        encoders = ("text_encoder", "tokenizer")
+        absent = {f"{name}{number}": None for name in encoders for number in ("", "_2", "_3")}
+        return StableDiffusion3Pipeline(**parts, **absent)  # pyright: ignore[reportArgumentType]
+
+    return build
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return module.to(dtype)
+
+
+def _random_embeddings(model: Any) -> Callable[[list[str]], list[Conditioning]]:
+    shape, dtype = model.transformer.config, model.precision.compute_dtype
+    length = CLIP_TOKENS + model.max_sequence_length
+
+    def encode(texts: list[str]) -> list[Conditioning]:
+        rows = []
+        for text in texts:
+            rng = generator(text)
+            tokens = torch.randn(1, length, shape.joint_attention_dim, generator=rng)
+            pooled = torch.randn(1, shape.pooled_projection_dim, generator=rng)
+            rows.append(Conditioning(tokens.to(dtype), pooled.to(dtype)))
+        return rows
+
+    return encode
+
+
+class Product:
+    """Epochs as the trainer makes them, of the trainer's own parts."""
+
+    name = "ours"
+
+    def __init__(self, setup: Setup):
+        self.setup, config = setup, setup.config
+        self.model = setup.load()
+        self.policy = Policy(
+            self.model.transformer,
+            targets=self.model.lora_targets,
+            rank=config.train.lora_rank,
+            alpha=config.train.lora_alpha,
+            seed=config.seed,
+            dtype=self.model.precision.trained_dtype,
+        )
+        self.updater = Updater(
+            config,
+            dist=setup.dist,
+            precision=self.model.precision,
+            model=self.model,
+            policy=self.policy,
+            algorithm=(algorithm := build_algorithm(config)),
+        )
+        self.optimizer = self.updater.optimizer
+        # Where an observer finds what it times.
+        self.encoder, self.switch, self.waiting = self.model, self.policy, (Background, "results")
+        self.state = RunState(
+            stages_of(config)[0],
+            dist=setup.dist,
+            policy=self.policy,
+            updater=self.updater,
+            monitor=Monitor(config, algorithm, setup.dist.say),
+            prompts={},
+        )
+
+    def sample(self, epoch: int) -> tuple[Samples, Tensor]:
+        """The samples of ``epoch``, and r ``[N]``."""
+        setup = self.setup
+        with self.policy.using("old"):
+            samples = collect(
+                self.model,
+                setup.epoch_prompts(epoch),
+                setup.rewards,
+                setup.config,
+                epoch=epoch,
+                dist=setup.dist,
+                num_pictures=0,
+            )
+        total = samples.scores.total
+        if setup.config.sample.standardize_rewards:
+            size = setup.config.sample.num_image_per_prompt
+            total = standardized_total(samples.scores.parts, setup.rewards.weights, size)
+        return samples, setup.optimality(total)
+
+    def train(self, samples: Samples, r: Tensor, epoch: int) -> None:
+        """The updates of ``epoch``."""
+        self.updater.train_epoch(samples, r, epoch=epoch)

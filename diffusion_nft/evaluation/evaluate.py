@@ -1,0 +1,294 @@
+"""Evaluation: every line of a test set is one sample; the same numbers on any number of ranks.
+
+Test lines are cut into fixed chunks by line number and the chunks dealt to the ranks, so a picture
+is always made beside the same neighbours; its noise is keyed by (seed, line number).  Means are
+taken in float64 in line order.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_nft.data.prompts import Prompt, draw_lines
+from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.evaluation.results import (
+    Evaluation,
+    beside,
+    claim,
+    finished,
+    has_pictures,
+    joined_settings,
+    read_pictures,
+    read_results,
+    read_scores,
+    save_pictures,
+    write_results,
+    write_scores,
+)
+from diffusion_nft.randomness import generator
+from diffusion_nft.rewards.combine import RewardSet, Scores
+from diffusion_nft.rollout import (
+    THUMBNAIL,
+    Background,
+    Sampler,
+    diversity,
+    gather_scores,
+    thumbnails,
+)
+
+_MODEL_BASED = ("imagereward", "pickscore", "aesthetic", "unifiedreward", "clipscore", "hpsv2")
+
+# What a test set is usually scored by.
+DEFAULT_REWARDS: dict[str, tuple[str, ...]] = {
+    "geneval": ("geneval",),
+    "ocr": ("ocr",),
+    "pickscore": _MODEL_BASED,
+    "drawbench": _MODEL_BASED,
+    "shapes": ("shapes",),
+}
+
+
+def choose_rewards(
+    dataset: str, chosen: str, skipped: str, run: Mapping[str, Any]
+) -> dict[str, float]:
+    """Reward -> weight of a stand-alone evaluation of ``dataset``.
+
+    ``chosen`` and ``skipped`` are comma-separated names; none chosen: the usual ones of the data
+    set, else those of the flat configuration ``run``.  Weights are the run's where it has them (0
+    for what it held out), so that "total" is what training logged, else 1.  Raises ValueError if
+    nothing is left or a skipped one is not there.
+    """
+    held_out = run.get("eval.rewards", ())
+    trained = [key.removeprefix("reward_fn.") for key in run if key.startswith("reward_fn.")]
+    usual = DEFAULT_REWARDS.get(Path(dataset).name, (*trained, *held_out))
+    names = chosen.split(",") if chosen else usual
+    without = skipped.split(",") if skipped else []
+    if unknown := [reward for reward in without if reward not in names]:
+        raise ValueError(f"--skip_rewards {unknown[0]!r} is not among {', '.join(names)}")
+    weights = {
+        name: run.get(f"reward_fn.{name}", 0.0 if name in held_out else 1.0)
+        for name in names
+        if name not in without
+    }
+    if not weights:
+        raise ValueError(
+            "--skip_rewards leaves no reward"
+            if names
+            else f"dataset {dataset!r} has no usual rewards: choose with --reward"
+        )
+    return weights
+
+
+def evaluate(
+    model: Any,
+    prompts: list[Prompt],
+    rewards: RewardSet,
+    settings: Mapping[str, Any],
+    *,
+    dist: Distributed,
+    lines: Sequence[int] | None = None,
+    num_pictures: int = 0,
+    folder: Path | None = None,
+) -> Evaluation:
+    """Samples and scores every line of ``prompts`` with the model's active adapter.
+
+    ``settings``: a flat configuration; ``seed`` and ``eval.{solver, num_steps, guidance_scale,
+    batch_size}`` are read.  ``lines``: where each prompt stands in its test set, which keys its
+    noise (None: as here).  ``num_pictures``: how many of a rank's pictures it returns, of drawn
+    lines.  ``folder``: where every picture and the scores of every finished chunk are kept; what an
+    interrupted call has left there is not made again (``complete`` sees to it that the settings
+    were the same).  Raises RewardError on every rank if a reward fails on any.
+    """
+    seed, batch_size = settings["seed"], settings["eval.batch_size"]
+    places = range(len(prompts)) if lines is None else lines
+    sampler = Sampler(
+        settings["eval.solver"], settings["eval.num_steps"], settings["eval.guidance_scale"]
+    )
+    mine = _chunks(len(prompts), batch_size, dist)[dist.rank]
+    drawn = {
+        chunk
+        for chunk in mine
+        if folder is not None and has_pictures(folder, [places[i] for i in chunk])
+    }
+    undrawn = [i for chunk in mine if chunk not in drawn for i in chunk]
+    # All at once, kept on the host: offloaded text encoders come to the device only once.
+    texts = dict.fromkeys(prompts[i].text for i in undrawn)
+    row = {text: i for i, text in enumerate(texts)}
+    embedded = model.encode_cached(list(row))
+
+    def draw(chunk: range) -> Tensor:
+        numbers = [places[i] for i in chunk]
+        if folder is not None and chunk in drawn:
+            return read_pictures(folder, numbers).to(dist.device)
+        generators = [generator(seed, "eval", number) for number in numbers]
+        rows = torch.tensor([row[prompts[i].text] for i in chunk])
+        cond = embedded.select(rows).to(model.device)
+        images = model.decode(sampler(model, cond, generators)[0])
+        if folder is not None:
+            saved.append(saver.submit(save_pictures, images, numbers, folder))
+        return images
+
+    saved: list[Future[None]] = []
+    # Pictures are saved by a thread of their own: those that wait for their scores are not lost.
+    with ThreadPoolExecutor(1) as saver:
+        result = _collect(
+            draw,
+            _scorer(rewards, prompts, places, folder),
+            prompts,
+            places,
+            batch_size,
+            dist,
+            num_pictures,
+            rewards.max_unscored,
+        )
+    for future in saved:
+        future.result()
+    if folder is not None:
+        dist.barrier()  # all pictures are there, or an error ended the evaluation
+    return result
+
+
+def complete(
+    folder: Path,
+    prompts: list[Prompt],
+    weights: Mapping[str, float],
+    settings: Mapping[str, Any],
+    record: Mapping[str, Any],
+    *,
+    model: Callable[[], Any],
+    rewards: Callable[[Mapping[str, float]], RewardSet],
+    dist: Distributed,
+    lines: Sequence[int],
+    keep_pictures: bool,
+) -> None:
+    """Does what the evaluation of ``prompts`` in ``folder`` still lacks, and writes its results.
+
+    ``lines`` as in ``evaluate``.  ``record``: all that decides the pictures, and ``PER_REWARD``.
+    ``model`` and ``rewards`` are called only where pictures or scores are missing; scores of
+    earlier rewards stay.  Raises ValueError if ``folder`` holds other pictures, and what
+    ``evaluate`` raises.
+    """
+    claim(folder, record, dist)
+    done, drawn = finished(folder), has_pictures(folder, lines)
+    # One view for all ranks: on a network file system they may see different ones for a moment.
+    done, drawn = dist.gather_objects((done, drawn))[0]
+    before = done["settings"] if done else {}
+    earlier = before.get("rewards", {})
+    missing = {name: weight for name, weight in weights.items() if name not in earlier}
+    if not missing and (drawn or not keep_pictures):
+        dist.say(f"already finished: {folder}")
+        return
+    record = {**record, **joined_settings(before, {**record, "rewards": missing})}
+    if drawn:
+        size = settings["eval.batch_size"]
+        result = rescore(prompts, lines, rewards(missing), folder, batch_size=size, dist=dist)
+        if earlier:
+            result = beside(result, read_results(folder, prompts)[0], record["rewards"])
+    else:
+        scorer, kept = rewards(record["rewards"]), folder if keep_pictures else None
+        result = evaluate(model(), prompts, scorer, settings, dist=dist, lines=lines, folder=kept)
+    if dist.is_main:
+        write_results(result, folder, settings=record)
+    dist.barrier()
+
+
+def rescore(
+    prompts: list[Prompt],
+    lines: Sequence[int],
+    rewards: RewardSet,
+    folder: Path,
+    *,
+    batch_size: int,
+    dist: Distributed,
+) -> Evaluation:
+    """Scores the pictures that an earlier ``evaluate`` of the same ``lines`` kept in ``folder``,
+    where the scores of finished chunks are kept as well until ``write_results``.
+
+    Raises FileNotFoundError if the picture of a line is missing.
+    """
+    return _collect(
+        lambda chunk: read_pictures(folder, [lines[i] for i in chunk]).to(dist.device),
+        _scorer(rewards, prompts, lines, folder),
+        prompts,
+        lines,
+        batch_size,
+        dist,
+        num_pictures=0,
+        max_unscored=rewards.max_unscored,
+    )
+
+
+def _scorer(
+    rewards: RewardSet, prompts: list[Prompt], places: Sequence[int], folder: Path | None
+) -> Callable[[Tensor, range], Scores]:
+    """Scores a chunk, or remembers from ``folder`` how the same rewards scored it."""
+
+    def score(images: Tensor, lines: range) -> Scores:
+        scores = None if folder is None else read_scores(folder, lines, rewards)
+        if scores is None:
+            chosen = [prompts[line] for line in lines]
+            scores = rewards(
+                images,
+                [p.text for p in chosen],
+                [p.metadata for p in chosen],
+                [f"line {places[line] + 1}" for line in lines],
+            )
+            # A reward that has failed may be fixed when this is repeated.
+            if folder is not None and not scores.reasons:
+                write_scores(folder, lines, scores, rewards)
+        return scores
+
+    return score
+
+
+def _chunks(num_lines: int, size: int, dist: Distributed) -> list[list[range]]:
+    """The fixed chunks of lines, dealt to the ranks: a list for each."""
+    chunks = [range(start, min(start + size, num_lines)) for start in range(0, num_lines, size)]
+    return [chunks[rank :: dist.world_size] for rank in range(dist.world_size)]
+
+
+def _collect(
+    pictures_of: Callable[[range], Tensor],
+    score: Callable[[Tensor, range], Scores],
+    prompts: list[Prompt],
+    places: Sequence[int],
+    batch_size: int,
+    dist: Distributed,
+    num_pictures: int,
+    max_unscored: int,
+) -> Evaluation:
+    """Deals fixed chunks of lines to the ranks, scores in the background, restores the order."""
+    by_rank = _chunks(len(prompts), batch_size, dist)
+    mine = [line for chunk in by_rank[dist.rank] for line in chunk]
+    shown = {mine[i] for i in draw_lines([prompts[line] for line in mine], num_pictures)}
+    thumbs, kept, kept_lines = [], [], []
+    with Background(dist.device) as background:
+        for chunk in tqdm(
+            by_rank[dist.rank], desc="evaluate", disable=not dist.is_main, leave=False
+        ):
+            images = pictures_of(chunk)
+            if not background.submit(score, images, chunk):
+                break
+            thumbs.append(thumbnails(images))
+            if chosen := [line for line in chunk if line in shown]:
+                kept.append(images[[line - chunk.start for line in chosen]].cpu())
+                kept_lines += chosen
+        no_thumbs = torch.zeros(0, 3 * THUMBNAIL**2)
+        scores, all_thumbs = gather_scores(
+            dist, background.results, torch.cat([no_thumbs, *thumbs]), max_unscored
+        )
+    order = torch.tensor([line for part in by_rank for chunk in part for line in chunk]).argsort()
+    named = {"total": scores.total, **scores.parts}
+    return Evaluation(
+        prompts=prompts,
+        scores={name: values[order].tolist() for name, values in named.items()},
+        diversity=diversity(all_thumbs[order], [prompt.text for prompt in prompts]),
+        pictures=torch.cat(kept) if kept else torch.zeros(0, 3, 1, 1),
+        picture_lines=kept_lines,
+        lines=places,
+    )

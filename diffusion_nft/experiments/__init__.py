@@ -1,0 +1,1 @@
+"""Library code of the experiment scripts."""

@@ -1,0 +1,207 @@
+"""Results of experiments, read back and compared: gains, and paired tests at equal compute.
+
+Intervals are Student's t over seeds.
+"""
+
+import itertools
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffusion_nft.tracking.monitor import ALARM
+from diffusion_nft.utils.files import read_lines
+
+STRICT = "eval/shapes/strict"
+COST, SECONDS = "forward_equivalents", "seconds"
+NEVER = sys.maxsize
+CONFIDENCE = 0.95
+# Fewer pairs than this say next to nothing about their spread.
+MIN_PAIRS = 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """A file of scripts/experiments.py: what ran, and its evaluations and epochs in their order."""
+
+    about: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows that are evaluations."""
+        return [row for row in self.rows if "eval/total" in row]
+
+    def first_alarms(self) -> dict[str, int]:
+        """The epoch at which each alarm of the monitor is first on, earliest first; and those that
+        never are, at NEVER.
+        """
+        first: dict[str, int] = {}
+        for row in self.rows:
+            for key, on in row.items():
+                if key.startswith(ALARM):
+                    epoch = row["epoch"] if on else NEVER
+                    first[key] = min(first.get(key, NEVER), epoch)
+        return {
+            key.removeprefix(ALARM): epoch
+            for key, epoch in sorted(first.items(), key=lambda item: item[1])
+        }
+
+    @cached_property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The rows that are epochs."""
+        return [row for row in self.rows if "reward/mean" in row]
+
+    @property
+    def gain(self) -> float:
+        """Strict accuracy at the end minus that at the start."""
+        return self.evaluations[-1][STRICT] - self.evaluations[0][STRICT]
+
+    def last(self, key: str) -> float:
+        """A number of the last evaluation; NaN where it has none."""
+        value = self.evaluations[-1].get(key)
+        return math.nan if value is None else value
+
+    def at(self, spent: float, key: str = COST) -> float:
+        """Strict accuracy after so much of ``key`` is spent, between evaluations by a line."""
+        spendings, values = ([row[name] for row in self.evaluations] for name in (key, STRICT))
+        return float(np.interp(spent, spendings, values))
+
+    def reaches(self, accuracy: float) -> float:
+        """The forward-equivalents at which strict accuracy first is ``accuracy``, between
+        evaluations by a line; infinite if it never is.
+        """
+        rows = self.evaluations
+        if rows[0][STRICT] >= accuracy:
+            return 0.0
+        for before, after in itertools.pairwise(rows):
+            if after[STRICT] >= accuracy:
+                part = (accuracy - before[STRICT]) / (after[STRICT] - before[STRICT])
+                return before[COST] + part * (after[COST] - before[COST])
+        return math.inf
+
+
+# arm -> seed -> result; the baseline comes first.
+Results = dict[str, dict[int, Result]]
+
+
+def read(folder: Path) -> Results:
+    """The results of an experiment.
+
+    Raises ValueError if there are none, or if the seeds of an arm ran with different settings.
+    """
+    found: Results = {}
+    baseline = ""
+    paths = sorted(folder.glob("*.jsonl"))
+    if not paths:
+        raise ValueError(f"{folder} holds no results: python scripts/experiments.py {folder.name}")
+    for path in paths:
+        about, *rows = read_lines(path) or [{}]
+        if missing := {"arm", "seed", "baseline", "preset", "changes"} - about.keys():
+            raise ValueError(f"{path} is no result: its first line lacks {', '.join(missing)}")
+        result = Result(about, rows)
+        if len(result.evaluations) < 2 or STRICT not in result.evaluations[0]:
+            raise ValueError(f"{path} must hold two evaluations or more, with {STRICT}")
+        found.setdefault(about["arm"], {})[about["seed"]] = result
+        baseline = about["baseline"]
+    for arm, results in found.items():
+        kinds = {
+            (
+                result.about["preset"],
+                json.dumps(result.about["changes"], sort_keys=True),
+                tuple(row["epoch"] for row in result.evaluations),
+            )
+            for result in results.values()
+        }
+        if len(kinds) > 1:
+            raise ValueError(f"{folder}: the seeds of {arm} differ in {sorted(kinds)}")
+    return {arm: found[arm] for arm in sorted(found, key=lambda arm: (arm != baseline, arm))}
+
+
+def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half its 95 % interval by Student's t; NaN for a single value."""
+    from scipy import stats
+
+    n = len(values)
+    if n < 2:
+        return values[0], math.nan
+    error = statistics.stdev(values) / math.sqrt(n)
+    return statistics.fmean(values), float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
+
+
+class Comparison(NamedTuple):
+    """Of an arm with the baseline, after each has spent as much; ``p`` is NaN where nothing was
+    tested.
+    """
+
+    difference: str
+    spent: float
+    p: float = math.nan
+
+
+def paired_test(arm: dict[int, Result], baseline: dict[int, Result], key: str = COST) -> Comparison:
+    """The difference of the strict accuracies with its interval, at equal ``key``, and the p of a
+    paired t-test, over common seeds; fewer than three are not tested.  It is taken at the most that
+    every run of both arms has spent.
+    """
+    from scipy import stats
+
+    spent = min(result.last(key) for runs in (arm, baseline) for result in runs.values())
+    seeds = sorted(arm.keys() & baseline.keys())
+    ours, theirs = ([results[s].at(spent, key) for s in seeds] for results in (arm, baseline))
+    if not seeds:
+        return Comparison("no common seed", spent)
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean = share(statistics.fmean(differences), "+")
+    if len(seeds) < MIN_PAIRS:
+        return Comparison(f"{mean}, n={len(seeds)}: not tested", spent)
+    if len({round(difference, 9) for difference in differences}) == 1:
+        return Comparison(f"{mean} for each of n={len(seeds)}", spent)
+    test = stats.ttest_rel(ours, theirs)
+    low, high = test.confidence_interval(CONFIDENCE)
+    interval = f"{mean} [{share(low, '+')}, {share(high, '+')}], n={len(seeds)}"
+    return Comparison(interval, spent, float(test.pvalue))
+
+
+def holm(ps: dict[str, float]) -> dict[str, float]:
+    """``ps`` adjusted for how many there are that are not NaN (Holm 1979, step-down).  Who takes
+    every arm with an adjusted p of ``alpha`` or less for different errs about any of them with a
+    probability of ``alpha`` at most.
+    """
+    tested = sorted((p, arm) for arm, p in ps.items() if not math.isnan(p))
+    steps = ((len(tested) - step) * p for step, (p, _) in enumerate(tested))
+    adjusted = itertools.accumulate(steps, max)
+    return ps | {arm: min(p, 1.0) for (_, arm), p in zip(tested, adjusted, strict=True)}
+
+
+def head_start(arm: dict[int, Result], baseline: dict[int, Result]) -> str:
+    """The share of an arm's compute after which the baseline is where the arm ends, mean and range
+    over common seeds, and in how many it gets there.  A dash if the arm only lost.
+    """
+    seeds = sorted(arm.keys() & baseline.keys())
+    if all(arm[s].gain < 0 for s in seeds):
+        return "–"
+    needed = [baseline[s].reaches(arm[s].last(STRICT)) / arm[s].last(COST) for s in seeds]
+    there = [value for value in needed if math.isfinite(value)]
+    if not there:
+        return f"0 of {len(seeds)}"
+    span = f"{share(statistics.fmean(there))} ({share(min(there))} to {share(max(there))})"
+    return span if len(there) == len(seeds) else f"{len(there)} of {len(seeds)}: {span}"
+
+
+def share(value: float, sign: str = "") -> str:
+    """.760, or with ``sign`` "+": +.025; a dash for NaN."""
+    return "–" if math.isnan(value) else re.sub(r"^([+-]?)0\.", r"\1.", f"{value:{sign}.3f}")
+
+
+def probability(p: float) -> str:
+    """.035, or <.001; a dash for NaN."""
+    return "<.001" if p < 0.001 else share(p)

@@ -1,0 +1,166 @@
+"""What an experiment runs: a configuration for every arm and seed, and what is left to do."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffusion_nft.data.prompts import hash_splits
+from diffusion_nft.runs.run_dir import CONFIG_FILE, PromptHashes, changed_prompts, flatten
+from diffusion_nft.utils.files import read_object
+from diffusion_nft.validation.config_files import load_file
+from diffusion_nft.validation.schema import SCHEMA, expand_paths, unknown_key, validate
+from diffusion_nft.validation.stages import stages_of
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ROOT / "scripts" / "train_nft_sd3.py"
+LOG_FILE = "experiment.log"
+# What may differ between two runs that count as the same.
+IRRELEVANT = ("run_name", "save_dir", "save_freq", "checkpoint.", "log.", "distributed.")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed."""
+
+    experiment: str
+    question: str
+    baseline: str
+    watched: tuple[str, ...]
+    arm: str
+    seed: int
+    preset: str  # file:name
+    changes: dict[str, Any]
+    config: ConfigDict
+    result: Path
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return Path(self.config.save_dir)
+
+    @property
+    def log(self) -> Path:
+        """What the training script printed."""
+        return self.folder / LOG_FILE
+
+    @property
+    def title(self) -> str:
+        """As messages name it."""
+        return f"{self.experiment} {self.arm} seed {self.seed}"
+
+    @property
+    def prompts(self) -> PromptHashes:
+        """The SHA-256 of its prompt files."""
+        return hash_splits({stage.config.dataset for stage in stages_of(self.config)})
+
+    def command(self) -> list[str]:
+        """Its command line after the interpreter, with paths from the current folder."""
+        changes = {**self.changes, "seed": self.seed, "save_dir": self.config.save_dir}
+        flags = [
+            f"--config.{key}={value if isinstance(value, str) else repr(value)}"
+            for key, value in changes.items()
+        ]
+        return [os.path.relpath(TRAIN), f"--config={self.preset}", *flags]
+
+
+def plan(name: str, experiment: Any, args: argparse.Namespace) -> list[Run]:
+    """The runs asked for, a seed of every arm before the next seed.
+
+    Raises ValueError for an arm whose configuration cannot run.
+    """
+    return [
+        make_run(name, experiment, arm, seed, args)
+        for seed in dict.fromkeys(args.seeds or experiment.seeds)
+        for arm in dict.fromkeys(args.arms or experiment.arms)
+    ]
+
+
+def make_run(name: str, experiment: Any, arm: str, seed: int, args: argparse.Namespace) -> Run:
+    """One run of the experiment ``name``, its configuration checked."""
+    chosen, changes = experiment.arms[arm], experiment.changes(arm)
+    stem = f"{arm}-seed{seed}"
+    for key in changes:
+        if key not in SCHEMA and not key.startswith("reward_fn."):
+            raise ValueError(f"{name}, arm {arm}: {key} {unknown_key(key)}")
+    try:
+        config = load_file(ROOT / chosen.file).get_config(chosen.preset)
+        config.update_from_flattened_dict(changes)
+        config.seed, config.save_dir = seed, str(args.runs / name / stem)
+        validate(config)
+        expand_paths(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}, arm {arm}: {error}") from error
+    return Run(
+        experiment=name,
+        question=experiment.question,
+        baseline=experiment.baseline,
+        watched=experiment.watched,
+        arm=arm,
+        seed=seed,
+        preset=f"{os.path.relpath(ROOT / chosen.file)}:{chosen.preset}",
+        changes=changes,
+        config=config,
+        result=args.results / name / f"{stem}.jsonl",
+    )
+
+
+def differences(run: Run, former: dict[str, Any], former_changes: Sequence[str]) -> list[str]:
+    """One line a key whose value in the flat configuration ``former`` was another.
+
+    A key that only one of them knows is of another version of the program, and stands for what it
+    did then, unless the arm sets it.
+    """
+    now, set_by_arm = flatten(run.config), {*run.changes, *former_changes}
+    lines = []
+    for key in sorted(former.keys() | now.keys()):
+        known = key in former and key in now
+        free = any(key == k or (k.endswith(".") and key.startswith(k)) for k in IRRELEVANT)
+        before, after = former.get(key, "(absent)"), now.get(key, "(absent)")
+        if not free and before != after and (known or key in set_by_arm):
+            lines.append(f"{key}: {before!r} -> {after!r}")
+    return lines
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The first line of a result.  Raises ValueError if it is none."""
+    with path.open(encoding="utf-8") as file:
+        line = file.readline()
+    try:
+        header = json.loads(line)
+        return {**header, "config": dict(header["config"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no result of an experiment: {error!r}") from error
+
+
+def is_done(run: Run) -> bool:
+    """Whether the result of ``run`` is there.
+
+    Raises ValueError if that, or the run directory, is of another configuration.
+    """
+    done = run.result.is_file()
+    if done:
+        header = read_header(run.result)
+        changed = differences(run, header["config"], list(header["changes"]))
+        # Older results do not tell their prompts.
+        for dataset, split in changed_prompts(header.get("prompts", {}), run.prompts):
+            changed.append(f"the {split} prompts of dataset {dataset}")
+        refuse(run, run.result, changed)
+    elif (path := run.folder / CONFIG_FILE).is_file():
+        refuse(run, run.folder, differences(run, read_object(path), []))
+    return done
+
+
+def refuse(run: Run, path: Path, lines: list[str]) -> None:
+    """Raises ValueError if ``lines`` tell how ``path`` differs from what ``run`` would be."""
+    if lines:
+        raise ValueError(
+            f"{run.title} has changed since {path}:\n  "
+            + "\n  ".join(lines)
+            + f"\nto run it anew, remove {run.result} and {run.folder}; or give the new arm a name"
+        )

@@ -1,0 +1,208 @@
+"""The numbers of a run, as a small file that can be committed.
+
+The first line is an object about the run, then follows one an evaluation or epoch, with the
+training seconds and forward-equivalents so far.  Evaluations are in neither.  A forward-equivalent
+is a sample's pass through the transformer without LoRA; a backward pass counts as many as it takes
+FLOPs, by the formulas of models/flops.py.
+"""
+
+import json
+import math
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffusion_nft.experiments.grid import ROOT, Run, differences, read_header, refuse
+from diffusion_nft.models.flops import backward_cost, forward_cost
+from diffusion_nft.runs.run_dir import CONFIG_FILE, changed_prompts, flatten
+from diffusion_nft.tracking.metrics import ENVIRONMENTS_FILE, METRICS_FILE, cpu_name, read_metrics
+from diffusion_nft.utils.files import read_lines, read_object, write_atomically
+from diffusion_nft.validation.checks import EMBEDDED_MODEL
+
+EMBEDDED_PIPELINE = ROOT / "diffusion_nft" / "shapes" / "pipeline"
+THREADS = "OMP_NUM_THREADS"
+# Of an epoch's metrics, beside those of the monitor; an evaluation's are kept whole.
+KEPT = ("reward/mean", "reward/diversity", "reward/x0_rms", "loss/kl")
+# Of more epochs than this, only so many are kept.
+MAX_EPOCHS_KEPT = 80
+SIGNIFICANT = 5
+
+
+class Incomplete(ValueError):
+    """A run has not come to its end, or does not hold what its result needs."""
+
+
+def model_shape(config: ConfigDict) -> tuple[dict[str, Any], int, int]:
+    """(the transformer's configuration, side of its latents, prompt tokens) of a run.
+
+    Raises ValueError for a model that is neither the embedded one nor a folder.
+    """
+    name = config.pretrained.model
+    folder = EMBEDDED_PIPELINE if name == EMBEDDED_MODEL else Path(name)
+    if not folder.is_dir():
+        raise ValueError(
+            f"pretrained.model {name!r}: experiments count the FLOPs of {EMBEDDED_MODEL!r} or of a "
+            "diffusers folder"
+        )
+    read = {
+        part: read_object(folder / part)
+        for part in (
+            "transformer/config.json",
+            "vae/config.json",
+            "tokenizer/tokenizer_config.json",
+        )
+    }
+    transformer, vae, tokenizer = read.values()
+    side = config.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+    text = tokenizer["model_max_length"] + config.pretrained.max_sequence_length
+    return transformer, side, text
+
+
+def backward_over_forward(config: ConfigDict) -> float:
+    """FLOPs of a backward pass through the frozen transformer to its LoRAs, in forward passes
+    without LoRA.
+    """
+    shape = model_shape(config)
+    return backward_cost(*shape, config.train.lora_rank).flops / forward_cost(*shape).flops
+
+
+def threads(jobs: int) -> str:
+    """Of each run: what the environment says, or an equal share of the cores."""
+    return os.environ.get(THREADS, str(max(1, (os.cpu_count() or 1) // jobs)))
+
+
+def place(run: Run) -> dict[str, Any]:
+    """What the header says of the experiment; the rest of it is about the run alone."""
+    return {
+        "experiment": run.experiment,
+        "question": run.question,
+        "baseline": run.baseline,
+        "watched": run.watched,
+        "arm": run.arm,
+    }
+
+
+def header(run: Run, ratio: float, jobs: int) -> dict[str, Any]:
+    """What ran, where, and by which version of the program."""
+    starts = read_lines(run.folder / ENVIRONMENTS_FILE)
+    if not starts:
+        raise Incomplete(f"{run.folder / ENVIRONMENTS_FILE} tells of no start")
+    about = dict(starts[-1])
+    del about["command"]
+    command = shlex.join(["python", *run.command()])
+    return {
+        **place(run),
+        "seed": run.seed,
+        "preset": run.preset,
+        "changes": run.changes,
+        "command": f"{THREADS}={threads(jobs)} {command}",
+        "date": about.pop("time"),
+        "machine": {
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": threads(jobs),
+            "jobs": jobs,
+            "device": about.pop("device"),
+        },
+        "git_revision": about.pop("git_revision"),
+        "git_dirty": about.pop("git_dirty"),
+        "starts": len(starts),
+        "versions": about,
+        "backward_over_forward": ratio,
+        "prompts": run.prompts,
+        "config": {k: v for k, v in flatten(run.config).items() if k != "save_dir"},
+    }
+
+
+def rows(run: Run, ratio: float) -> Iterator[dict[str, Any]]:
+    """An object an evaluation or epoch, with the sums of the epochs so far.
+
+    Epochs that were lost to an interruption and repeated count once.  Raises Incomplete if an epoch
+    does not say what it cost, or the last one was not evaluated.
+    """
+    every = math.ceil(run.config.num_epochs / MAX_EPOCHS_KEPT)
+    seconds = cost = 0.0
+    ended = False
+    for row in read_metrics(run.folder / METRICS_FILE):
+        evaluation = "eval/total" in row
+        if not evaluation:
+            try:
+                seconds += row["time/epoch"]
+                cost += row["cost/forwards"] + ratio * row["cost/backwards"]
+            except KeyError as error:
+                raise Incomplete(
+                    f"epoch {row['epoch']} in {run.folder / METRICS_FILE} has no {error}: remove "
+                    f"{run.folder} and run it again"
+                ) from error
+        if evaluation or row["epoch"] % every == 0:
+            kept = {
+                k: v for k, v in row.items() if k in KEPT or k.startswith(("eval/", "monitor/"))
+            }
+            sums = {"seconds": seconds, "forward_equivalents": cost}
+            yield {"epoch": row["epoch"], "step": row["step"], **_rounded(sums | kept)}
+        ended = evaluation and row["epoch"] == run.config.num_epochs
+    if not ended:
+        raise Incomplete(f"it ended before epoch {run.config.num_epochs} was evaluated")
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: float(f"{value:.{SIGNIFICANT}g}") if isinstance(value, float) else value
+        for key, value in values.items()
+    }
+
+
+def write_result(run: Run, jobs: int) -> dict[str, Any]:
+    """Writes the numbers of a run that has ended; returns its last evaluation.
+
+    Raises ValueError if it has not, or if it ran with another configuration than it should have.
+    """
+    ratio = backward_over_forward(run.config)
+    numbers = list(rows(run, ratio))
+    ran = read_object(run.folder / CONFIG_FILE)
+    refuse(run, run.folder, differences(run, ran, []))
+    lines = [_json(line) for line in (header(run, ratio, jobs), *numbers)]
+    run.result.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.result, ("\n".join(lines) + "\n").encode())
+    return numbers[-1]
+
+
+def _json(line: dict[str, Any]) -> str:
+    return json.dumps(line, separators=(",", ":"))
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    return json.dumps(ours, sort_keys=True) == json.dumps(theirs, sort_keys=True)
+
+
+def same_elsewhere(run: Run) -> Path | None:
+    """The newest result of another arm or experiment that ran what ``run`` would, from a committed
+    version of the program.  Results that were taken over themselves do not count.
+
+    Raises ValueError for a file among the results that is none.
+    """
+    found = []
+    for path in run.result.parent.parent.glob(f"*/*-seed{run.seed}.jsonl"):
+        about = read_header(path)
+        if path == run.result or "ran_as" in about or about["git_dirty"]:
+            continue
+        same = about["preset"] == run.preset and _same(about["changes"], run.changes)
+        same = same and not changed_prompts(about.get("prompts", {}), run.prompts)
+        if same and not differences(run, about["config"], list(about["changes"])):
+            found.append((about["date"], path))
+    return max(found)[1] if found else None
+
+
+def take_over(run: Run, source: Path) -> None:
+    """Writes the numbers at ``source`` as the result of ``run``; the header says whose they are."""
+    first, _, rest = source.read_text(encoding="utf-8").partition("\n")
+    about = json.loads(first)
+    ran_as = f"{about['experiment']} {about['arm']}"
+    run.result.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        run.result, f"{_json(about | place(run) | {'ran_as': ran_as})}\n{rest}".encode()
+    )

@@ -1,0 +1,191 @@
+"""A reward that scores in another environment or on another machine (server.py)."""
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import httpx
+import torch
+from torch import Tensor
+
+from diffusion_nft.data.prompts import shard
+from diffusion_nft.rewards import REMOTE_TIMEOUT, RewardOutput
+from diffusion_nft.rewards.serving.protocol import (
+    PROTOCOL,
+    TOKEN_VARIABLE,
+    decode_output,
+    encode_batch,
+    encode_pictures,
+    shared_token,
+)
+
+# Seconds in which a living machine accepts a connection, and a server tells its health.
+PROMPT_REPLY = 10.0
+# Times the time-out of one try after which no further one begins.
+PATIENCE = 2
+# Statuses after which another try, or another address, may help.
+PASSING = (429, 500, 502, 503, 504)
+# Characters of an answer that an error quotes.
+MAX_QUOTED = 500
+
+T = TypeVar("T")
+
+# It tells every request at level INFO, through the progress bars.
+logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+class _TryAgain(Exception):
+    """A try that failed for a reason that may pass."""
+
+
+class RemoteReward:
+    """The reward ``name``, served at ``addresses`` such as "http://host:8000".
+
+    A batch is cut into near-equal parts, one for each address, which are scored at the same time.
+    A part is offered to all addresses in turn until one answers, ``rounds`` times with a pause of
+    ``pause`` seconds that doubles: lost connections, time-outs, 429, 5xx and malformed answers are
+    tried again, but not when 2 ``timeout`` have passed.  ``timeout``: seconds that one try may
+    take.  The environment variable REWARD_SERVER_TOKEN holds the token of the servers.
+
+    Raises ConnectionError, naming the reward, the addresses and the last cause, where no try
+    helped; PermissionError for a wrong token; ValueError for what a server refuses.  When built,
+    also for an address that serves another reward, another protocol, or other options than the
+    first.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        addresses: Sequence[str],
+        *,
+        timeout: float = REMOTE_TIMEOUT,
+        rounds: int = 5,
+        pause: float = 1.0,
+    ):
+        self.name, self.addresses = name, tuple(addresses)
+        self.timeout, self.rounds, self.pause = timeout, rounds, pause
+        token = shared_token()
+        self._client = httpx.Client(
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=httpx.Timeout(timeout, connect=min(timeout, PROMPT_REPLY)),
+            # A proxy that the environment names is for the internet, not for these.
+            trust_env=False,
+        )
+        options = [self._check_health(address) for address in addresses]
+        for address, found in zip(addresses, options, strict=True):
+            if found != options[0]:
+                raise ValueError(
+                    f"reward {name!r} has the options {found} at {address}, but {options[0]} at "
+                    f"{addresses[0]}"
+                )
+        self.options = options[0]  # as they were when the run began
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
+        """Scores and components ``[B]``, float64, of ``images: [B, 3, H, W]`` in [0, 1]."""
+        if not prompts:
+            return RewardOutput(torch.zeros(0, dtype=torch.float64))
+        pictures = encode_pictures(images)
+        servers = len(self.addresses)
+        parts = [part for i in range(servers) if (part := shard(len(pictures), i, servers))]
+
+        def score(part: range, first: int) -> RewardOutput:
+            rows = slice(part.start, part.stop)
+            return self._ask(
+                self.addresses[first:] + self.addresses[:first],
+                "/score",
+                encode_batch(
+                    self.name, pictures[rows], prompts[rows], metadata[rows], self.options
+                ),
+                lambda answer: decode_output(answer, len(part)),
+            )
+
+        with ThreadPoolExecutor(len(parts)) as pool:
+            outputs = list(pool.map(score, parts, range(len(parts))))
+        names = {frozenset(output.components) for output in outputs}
+        if len(names) > 1:
+            raise ValueError(f"the servers differ in their components: {[*map(sorted, names)]}")
+        return RewardOutput(
+            torch.cat([output.scores for output in outputs]),
+            {key: torch.cat([output.components[key] for output in outputs]) for key in names.pop()},
+            {
+                part.start + row: reason
+                for part, output in zip(parts, outputs, strict=True)
+                for row, reason in output.reasons.items()
+            },
+        )
+
+    def _ask(
+        self,
+        addresses: Sequence[str],
+        path: str,
+        body: dict[str, Any] | None,
+        parse: Callable[[Any], T],
+    ) -> T:
+        """What ``parse`` makes of the first sound answer; see the class for what it raises."""
+        cause: _TryAgain | None = None
+        tries, until = 0, time.monotonic() + PATIENCE * self.timeout
+        for number in range(self.rounds):
+            if number and time.monotonic() < until:
+                time.sleep(self.pause * 2 ** (number - 1))
+            for address in addresses:
+                # Servers that stall would otherwise outlast the other ranks' patience.
+                if tries and time.monotonic() >= until:
+                    break
+                tries += 1
+                try:
+                    return self._try(address, path, body, parse)
+                except _TryAgain as error:
+                    cause = error
+                    warnings.warn(str(error), stacklevel=1)
+        raise ConnectionError(
+            f"no answer from the servers of reward {self.name!r} at {', '.join(addresses)} in "
+            f"{tries} tries; the last: {cause}"
+        ) from cause
+
+    def _try(
+        self,
+        address: str,
+        path: str,
+        body: dict[str, Any] | None,
+        parse: Callable[[Any], T],
+    ) -> T:
+        where = f"reward {self.name!r} at {address}"
+        try:
+            if body is None:
+                response = self._client.get(address + path, timeout=PROMPT_REPLY)
+            else:
+                response = self._client.post(address + path, json=body)
+        except httpx.RequestError as error:
+            raise _TryAgain(f"{where}: {type(error).__name__}: {error}") from error
+        if response.status_code == 200:
+            try:
+                return parse(response.json())
+            except (ValueError, RecursionError) as error:
+                raise _TryAgain(f"{where} sent a malformed answer: {error}") from error
+        message = f"{where} answered {response.status_code}: {response.text[:MAX_QUOTED]}"
+        if response.status_code in PASSING:
+            raise _TryAgain(message)
+        if response.status_code == 401:
+            raise PermissionError(f"{message}; the environment variable {TOKEN_VARIABLE} holds it")
+        raise ValueError(message)
+
+    def _check_health(self, address: str) -> Any:
+        """The options of the reward at ``address``."""
+
+        def parse(health: Any) -> dict[str, Any]:
+            if not isinstance(health, dict) or not {"protocol", "reward", "options"} <= set(health):
+                raise ValueError("it does not tell protocol, reward and options")
+            return health
+
+        health = self._ask((address,), "/health", None, parse)
+        if health["protocol"] != PROTOCOL:
+            raise ValueError(
+                f"the server at {address} has protocol {health['protocol']}, this run {PROTOCOL}: "
+                "both need the same version of the project"
+            )
+        if health["reward"] != self.name:
+            raise ValueError(f"{address} serves reward {health['reward']!r}, not {self.name!r}")
+        return health["options"]

@@ -1,0 +1,198 @@
+"""The run directory: which configuration it belongs to, and whether a new one may continue it."""
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffusion_nft.data.prompts import split_file
+from diffusion_nft.utils.files import write_atomically
+from diffusion_nft.validation.config_files import load_file
+
+CONFIG_FILE = "config.json"
+BASE_CONFIG = Path(__file__).resolve().parents[2] / "config" / "base.py"
+# Sections whose keys are names that users choose.
+OPEN_SECTIONS = ("reward_fn.", "remote.", "reward_options.", "stages.")
+# Dataset -> split -> SHA-256 of its file.
+PromptHashes = Mapping[str, Mapping[str, str]]
+
+# Options of every reward that say where it computes, how fast and how often it tries, and move
+# scores by rounding at most: a reward that ran out of memory, or gave no score, can go on.
+PLACING_OPTIONS = (
+    "device",
+    "batch_size",
+    "threads",
+    "concurrency",
+    "timeout",
+    "max_retries",
+    "max_unparsable",
+    "base_url",
+    "api_key",
+)
+# Patterns of keys that may change between two starts of one run: they do not alter the trained
+# numbers (alarms, where they raise the KL term's weight, do so openly).
+MAY_CHANGE = (
+    "run_name",
+    "save_dir",
+    "allow_changed_prompts",
+    "num_epochs",
+    "save_freq",
+    "eval_freq",
+    "resume_from",
+    "train.lora_path",
+    "remote.*",
+    "remote_timeout_seconds",
+    "max_unscored",
+    "sample.batch_size",
+    "train.batch_size",
+    "train.max_skipped_steps",
+    "eval.*",
+    "checkpoint.*",
+    "monitor.*",
+    "perf.*",
+    "log.*",
+    "distributed.*",
+    *(f"reward_options.*.{option}" for option in PLACING_OPTIONS),
+)
+
+
+def deciding_options(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each reward the options that its scores depend on."""
+    return {
+        name: {key: value for key, value in own.items() if key not in PLACING_OPTIONS}
+        for name, own in options.items()
+    }
+
+
+class RunDirError(ValueError):
+    """The run directory belongs to another configuration, or to other prompts."""
+
+
+def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
+    """``{"train.learning_rate": 3e-4, ...}``: the leaves of a configuration by dotted key, with
+    lists for tuples, as JSON gives them back.
+
+    What the second of ``stages`` sets stands under ``stages.2.``.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "stages":
+            value = dict(enumerate(value, start=1))
+        if isinstance(value, (ConfigDict, dict)):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+@functools.cache
+def defaults() -> Mapping[str, Any]:
+    """The flat configuration of config/base.py."""
+    return flatten(load_file(BASE_CONFIG).get_config())
+
+
+def with_defaults(former: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat configuration that a run keeps, with the defaults of keys that the version which
+    wrote it did not have.
+    """
+    return {**defaults(), **former}
+
+
+def section(flat: dict[str, Any], name: str) -> dict[str, Any]:
+    """The section ``name`` of a flattened configuration as it was before: nested mappings."""
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        first, *path = key.split(".")
+        if first == name and path:
+            branch = tree
+            for part in path[:-1]:
+                branch = branch.setdefault(part, {})
+            branch[path[-1]] = value
+    return tree
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line per key that differs between two flat configurations and alters the numbers."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        # A stage sets the same keys; but where it ends tells what is trained on next.
+        name = re.sub(r"^stages\.\d+\.(?!num_epochs$)", "", key)
+        free = any(fnmatchcase(name, pattern) for pattern in MAY_CHANGE)
+        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if free or before == after:
+            continue
+        known = key in new or key in defaults() or key.startswith(OPEN_SECTIONS)
+        lines.append(
+            f"{key}: {before!r} -> {after!r}"
+            if known
+            else f"{key}: {before!r} -> not a key of this version, which cannot continue the run"
+        )
+    return lines
+
+
+def check_run_dir(config: ConfigDict) -> None:
+    """Refuses to continue ``config.save_dir`` with a configuration that alters the numbers.
+
+    A key that the run does not have, as its version did not, is at its default there.
+    Raises RunDirError with the differing keys, or if the file cannot be read.  Writes nothing.
+    """
+    path = Path(config.save_dir) / CONFIG_FILE
+    if not path.exists():
+        return
+    try:
+        former = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise RunDirError(
+            f"{path} is damaged (not JSON): put back the object under 'config' in a checkpoint's "
+            "state.json (not of a run in stages), or remove the file to continue without this check"
+        ) from error
+    lines = differences(with_defaults(former), flatten(config))
+    if lines:
+        raise RunDirError(
+            f"{config.save_dir} holds a run with another configuration:\n  "
+            + "\n  ".join(lines)
+            + "\nchoose another --config.save_dir, or give the former values; another run begins "
+            f"with the policies of this one by --config.resume_from={config.save_dir}"
+        )
+
+
+def changed_prompts(former: PromptHashes, now: PromptHashes) -> list[tuple[str, str]]:
+    """(dataset, split) of every file that is in both and has changed."""
+    return [
+        (dataset, split)
+        for dataset in sorted(former.keys() & now.keys())
+        for split, digest in now[dataset].items()
+        if former[dataset][split] != digest
+    ]
+
+
+def check_prompts_kept(config: ConfigDict, former: PromptHashes, now: PromptHashes) -> None:
+    """Refuses to continue ``config.save_dir`` on prompt files that have changed since, unless
+    ``config.allow_changed_prompts``.  Raises RunDirError naming the files.
+    """
+    changed = changed_prompts(former, now)
+    if changed and not config.allow_changed_prompts:
+        lines = [
+            f"{split_file(dataset, split)}: SHA-256 {former[dataset][split][:12]}... -> "
+            f"{now[dataset][split][:12]}..."
+            for dataset, split in changed
+        ]
+        raise RunDirError(
+            f"{config.save_dir} holds a run on other prompts; these files have changed since:\n  "
+            + "\n  ".join(lines)
+            + "\nput the former files back, choose another --config.save_dir, or continue with the "
+            "new files by --config.allow_changed_prompts=True"
+        )
+
+
+def write_config(config: ConfigDict) -> None:
+    """Writes ``config.json`` into the run directory, replacing it at once."""
+    folder = Path(config.save_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(flatten(config), indent=2, sort_keys=True) + "\n"
+    write_atomically(folder / CONFIG_FILE, text.encode())

@@ -1,0 +1,220 @@
+"""What continuing a run needs, on disk and back: the policies, the optimizer, the counters."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.models.hub import base_note
+from diffusion_nft.models.lora import Lora, export_lora, load_lora, lora_modules
+from diffusion_nft.policy import ADAPTERS, Policy
+from diffusion_nft.runs.checkpoint import (
+    Checkpoint,
+    Checkpointer,
+    CheckpointError,
+    load_checkpoint,
+    resolve_checkpoint,
+)
+from diffusion_nft.runs.run_dir import PromptHashes, changed_prompts, flatten, with_defaults
+from diffusion_nft.tracking.monitor import Monitor
+from diffusion_nft.update import Updater
+from diffusion_nft.validation.stages import Stage
+
+# What a LoRA's numbers mean depends on these.
+SOURCE_KEYS = (
+    "pretrained.model",
+    "pretrained.revision",
+    "pretrained.model_type",
+    "train.lora_rank",
+    "train.lora_alpha",
+)
+
+
+def newest_checkpoint(config: ConfigDict, dist: Distributed) -> Checkpoint | None:
+    """The newest sound checkpoint of the run, the same one on every rank; None at a first start.
+
+    Raises OSError if the ranks see different ones, or all are damaged.
+    """
+    own = Checkpointer(Path(config.save_dir)).load_latest()
+    found = dist.gather_objects(own and own.path.name)
+    if len(set(found)) > 1:
+        raise OSError(
+            f"ranks see different checkpoints in {config.save_dir} ({found}): save_dir must lie "
+            "on a file system that all nodes share"
+        )
+    return own
+
+
+def stage_number(checkpoint: Checkpoint) -> int:
+    """The stage that wrote ``checkpoint``, from 1; 0 if its run has no stages."""
+    return checkpoint.state.get("stage", 0)
+
+
+def is_finished(stage: Stage, checkpoint: Checkpoint | None) -> bool:
+    """Whether the run has made, and evaluated, all epochs of ``stage`` by ``checkpoint``."""
+    if checkpoint is None:
+        return False
+    state = checkpoint.state
+    done = state["epoch"] >= stage.config.num_epochs and state["evaluated"]
+    return stage_number(checkpoint) > stage.number or done
+
+
+def starting_modules(config: ConfigDict, checkpoint: Checkpoint | None) -> list[str]:
+    """The modules with LoRA in what the run continues from (``checkpoint``) or begins from; none
+    for the base model.
+
+    Raises ValueError or OSError if a run cannot begin from what ``config`` names, as far as that is
+    known without the model.
+    """
+    if checkpoint is None and config.resume_from:
+        checkpoint = _source(config)
+    if checkpoint is not None:
+        return lora_modules(checkpoint.tensors["current"])
+    return _lora(config).modules if config.train.lora_path else []
+
+
+def _lora(config: ConfigDict) -> Lora:
+    """The LoRA of ``train.lora_path``; ValueError if there is none, or it has another rank."""
+    path, rank = config.train.lora_path, config.train.lora_rank
+    lora = load_lora(Path(path))
+    if lora.rank != rank:
+        raise ValueError(
+            f"train.lora_rank = {rank}: the LoRA of train.lora_path = {path!r} has rank "
+            f"{lora.rank}; --config.train.lora_rank={lora.rank} trains it"
+        )
+    return lora
+
+
+def _source(config: ConfigDict) -> Checkpoint:
+    """The checkpoint of ``resume_from``; ValueError if its policies mean something else here."""
+    source = load_checkpoint(resolve_checkpoint(Path(config.resume_from)))
+    ours, theirs = flatten(config), with_defaults(source.state["config"])
+    wrong = [
+        f"{key} = {ours[key]!r}, there {theirs[key]!r}"
+        for key in SOURCE_KEYS
+        if ours[key] != theirs[key]
+    ]
+    if wrong:
+        raise ValueError(
+            f"resume_from = {config.resume_from!r}: the policies of {source.path} do not "
+            f"fit this run: {'; '.join(wrong)}"
+        )
+    return source
+
+
+class RunState:
+    """The run's counters beside ``policy`` and ``updater``, saved and restored together."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        *,
+        dist: Distributed,
+        policy: Policy,
+        updater: Updater,
+        monitor: Monitor,
+        prompts: PromptHashes,
+    ):
+        self.prompts = prompts  # of this stage and later ones
+        self.stage, self.config = stage, stage.config
+        self.dist, self.policy, self.updater, self.monitor = dist, policy, updater, monitor
+        self.checkpointer = Checkpointer(
+            Path(self.config.save_dir), keep=self.config.checkpoint.keep
+        )
+        self.epoch = 0  # epochs made
+        self.evaluated = False  # this epoch, in this stage
+        self.best_score: float | None = None  # of eval/total, in this stage
+        self.test_set = 0  # how often the test prompts have changed
+
+    def start(self, checkpoint: Checkpoint | None) -> None:
+        """Begins where ``checkpoint`` stands, or, without one, as the configuration asks."""
+        assert checkpoint is not None or not self.stage.first_epoch
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        elif self.config.resume_from:
+            self._load_policies(_source(self.config))
+        elif self.config.train.lora_path:
+            lora = _lora(self.config)
+            if note := base_note(lora, self.config.pretrained.model):
+                self.dist.say(f"train.lora_path: {note}")
+            self.policy.load_lora(lora)
+
+    def _load_policies(self, checkpoint: Checkpoint) -> None:
+        for name in ADAPTERS:
+            self.policy.load(name, checkpoint.tensors[name], others=False)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        if state["epoch"] < self.stage.first_epoch:
+            raise CheckpointError(
+                f"the newest sound checkpoint, {checkpoint.path}, is of epoch {state['epoch']}; "
+                f"{self.stage.title} begins after epoch {self.stage.first_epoch}: start the run "
+                "again, and it goes on from there"
+            )
+        self._on_main(partial(self.checkpointer.restore_best, checkpoint))
+        self._load_policies(checkpoint)
+        self.updater.load_state_dict(checkpoint.tensors["optimizer"], state["updater"])
+        self.epoch = state["epoch"]
+        self.dist.say(f"continuing from {checkpoint.path} (epoch {self.epoch})")
+        changed = changed_prompts(state.get("prompts", {}), self.prompts)
+        for dataset, split in changed:
+            self.dist.say(f"dataset {dataset}: continuing with changed {split} prompts")
+        dataset = self.config.dataset
+        new_test_set = (dataset, "test") in changed
+        self.test_set = state.get("test_set", 0) + new_test_set
+        if stage_number(checkpoint) < self.stage.number:
+            return  # scores of another stage do not compare
+        self.evaluated = state["evaluated"] and not new_test_set
+        self.monitor.load_state_dict(state["monitor"])
+        if (dataset, "train") in changed:
+            self.monitor.forget_epoch()
+        now, former = flatten(self.config), with_defaults(state["config"])
+        # Under other evaluation settings, or on other test prompts, the scores do not compare.
+        settings = [key for key in former if key.startswith("eval.") and key != "eval.batch_size"]
+        same = not new_test_set and all(now.get(key) == former[key] for key in settings)
+        self.best_score = state["best_score"] if same else None
+        if not same:
+            self.monitor.forget_evaluation()
+
+    def save(self, *, best: bool = False) -> None:
+        """Writes a checkpoint of everything, and the LoRA for users; waits for all ranks.
+
+        If the disk refuses, raises CheckpointError on every rank.
+        """
+        self._on_main(partial(self._write, best))
+
+    def _on_main(self, write: Callable[[], None]) -> None:
+        """Main rank writes, the others wait; CheckpointError on every rank if that fails."""
+        failure = ""
+        if self.dist.is_main:
+            try:
+                write()
+            except CheckpointError as error:
+                failure = str(error)
+        if failure := self.dist.gather_objects(failure)[0]:
+            raise CheckpointError(failure)
+
+    def _write(self, best: bool) -> None:
+        tensors, updater = self.updater.state_dict()
+        self.checkpointer.save(
+            self.updater.step,
+            tensors={name: self.policy.state(name) for name in ADAPTERS} | {"optimizer": tensors},
+            state={
+                "epoch": self.epoch,
+                "stage": self.stage.number,
+                "best_score": self.best_score,
+                "evaluated": self.evaluated,
+                "updater": updater,
+                "monitor": self.monitor.state,
+                "config": flatten(self.config),
+                "prompts": self.prompts,
+                "test_set": self.test_set,
+            },
+            write_extra=self._export,
+            best=best,
+        )
+
+    def _export(self, folder: Path) -> None:
+        export_lora(folder, self.policy.lora("ema", self.config.pretrained.model))

@@ -1,0 +1,344 @@
+"""What a run writes down: metrics.jsonl always, wandb and tensorboard if wanted, pictures, times.
+
+One JSON object a line with ``step`` (optimizer steps), ``epoch`` and keys ``reward/*, loss/*,
+optim/*, time/*, eval/*``.  Only the main rank writes; the others hold a NullMetrics.
+"""
+
+import json
+import math
+import netrc
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffusion_nft.images import full_captions, save_grid
+from diffusion_nft.utils.files import append_line, naming, write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+ENVIRONMENTS_FILE = "environments.jsonl"
+WANDB_ID_FILE = "wandb_id.txt"
+RECORDED_PACKAGES = (
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "numpy",
+    "pillow",
+    # of rewards
+    "open_clip_torch",
+    "opencv-python-headless",
+    "rapidocr",
+    "onnxruntime",
+    "openai",
+)
+
+
+def _complete_lines(path: Path) -> list[bytes]:
+    """The lines of ``path`` that end in a newline (with it); none if there is no such file."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl, in order; null becomes None.  No file: no objects.
+
+    A half-written last line (a killed run) is left out.  Raises ValueError, naming the line, if any
+    other line is not a JSON object with ``step`` and ``epoch``.
+    """
+    rows = []
+    for number, line in enumerate(_complete_lines(path), start=1):
+        row = _parse(line)
+        if row is None:
+            raise ValueError(f"{path}:{number} is not a JSON object with step and epoch")
+        rows.append(row)
+    return rows
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and {"step", "epoch"} <= row.keys() else None
+
+
+def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrites ``path`` with the sound lines that ``keep`` accepts, byte for byte."""
+    rows = [(line, _parse(line)) for line in _complete_lines(path)]
+    kept = b"".join(line for line, row in rows if row is not None and keep(row))
+    if path.exists() and kept != path.read_bytes():
+        write_atomically(path, kept)
+
+
+def _finite(value: float) -> float | None:
+    """``value`` as JSON can hold it: ints stay ints, NaN and infinities become None."""
+    if isinstance(value, int):
+        return int(value)
+    return float(value) if math.isfinite(value) else None
+
+
+class NullMetrics:
+    """Accepts all that Metrics does and writes nothing: for ranks other than the main one."""
+
+    def log(self, values: Mapping[str, float], *, step: int, epoch: int) -> None:
+        """Does nothing."""
+
+    def log_images(self, name: str, grid: Image.Image, epoch: int) -> None:
+        """Does nothing."""
+
+    def truncate(self, step: int, epoch: int | None = None, stage: int | None = None) -> None:
+        """Does nothing."""
+
+    def close(self, *, failed: bool = False) -> None:
+        """Does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        self.close(failed=kind is not None)
+
+
+class Metrics(NullMetrics):
+    """Writes to ``run_dir``, and to wandb and tensorboard as ``config.log`` says.
+
+    ``config`` is the run's whole configuration (an ml_collections tree).  A wandb that cannot start
+    (no key, no network, not installed) costs one line, never the run.  Raises ImportError if
+    tensorboard is wanted and missing.
+    """
+
+    def __init__(self, config: Any, run_dir: Path):
+        self._run_dir = run_dir
+        self._path = run_dir / METRICS_FILE
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _keep_lines(self._path, lambda row: True)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._tensorboard = _start_tensorboard(run_dir) if config.log.tensorboard else None
+        self._wandb = _start_wandb(config, run_dir)
+
+    def log(self, values: Mapping[str, float], *, step: int, epoch: int) -> None:
+        """One line of ``values``, on the disk; NaN and infinities are written as null.
+
+        Raises DiskError if it cannot be written.
+        """
+        assert not {"step", "epoch"} & values.keys(), "step and epoch are arguments of log()"
+        row = {"step": step, "epoch": epoch}
+        row |= {key: _finite(value) for key, value in values.items()}
+        # Durably, for a checkpoint that follows is durable too, and a resumed run does not log
+        # again what is older than it.
+        with naming(self._path):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        known = {key: value for key, value in row.items() if value is not None}
+        if self._wandb is not None:
+            # Without step=: wandb would drop what a resumed run logs again.  The x axis is "step".
+            self._wandb.log(known)
+        if self._tensorboard is not None:
+            for key in values.keys() & known.keys():
+                self._tensorboard.add_scalar(key, known[key], step)
+            self._tensorboard.flush()
+
+    def log_images(self, name: str, grid: Image.Image, epoch: int) -> None:
+        """Saves ``grid`` as ``images/<name>-<epoch>.png`` ("/" in ``name`` becomes "_"), with its
+        ``full_captions``.
+        """
+        path = self._run_dir / "images" / f"{name.replace('/', '_')}-{epoch:06d}.png"
+        save_grid(grid, path)
+        captions = full_captions(grid)
+        if self._wandb is not None:
+            import wandb
+
+            image = wandb.Image(grid, caption=captions or None)
+            self._wandb.log({f"images/{name}": image, "epoch": epoch})
+        if self._tensorboard is not None:
+            self._tensorboard.add_image(name, np.asarray(grid), epoch, dataformats="HWC")
+            if captions:
+                markdown = captions.replace("\n", "  \n")
+                self._tensorboard.add_text(f"{name}/captions", markdown, epoch)
+            self._tensorboard.flush()
+
+    def truncate(self, step: int, epoch: int | None = None, stage: int | None = None) -> None:
+        """Drops the lines after optimizer step ``step``, and after ``epoch`` and ``stage`` if
+        given, atomically.
+
+        Called when a run continues from a checkpoint, so that every epoch is there once; -1 drops
+        everything.  ``epoch`` matters where all updates of an epoch were skipped and the step stood
+        still, ``stage`` where the next stage was evaluated at its start, which is the step and the
+        epoch at which the former one ended.  A line that is not whole goes as well.
+        """
+        self._file.close()
+        last_epoch = math.inf if epoch is None else epoch
+        last_stage = math.inf if stage is None else stage
+        _keep_lines(
+            self._path,
+            lambda row: (
+                row["step"] <= step
+                and row["epoch"] <= last_epoch
+                and row.get("stage", 0) <= last_stage
+            ),
+        )
+        self._file = self._path.open("a", encoding="utf-8")
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = _start_tensorboard(self._run_dir, purge_step=step + 1)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Closes the files; wandb marks the run finished or ``failed``.  May be called twice."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(failed))
+            self._wandb = None
+
+
+def make_metrics(config: Any, run_dir: Path, is_main: bool) -> NullMetrics:
+    """Metrics of ``run_dir`` on the main rank, NullMetrics on the others."""
+    return Metrics(config, run_dir) if is_main else NullMetrics()
+
+
+def _start_tensorboard(run_dir: Path, purge_step: int | None = None) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("log.tensorboard needs: pip install tensorboard") from error
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+
+
+def _has_wandb_key() -> bool:
+    """True if wandb would find an API key without asking: in the environment or in netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    home = Path.home()
+    for path in (os.environ.get("NETRC"), home / ".netrc", home / "_netrc"):
+        try:
+            if path and netrc.netrc(str(path)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """The id of this run directory's wandb run, made on first use: a resumed run stays one run."""
+    path = run_dir / WANDB_ID_FILE
+    if not path.exists():
+        write_atomically(path, os.urandom(4).hex().encode())
+    return path.read_text().strip()
+
+
+def _start_wandb(config: Any, run_dir: Path) -> Any:
+    """A wandb run, or None if it is off or cannot start.  WANDB_MODE overrides ``online``."""
+    mode = config.log.wandb
+    if mode == "off":
+        return None
+    if mode == "online":
+        mode = os.environ.get("WANDB_MODE", mode)
+    if mode == "online" and not _has_wandb_key():
+        print("wandb: no API key (wandb login, or WANDB_API_KEY), so this run logs offline")
+        mode = "offline"
+    try:
+        import wandb
+    except ImportError:
+        print("wandb is not installed (pip install wandb); metrics go to metrics.jsonl only")
+        return None
+    try:
+        run = wandb.init(
+            project=config.log.wandb_project,
+            name=config.run_name or run_dir.resolve().name,
+            id=_wandb_id(run_dir),
+            resume="allow",
+            mode=mode,  # pyright: ignore[reportArgumentType]  (WANDB_MODE may say anything)
+            dir=str(run_dir),
+            config=config.to_dict(),
+        )
+        run.define_metric("*", step_metric="step")
+    except (wandb.Error, OSError, ValueError) as error:
+        print(f"wandb could not start ({error}); metrics go to metrics.jsonl only")
+        return None
+    return run
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command in this package's folder; None without git or a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def write_environment(run_dir: Path) -> None:
+    """Adds a line to ``environments.jsonl``: time of this start, versions, device, processes, git
+    revision, command line.  The lines of former starts stay.
+    """
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    cuda = torch.cuda.is_available()
+    environment = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        **{package: _version(package) for package in RECORDED_PACKAGES},
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "git_revision": _git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+        "command": shlex.join(sys.argv),
+    }
+    run_dir.mkdir(parents=True, exist_ok=True)
+    append_line(run_dir / ENVIRONMENTS_FILE, json.dumps(environment))
+
+
+class Timer:
+    """Seconds by phase.  On CUDA a phase ends when the work that it queued has ended."""
+
+    def __init__(self, device: torch.device | None = None):
+        self._device = device
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the wall time of the block to ``name``.  A block that raises is not counted."""
+        started = time.perf_counter()
+        yield
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def pop(self) -> dict[str, float]:
+        """``{"time/<phase>": seconds}`` since the last pop, and starts again from zero."""
+        seconds, self._seconds = self._seconds, {}
+        return {f"time/{name}": value for name, value in seconds.items()}

@@ -1,0 +1,119 @@
+"""What a run will need: memory by arithmetic, time per epoch from one measured forward."""
+
+import time
+from typing import Any
+
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+
+from diffusion_nft.algorithms import build_algorithm
+from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.policy import ADAPTERS, Policy
+from diffusion_nft.solvers import solve
+from diffusion_nft.validation.stages import Stage
+
+# Forward-equivalents of training on one (sample, sigma) pair: the current policy's forward and its
+# backward through activations and LoRA weights (about two forwards more).
+CURRENT_FORWARDS = 3
+
+
+def describe(stage: Stage, model: Any, policy: Policy, dist: Distributed) -> str:
+    """What ``stage`` trains on, the memory plan and the estimated seconds per epoch of this rank,
+    as text to print.
+    """
+    config = stage.config
+    share = -(-config.sample.num_groups * config.sample.num_image_per_prompt // dist.world_size)
+    seconds = share * forwards_per_sample(config) * _seconds_per_forward(config, model, share)
+    lines = [
+        outline(stage),
+        "memory by arithmetic (activations come on top and grow with the micro-batches):",
+    ]
+    # A trajectory is kept with its start and its end, and the end once more.
+    kept = config.sample.num_steps + 2 if build_algorithm(config).on_trajectories else 1
+    sizes = memory(model, policy, share * kept)
+    lines += [f"  {gigabytes:9.3f} GB  {what}" for what, gigabytes in sizes]
+    if dist.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(dist.device)
+        lines.append(f"  {free / 1e9:9.3f} GB  free of {total / 1e9:.1f} GB on the device now")
+    lines.append(
+        f"{share} samples an epoch on each of {dist.world_size} process(es), about {seconds:.1f} s "
+        "an epoch (one measured forward, extrapolated; decoding and rewards come on top)"
+    )
+    return "\n".join(lines)
+
+
+def outline(stage: Stage) -> str:
+    """The epochs of ``stage``, its prompts and its rewards, in one line."""
+    config, first = stage.config, stage.first_epoch
+    rewards = " + ".join(f"{weight:g} {name}" for name, weight in config.reward_fn.items())
+    return (
+        f"{stage.title or 'the run'}: epochs {first + 1} to {config.num_epochs} "
+        f"({config.num_epochs - first}) on the prompts of {config.dataset}, reward {rewards}"
+    )
+
+
+def forwards_per_sample(config: ConfigDict) -> float:
+    """Forward-equivalents of one sample in an epoch: sampling, then training at its sigmas."""
+    guided = 2 if config.sample.guidance_scale > 1 else 1
+    calls, visited = _solver_calls(config.sample.solver, config.sample.num_steps)
+    sigmas = max(1, int(visited * config.train.timestep_fraction))
+    algorithm = build_algorithm(config)
+    no_grad = len(algorithm.policies) - 1
+    current = CURRENT_FORWARDS + config.perf.gradient_checkpointing  # recomputing is one more
+    training = sigmas * (no_grad + current) * config.train.num_inner_epochs
+    return calls * guided + training * (guided if algorithm.on_trajectories else 1)
+
+
+def _solver_calls(name: str, num_steps: int) -> tuple[int, int]:
+    """How often a solver asks for a velocity, and at how many sigmas: counted on one number."""
+    calls = 0
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.zeros_like(x)
+
+    sigmas = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    _, visited = solve(name, velocity, torch.zeros(1, 1, 1, 1), sigmas, shift=1.0)
+    return calls, len(visited)
+
+
+def memory(model: Any, policy: Policy, num_latents: int) -> list[tuple[str, float]]:
+    """(what, GB) of everything whose size is known before the first step; ``num_latents`` are kept
+    for the training of an epoch.
+    """
+    pipe = model.pipe
+    encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
+    lora = sum(p.nbytes for p in policy.parameters())
+    adapters = len(ADAPTERS) * lora
+    latents = num_latents * torch.Size(model.latent_shape).numel() * 4
+    where = "in host memory" if model.offload_text_encoders else "on the device"
+    sizes = [
+        ("frozen transformer", _nbytes(pipe.transformer) - adapters),
+        (f"text encoders, {where}", sum(_nbytes(e) for e in encoders if e is not None)),
+        ("VAE", _nbytes(pipe.vae)),
+        ("LoRA: current, old, EMA, gradients, two Adam moments", adapters + 3 * lora),
+        ("an epoch's latents", latents),
+    ]
+    return [(what, size / 1e9) for what, size in sizes]
+
+
+def _nbytes(module: nn.Module) -> int:
+    # Buffers too: the table of positions is a tenth of SD3.5-Medium's transformer.
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+@torch.no_grad()
+def _seconds_per_forward(config: ConfigDict, model: Any, share: int) -> float:
+    """Seconds per sample of one forward at the sampling micro-batch, after one to warm up."""
+    size = min(config.sample.batch_size, share)
+    x = torch.zeros(size, *model.latent_shape, device=model.device)
+    x = x.to(model.precision.trained_dtype)
+    sigma = torch.full((size,), 0.5, device=model.device, dtype=x.dtype)
+    cond = model.encode([""] * size)
+    float(model.velocity(x, sigma, cond).sum())
+    started = time.perf_counter()
+    # Fetching the sum's value waits for the device.
+    float(model.velocity(x, sigma, cond).sum())
+    return (time.perf_counter() - started) / size

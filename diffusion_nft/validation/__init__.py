@@ -1,0 +1,1 @@
+"""Checks of a configuration and its inputs, before any model is loaded."""

@@ -1,0 +1,178 @@
+"""Values of a configuration that are each valid and cannot go together."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+
+from diffusion_nft.algorithms import algorithm_class
+from diffusion_nft.data import prompts as data
+from diffusion_nft.solvers import STOCHASTIC, check_solver
+from diffusion_nft.validation.checks import EMBEDDED_MODEL
+
+EMBEDDED_RESOLUTION, EMBEDDED_LENGTH = 48, 8
+# SD3: its VAE makes a latent of 8 x 8 pixels, its transformer a token of 2 x 2 latents.
+PIXELS_PER_TOKEN = 16
+# Rewards that read the metadata of a prompt, not only its text.
+METADATA_REWARDS = ("geneval", "shapes")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Keys whose values, each valid, cannot go together; ``check`` takes them in this order."""
+
+    keys: tuple[str, ...]
+    check: Callable[..., str | None]
+
+
+def _some_sigma_is_trained(num_steps: int, timestep_fraction: float) -> str | None:
+    if int(num_steps * timestep_fraction) >= 1:
+        return None
+    return (
+        "leave no sigma to train at; int(num_steps * timestep_fraction) must be at least 1 "
+        f"(with {num_steps} steps, a fraction of at least 1/{num_steps})"
+    )
+
+
+def _steps_share_groups(gradient_steps: int, images: int) -> str | None:
+    if gradient_steps <= images:
+        return None
+    return f"each optimizer step takes an equal share of every group: at most {images} steps"
+
+
+def _resolution_fits(resolution: int, model: str) -> str | None:
+    if model == EMBEDDED_MODEL:
+        right = resolution == EMBEDDED_RESOLUTION
+        return None if right else f"the embedded model draws at {EMBEDDED_RESOLUTION} pixels only"
+    if resolution % PIXELS_PER_TOKEN == 0:
+        return None
+    below = resolution - resolution % PIXELS_PER_TOKEN
+    return f"resolution must be a multiple of 16, such as {below} or {below + PIXELS_PER_TOKEN}"
+
+
+def _length_fits(length: int, model: str) -> str | None:
+    if model != EMBEDDED_MODEL or length == EMBEDDED_LENGTH:
+        return None
+    return f"the embedded model was trained at {EMBEDDED_LENGTH} tokens"
+
+
+def _one_start(resume_from: str, lora_path: str) -> str | None:
+    return "a run begins from one of them" if resume_from and lora_path else None
+
+
+def _noise_level_fits(solver: str, noise_level: float) -> str | None:
+    try:
+        check_solver(solver, noise_level)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _steps_are_random(algorithm: str, solver: str, noise_level: float) -> str | None:
+    """A step without noise has no density, and so no gradient of one."""
+    if not algorithm_class(algorithm).on_trajectories or (solver in STOCHASTIC and noise_level > 0):
+        return None
+    return (
+        "the algorithm trains on the steps of a stochastic solver; choose from "
+        f"{', '.join(sorted(STOCHASTIC))}, with a noise_level above 0"
+    )
+
+
+def _trained_steps_are_random(
+    algorithm: str, solver: str, num_steps: int, choice: str, fraction: float
+) -> str | None:
+    if not algorithm_class(algorithm).on_trajectories or solver != "ddim":
+        return None
+    if choice == "first" and int(num_steps * fraction) < num_steps:
+        return None
+    return (
+        "the last step of ddim has no noise and cannot be trained on; sigma_choice must be 'first' "
+        f"and int(num_steps * timestep_fraction) less than {num_steps}"
+    )
+
+
+def _some_are_left_out(algorithm: str, best_of: int, images: int) -> str | None:
+    if algorithm != "best_of_n" or best_of < images:
+        return None
+    return f"the best of {images} images of a prompt must be fewer than {images}"
+
+
+def _metadata_is_there(
+    splits: Collection[str], rewards: Collection[str], dataset: str
+) -> str | None:
+    blind = [name for name in METADATA_REWARDS if name in rewards]
+    suffixes = {data.split_file(dataset, split).suffix for split in splits}
+    if not blind or suffixes == {".jsonl"}:
+        return None
+    files = " and ".join(f"{split}_metadata.jsonl" for split in splits)
+    return f"reward {blind[0]!r} reads the metadata of each prompt; the prompt set needs {files}"
+
+
+def _held_out(reward_fn: Collection[str], rewards: Collection[str]) -> str | None:
+    trained = [name for name in rewards if name in reward_fn]
+    return f"{trained[0]!r} is trained on, and so evaluated anyway" if trained else None
+
+
+def _in_use(
+    chosen: Collection[str], reward_fn: Collection[str], rewards: Collection[str]
+) -> str | None:
+    idle = [name for name in chosen if name not in reward_fn and name not in rewards]
+    return f"{idle[0]!r} is neither in reward_fn nor in eval.rewards" if idle else None
+
+
+def _options_are_local(options: Collection[str], remote: Collection[str]) -> str | None:
+    served = [name for name in options if name in remote]
+    return f"{served[0]!r} is served: its options go to its server" if served else None
+
+
+def _kl_is_there(
+    section: str, algorithm: str, action: str, max_kl: float, weight: float
+) -> str | None:
+    if weight or section != algorithm_class(algorithm).section:
+        return None
+    if action == "raise_kl":
+        return "a weight of 0 cannot be raised"
+    return "without a KL term its distance is not known" if max_kl else None
+
+
+def _sizes_are_few(batch_size: int, compiled: bool) -> str | None:
+    return "every size that is tried would be compiled" if compiled and not batch_size else None
+
+
+COMBINATIONS = (
+    *(
+        Combination(
+            ("algorithm", "monitor.action", "monitor.max_kl", f"{section}.kl_weight"),
+            partial(_kl_is_there, section),
+        )
+        for section in ("nft", "grpo", "matching")
+    ),
+    Combination(("sample.num_steps", "train.timestep_fraction"), _some_sigma_is_trained),
+    Combination(
+        ("train.gradient_step_per_epoch", "sample.num_image_per_prompt"), _steps_share_groups
+    ),
+    Combination(("resolution", "pretrained.model"), _resolution_fits),
+    Combination(("pretrained.max_sequence_length", "pretrained.model"), _length_fits),
+    Combination(("resume_from", "train.lora_path"), _one_start),
+    Combination(("sample.solver", "sample.noise_level"), _noise_level_fits),
+    Combination(("algorithm", "sample.solver", "sample.noise_level"), _steps_are_random),
+    Combination(
+        (
+            "algorithm",
+            "sample.solver",
+            "sample.num_steps",
+            "train.sigma_choice",
+            "train.timestep_fraction",
+        ),
+        _trained_steps_are_random,
+    ),
+    Combination(
+        ("algorithm", "matching.best_of", "sample.num_image_per_prompt"), _some_are_left_out
+    ),
+    Combination(("train.batch_size", "perf.compile"), _sizes_are_few),
+    Combination(("reward_fn", "dataset"), partial(_metadata_is_there, data.SPLITS)),
+    Combination(("eval.rewards", "dataset"), partial(_metadata_is_there, ("test",))),
+    Combination(("reward_fn", "eval.rewards"), _held_out),
+    Combination(("remote", "reward_fn", "eval.rewards"), _in_use),
+    Combination(("reward_options", "reward_fn", "eval.rewards"), _in_use),
+    Combination(("reward_options", "remote"), _options_are_local),
+)

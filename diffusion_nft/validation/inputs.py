@@ -1,0 +1,87 @@
+"""What a configuration names: prompts that its rewards can score, and the rewards themselves."""
+
+from collections.abc import Iterable
+
+from ml_collections import ConfigDict
+
+from diffusion_nft.data.prompts import (
+    Prompt,
+    evaluated_lines,
+    hash_splits,
+    load_prompts,
+    split_file,
+)
+from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.rewards import Reward, check_prompts
+from diffusion_nft.rewards.combine import build_rewards
+from diffusion_nft.runs.run_dir import changed_prompts
+from diffusion_nft.tracking.monitor import PICTURES
+
+
+def reward_weights(config: ConfigDict) -> tuple[dict[str, float], dict[str, float]]:
+    """Reward -> weight of what ``config`` trains on, and of what it evaluates: those held out and
+    those that ``monitor.pictures`` watches, too, at 0.
+    """
+    trained = config.reward_fn.to_dict()
+    watched = (PICTURES,) if config.monitor.pictures else ()
+    held_out = [name for name in (*config.eval.rewards, *watched) if name not in trained]
+    return trained, trained | dict.fromkeys(held_out, 0.0)
+
+
+def load_checked_prompts(config: ConfigDict) -> tuple[list[Prompt], list[Prompt], list[int]]:
+    """The training prompts of ``config``, the lines of the test set that it evaluates, and where
+    they stand in it.
+
+    Raises ValueError or OSError if they cannot be had, or one of the rewards cannot score them;
+    ImportError if a reward's package is missing.
+    """
+    train = load_prompts(config.dataset, "train")
+    test, lines = evaluated_lines(config.dataset, config.eval.num_prompts)
+    trained, evaluated = reward_weights(config)
+    for split, names, prompts, places in (
+        ("train", trained, train, None),
+        ("test", evaluated, test, lines),
+    ):
+        try:
+            check_prompts(
+                names,
+                [prompt.text for prompt in prompts],
+                [prompt.metadata for prompt in prompts],
+                options=config.reward_options.to_dict(),
+                remote=config.remote.to_dict(),
+                lines=places,
+            )
+        except ValueError as error:
+            raise ValueError(f"{split_file(config.dataset, split)}: {error}") from error
+    return train, test, lines
+
+
+def hash_prompts(datasets: Iterable[str], dist: Distributed) -> dict[str, dict[str, str]]:
+    """``hash_splits`` of this rank.
+
+    Raises ValueError on every rank if the ranks, whose nodes may have disks of their own, have
+    different files.
+    """
+    own = hash_splits(datasets)
+    first, *others = dist.gather_objects(own)
+    for rank, theirs in enumerate(others, start=1):
+        for dataset, split in changed_prompts(first, theirs):
+            raise ValueError(
+                f"dataset = {dataset!r}: the {split} prompts of rank {rank} are not those of rank "
+                "0; all nodes need the same files"
+            )
+    return own
+
+
+def build_named(config: ConfigDict, names: Iterable[str], dist: Distributed) -> dict[str, Reward]:
+    """The rewards ``names``, where and with the options that ``config`` says.
+
+    Raises what ``build_rewards`` raises.
+    """
+    return build_rewards(
+        names,
+        dist.device,
+        options=config.reward_options.to_dict(),
+        remote=config.remote.to_dict(),
+        timeout=config.remote_timeout_seconds,
+    )

@@ -1,0 +1,427 @@
+"""Evaluation: standard errors by hand, line order, padding-free chunks, saved pictures."""
+
+import contextlib
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion_nft.data.prompts import Prompt, draw_lines, load_prompts
+from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.evaluation.evaluate import complete, evaluate, rescore
+from diffusion_nft.evaluation.results import (
+    Evaluation,
+    claim,
+    joined_settings,
+    mean_and_error,
+    picture_path,
+    read_pictures,
+    save_pictures,
+    write_results,
+)
+from diffusion_nft.rewards.combine import RewardError, RewardSet
+
+CPU = torch.device("cpu")
+ONE = Distributed(0, 1, 0, CPU)
+SETTINGS = {
+    "seed": 1,
+    "eval.solver": "flow",
+    "eval.num_steps": 3,
+    "eval.guidance_scale": 1.0,
+    "eval.batch_size": 2,
+}
+
+
+def test_the_error_is_clustered_by_prompt():
+    values = [1.0, 3.0, 2.0, 2.0, 7.0, math.nan]
+    clusters = ["a", "a", "b", "b", "c", "c"]
+    # Mean 3; residuals a: -2 + 0, b: -1 - 1, c: 4; G = 3, n = 5.
+    expected = math.sqrt(3 / 2 * (4 + 4 + 16)) / 5
+    assert mean_and_error(values, clusters) == pytest.approx(
+        {"mean": 3.0, "stderr": expected, "count": 5}
+    )
+
+
+def test_without_repeats_the_error_is_the_usual_one():
+    values = np.random.default_rng(0).random(20)
+    result = mean_and_error(values.tolist(), [str(i) for i in range(20)])
+    assert result["stderr"] == pytest.approx(values.std(ddof=1) / math.sqrt(20))
+    # Exact repeats add no information: 20 prompts x 3 have the error of 20.
+    thrice = mean_and_error(
+        values.repeat(3).tolist(), [str(i) for i in range(20) for _ in range(3)]
+    )
+    assert thrice["stderr"] == pytest.approx(result["stderr"])
+
+
+def test_edge_cases_of_the_error():
+    assert math.isnan(mean_and_error([1.0, 2.0], ["a", "a"])["stderr"])
+    assert mean_and_error([math.nan], ["a"])["count"] == 0
+
+
+def test_averages_per_tag_and_over_tags():
+    prompts = [Prompt(text, {"tag": tag}) for text, tag in ("ax", "bx", "cy", "dy", "ey")]
+    scores = {"total": [1.0, 3.0, 0.0, 3.0, 6.0], "part": [math.nan] * 2 + [1.0, 2.0, 3.0]}
+    result = Evaluation(prompts, scores, 0.5, torch.zeros(0), [], []).averages()
+    assert result["num_samples"] == result["num_prompts"] == 5
+    assert result["mean"]["total"]["mean"] == pytest.approx(13 / 5)
+    assert result["mean"]["part"]["count"] == 3
+    assert result["tags"]["x"]["total"]["mean"] == 2 and "part" not in result["tags"]["x"]
+    assert result["tags"]["y"]["total"]["mean"] == 3
+    over = result["mean_over_tags"]
+    errors = [result["tags"][tag]["total"]["stderr"] for tag in "xy"]
+    assert over["total"] == pytest.approx({"mean": 2.5, "stderr": math.hypot(*errors) / 2})
+    assert over["part"]["mean"] == 2
+    json.dumps(result)
+
+
+def test_a_component_that_applies_to_no_sample_is_left_out():
+    prompts = [Prompt("a", {"tag": "x"}), Prompt("b", {"tag": "y"})]
+    scores = {"total": [1.0, 3.0], "part": [math.nan, math.nan]}
+    result = Evaluation(prompts, scores, 0.5, torch.zeros(0), [], []).averages()
+    assert "part" not in result["mean"] and "part" not in result["mean_over_tags"]
+
+
+def test_untagged_sets_have_no_tags():
+    result = Evaluation(
+        [Prompt("a")], {"total": [1.0]}, math.nan, torch.zeros(0), [], []
+    ).averages()
+    assert "tags" not in result and result["diversity"] is None
+
+
+@dataclass(frozen=True)
+class Rank(Distributed):
+    """A rank that hands over its own part, to be put together by the test."""
+
+    parts: tuple = ()
+
+    def gather_objects(self, value):
+        return [*self.parts[: self.rank], value, *self.parts[self.rank + 1 :]]
+
+
+def rewards() -> RewardSet:
+    return RewardSet.build({"jpeg_compressibility": 1.0, "shapes": 2.0}, CPU)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    """Seven lines, of which two repeat a prompt."""
+    lines = load_prompts("shapes", "test")
+    return [lines[0], lines[1], lines[0], lines[2], lines[1], lines[3], lines[4]]
+
+
+@pytest.fixture(scope="module")
+def whole(shapes_model, prompts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    result = evaluate(
+        shapes_model,
+        prompts,
+        rewards(),
+        SETTINGS,
+        dist=ONE,
+        num_pictures=3,
+        folder=folder,
+    )
+    return result, folder
+
+
+def test_some_lines_are_the_samples_that_they_are_among_all(whole, prompts, shapes_model, tmp_path):
+    chosen = [3, 5]
+    some = [prompts[line] for line in chosen]
+    result = evaluate(
+        shapes_model, some, rewards(), SETTINGS, dist=ONE, lines=chosen, folder=tmp_path
+    )
+    difference = read_pictures(tmp_path, chosen) - read_pictures(whole[1], chosen)
+    assert float(difference.abs().max()) <= 1 / 255 + 1e-6
+    assert result.scores["shapes"] == [whole[0].scores["shapes"][line] for line in chosen]
+    write_results(result, tmp_path, settings={})
+    text = (tmp_path / "evaluation_results.jsonl").read_text()
+    rows = [json.loads(row) for row in text.splitlines()]
+    assert [row["sample_id"] for row in rows] == chosen
+    assert [row["image_path"] for row in rows] == ["images/000003.png", "images/000005.png"]
+
+
+def test_every_line_is_a_sample_with_its_own_noise(whole, prompts):
+    result, folder = whole
+    assert all(len(values) == 7 for values in result.scores.values())
+    pictures = read_pictures(folder, range(7))
+    assert len(list((folder / "images").iterdir())) == 7
+    # Lines 0 and 2 share a prompt, not a picture.
+    assert float((pictures[0] - pictures[2]).abs().max()) > 0.05
+    assert result.picture_lines == draw_lines(prompts, 3) != [0, 1, 2]
+    for line, picture in zip(result.picture_lines, result.pictures, strict=True):
+        assert float((picture - pictures[line]).abs().max()) <= 0.5 / 255 + 1e-6
+    for line, picture in enumerate(pictures):
+        alone = rewards()(picture[None], [prompts[line].text], [prompts[line].metadata])
+        ours = {name: values[line] for name, values in result.scores.items()}
+        # The picture was scored as it was saved, in 8 bits a channel.
+        assert ours["jpeg_compressibility"] == float(alone.parts["jpeg_compressibility"])
+        assert ours["total"] == ours["jpeg_compressibility"] + 2 * ours["shapes"]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_any_number_of_ranks_gives_the_same_numbers(whole, shapes_model, prompts, world_size):
+    sent = []
+
+    class Listening(Rank):
+        def gather_objects(self, value):
+            sent.append(value)
+            return [value]
+
+    def on(dist):
+        return evaluate(
+            shapes_model,
+            prompts,
+            rewards(),
+            SETTINGS,
+            dist=dist,
+        )
+
+    # First every rank alone, to hear what it sends (the order cannot be restored from its own part,
+    # which may be an error), then rank 0 with what the others sent.
+    for rank in range(world_size):
+        with contextlib.suppress(IndexError, RuntimeError):
+            on(Listening(rank, world_size, rank, CPU))
+    assert len(sent) == world_size
+    result = on(Rank(0, world_size, 0, CPU, parts=tuple(sent)))
+    assert result.scores == whole[0].scores
+    # As text, where NaN equals NaN.
+    assert json.dumps(result.averages()) == json.dumps(whole[0].averages())
+
+
+def test_rescoring_saved_pictures_needs_no_model(whole, prompts):
+    result, folder = whole
+    again = rescore(prompts, range(7), rewards(), folder, batch_size=3, dist=ONE)
+    # As text, where NaN equals NaN.
+    assert json.dumps(again.scores) == json.dumps(result.scores)
+    assert again.diversity == result.diversity
+    with pytest.raises(FileNotFoundError):
+        rescore([*prompts, prompts[0]], range(8), rewards(), folder, batch_size=3, dist=ONE)
+
+
+def test_results_on_disk(whole, prompts, tmp_path):
+    result, _ = whole
+    save_pictures(torch.rand(7, 3, 4, 4), range(7), tmp_path)
+    write_results(result, tmp_path, settings={"seed": 1})
+    lines = (tmp_path / "evaluation_results.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["sample_id"] for row in rows] == list(range(7))
+    assert [row["prompt"] for row in rows] == [p.text for p in prompts]
+    assert rows[3]["metadata"] == prompts[3].metadata
+    assert rows[3]["scores"]["shapes"] == result.scores["shapes"][3]
+    assert (tmp_path / rows[6]["image_path"]).is_file()
+    averages = json.loads((tmp_path / "average_scores.json").read_text())
+    assert averages["num_samples"] == 7 and averages["num_prompts"] == 5
+    mean = math.fsum(result.scores["total"]) / 7
+    assert averages["mean"]["total"]["mean"] == mean
+
+
+def test_saved_pictures_return_to_the_nearest_of_256_levels(tmp_path):
+    images = torch.rand(2, 3, 5, 6)
+    save_pictures(images, [3, 4], tmp_path)
+    back = read_pictures(tmp_path, [3, 4])
+    assert float((back - images).abs().max()) <= 0.5 / 255 + 1e-6
+
+
+def test_an_interrupted_evaluation_repeats_no_finished_picture(
+    whole, shapes_model, prompts, tmp_path
+):
+    """Stopped at several moments: the same numbers, and only what was missing is made."""
+    drawn, scored = [], []
+
+    class Counting:
+        """The model, telling how many pictures it decodes."""
+
+        def __getattr__(self, name):
+            return getattr(shapes_model, name)
+
+        def decode(self, x0):
+            drawn.append(len(x0))
+            return shapes_model.decode(x0)
+
+    class Reward(RewardSet):
+        def __call__(self, images, texts, metadata, names):
+            if texts[0] == fails_at:
+                raise RewardError("the server is gone")
+            scored.append(len(texts))
+            return super().__call__(images, texts, metadata, names)
+
+    counted = Reward.build(rewards().weights, CPU)
+
+    def again():
+        drawn.clear()
+        scored.clear()
+        return evaluate(Counting(), prompts, counted, SETTINGS, dist=ONE, folder=tmp_path)
+
+    # A reward that fails at the third chunk of two lines.
+    fails_at = prompts[4].text
+    with pytest.raises(RewardError):
+        again()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
+    made, judged, fails_at = len(before), sum(scored), None
+    assert made == sum(drawn) >= 6 and 4 <= judged <= 5
+    # A picture of the second chunk is lost: both of its lines are made anew, beside each other.
+    picture_path(tmp_path, 3).unlink()
+    (tmp_path / "images" / ".tmp-000006.png").write_bytes(b"half a picture")
+    result = again()
+    assert sum(drawn) == 7 - made + 2 and sum(scored) == 7 - judged
+    assert json.dumps(result.scores) == json.dumps(whole[0].scores)
+    assert result.diversity == whole[0].diversity
+    for path, stamp in before.items():
+        assert path.stat().st_mtime_ns == stamp or path in (
+            picture_path(tmp_path, 2),
+            picture_path(tmp_path, 3),
+        )
+    again()
+    assert not drawn and not scored
+
+
+def test_pictures_do_not_wait_for_their_scores(shapes_model, prompts, tmp_path):
+    """A reward that takes so long that a kill finds all pictures drawn and none scored."""
+    found = []
+
+    class Slow(RewardSet):
+        def __call__(self, images, texts, metadata, names):
+            deadline = time.monotonic() + 60
+            while len(list(tmp_path.glob("images/0*.png"))) < 7 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            found.append(len(list(tmp_path.glob("images/0*.png"))))
+            return super().__call__(images, texts, metadata, names)
+
+    slow = Slow.build({"shapes": 1.0}, CPU)
+    evaluate(shapes_model, prompts, slow, SETTINGS, dist=ONE, folder=tmp_path)
+    assert found == [7] * 4
+
+
+def test_rewards_that_are_added_score_each_picture_once(shapes_model, prompts, tmp_path):
+    calls = []
+
+    class Counting(RewardSet):
+        def __call__(self, images, texts, metadata, names):
+            if broken and len(calls) == 5:
+                raise RewardError("the server is gone")
+            calls.append(sorted(self.weights))
+            return super().__call__(images, texts, metadata, names)
+
+    def ask(*names: str) -> dict:
+        weights = dict.fromkeys(names, 1.0)
+        complete(
+            tmp_path,
+            prompts,
+            weights,
+            SETTINGS,
+            {"seed": 1, "rewards": weights, "reward_options": {}, "remote": {}},
+            model=lambda: models.pop(),
+            rewards=lambda chosen: Counting.build(chosen, CPU),
+            dist=ONE,
+            lines=range(len(prompts)),
+            keep_pictures=True,
+        )
+        return json.loads((tmp_path / "average_scores.json").read_text())
+
+    models, broken = [shapes_model], False
+    first = ask("shapes")
+    assert calls == [["shapes"]] * 4
+    # The added reward breaks after one chunk of four; asked again, it goes on with the second.
+    broken = True
+    with pytest.raises(RewardError):
+        ask("shapes", "jpeg_compressibility")
+    broken = False
+    both = ask("shapes", "jpeg_compressibility")
+    assert calls[4:] == [["jpeg_compressibility"]] * 4
+    assert both["mean"]["shapes"] == first["mean"]["shapes"]
+    assert both["settings"]["rewards"] == {"shapes": 1.0, "jpeg_compressibility": 1.0}
+    assert json.loads((tmp_path / "settings.json").read_text()) == both["settings"]
+    assert ask("jpeg_compressibility") == both and len(calls) == 8
+    # Without results, the pictures are scored anew, still without a model.
+    (tmp_path / "average_scores.json").unlink()
+    assert ask("shapes")["mean"]["shapes"] == first["mean"]["shapes"]
+
+
+def test_a_folder_keeps_to_one_evaluation(tmp_path):
+    # Nothing was drawn for the first: a mistaken command does not stand in the way.
+    claim(tmp_path, {"seed": 3}, ONE)
+    claim(tmp_path, {"seed": 1, "lora": "here", "lora_sha256": "a"}, ONE)
+    (tmp_path / "images").mkdir()
+    claim(tmp_path, {"seed": 1, "lora": "there", "lora_sha256": "a"}, ONE)
+    with pytest.raises(ValueError, match="seed: 1 -> 2"):
+        claim(tmp_path, {"seed": 2, "lora": "here", "lora_sha256": "a"}, ONE)
+    with pytest.raises(ValueError, match="lora_sha256: 'a' -> 'b'"):
+        claim(tmp_path, {"seed": 1, "lora": "here", "lora_sha256": "b"}, ONE)
+
+
+def test_a_setting_that_an_older_evaluation_lacks_is_at_its_default(tmp_path):
+    claim(tmp_path, {"seed": 1}, ONE)
+    (tmp_path / "images").mkdir()
+    claim(tmp_path, {"seed": 1, "resolution": 512}, ONE)
+    with pytest.raises(ValueError, match="resolution: 512 -> 256"):
+        claim(tmp_path, {"seed": 1, "resolution": 256}, ONE)
+
+
+def test_a_folder_keeps_to_the_options_of_its_rewards(tmp_path):
+    def record(*names: str, remote=(), **options: object) -> dict:
+        served = dict.fromkeys(remote, ("http://gpu7:8000",))
+        weights = dict.fromkeys(names, 1.0)
+        return {"rewards": weights, "reward_options": {"a": options}, "remote": served}
+
+    claim(tmp_path, record("a", dtype="fp16"), ONE)
+    (tmp_path / "progress").mkdir()
+    claim(tmp_path, record("a", dtype="fp16", batch_size=2, device="cuda:1"), ONE)
+    claim(tmp_path, record("b", dtype="bf16"), ONE)
+    claim(tmp_path, record("a", remote=("a",)), ONE)
+    with pytest.raises(ValueError, match=r"reward_options.a: \{'dtype': 'fp16'\} -> \{\}"):
+        claim(tmp_path, record("a"), ONE)
+
+
+def test_ranks_that_resolve_latest_differently_are_refused(tmp_path):
+    theirs = {"seed": 1, "lora": "run/checkpoint-6"}
+    for rank in (0, 1):
+        dist = Rank(rank, 2, rank, CPU, parts=(theirs,) * 2)
+        with pytest.raises(ValueError, match=r"ranks differ in lora: .*name a checkpoint"):
+            claim(tmp_path, {"seed": 1, "lora": "run/checkpoint-4"}, dist)
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_of_other_options_are_not_taken_for_these(whole, prompts, tmp_path):
+    asked = []
+
+    class Counting(RewardSet):
+        def __call__(self, images, texts, metadata, names):
+            if len(asked) == 2:
+                raise RewardError("the server is gone")
+            asked.append(len(texts))
+            return super().__call__(images, texts, metadata, names)
+
+    shutil.copytree(whole[1] / "images", tmp_path / "images")
+
+    def again(**options: object) -> int:
+        """How many pictures are scored."""
+        asked.clear()
+        weights = {"jpeg_compressibility": 1.0}
+        scorer = Counting.build(weights, CPU)
+        scorer.options = {"jpeg_compressibility": options} if options else {}
+        with contextlib.suppress(RewardError):
+            rescore(prompts, range(7), scorer, tmp_path, batch_size=2, dist=ONE)
+        return sum(asked)
+
+    assert again(quality=1) == again() == 4
+    # Where and how fast it is done does not matter.
+    assert again(batch_size=1) == 3
+
+
+def test_settings_say_of_each_reward_how_it_was_scored_last():
+    before = {
+        "rewards": {"a": 1.0, "b": 1.0},
+        "reward_options": {"a": {"x": 1}, "b": {"x": 1}},
+        "remote": {"b": ("http://gpu7:8000",)},
+    }
+    new = {"rewards": {"b": 2.0, "c": 3.0}, "reward_options": {"a": {"x": 2}}, "remote": {}}
+    assert joined_settings(before, new) == {
+        "rewards": {"a": 1.0, "b": 2.0, "c": 3.0},
+        "reward_options": {"a": {"x": 1}},
+        "remote": {},
+    }

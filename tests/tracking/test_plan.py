@@ -1,0 +1,72 @@
+"""The plan of a run: forwards counted by hand, memory by counting parameters."""
+
+import pytest
+import torch
+
+from diffusion_nft.models.sd3 import LORA_TARGETS
+from diffusion_nft.policy import Policy
+from diffusion_nft.tracking.plan import forwards_per_sample, memory
+from tests.launch import smoke
+
+
+def test_forwards_per_sample(tmp_path):
+    config = smoke(
+        tmp_path,
+        {"sample.num_steps": 10, "train.timestep_fraction": 0.99, "nft.kl_weight": 0.1},
+    )
+    # 10 to sample; at 9 sigmas: old, reference, and current with its backward as three.
+    assert forwards_per_sample(config) == 10 + 9 * 5
+    config.nft.kl_weight = 0.0
+    config.sample.guidance_scale = 2.0
+    assert forwards_per_sample(config) == 20 + 9 * 4
+    config.perf.gradient_checkpointing = True
+    assert forwards_per_sample(config) == 20 + 9 * 5
+    config.perf.gradient_checkpointing = False
+    # Heun's method asks twice a step, once in the last.
+    config.sample.solver = "heun"
+    assert forwards_per_sample(config) == 2 * 19 + 9 * 4
+    config.sample.solver = "FlowMatchEulerDiscreteScheduler"
+    assert forwards_per_sample(config) == 20 + 9 * 4
+
+
+def test_forwards_of_other_algorithms(tmp_path):
+    config = smoke(tmp_path, {"sample.num_steps": 10, "train.timestep_fraction": 0.99})
+    # At 9 sigmas: current as three, and the reference; the advantage-weighted ratio needs old, too.
+    for name, each in (("reward_weighted", 4), ("best_of_n", 4), ("advantage_weighted", 5)):
+        config.algorithm = name
+        assert forwards_per_sample(config) == 10 + 9 * each
+    # Flow-GRPO has old's log-probabilities from the rollout, and guidance in every forward.
+    config.update({"algorithm": "flow_grpo", "sample": {"solver": "flow", "guidance_scale": 4.5}})
+    assert forwards_per_sample(config) == 2 * (10 + 9 * 4)
+    config.grpo.kl_weight = 0.0
+    assert forwards_per_sample(config) == 2 * (10 + 9 * 3)
+
+
+def test_memory_is_the_bytes_of_the_parameters():
+    from diffusion_nft.distributed.ranks import Distributed
+    from diffusion_nft.models import build_model
+    from diffusion_nft.models.precision import Precision
+
+    device = torch.device("cpu")
+    model = build_model(
+        "sd3",
+        name="shapes",
+        max_sequence_length=8,
+        resolution=48,
+        dist=Distributed(0, 1, 0, device),
+        precision=Precision("no", device),
+    )
+    # The table of positions is a buffer.
+    state = model.transformer.state_dict()
+    assert "pos_embed.pos_embed" in state
+    frozen = sum(tensor.numel() * 4 for tensor in state.values())
+    policy = Policy(
+        model.transformer, targets=LORA_TARGETS, rank=4, alpha=4, seed=0, dtype=torch.float32
+    )
+    one = sum(p.numel() * 4 for p in policy.parameters())
+    plan = dict(memory(model, policy, 10))
+    assert plan["frozen transformer"] * 1e9 == pytest.approx(frozen)
+    (lora,) = (value for what, value in plan.items() if what.startswith("LoRA"))
+    assert lora * 1e9 == pytest.approx(6 * one)
+    c, h, w = model.latent_shape
+    assert plan["an epoch's latents"] * 1e9 == pytest.approx(10 * c * h * w * 4)

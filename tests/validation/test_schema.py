@@ -1,0 +1,579 @@
+"""Every rule of validation can fail, and says the key, the value and what would be valid."""
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+import pytest
+
+from diffusion_nft.data import prompts as data
+from diffusion_nft.validation.config_files import load_file
+from diffusion_nft.validation.schema import PUBLISHED_KEYS, SCHEMA, SECTIONS, ConfigError, validate
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+BASE = load_file(ROOT / "config/base.py")
+PRESETS = load_file(ROOT / "config/nft.py")
+
+
+@pytest.fixture(autouse=True)
+def prompt_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for the prompt sets; the tests run in the folder above them."""
+    both = {"geneval": "_metadata.jsonl", "shapes": "_metadata.jsonl", "ocr": ".txt"}
+    names = [f"{name}/{split}{end}" for name, end in both.items() for split in data.SPLITS]
+    for name in [*names, "drawbench/test.txt"]:
+        path = tmp_path / "dataset" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.setattr(data, "DATASET_ROOT", tmp_path / "dataset")
+    monkeypatch.chdir(tmp_path)
+
+
+def changed(changes: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The preset ``shapes``, unlocked, with some dotted keys set, whatever they are."""
+    tree = PRESETS.get_config("shapes").to_dict()
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        section = tree
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return ml_collections.ConfigDict(tree)
+
+
+def problems(changes: dict[str, Any]) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        validate(changed(changes))
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.strip() for line in lines] == list(caught.value.problems)
+    return caught.value.problems
+
+
+def only_problem(changes: dict[str, Any]) -> str:
+    found = problems(changes)
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_schema_covers_every_key_of_the_base_config() -> None:
+    tree = BASE.get_config().to_dict()
+    mappings = {"reward_fn", "remote", "reward_options"}
+    keys = {name for name, value in tree.items() if not isinstance(value, dict)} | mappings
+    for name in tree.keys() - keys:
+        keys |= {f"{name}.{key}" for key in tree[name]}
+    assert set(SCHEMA) == keys
+
+
+COUNT = "an integer >= 1"
+COUNT_OR_NONE = "an integer >= 0"
+FLAG = "True or False"
+PATH = "path of a folder that exists, or empty"
+POSITIVE = "a finite number in (0, inf)"
+NOT_NEGATIVE = "a finite number in [0, inf)"
+BELOW_ONE = "a finite number in [0, 1)"
+# key, a value that must be refused, and what the message offers instead.
+REFUSED: list[tuple[str, Any, str]] = [
+    ("run_name", 7, "text"),
+    ("save_dir", "", "not empty"),
+    ("save_dir", "~nobody-at-all/runs", "no ~name of a user without a home"),
+    ("save_dir", __file__, "is a file; must be a folder"),
+    ("seed", -1, COUNT_OR_NONE),
+    ("seed", 1.5, COUNT_OR_NONE),
+    ("algorithm", "ntf", "choose from nft"),
+    ("num_epochs", 0, COUNT),
+    ("save_freq", -1, COUNT_OR_NONE),
+    ("eval_freq", True, COUNT_OR_NONE),
+    ("mixed_precision", "fp32", "choose from fp16, bf16, no, fp64"),
+    ("allow_tf32", 1, FLAG),
+    ("resume_from", "logs/absent", PATH),
+    ("pretrained.model", "", "a hub name (owner/name)"),
+    ("pretrained.model", "./absent", "a diffusers folder that exists"),
+    ("pretrained.model", "shape", "did you mean 'shapes'?"),
+    ("pretrained.revision", None, "text"),
+    ("pretrained.model_type", "sd3.5", "choose from sd3"),
+    ("pretrained.max_sequence_length", 513, "an integer from 1 to 512"),
+    ("pretrained.max_sequence_length", 0, "an integer from 1 to 512"),
+    ("resolution", 0, "an integer >= 16"),
+    ("dataset", "", "choose from drawbench, geneval, ocr, shapes"),
+    ("dataset", 3, "name of a prompt set"),
+    ("dataset", "genval", "choose from drawbench, geneval, ocr, shapes"),
+    ("dataset", "drawbench", "the train split needs one of them"),
+    ("allow_changed_prompts", 1, FLAG),
+    ("reward_fn", {}, "needs at least one reward; choose from"),
+    ("reward_fn", "ocr", "map reward names to weights"),
+    ("reward_fn", {"shapse": 1.0}, "'shapse' is unknown (did you mean 'shapes'?); choose from"),
+    ("reward_fn", {"shapes": 0.0}, "a finite number other than 0"),
+    ("reward_fn", {"shapes": math.nan}, "a finite number other than 0"),
+    ("reward_fn", {"shapes": math.inf}, "a finite number other than 0"),
+    ("reward_fn", {"shapes": True}, "a finite number other than 0"),
+    ("reward_fn", {"shapes": "1"}, "a finite number other than 0"),
+    ("remote", ("http://host:8000",), "map reward names to addresses"),
+    ("remote", {"shapse": ("http://host:8000",)}, "did you mean 'shapes'?"),
+    ("remote", {"shapes": "http://host:8000"}, "'shapes' needs a tuple of addresses"),
+    ("remote", {"shapes": ()}, "'shapes' needs a tuple of addresses"),
+    *(
+        ("remote", {"shapes": ("http://fine:1", address)}, f"{address!r} is no address")
+        for address in (
+            "host:8000",
+            "ftp://host:8000",
+            "http://",
+            "http://:8000",
+            "http://host:8000/score",
+            "http://host:8000/",
+            "http://host:8000?a=1",
+            "http://host:port",
+            "http://host:0",
+            "http://host:99999",
+            "http://user:secret@host:8000",
+            "http://host:8000 ",
+            "http://ho st:8000",
+            8000,
+        )
+    ),
+    ("max_unscored", -1, COUNT_OR_NONE),
+    ("remote_timeout_seconds", 0.0, "a finite number in (0, 1e6]"),
+    ("reward_options", "shapes", "map reward names to options"),
+    ("reward_options", {"shapse": {}}, "did you mean 'shapes'?"),
+    ("reward_options", {"shapes": 3}, "'shapes' needs a mapping of options"),
+    ("reward_options", {"shapes": {"size": 3}}, "no option 'size'; choose from device"),
+    ("reward_options", {"shapes": {"device": "gpu"}}, "such as 'cpu' or 'cuda:1'"),
+    ("sample.num_groups", 0, COUNT),
+    ("sample.num_image_per_prompt", 1, "an integer >= 2"),
+    ("sample.batch_size", 0, COUNT),
+    ("sample.solver", "euler", "choose from flow, dance, ddim, dpm1, dpm2"),
+    ("sample.solver", "dmp2", "did you mean 'dpm2'?"),
+    ("sample.solver", 2, "the name of a solver"),
+    ("sample.num_steps", 0, COUNT),
+    ("sample.num_steps", 10.0, COUNT),
+    ("sample.noise_level", -0.1, NOT_NEGATIVE),
+    ("sample.guidance_scale", 0.5, "a finite number in [1, inf)"),
+    ("sample.global_std", "yes", FLAG),
+    ("sample.standardize_rewards", 1, FLAG),
+    ("train.batch_size", -1, COUNT_OR_NONE),
+    ("train.gradient_step_per_epoch", 0, COUNT),
+    ("train.num_inner_epochs", 0, COUNT),
+    ("train.timestep_fraction", 0.0, "a finite number in (0, 1]"),
+    ("train.timestep_fraction", 1.01, "a finite number in (0, 1]"),
+    ("train.sigma_choice", "last", "choose from random, stratified, first"),
+    ("train.shared_noise", 1, FLAG),
+    ("train.skip_flat_groups", 0, FLAG),
+    ("train.learning_rate", 0.0, POSITIVE),
+    ("train.learning_rate", math.nan, POSITIVE),
+    ("train.learning_rate", math.inf, POSITIVE),
+    ("train.learning_rate", True, POSITIVE),
+    ("train.learning_rate", "3e-4", POSITIVE),
+    ("train.lr_half_life", -1.0, "[0, inf)"),
+    ("train.adam_beta1", 1.0, BELOW_ONE),
+    ("train.adam_beta2", -0.1, BELOW_ONE),
+    ("train.adam_weight_decay", -1e-4, NOT_NEGATIVE),
+    ("train.adam_epsilon", 0.0, POSITIVE),
+    ("train.max_grad_norm", 0.0, POSITIVE),
+    ("train.adv_clip_max", 0.0, POSITIVE),
+    (
+        "train.adv_mode",
+        "positive",
+        "choose from all, positive_only, negative_only, one_only, binary",
+    ),
+    ("train.lora_rank", 0, COUNT),
+    ("train.lora_alpha", 0, COUNT),
+    ("train.lora_path", "absent", "must be a LoRA that exists"),
+    ("train.lora_path", ".", "adapter_config.json"),
+    ("train.lora_path", "README.md", "a .safetensors file or a folder with one"),
+    ("train.ema_decay", 1.0, BELOW_ONE),
+    ("train.max_skipped_steps", -1, COUNT_OR_NONE),
+    ("nft.beta", 0.0, POSITIVE),
+    ("nft.kl_weight", -1e-4, NOT_NEGATIVE),
+    ("nft.weighting", "adaptve", "choose from adaptive, uniform, sigma, one_minus_sigma"),
+    ("nft.negative_branch", 0, FLAG),
+    ("nft.old_policy_decay", 1, "linear_to_half"),
+    ("nft.old_policy_decay", "linear_to_haf", "did you mean 'linear_to_half'?"),
+    ("nft.old_policy_decay", "linear:0.01:0:1", "CAP in [0, 1), such as linear:0.01:0:0.5"),
+    ("nft.old_policy_decay", "linear:1e-3:0:0.5", "in plain decimals"),
+    ("nft.old_policy_decay", "linear:.01:0:0.5", "in plain decimals"),
+    ("nft.old_policy_decay", "linear:0.01:0:0.5\n", "in plain decimals"),
+    ("nft.old_policy_decay", "linear:٠:0:0.5", "in plain decimals"),
+    ("nft.old_policy_decay", "linear:0.01:0.5", "linear:SLOPE:START:CAP"),
+    ("nft.old_policy_decay", "linear:-1:0:0.5", "linear:SLOPE:START:CAP"),
+    ("grpo.clip_range", 1.0, "a finite number in (0, 1)"),
+    ("grpo.kl_weight", -0.01, NOT_NEGATIVE),
+    ("matching.weighting", "plain", "choose from adaptive, uniform, sigma, one_minus_sigma"),
+    ("matching.kl_weight", -1e-4, NOT_NEGATIVE),
+    ("matching.temperature", 0.0, POSITIVE),
+    ("matching.best_of", 0, COUNT),
+    ("matching.clip_range", 0, POSITIVE),
+    ("eval.rewards", "aesthetic", "a tuple of reward names"),
+    ("eval.rewards", (3,), "a tuple of reward names"),
+    ("eval.rewards", ("asthetic",), "did you mean 'aesthetic'?"),
+    ("eval.rewards", ("aesthetic", "aesthetic"), "comes twice"),
+    ("eval.num_prompts", -1, COUNT_OR_NONE),
+    ("eval.num_steps", 0, COUNT),
+    ("eval.solver", "euler", "choose from flow, dance, ddim, dpm1, dpm2"),
+    ("eval.guidance_scale", 0, "a finite number in [1, inf)"),
+    ("eval.batch_size", 0, COUNT),
+    ("eval.at_start", 1, FLAG),
+    ("monitor.action", "halt", "choose from off, warn, stop, raise_kl"),
+    ("monitor.pictures", 1, FLAG),
+    ("monitor.max_drop", 0.0, POSITIVE),
+    ("monitor.max_diversity_drop", 1.5, "a finite number in (0, 1]"),
+    ("monitor.max_picture_change", 0.0, POSITIVE),
+    ("monitor.max_kl", -1.0, NOT_NEGATIVE),
+    ("checkpoint.keep", -1, COUNT_OR_NONE),
+    ("perf.embed_cache_gb", -1.0, NOT_NEGATIVE),
+    ("perf.offload_text_encoders", None, FLAG),
+    ("perf.vae_batch_size", 0, COUNT),
+    ("perf.gradient_checkpointing", "no", FLAG),
+    ("perf.compile", "yes", FLAG),
+    ("log.wandb", "disabled", "choose from online, offline, off"),
+    ("log.wandb_project", "", "text, not empty"),
+    ("log.tensorboard", 2, FLAG),
+    ("log.num_images", -1, COUNT_OR_NONE),
+    ("log.image_freq", -1, COUNT_OR_NONE),
+    ("distributed.timeout_minutes", 0.0, "a finite number in (0, 1e6]"),
+    ("stages", 3, "a tuple of mappings"),
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "valid"), REFUSED, ids=[f"{key}={str(v)[:20]}" for key, v, _ in REFUSED]
+)
+def test_refused_value(key: str, value: Any, valid: str) -> None:
+    line = only_problem({key: value})
+    assert line.startswith(f"{key} = {value!r}: ")
+    assert valid in line
+    assert "\n" not in line
+
+
+def test_every_key_has_a_value_that_is_refused() -> None:
+    assert {key for key, _, _ in REFUSED} == set(SCHEMA)
+
+
+ACCEPTED: list[tuple[str, Any]] = [
+    ("train.learning_rate", 1),
+    ("train.learning_rate", np.float64(1e-3)),
+    ("train.timestep_fraction", 1),
+    ("train.adam_beta1", 0),
+    ("nft.kl_weight", 0),
+    ("nft.old_policy_decay", "on_policy"),
+    ("nft.old_policy_decay", "linear:0.075:8:0.999"),
+    ("train.ema_decay", 0.0),
+    ("sample.solver", "dance"),
+    ("sample.noise_level", 0.0),
+    ("sample.guidance_scale", 4.5),
+    ("save_freq", 0),
+    ("checkpoint.keep", 0),
+    ("resume_from", "."),
+    ("dataset", "dataset/geneval"),
+    ("reward_fn", {"shapes": -2}),
+    ("reward_fn", {"shapes": 1, "jpeg_compressibility": 0.1}),
+    ("eval.rewards", ("aesthetic",)),
+    ("eval.rewards", ["jpeg_compressibility", "geneval"]),
+    ("remote", {"shapes": ("http://localhost:8000", "https://rewards.example", "http://[::1]:1")}),
+    ("reward_options", {"shapes": {"device": "cuda:1"}}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), ACCEPTED, ids=[f"{k}={v}" for k, v in ACCEPTED])
+def test_accepted_value(key: str, value: Any) -> None:
+    validate(changed({key: value}))
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "lora/adapter_config.json", "pytorch_lora_weights.safetensors"]
+)
+def test_accepts_the_folder_of_a_lora_and_its_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    validate(changed({"train.lora_path": str(tmp_path)}))
+    if name.endswith(".safetensors"):
+        validate(changed({"train.lora_path": str(tmp_path / name)}))
+
+
+def test_takes_plain_dictionaries_and_frozen_configs() -> None:
+    config = PRESETS.get_config("shapes")
+    validate(config.to_dict())
+    validate(ml_collections.FrozenConfigDict(config))
+    config.stages = ({"num_epochs": 3, "reward_fn": {"shapes": 2.0}},)
+    validate(config.to_dict())
+
+
+UNKNOWN = [
+    ("train.lerning_rate", "did you mean train.learning_rate?"),
+    ("learning_rate", "did you mean train.learning_rate?"),
+    ("train.lr", "did you mean train.learning_rate?"),
+    ("lr", "did you mean train.learning_rate?"),
+    ("train.wd", "did you mean train.adam_weight_decay?"),
+    ("train.weight_decay", "did you mean train.adam_weight_decay?"),
+    ("train.eps", "did you mean train.adam_epsilon?"),
+    ("train.rank", "did you mean train.lora_rank?"),
+    ("train.epochs", "did you mean num_epochs?"),
+    ("sample.bs", "did you mean sample.batch_size?"),
+    ("eval.cfg", "did you mean eval.guidance_scale?"),
+    ("nft.kl", "did you mean nft.kl_weight?"),
+    ("train.num_steps", "did you mean sample.num_steps or eval.num_steps?"),
+    ("xyzzy", "the keys are in config/base.py"),
+]
+
+
+@pytest.mark.parametrize(("key", "hint"), UNKNOWN)
+def test_unknown_key(key: str, hint: str) -> None:
+    line = only_problem({key: 3})
+    assert line.startswith(f"{key} = 3: is an unknown key; ")
+    assert hint in line
+
+
+REPLACED = [
+    ("beta", "nft.beta"),
+    ("train.beta", "nft.kl_weight"),
+    ("decay_type", "nft.old_policy_decay"),
+    ("prompt_fn", "dataset"),
+    ("per_prompt_stat_tracking", "sample.global_std"),
+    ("logdir", "save_dir"),
+    ("num_checkpoint_limit", "checkpoint.keep"),
+    ("sample.train_batch_size", "sample.batch_size"),
+    ("sample.num_batches_per_epoch", "sample.num_groups"),
+    ("sample.eval_num_steps", "eval.num_steps"),
+    ("sample.eval_guidance_scale", "eval.guidance_scale"),
+    ("sample.test_batch_size", "eval.batch_size"),
+    ("sample.deterministic", "sample.solver"),
+    ("train.gradient_accumulation_steps", "train.gradient_step_per_epoch"),
+    ("train.clip_range", "grpo.clip_range"),
+    ("train.ema", "train.ema_decay"),
+    ("test.batch_size", "eval.*"),
+]
+
+
+@pytest.mark.parametrize(("published", "ours"), REPLACED)
+def test_key_of_the_published_code_names_its_successor(published: str, ours: str) -> None:
+    line = only_problem({published: 1})
+    assert line.startswith(f"{published} = 1: is a key of the published code; use {ours}")
+
+
+@pytest.mark.parametrize("published", ["use_lora", "debug"])
+def test_key_of_the_published_code_without_successor(published: str) -> None:
+    assert f"{published} = True: is a key of the published code; drop it" in only_problem(
+        {published: True}
+    )
+
+
+def test_published_keys_name_keys_that_exist() -> None:
+    tested = {published for published, _ in REPLACED} | {"use_lora", "debug", "test.*"}
+    assert set(PUBLISHED_KEYS) == tested - {"test.batch_size"}
+    for published, (ours, _) in PUBLISHED_KEYS.items():
+        assert published not in SCHEMA
+        assert ours in SCHEMA or ours == "" or ours.removesuffix(".*") in SECTIONS
+
+
+@pytest.mark.parametrize("key", sorted(SCHEMA))
+def test_missing_key(key: str) -> None:
+    tree = PRESETS.get_config("shapes").to_dict()
+    *sections, last = key.split(".")
+    section = tree
+    for part in sections:
+        section = section[part]
+    del section[last]
+    with pytest.raises(ConfigError) as caught:
+        validate(ml_collections.ConfigDict(tree))
+    (line,) = caught.value.problems
+    assert line.startswith(f"{key} is missing: ")
+
+
+def test_section_that_is_a_value() -> None:
+    line = only_problem({"nft": 1.0})
+    assert line.startswith("nft = 1.0: is a section, not a value; it holds nft.beta, nft.kl_weight")
+
+
+def test_empty_section() -> None:
+    assert [line.split(" is missing")[0] for line in problems({"checkpoint": {}, "log": {}})] == [
+        "checkpoint.keep",
+        "log.wandb",
+        "log.wandb_project",
+        "log.tensorboard",
+        "log.num_images",
+        "log.image_freq",
+    ]
+
+
+IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
+    (
+        {"sample.num_steps": 2, "train.timestep_fraction": 0.3},
+        "int(num_steps * timestep_fraction) must be at least 1",
+    ),
+    (
+        {"train.gradient_step_per_epoch": 5, "sample.num_image_per_prompt": 4},
+        "at most 4 steps",
+    ),
+    ({"resolution": 64, "pretrained.model": "shapes"}, "48 pixels only"),
+    (
+        {"resolution": 520, "pretrained.model": "stabilityai/stable-diffusion-3.5-medium"},
+        "a multiple of 16, such as 512 or 528",
+    ),
+    ({"pretrained.max_sequence_length": 77, "pretrained.model": "shapes"}, "at 8 tokens"),
+    ({"sample.solver": "ddim", "sample.noise_level": 1.5}, "between 0 and 1"),
+    (
+        {"reward_fn": {"shapes": 1.0}, "dataset": "ocr"},
+        "train_metadata.jsonl and test_metadata.jsonl",
+    ),
+    (
+        {"reward_fn": {"shapes": 1.0}, "eval.rewards": ("ocr", "shapes")},
+        "'shapes' is trained on",
+    ),
+    (
+        {
+            "remote": {"ocr": ("http://a",), "shapes": ("http://a",)},
+            "reward_fn": {"shapes": 1.0},
+            "eval.rewards": ("aesthetic",),
+        },
+        "'ocr' is neither in reward_fn nor in eval.rewards",
+    ),
+    (
+        {
+            "reward_options": {"aesthetic": {"batch_size": 1}, "ocr": {"threads": 1}},
+            "reward_fn": {"shapes": 1.0},
+            "eval.rewards": ("aesthetic",),
+        },
+        "'ocr' is neither in reward_fn nor in eval.rewards",
+    ),
+    (
+        {
+            "reward_options": {"shapes": {"device": "cpu"}},
+            "remote": {"shapes": ("http://a",)},
+        },
+        "'shapes' is served",
+    ),
+    (
+        {"algorithm": "flow_grpo", "sample.solver": "dpm2", "sample.noise_level": 0.7},
+        "choose from dance, ddim, flow, with a noise_level above 0",
+    ),
+    (
+        {"algorithm": "flow_grpo", "sample.solver": "flow", "sample.noise_level": 0.0},
+        "choose from dance, ddim, flow, with a noise_level above 0",
+    ),
+    *(
+        (
+            {
+                "algorithm": "flow_grpo",
+                "sample.solver": "ddim",
+                "sample.num_steps": 10,
+                "train.sigma_choice": choice,
+                "train.timestep_fraction": fraction,
+            },
+            "must be 'first' and int(num_steps * timestep_fraction) less than 10",
+        )
+        for choice, fraction in (("first", 1.0), ("random", 0.5), ("stratified", 0.99))
+    ),
+    *(
+        (
+            {
+                "algorithm": name,
+                "monitor.action": action,
+                "monitor.max_kl": 0.1,
+                f"{section}.kl_weight": 0.0,
+            },
+            complaint,
+        )
+        for name, section in (("nft", "nft"), ("best_of_n", "matching"))
+        for action, complaint in (
+            ("raise_kl", "a weight of 0 cannot be raised"),
+            ("warn", "without a KL term its distance is not known"),
+        )
+    ),
+    ({"train.batch_size": 0, "perf.compile": True}, "every size that is tried would be compiled"),
+    (
+        {"algorithm": "best_of_n", "matching.best_of": 4, "sample.num_image_per_prompt": 4},
+        "must be fewer than 4",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "valid"), IMPOSSIBLE)
+def test_impossible_combination(changes: dict[str, Any], valid: str) -> None:
+    line = only_problem(changes)
+    given = ", ".join(f"{key} = {value!r}" for key, value in changes.items())
+    assert line.startswith(f"{given}: ")
+    assert valid in line
+
+
+def test_a_run_begins_from_another_run_or_from_a_lora(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").touch()
+    line = only_problem({"resume_from": str(tmp_path), "train.lora_path": str(tmp_path)})
+    assert line.endswith(": a run begins from one of them")
+
+
+def test_a_held_out_reward_reads_the_metadata_of_the_test_split_alone(tmp_path: Path) -> None:
+    for name in ("train.txt", "test.txt"):
+        (tmp_path / name).touch()
+    changes = {"reward_fn": {"ocr": 1.0}, "eval.rewards": ("geneval",), "dataset": str(tmp_path)}
+    line = only_problem(changes)
+    assert line.startswith(f"eval.rewards = ('geneval',), dataset = {str(tmp_path)!r}: ")
+    assert "the prompt set needs test_metadata.jsonl" in line
+    (tmp_path / "test.txt").rename(tmp_path / "test_metadata.jsonl")
+    validate(changed(changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sample.num_steps": 2, "train.timestep_fraction": 0.5},
+        {"train.gradient_step_per_epoch": 4, "sample.num_image_per_prompt": 4},
+        {"sample.solver": "ddim", "sample.noise_level": 1.0},
+        {"sample.solver": "flow", "sample.noise_level": 1.5},
+        {"algorithm": "flow_grpo", "sample.solver": "dance", "train.timestep_fraction": 1.0},
+        {
+            "algorithm": "flow_grpo",
+            "sample.solver": "ddim",
+            "train.timestep_fraction": 0.99,
+            "train.sigma_choice": "first",
+        },
+        {"algorithm": "best_of_n", "matching.best_of": 3, "sample.num_image_per_prompt": 4},
+        {"algorithm": "nft", "matching.best_of": 24},
+        {"algorithm": "nft", "grpo.kl_weight": 0.0, "monitor.action": "raise_kl"},
+        {"eval.rewards": ("ocr",), "remote": {"ocr": ("http://a",), "shapes": ("http://a",)}},
+        {"eval.rewards": ("ocr",), "reward_options": {"ocr": {"threads": 1, "device": "cpu"}}},
+    ],
+)
+def test_combination_at_the_edge(changes: dict[str, Any]) -> None:
+    validate(changed(changes))
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    found = problems(
+        {
+            "train.learning_rate": -1.0,
+            "sample.solver": "dpm9",
+            "reward_fn": {"pikscore": 1.0, "shapes": math.nan},
+            "decay_type": 1,
+            "resolution": 50,
+            "perf": {},
+        }
+    )
+    keys = [re.split(" = | is missing", line)[0] for line in found]
+    assert sorted(keys) == [
+        "decay_type",
+        "perf.compile",
+        "perf.embed_cache_gb",
+        "perf.gradient_checkpointing",
+        "perf.offload_text_encoders",
+        "perf.vae_batch_size",
+        "resolution",
+        "reward_fn",
+        "sample.solver",
+        "train.learning_rate",
+    ]
+    (rewards,) = [line for line in found if line.startswith("reward_fn")]
+    assert "'pikscore' is unknown" in rewards
+    assert "the weight of 'shapes'" in rewards
+
+
+def test_validation_imports_no_model_library() -> None:
+    heavy = "{'diffusers', 'transformers', 'peft', 'wandb', 'open_clip'}"
+    code = f"import sys, diffusion_nft.validation.schema; print(sorted({heavy} & set(sys.modules)))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "[]"
