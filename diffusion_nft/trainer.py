@@ -20,13 +20,15 @@ from diffusion_nft.models import load_model
 from diffusion_nft.policy import Policy, unusual_modules
 from diffusion_nft.rewards.combine import RewardError, RewardSet
 from diffusion_nft.rollout import GRID_COLUMNS, Samples, collect, summarise
-from diffusion_nft.runs.run_dir import check_prompts_kept, check_run_dir, flatten, write_config
+from diffusion_nft.runs.environment import write_environment
+from diffusion_nft.runs.run_dir import check_prompts_kept, check_run_dir, write_config
 from diffusion_nft.runs.state import RunState, newest_checkpoint, stage_number, starting_modules
-from diffusion_nft.tracking.metrics import Timer, make_metrics, write_environment
+from diffusion_nft.tracking.metrics import Timer, make_metrics
 from diffusion_nft.tracking.monitor import Alarm, Monitor
 from diffusion_nft.tracking.plan import describe
 from diffusion_nft.tracking.summary import TEST_SET, compare_pictures, pictures_file, result
 from diffusion_nft.update import Updater
+from diffusion_nft.validation.flat import flatten
 from diffusion_nft.validation.inputs import (
     build_named,
     hash_prompts,

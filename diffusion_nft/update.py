@@ -24,7 +24,6 @@ from diffusion_nft.models.precision import Precision
 from diffusion_nft.policy import Policy
 from diffusion_nft.randomness import generator, normal
 from diffusion_nft.rollout import Samples, guided_velocity
-from diffusion_nft.runs.checkpoint import flatten_optimizer, unflatten_optimizer
 
 
 def sigma_slots(available: int, used: int, choice: str, rng: torch.Generator) -> list[int]:
@@ -371,3 +370,25 @@ class Updater:
                 return predict(xt, sigma)
 
         return velocity
+
+
+def flatten_optimizer(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """``state_dict()`` of an Adam as tensors ``"<index>.<name>"`` and the JSON-able rest."""
+    entries = [(i, k, v) for i, entry in state_dict["state"].items() for k, v in entry.items()]
+    tensors = {f"{i}.{k}": v for i, k, v in entries if isinstance(v, Tensor)}
+    values: dict[str, dict[str, Any]] = {str(i): {} for i in state_dict["state"]}
+    for i, k, v in entries:
+        if not isinstance(v, Tensor):
+            values[str(i)][k] = v
+    return tensors, {"param_groups": state_dict["param_groups"], "state": values}
+
+
+def unflatten_optimizer(tensors: dict[str, Tensor], state: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of ``flatten_optimizer``, also after safetensors and JSON: ready to be loaded."""
+    entries = {int(index): dict(values) for index, values in state["state"].items()}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        entries[int(index)][name] = value
+    # JSON knows no tuples; betas is the one that Adam has.
+    groups = [group | {"betas": tuple(group["betas"])} for group in state["param_groups"]]
+    return {"state": entries, "param_groups": groups}

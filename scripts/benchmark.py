@@ -32,7 +32,7 @@ from diffusion_nft.benchmarks.phases import Observer, Peaks, report, synchronize
 from diffusion_nft.command_line import command, positive, user_path
 from diffusion_nft.distributed.ranks import Distributed, distributed
 from diffusion_nft.rewards import parse_option
-from diffusion_nft.tracking.metrics import cpu_name
+from diffusion_nft.runs.environment import cpu_name
 from diffusion_nft.utils.files import write_atomically
 from diffusion_nft.utils.paths import prepare_folder
 from diffusion_nft.validation.config_files import load_file

@@ -5,8 +5,8 @@
     python scripts/experiments.py fast --seeds 42 43 --arms faithful 9-sigmas --jobs 2
 
 A run is a process of its own; its directory and log lie in --runs, its numbers in
---results/EXPERIMENT/ARM-seedSEED.jsonl (diffusion_nft/experiments/results.py).  The same command goes on where it
-was stopped.  What has finished is not run again, in another experiment neither if the arm is the
+--results/EXPERIMENT/ARM-seedSEED.jsonl.  The same command goes on where it was stopped.  What has
+finished is not run again, in another experiment neither if the arm is the
 same there; results of an arm that has changed since are refused.  scripts/experiments_plot.py draws
 them.
 """

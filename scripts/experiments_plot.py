@@ -26,7 +26,7 @@ from diffusion_nft.experiments.comparison import (
     read,
 )
 from diffusion_nft.experiments.tables import report, watched
-from diffusion_nft.tracking.monitor import PICTURES
+from diffusion_nft.rewards import PICTURE_STATISTICS
 from diffusion_nft.utils.files import write_atomically
 from diffusion_nft.utils.paths import prepare_folder
 
@@ -109,7 +109,9 @@ def draw_watched(results: Results, path: Path) -> None:
             x, y = zip(*means, strict=True) if means else ((), ())
             line = LINES[number // len(COLOURS) % len(LINES)]
             panel.plot(x, y, line, color=colour, linewidth=1.6, label=arm)
-        panel.set_title(f"{name} (brightness)" if name == f"eval/{PICTURES}" else name, fontsize=9)
+        panel.set_title(
+            f"{name} (brightness)" if name == f"eval/{PICTURE_STATISTICS}" else name, fontsize=9
+        )
         panel.set_xlabel("forward-equivalents, thousands", fontsize=8)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)

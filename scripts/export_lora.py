@@ -27,6 +27,7 @@ from diffusion_nft.command_line import command, user_path
 from diffusion_nft.distributed.ranks import distributed
 from diffusion_nft.evaluation.options import Choice, add_model_flags, resolve
 from diffusion_nft.evaluation.results import write_json
+from diffusion_nft.models import PIPELINE_INDEX
 from diffusion_nft.models.hub import base_note, fetch_pipeline, public_name, weights_variant
 from diffusion_nft.models.lora import (
     DIFFUSERS_WEIGHTS,
@@ -39,12 +40,12 @@ from diffusion_nft.models.lora import (
 from diffusion_nft.models.precision import COMPUTE_DTYPES
 from diffusion_nft.models.sd3 import T5, T5_TOKENIZER
 from diffusion_nft.runs.checkpoint import STATE, read_json
+from diffusion_nft.shapes import EMBEDDED_MODEL
 from diffusion_nft.tracking.metrics import METRICS_FILE
 from diffusion_nft.tracking.summary import comparable, pictures_file, stage_evaluations
 from diffusion_nft.utils.files import DiskError, read_object
-from diffusion_nft.validation.checks import EMBEDDED_MODEL
 
-PIPELINE_INDEX, TRANSFORMER = "model_index.json", "transformer"
+TRANSFORMER = "transformer"
 CARD, SAMPLES = "README.md", "samples.png"
 # In the output folder until everything is written.
 UNFINISHED = ".unfinished"

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict, config_flags
 
 from diffusion_nft.data import prompts as data
 from diffusion_nft.rewards import REWARDS
-from diffusion_nft.runs.run_dir import flatten
 from diffusion_nft.validation.config_files import load_file
+from diffusion_nft.validation.flat import flatten
 from diffusion_nft.validation.schema import ConfigError, validate
 from diffusion_nft.validation.stages import stages_of
 

@@ -31,10 +31,10 @@ from diffusion_nft.randomness import generator
 from diffusion_nft.rewards import check_prompts
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.rollout import Background, Samples, collect
-from diffusion_nft.runs.run_dir import flatten
 from diffusion_nft.runs.state import RunState
 from diffusion_nft.tracking.monitor import Monitor
 from diffusion_nft.update import Updater
+from diffusion_nft.validation.flat import flatten
 from diffusion_nft.validation.inputs import build_named, load_checked_prompts, reward_weights
 from diffusion_nft.validation.stages import stages_of
 

@@ -6,7 +6,7 @@ GenEval format).  See dataset/README.md.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -19,6 +19,8 @@ from diffusion_nft.utils.files import sha256
 from diffusion_nft.utils.paths import expand
 
 T = TypeVar("T")
+# Dataset -> split -> SHA-256 of its file.
+PromptHashes = Mapping[str, Mapping[str, str]]
 
 DATASET_ROOT = Path(__file__).resolve().parents[2] / "dataset"
 SPLITS = ("train", "test")
@@ -130,6 +132,16 @@ def split_file(dataset: str | Path, split: str) -> Path:
 def hash_splits(datasets: Iterable[str]) -> dict[str, dict[str, str]]:
     """Dataset -> split -> SHA-256 of its file.  Raises as ``split_file``, and OSError."""
     return {name: {split: sha256(split_file(name, split)) for split in SPLITS} for name in datasets}
+
+
+def changed_prompts(former: PromptHashes, now: PromptHashes) -> list[tuple[str, str]]:
+    """(dataset, split) of every file that is in both and has changed."""
+    return [
+        (dataset, split)
+        for dataset in sorted(former.keys() & now.keys())
+        for split, digest in now[dataset].items()
+        if former[dataset][split] != digest
+    ]
 
 
 def _hint(name: str, split: str) -> str:

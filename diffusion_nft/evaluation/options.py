@@ -19,10 +19,10 @@ from diffusion_nft.policy import Policy, policy_of_lora, unusual_modules
 from diffusion_nft.rewards import REMOTE_TIMEOUT, check_prompts, parse_option
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.runs.checkpoint import load_checkpoint, resolve_checkpoint
-from diffusion_nft.runs.run_dir import section, with_defaults
+from diffusion_nft.shapes import EMBEDDED_LENGTH, EMBEDDED_MODEL, EMBEDDED_RESOLUTION
 from diffusion_nft.utils.files import sha256
-from diffusion_nft.validation.checks import EMBEDDED_MODEL, reward_addresses, reward_options
-from diffusion_nft.validation.constraints import EMBEDDED_LENGTH, EMBEDDED_RESOLUTION
+from diffusion_nft.validation.checks import reward_addresses, reward_options
+from diffusion_nft.validation.flat import section, with_defaults
 from diffusion_nft.validation.schema import validate_settings
 
 # Settings without a checkpoint; with one, those of its run.

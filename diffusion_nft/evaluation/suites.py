@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_nft.evaluation.results import SETTINGS_FILE, finished
-from diffusion_nft.tracking.metrics import ENVIRONMENTS_FILE
+from diffusion_nft.runs.environment import ENVIRONMENTS_FILE
 from diffusion_nft.utils.files import read_lines, read_object
 
 

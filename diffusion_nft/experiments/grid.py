@@ -10,10 +10,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from diffusion_nft.data.prompts import hash_splits
-from diffusion_nft.runs.run_dir import CONFIG_FILE, PromptHashes, changed_prompts, flatten
+from diffusion_nft.data.prompts import PromptHashes, changed_prompts, hash_splits
+from diffusion_nft.runs.run_dir import CONFIG_FILE
 from diffusion_nft.utils.files import read_object
 from diffusion_nft.validation.config_files import load_file
+from diffusion_nft.validation.flat import flatten
 from diffusion_nft.validation.schema import SCHEMA, expand_paths, unknown_key, validate
 from diffusion_nft.validation.stages import stages_of
 

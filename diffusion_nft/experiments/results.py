@@ -16,12 +16,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from diffusion_nft.data.prompts import changed_prompts
 from diffusion_nft.experiments.grid import ROOT, Run, differences, read_header, refuse
 from diffusion_nft.models.flops import backward_cost, forward_cost
-from diffusion_nft.runs.run_dir import CONFIG_FILE, changed_prompts, flatten
-from diffusion_nft.tracking.metrics import ENVIRONMENTS_FILE, METRICS_FILE, cpu_name, read_metrics
+from diffusion_nft.runs.environment import ENVIRONMENTS_FILE, cpu_name
+from diffusion_nft.runs.run_dir import CONFIG_FILE
+from diffusion_nft.shapes import EMBEDDED_MODEL
+from diffusion_nft.tracking.metrics import METRICS_FILE, read_metrics
 from diffusion_nft.utils.files import read_lines, read_object, write_atomically
-from diffusion_nft.validation.checks import EMBEDDED_MODEL
+from diffusion_nft.validation.flat import flatten
 
 EMBEDDED_PIPELINE = ROOT / "diffusion_nft" / "shapes" / "pipeline"
 THREADS = "OMP_NUM_THREADS"

@@ -1,12 +1,15 @@
 """Base models by family: loading, encoding prompts, predicting velocities, decoding latents."""
 
 import importlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models.precision import Precision
 
+PIPELINE_INDEX = "model_index.json"
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # pretrained.model_type -> "module:Class".
 MODELS: dict[str, str] = {
     "sd3": "diffusion_nft.models.sd3:SD3Model",

@@ -10,10 +10,11 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from diffusion_nft.models import HUB_NAME, PIPELINE_INDEX
 from diffusion_nft.models.lora import Lora
+from diffusion_nft.shapes import EMBEDDED_MODEL
 from diffusion_nft.shapes.model import PIPELINE_DIR
 from diffusion_nft.utils.files import read_object
-from diffusion_nft.validation.checks import EMBEDDED_MODEL, HUB_NAME, PIPELINE_INDEX
 
 # "fp16" of model.fp16.safetensors and of its shards, as diffusers and transformers name them.
 VARIANT = re.compile(r"\.(\w+)(-\d+-of-\d+)?\.(safetensors|bin)$")

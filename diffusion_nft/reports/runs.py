@@ -11,11 +11,13 @@ from diffusion_nft.evaluation.results import (
     RESULTS_FILE,
     mean_and_error,
 )
-from diffusion_nft.runs.run_dir import CONFIG_FILE, section
-from diffusion_nft.tracking.metrics import ENVIRONMENTS_FILE, METRICS_FILE, read_metrics
-from diffusion_nft.tracking.monitor import PICTURES
+from diffusion_nft.rewards import PICTURE_STATISTICS
+from diffusion_nft.runs.environment import ENVIRONMENTS_FILE
+from diffusion_nft.runs.run_dir import CONFIG_FILE
+from diffusion_nft.tracking.metrics import METRICS_FILE, read_metrics
 from diffusion_nft.tracking.summary import comparable, pictures_file
 from diffusion_nft.utils.files import read_lines, read_object
+from diffusion_nft.validation.flat import section
 
 Row = dict[str, Any]
 # Standard errors that a change must exceed to be called one.
@@ -245,7 +247,7 @@ def _read_part(path: Path, config: Row, rows: list[Row], number: int) -> Part:
         )
     ]
     merged = config | own
-    watched = [PICTURES] if config.get("monitor.pictures") else []
+    watched = [PICTURE_STATISTICS] if config.get("monitor.pictures") else []
     return Part(
         number,
         merged.get("dataset", ""),

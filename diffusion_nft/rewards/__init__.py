@@ -48,6 +48,8 @@ REWARDS: dict[str, str] = {
     "picture_statistics": "diffusion_nft.rewards.picture_statistics:PictureStatistics",
 }
 
+# The reward whose score and components ``monitor.pictures`` watches.
+PICTURE_STATISTICS = "picture_statistics"
 # Rewards that cannot score every prompt -> "module:function" of a text, its metadata and the
 # reward's options (None: it is served, and its server has them), which raises ValueError for one
 # that it cannot score.

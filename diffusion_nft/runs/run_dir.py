@@ -1,6 +1,5 @@
 """The run directory: which configuration it belongs to, and whether a new one may continue it."""
 
-import functools
 import json
 import re
 from collections.abc import Mapping
@@ -10,16 +9,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from diffusion_nft.data.prompts import split_file
+from diffusion_nft.data.prompts import PromptHashes, changed_prompts, split_file
 from diffusion_nft.utils.files import write_atomically
-from diffusion_nft.validation.config_files import load_file
+from diffusion_nft.validation.flat import defaults, flatten, with_defaults
 
 CONFIG_FILE = "config.json"
-BASE_CONFIG = Path(__file__).resolve().parents[2] / "config" / "base.py"
 # Sections whose keys are names that users choose.
 OPEN_SECTIONS = ("reward_fn.", "remote.", "reward_options.", "stages.")
-# Dataset -> split -> SHA-256 of its file.
-PromptHashes = Mapping[str, Mapping[str, str]]
 
 # Options of every reward that say where it computes, how fast and how often it tries, and move
 # scores by rounding at most: a reward that ran out of memory, or gave no score, can go on.
@@ -73,49 +69,6 @@ class RunDirError(ValueError):
     """The run directory belongs to another configuration, or to other prompts."""
 
 
-def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
-    """``{"train.learning_rate": 3e-4, ...}``: the leaves of a configuration by dotted key, with
-    lists for tuples, as JSON gives them back.
-
-    What the second of ``stages`` sets stands under ``stages.2.``.
-    """
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if key == "stages":
-            value = dict(enumerate(value, start=1))
-        if isinstance(value, (ConfigDict, dict)):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-@functools.cache
-def defaults() -> Mapping[str, Any]:
-    """The flat configuration of config/base.py."""
-    return flatten(load_file(BASE_CONFIG).get_config())
-
-
-def with_defaults(former: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat configuration that a run keeps, with the defaults of keys that the version which
-    wrote it did not have.
-    """
-    return {**defaults(), **former}
-
-
-def section(flat: dict[str, Any], name: str) -> dict[str, Any]:
-    """The section ``name`` of a flattened configuration as it was before: nested mappings."""
-    tree: dict[str, Any] = {}
-    for key, value in flat.items():
-        first, *path = key.split(".")
-        if first == name and path:
-            branch = tree
-            for part in path[:-1]:
-                branch = branch.setdefault(part, {})
-            branch[path[-1]] = value
-    return tree
-
-
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """One line per key that differs between two flat configurations and alters the numbers."""
     lines = []
@@ -159,16 +112,6 @@ def check_run_dir(config: ConfigDict) -> None:
             + "\nchoose another --config.save_dir, or give the former values; another run begins "
             f"with the policies of this one by --config.resume_from={config.save_dir}"
         )
-
-
-def changed_prompts(former: PromptHashes, now: PromptHashes) -> list[tuple[str, str]]:
-    """(dataset, split) of every file that is in both and has changed."""
-    return [
-        (dataset, split)
-        for dataset in sorted(former.keys() & now.keys())
-        for split, digest in now[dataset].items()
-        if former[dataset][split] != digest
-    ]
 
 
 def check_prompts_kept(config: ConfigDict, former: PromptHashes, now: PromptHashes) -> None:

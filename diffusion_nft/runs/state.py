@@ -1,11 +1,13 @@
 """What continuing a run needs, on disk and back: the policies, the optimizer, the counters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 
+from diffusion_nft.data.prompts import PromptHashes, changed_prompts
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models.hub import base_note
 from diffusion_nft.models.lora import Lora, export_lora, load_lora, lora_modules
@@ -17,9 +19,8 @@ from diffusion_nft.runs.checkpoint import (
     load_checkpoint,
     resolve_checkpoint,
 )
-from diffusion_nft.runs.run_dir import PromptHashes, changed_prompts, flatten, with_defaults
-from diffusion_nft.tracking.monitor import Monitor
 from diffusion_nft.update import Updater
+from diffusion_nft.validation.flat import flatten, with_defaults
 from diffusion_nft.validation.stages import Stage
 
 # What a LoRA's numbers mean depends on these.
@@ -104,6 +105,24 @@ def _source(config: ConfigDict) -> Checkpoint:
     return source
 
 
+class KeepsBaselines(Protocol):
+    """What alarms compare with, saved with the run."""
+
+    state: dict[str, Any]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a former ``state``."""
+        ...
+
+    def forget_evaluation(self) -> None:
+        """Former evaluations do not compare with what follows."""
+        ...
+
+    def forget_epoch(self) -> None:
+        """Former epochs do not compare with what follows."""
+        ...
+
+
 class RunState:
     """The run's counters beside ``policy`` and ``updater``, saved and restored together."""
 
@@ -114,7 +133,7 @@ class RunState:
         dist: Distributed,
         policy: Policy,
         updater: Updater,
-        monitor: Monitor,
+        monitor: KeepsBaselines,
         prompts: PromptHashes,
     ):
         self.prompts = prompts  # of this stage and later ones

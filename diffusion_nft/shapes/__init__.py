@@ -3,3 +3,6 @@
 Everything that runs on Stable Diffusion 3.5 runs here unchanged, in minutes on a CPU and with
 nothing to download.
 """
+
+# ``pretrained.model``, the model's pixels a side and its T5 tokens.
+EMBEDDED_MODEL, EMBEDDED_RESOLUTION, EMBEDDED_LENGTH = "shapes", 48, 8

@@ -15,9 +15,8 @@ from ml_collections import ConfigDict
 
 from diffusion_nft.algorithms import Algorithm
 from diffusion_nft.evaluation.results import Evaluation
+from diffusion_nft.rewards import PICTURE_STATISTICS
 
-# The reward whose score and components ``monitor.pictures`` watches.
-PICTURES = "picture_statistics"
 # Metrics of this start are 1 where what they name is beyond its limit, else 0.
 ALARM = "monitor/alarm/"
 # Fewer lines of a tag than this say too little about their spread.
@@ -30,7 +29,7 @@ KL_FACTOR, MAX_KL_FACTOR = 2.0, 64.0
 
 def is_picture_statistic(name: str) -> bool:
     """Of brightness and the like, neither more nor less is better."""
-    return name.partition("/")[0] == PICTURES
+    return name.partition("/")[0] == PICTURE_STATISTICS
 
 
 class Alarm(RuntimeError):

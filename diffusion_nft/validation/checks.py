@@ -17,17 +17,16 @@ from ml_collections import ConfigDict
 
 from diffusion_nft.algorithms.nft import OLD_POLICY_DECAYS, old_policy_schedule
 from diffusion_nft.data import prompts as data
+from diffusion_nft.models import HUB_NAME, PIPELINE_INDEX
 from diffusion_nft.rewards import REWARDS, check_options
+from diffusion_nft.shapes import EMBEDDED_MODEL
 from diffusion_nft.solvers import SOLVERS, check_solver
 from diffusion_nft.utils.paths import expand, is_line
 
 Check = Callable[[Any], str | None]
 
-EMBEDDED_MODEL = "shapes"
-PIPELINE_INDEX = "model_index.json"
 # What the kernels count with.
 LARGEST = 2**63 - 1
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # A branch, a tag or a commit; the hub's cache makes a file name of it.
 REVISION = re.compile(r"\w[\w./-]*", re.ASCII)
 

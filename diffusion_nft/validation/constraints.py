@@ -6,10 +6,9 @@ from functools import partial
 
 from diffusion_nft.algorithms import algorithm_class
 from diffusion_nft.data import prompts as data
+from diffusion_nft.shapes import EMBEDDED_LENGTH, EMBEDDED_MODEL, EMBEDDED_RESOLUTION
 from diffusion_nft.solvers import STOCHASTIC, check_solver
-from diffusion_nft.validation.checks import EMBEDDED_MODEL
 
-EMBEDDED_RESOLUTION, EMBEDDED_LENGTH = 48, 8
 # SD3: its VAE makes a latent of 8 x 8 pixels, its transformer a token of 2 x 2 latents.
 PIXELS_PER_TOKEN = 16
 # Rewards that read the metadata of a prompt, not only its text.

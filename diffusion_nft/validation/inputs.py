@@ -6,16 +6,15 @@ from ml_collections import ConfigDict
 
 from diffusion_nft.data.prompts import (
     Prompt,
+    changed_prompts,
     evaluated_lines,
     hash_splits,
     load_prompts,
     split_file,
 )
 from diffusion_nft.distributed.ranks import Distributed
-from diffusion_nft.rewards import Reward, check_prompts
+from diffusion_nft.rewards import PICTURE_STATISTICS, Reward, check_prompts
 from diffusion_nft.rewards.combine import build_rewards
-from diffusion_nft.runs.run_dir import changed_prompts
-from diffusion_nft.tracking.monitor import PICTURES
 
 
 def reward_weights(config: ConfigDict) -> tuple[dict[str, float], dict[str, float]]:
@@ -23,7 +22,7 @@ def reward_weights(config: ConfigDict) -> tuple[dict[str, float], dict[str, floa
     those that ``monitor.pictures`` watches, too, at 0.
     """
     trained = config.reward_fn.to_dict()
-    watched = (PICTURES,) if config.monitor.pictures else ()
+    watched = (PICTURE_STATISTICS,) if config.monitor.pictures else ()
     held_out = [name for name in (*config.eval.rewards, *watched) if name not in trained]
     return trained, trained | dict.fromkeys(held_out, 0.0)
 

@@ -30,7 +30,7 @@ from diffusion_nft.rewards.serving.protocol import (
 )
 from diffusion_nft.rewards.serving.server import create_app
 from diffusion_nft.runs.checkpoint import MANIFEST, STATE, CheckpointError, load_checkpoint
-from diffusion_nft.runs.run_dir import flatten
+from diffusion_nft.validation.flat import flatten
 from diffusion_nft.validation.schema import SCHEMA, ConfigError, validate
 from tests.reliability.bad_inputs import CPU
 from tests.reliability.test_bad_config import config_with

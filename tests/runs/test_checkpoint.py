@@ -13,11 +13,10 @@ import torch
 from diffusion_nft.runs.checkpoint import (
     Checkpointer,
     CheckpointError,
-    flatten_optimizer,
     load_checkpoint,
     resolve_checkpoint,
-    unflatten_optimizer,
 )
+from diffusion_nft.update import flatten_optimizer, unflatten_optimizer
 from tests.launch import train_here
 
 

@@ -7,17 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion_nft.data.prompts import hash_splits
+from diffusion_nft.data.prompts import changed_prompts, hash_splits
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.runs.run_dir import (
     RunDirError,
-    changed_prompts,
     check_prompts_kept,
     check_run_dir,
     differences,
-    flatten,
     write_config,
 )
+from diffusion_nft.validation.flat import flatten
 from diffusion_nft.validation.inputs import hash_prompts
 
 

@@ -14,9 +14,9 @@ import torch
 from absl import flags
 from ml_collections import config_flags
 
-from diffusion_nft.runs.run_dir import flatten
 from diffusion_nft.solvers import solve
 from diffusion_nft.validation.config_files import load_file
+from diffusion_nft.validation.flat import flatten
 from tests.launch import ROOT, train_here
 from tests.scripts.in_process import call, script
 

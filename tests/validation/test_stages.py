@@ -15,10 +15,11 @@ from diffusion_nft.rewards import REWARDS
 from diffusion_nft.rewards.combine import RewardError
 from diffusion_nft.run import StartError, run
 from diffusion_nft.runs.checkpoint import Checkpointer, load_checkpoint
-from diffusion_nft.runs.run_dir import RunDirError, check_run_dir, flatten, write_config
+from diffusion_nft.runs.run_dir import RunDirError, check_run_dir, write_config
 from diffusion_nft.tracking.metrics import read_metrics
 from diffusion_nft.tracking.plan import outline
 from diffusion_nft.trainer import Trainer
+from diffusion_nft.validation.flat import flatten
 from diffusion_nft.validation.schema import ConfigError, validate
 from diffusion_nft.validation.stages import stage_problems, stages_of
 from tests.launch import one_thread, smoke
