@@ -15,7 +15,6 @@ from diffusion_nft.distributed.preemption import REASON, Preempted
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.evaluation.evaluate import evaluate
 from diffusion_nft.evaluation.results import Evaluation, write_results
-from diffusion_nft.images import image_grid, save_grid
 from diffusion_nft.models import load_model
 from diffusion_nft.policy import Policy, unusual_modules
 from diffusion_nft.rewards.combine import RewardError, RewardSet
@@ -23,6 +22,7 @@ from diffusion_nft.rollout import GRID_COLUMNS, Samples, collect, summarise
 from diffusion_nft.runs.environment import write_environment
 from diffusion_nft.runs.run_dir import check_prompts_kept, check_run_dir, write_config
 from diffusion_nft.runs.state import RunState, newest_checkpoint, stage_number, starting_modules
+from diffusion_nft.tracking.grids import image_grid, save_grid
 from diffusion_nft.tracking.metrics import Timer, make_metrics
 from diffusion_nft.tracking.monitor import Alarm, Monitor
 from diffusion_nft.tracking.plan import describe

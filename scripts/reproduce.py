@@ -35,10 +35,10 @@ from diffusion_nft.evaluation.results import (
     write_json,
 )
 from diffusion_nft.evaluation.suites import SUITES, as_json, as_markdown, read_rows, result_table
-from diffusion_nft.images import image_grid, save_grid
 from diffusion_nft.runs.environment import write_environment
 from diffusion_nft.runs.lock import only_writer
 from diffusion_nft.shapes import EMBEDDED_MODEL
+from diffusion_nft.tracking.grids import image_grid, save_grid
 from diffusion_nft.utils.files import write_atomically
 
 NUM_PICTURES = 16

@@ -7,15 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_nft.images import (
-    full_captions,
-    image_grid,
-    save_grid,
-    side_by_side,
-    to_pil,
-    to_uint8,
-    with_blanks,
-)
+from diffusion_nft.images import to_pil, to_uint8, with_blanks
+from diffusion_nft.tracking.grids import full_captions, image_grid, save_grid, side_by_side
 
 WHITE = (255, 255, 255)
 

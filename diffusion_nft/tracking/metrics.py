@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusion_nft.images import full_captions, save_grid
+from diffusion_nft.tracking.grids import full_captions, save_grid
 from diffusion_nft.utils.files import naming, write_atomically
 
 METRICS_FILE = "metrics.jsonl"

@@ -7,7 +7,7 @@ from typing import Any
 from PIL.Image import Image
 
 from diffusion_nft.evaluation.results import NUM_SAMPLES, Evaluation
-from diffusion_nft.images import side_by_side
+from diffusion_nft.tracking.grids import side_by_side
 from diffusion_nft.tracking.metrics import METRICS_FILE, read_metrics
 
 # The column of evaluations that counts the changes of the test prompts; absent before the first.

@@ -16,7 +16,7 @@ import httpx
 from ml_collections import ConfigDict
 
 from diffusion_nft.algorithms.nft import OLD_POLICY_DECAYS, old_policy_schedule
-from diffusion_nft.data import prompts as data
+from diffusion_nft.data.prompts import SPLITS, split_file
 from diffusion_nft.models import HUB_NAME, PIPELINE_INDEX
 from diffusion_nft.rewards import REWARDS, check_options
 from diffusion_nft.shapes import EMBEDDED_MODEL
@@ -219,8 +219,8 @@ def dataset(value: Any) -> str | None:
     if not isinstance(value, str):
         return "must be the name of a prompt set, or the path of a folder"
     try:
-        for split in data.SPLITS:
-            data.split_file(value, split)
+        for split in SPLITS:
+            split_file(value, split)
     except ValueError as error:
         return str(error).removeprefix(f"dataset = {value!r}: ")
     return None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from diffusion_nft.algorithms import algorithm_class
-from diffusion_nft.data import prompts as data
+from diffusion_nft.data.prompts import SPLITS, split_file
 from diffusion_nft.shapes import EMBEDDED_LENGTH, EMBEDDED_MODEL, EMBEDDED_RESOLUTION
 from diffusion_nft.solvers import STOCHASTIC, check_solver
 
@@ -99,7 +99,7 @@ def _metadata_is_there(
     splits: Collection[str], rewards: Collection[str], dataset: str
 ) -> str | None:
     blind = [name for name in METADATA_REWARDS if name in rewards]
-    suffixes = {data.split_file(dataset, split).suffix for split in splits}
+    suffixes = {split_file(dataset, split).suffix for split in splits}
     if not blind or suffixes == {".jsonl"}:
         return None
     files = " and ".join(f"{split}_metadata.jsonl" for split in splits)
@@ -168,7 +168,7 @@ COMBINATIONS = (
         ("algorithm", "matching.best_of", "sample.num_image_per_prompt"), _some_are_left_out
     ),
     Combination(("train.batch_size", "perf.compile"), _sizes_are_few),
-    Combination(("reward_fn", "dataset"), partial(_metadata_is_there, data.SPLITS)),
+    Combination(("reward_fn", "dataset"), partial(_metadata_is_there, SPLITS)),
     Combination(("eval.rewards", "dataset"), partial(_metadata_is_there, ("test",))),
     Combination(("reward_fn", "eval.rewards"), _held_out),
     Combination(("remote", "reward_fn", "eval.rewards"), _in_use),

@@ -11,8 +11,8 @@ import torch
 from ml_collections import ConfigDict
 
 from diffusion_nft.data.prompts import load_prompts
-from diffusion_nft.images import image_grid
 from diffusion_nft.rewards import check_prompts
+from diffusion_nft.tracking.grids import image_grid
 from diffusion_nft.validation.inputs import load_checked_prompts
 from tests.reliability.bad_inputs import Case, parametrized, train, watch
 from tests.reliability.test_bad_config import config_with

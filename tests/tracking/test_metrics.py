@@ -11,8 +11,8 @@ import torch
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diffusion_nft.images import image_grid
 from diffusion_nft.runs.environment import write_environment
+from diffusion_nft.tracking.grids import image_grid
 from diffusion_nft.tracking.metrics import Metrics, NullMetrics, Timer, make_metrics, read_metrics
 
 
