@@ -3,8 +3,9 @@
     python scripts/report.py logs/nft/shapes/demo
     python scripts/report.py logs/nft/shapes/demo logs/nft/shapes/full --output compared.html
 
-Reads run directories only, of runs in stages and of runs that are not finished as well; needs no
-model and no network.  The file opens offline and brings its pictures, curves and style along.
+Writes report.html into the directory of a single run, or into the working directory where it
+compares several.  Reads run directories only, also of runs in stages and of unfinished runs; needs
+no model and no network.  The file opens offline and contains its images, curves and style.
 """
 
 import argparse
@@ -24,17 +25,20 @@ def parse_flags() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("runs", nargs="+", type=user_path, metavar="RUN", help="a run directory")
-    add("--output", type=user_path, default=Path("report.html"), help="default: %(default)s")
-    return parser.parse_args()
+    add("--output", type=user_path, help="the HTML file")
+    args = parser.parse_args()
+    args.output = args.output or Path(args.runs[0] if len(args.runs) == 1 else "", "report.html")
+    return args
 
 
 def main() -> None:
-    """Reads, writes, and says where the report is."""
+    """Reads the runs, writes the report and prints its path."""
     args = parse_flags()
+    runs = read_runs(args.runs)
     prepare_folder(args.output.parent)
-    data = page(read_runs(args.runs)).encode()
+    data = page(runs).encode()
     write_atomically(args.output, data)
-    print(f"{args.output}: {len(data) / 1e6:.1f} MB")
+    print(f"{args.output.resolve()}: {len(data) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.launch import ROOT
+from diffusion_nft.reports.charts import ticks
 from tests.scripts.in_process import call, script
 
 EVIL = "<script>alert(\"p\")</script> & 'x' </style>"
@@ -21,9 +21,7 @@ SHAPES = {"svg", "path", "circle", "rect"}
 
 @pytest.fixture(scope="module")
 def report():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "scripts"))
-        yield script("report")
+    return script("report")
 
 
 class Page(HTMLParser):
@@ -365,6 +363,19 @@ def test_what_is_no_run_is_refused_in_one_line(report, tmp_path):
         call(report, make_run(tmp_path / "b"), "--output", tmp_path / "file" / "report.html")
 
 
+def test_a_report_is_in_its_run_and_a_comparison_says_where(report, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
+    call(report, one)
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'one' / 'report.html'}: ")
+    call(report, one, two)
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'report.html'}: ")
+    assert (one / "report.html").is_file() and (tmp_path / "report.html").is_file()
+    with pytest.raises(ValueError):
+        call(report, tmp_path / "three")
+    assert not (tmp_path / "three").exists()
+
+
 def test_captions_that_a_grid_could_not_show_are_in_the_page(report, tmp_path):
     run = make_run(tmp_path / "run")
     draw(run / "before_after.png", 17, 12)
@@ -402,10 +413,8 @@ def test_long_curves_are_thinned_to_means(report, tmp_path):
         (0.0, 2e6, ["0", "5e+05", "1e+06", "1.5e+06", "2e+06"]),
     ],
 )
-def test_axes_have_round_numbers(report, low, high, expected):
-    import report_charts
-
-    assert [text for _, text in report_charts.ticks(low, high, 5)] == expected
+def test_axes_have_round_numbers(low, high, expected):
+    assert [text for _, text in ticks(low, high, 5)] == expected
 
 
 @pytest.fixture
