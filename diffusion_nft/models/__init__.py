@@ -3,10 +3,12 @@
 import importlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models.precision import Precision
+
+if TYPE_CHECKING:  # reward servers import this package with little else
+    from diffusion_nft.distributed.ranks import Distributed
 
 PIPELINE_INDEX = "model_index.json"
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -22,7 +24,7 @@ def build_model(model_type: str, **options: Any) -> Any:
     return getattr(importlib.import_module(module), cls)(**options)
 
 
-def load_model(settings: Mapping[str, Any], dist: Distributed) -> Any:
+def load_model(settings: Mapping[str, Any], dist: "Distributed") -> Any:
     """The model of a flat configuration: ``pretrained.*``, ``resolution``, ``mixed_precision``,
     ``allow_tf32`` and whatever of ``perf.*`` and ``match_published`` is there.
     """

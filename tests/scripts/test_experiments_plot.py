@@ -3,36 +3,19 @@
 import json
 import math
 import re
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import special
 
-from tests.launch import ROOT
+from diffusion_nft.experiments import comparison, tables
 from tests.scripts.in_process import call, script
 
 
 @pytest.fixture(scope="module")
 def plot():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield script("experiments_plot")
-    sys.path.remove(str(ROOT / "scripts"))
-
-
-@pytest.fixture
-def tables(plot):
-    import experiments_tables
-
-    return experiments_tables
-
-
-@pytest.fixture
-def comparison(plot):
-    import experiments_comparison
-
-    return experiments_comparison
+    return script("experiments_plot")
 
 
 # Final strict accuracies by arm and seed; all start at .25 and cost 2000 forward-equivalents.
@@ -79,16 +62,14 @@ def blue(plot) -> tuple[int, ...]:
     return tuple(bytes.fromhex(plot.COLOURS[0].removeprefix("#")))
 
 
-def row_of(tables, results, arm: str) -> dict[str, str]:
-    import experiments_comparison
-
-    head, *rows = tables.by_arm(experiments_comparison.read(results), "base")
+def row_of(results, arm: str) -> dict[str, str]:
+    head, *rows = tables.by_arm(comparison.read(results), "base")
     return next(dict(zip(head, row, strict=True)) for row in rows if row[0] == arm)
 
 
-def test_the_table_is_what_one_computes_by_hand(tables, comparison, results):
+def test_the_table_is_what_one_computes_by_hand(results):
     assert list(comparison.read(results)) == ["base", "better", "shifted", "short"]
-    row = row_of(tables, results, "base")
+    row = row_of(results, "base")
     # Gains .25, .35, .30: mean .30, deviation .05; Student's t at 97.5 % with 2 degrees is 4.303.
     assert row["gain ± 95 %"] == f"+.300 ± .{4.303 * 0.05 / 3**0.5 * 1e3:.0f}"
     assert row["strict"] == ".250 → .550" and row["stricter"] == ".400"
@@ -96,8 +77,8 @@ def test_the_table_is_what_one_computes_by_hand(tables, comparison, results):
     assert row["diversity"] == row["p"] == "–"
 
 
-def test_the_paired_test_is_over_common_seeds(tables, results):
-    row = row_of(tables, results, "better")
+def test_the_paired_test_is_over_common_seeds(results):
+    row = row_of(results, "better")
     differences = np.array([0.10, 0.12, 0.08])
     error = differences.std(ddof=1) / 3**0.5
     low, high = 0.10 - 4.303 * error, 0.10 + 4.303 * error
@@ -108,7 +89,7 @@ def test_the_paired_test_is_over_common_seeds(tables, results):
     assert row["p"] == f"{special.betainc(df / 2, 0.5, df / (df + t * t)):.3f}"[1:]
 
 
-def test_holms_adjustment_is_that_of_his_paper(comparison):
+def test_holms_adjustment_is_that_of_his_paper():
     # Four tests: times 4, 3, 2, 1 from the smallest, never below a smaller one's, at most 1.
     ps = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005, "e": math.nan}
     adjusted = comparison.holm(ps)
@@ -118,20 +99,20 @@ def test_holms_adjustment_is_that_of_his_paper(comparison):
     assert comparison.holm({}) == {}
 
 
-def test_the_adjustment_is_for_the_tests_of_the_table(tables, results):
+def test_the_adjustment_is_for_the_tests_of_the_table(results):
     for seed, final in {1: 0.45, 2: 0.50, 3: 0.49}.items():
         text = (results / f"shifted-seed{seed}.jsonl").read_text()
         about, *rows = map(json.loads, text.splitlines())
         rows[-1]["eval/shapes/strict"] = final
         text = "\n".join(map(json.dumps, [about, *rows]))
         (results / f"shifted-seed{seed}.jsonl").write_text(text + "\n")
-    better, shifted = (row_of(tables, results, arm) for arm in ("better", "shifted"))
+    better, shifted = (row_of(results, arm) for arm in ("better", "shifted"))
     assert float(better["p"]) < float(shifted["p"]) == float(shifted["p, Holm"])
     assert float(better["p, Holm"]) == pytest.approx(2 * float(better["p"]), abs=1e-3)
-    assert row_of(tables, results, "short")["p, Holm"] == "–"
+    assert row_of(results, "short")["p, Holm"] == "–"
 
 
-def test_what_training_did_and_the_comparison_at_equal_time(tables, comparison, results):
+def test_what_training_did_and_the_comparison_at_equal_time(results):
     (results / "better-seed4.jsonl").unlink()
     for seed in (1, 2, 3):
         path = results / f"better-seed{seed}.jsonl"
@@ -152,11 +133,11 @@ def test_what_training_did_and_the_comparison_at_equal_time(tables, comparison, 
     assert text.startswith(f"+{mean:.3f} [".replace("0.", ".")) and text.endswith(", at 20 s")
 
 
-def test_where_the_baseline_reaches_an_arms_end(tables, comparison, results):
+def test_where_the_baseline_reaches_an_arms_end(results):
     # On base's lines .40, .50 and .45 lie at 1200, 1429 and 1333 of 2000 forward-equivalents.
-    row = row_of(tables, results, "shifted")
+    row = row_of(results, "shifted")
     assert row["base is there after"] == ".660 (.600 to .714)"
-    row = row_of(tables, results, "better")
+    row = row_of(results, "better")
     assert row["base is there after"] == "0 of 3"
     found = comparison.read(results)
     better, base = found["better"], found["base"]
@@ -169,24 +150,24 @@ def test_where_the_baseline_reaches_an_arms_end(tables, comparison, results):
 @pytest.mark.parametrize(
     "arm, text", [("short", "-.050, n=2: not tested"), ("shifted", "-.100 for each of n=3")]
 )
-def test_what_cannot_be_tested_is_said(tables, results, arm, text):
-    row = row_of(tables, results, arm)
+def test_what_cannot_be_tested_is_said(results, arm, text):
+    row = row_of(results, arm)
     assert row["against base at equal compute [95 %]"] == text and row["p"] == "–"
 
 
-def test_two_arms_are_compared_where_their_cheapest_run_ended(tables, comparison, results):
+def test_two_arms_are_compared_where_their_cheapest_run_ended(results):
     for seed in (1, 2, 3, 4):
         path = results / f"better-seed{seed}.jsonl"
         path.write_text("\n".join(path.read_text().splitlines()[:-2]) + "\n")
     assert comparison.read(results)["base"][1].at(1500) == pytest.approx(0.4375)
-    row = row_of(tables, results, "better")
+    row = row_of(results, "better")
     # Half of the way from .25: differences of half the size.
     assert row["against base at equal compute [95 %]"].startswith("+.050 [")
     assert row["at, thousands"] == "1.0" and row["strict"] == ".250 → .456"
-    assert row_of(tables, results, "shifted")["at, thousands"] == "2.0"
+    assert row_of(results, "shifted")["at, thousands"] == "2.0"
 
 
-def test_a_curve_is_the_mean_with_its_interval(plot, comparison, results):
+def test_a_curve_is_the_mean_with_its_interval(plot, results):
     found = comparison.read(results)
     x, means, halves = plot.curve(found["base"], "seconds")
     assert x == [0, 20, 40] and means == pytest.approx([0.25, 0.40, 0.55])

@@ -21,8 +21,9 @@ import uvicorn
 from PIL import Image
 
 from diffusion_nft.data.prompts import load_prompts
-from diffusion_nft.rewards import RewardOutput, build_reward, protocol
+from diffusion_nft.rewards import RewardOutput, build_reward
 from diffusion_nft.rewards.combine import RewardError, RewardSet, UnscoredError
+from diffusion_nft.rewards.serving import protocol
 from diffusion_nft.rewards.serving.protocol import PROTOCOL, TooLarge, decode_batch, encode_pictures
 from diffusion_nft.rewards.serving.remote import RemoteReward
 from diffusion_nft.rewards.serving.server import create_app
