@@ -51,7 +51,7 @@ def parse_flags(experiments: dict[str, Any]) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", help="default: the experiment's")
     add("--arms", nargs="+", help="of one experiment; default: all")
     add("--jobs", type=positive, default=1, help="runs at once; they share the cores")
-    add("--results", type=user_path, default=Path("results"))
+    add("--results", type=user_path, default=Path("docs/results"))
     add("--runs", type=user_path, default=Path("logs", "experiments"))
     add("--list", action="store_true", help="show the experiments and which runs are finished")
     args = parser.parse_args()

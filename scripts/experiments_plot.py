@@ -129,7 +129,7 @@ def parse_flags() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help="of experiments that have results")
-    add("--results", type=user_path, default=Path("results"))
+    add("--results", type=user_path, default=Path("docs/results"))
     add("--output", type=user_path, default=Path("docs", "figures"))
     return parser.parse_args()
 

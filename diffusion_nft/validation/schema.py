@@ -1,6 +1,6 @@
 """The one check of a whole configuration, before any model is loaded.
 
-``SCHEMA`` says what each key of config/base.py may hold, ``combinations.py`` which values cannot go
+``SCHEMA`` says what each key of config/base.py may hold, ``constraints.py`` which values cannot go
 together, ``PUBLISHED_KEYS`` what became of the keys of the published code.  ``validate`` reports
 every problem at once, one a line: the key, its value, and what would be valid.
 """
