@@ -2,11 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cache
 from itertools import islice
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +16,8 @@ from diffusion_nft.data.prompts import Prompt, shard
 from diffusion_nft.distributed.preemption import Preempted, requested
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models.embeddings import Conditioning
-from diffusion_nft.randomness import generator, normal
+from diffusion_nft.models.sampling import Sampler
+from diffusion_nft.randomness import generator
 from diffusion_nft.rewards.combine import (
     MAX_NAMED,
     RewardError,
@@ -27,162 +26,15 @@ from diffusion_nft.rewards.combine import (
     UnscoredError,
     quantized,
 )
-from diffusion_nft.solvers import Trajectory, sample_trajectory, solve
+from diffusion_nft.rewards.worker import ScoringWorker
+from diffusion_nft.solvers import Trajectory
 
-# Batches of pictures that may wait for their scores.
-QUEUE_LENGTH = 4
-# How often one who waits for scores looks whether the run was asked to stop.
-POLL_S = 0.2
 # Side of the thumbnails by which the variety of pictures is measured.
 THUMBNAIL = 8
 # Pictures beside one another in the grids that are logged.
 GRID_COLUMNS = 4
 # Bins of the optimality histogram in the log.
 OPTIMALITY_BINS = 10
-
-
-class Background:
-    """One worker thread with a bounded queue: scoring while the next pictures are drawn.
-
-    On a GPU it has a stream of its own, so that neither waits for the other's kernels.
-    """
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._pool = ThreadPoolExecutor(1, initializer=_bind, initargs=(device,))
-        self._pending: list[Future[Any]] = []
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> bool:
-        """Queues a call; waits first while QUEUE_LENGTH of them are unfinished.
-
-        False if more of them would be in vain: an earlier call has failed, or the run was asked to
-        stop.
-        """
-        if len(self._pending) >= QUEUE_LENGTH:
-            self._wait([self._pending[-QUEUE_LENGTH]])
-        if requested():
-            return False
-        drawn = None
-        if self._device.type == "cuda":
-            drawn = torch.cuda.current_stream(self._device).record_event()
-        self._pending.append(self._pool.submit(_after, drawn, function, *arguments))
-        return not any(future.done() and future.exception() for future in self._pending)
-
-    def results(self) -> list[Any]:
-        """What the calls returned, in order; raises what the first failing one raised, or Preempted
-        without waiting if the run was asked to stop.
-        """
-        self._wait(self._pending)
-        if requested():
-            raise Preempted
-        return [future.result() for future in self._pending]
-
-    def _wait(self, futures: list[Future[Any]]) -> None:
-        """Until all ``futures`` are done or the run was asked to stop."""
-        while not requested() and wait(futures, timeout=POLL_S).not_done:
-            pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        # A reward may take minutes, and who asked for a stop waits for seconds only.
-        self._pool.shutdown(wait=not requested(), cancel_futures=True)
-
-
-@cache
-def _scoring_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all scoring on ``device``: memory that is cached for one stream serves no other."""
-    return torch.cuda.Stream(device)
-
-
-def _bind(device: torch.device) -> None:
-    """A thread has a current CUDA device and a current stream of its own."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.cuda.set_stream(_scoring_stream(device))
-
-
-def _after(event: torch.Event | None, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls ``function`` on this thread's stream, once ``event`` of another one has happened."""
-    if event is not None:
-        stream = torch.cuda.current_stream()
-        event.wait(stream)
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                argument.record_stream(stream)  # the other thread may free it before it is used
-    return function(*arguments)
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How pictures are drawn: solver, steps, noise of a stochastic solver, guidance (1 = none)."""
-
-    solver: str
-    num_steps: int
-    guidance_scale: float
-    noise_level: float = 0.0
-
-    @torch.no_grad()
-    def __call__(
-        self, model: Any, cond: Conditioning, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor]:
-        """Latents x0 ``[B, C, h, w]`` of B prompts with the model's active adapter, and the
-        distinct non-zero sigmas that the solver visited.  Row i depends on row i of ``cond`` and
-        generator i alone.
-        """
-        return solve(
-            self.solver,
-            guided_velocity(model, cond, self.guidance_scale),
-            self._start(model, generators),
-            model.sigmas(self.num_steps),
-            noise_level=self.noise_level,
-            generator=generators,
-            shift=model.shift,
-        )
-
-    @torch.no_grad()
-    def trajectory(
-        self, model: Any, cond: Conditioning, generators: list[torch.Generator]
-    ) -> tuple[Trajectory, Tensor]:
-        """The same latents with all that led to them, and the sigmas ``[N]`` of the steps.
-
-        Raises ValueError if the solver is not a stochastic one.
-        """
-        sigmas = model.sigmas(self.num_steps)
-        trajectory = sample_trajectory(
-            self.solver,
-            guided_velocity(model, cond, self.guidance_scale),
-            self._start(model, generators),
-            sigmas,
-            noise_level=self.noise_level,
-            generator=generators,
-        )
-        return trajectory, sigmas[:-1]
-
-    def _start(self, model: Any, generators: list[torch.Generator]) -> Tensor:
-        noise = normal(model.latent_shape, generators)
-        return noise.to(model.device, model.precision.trained_dtype)
-
-
-def guided_velocity(
-    model: Any, cond: Conditioning, scale: float
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """``velocity(x, sigma)`` of ``model`` at classifier-free guidance ``scale`` (1: none)."""
-    if scale == 1:
-        return lambda x, sigma: model.velocity(x, sigma, cond)
-    rows = torch.zeros(len(cond.pooled), dtype=torch.long, device=cond.pooled.device)
-    empty = model.encode([""]).select(rows)
-    both = Conditioning(
-        torch.cat([empty.tokens, cond.tokens]), torch.cat([empty.pooled, cond.pooled])
-    )
-
-    def guided(x: Tensor, sigma: Tensor) -> Tensor:
-        v = model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both)
-        without, with_prompt = v.chunk(2)
-        return without + scale * (with_prompt - without)
-
-    return guided
 
 
 def thumbnails(images: Tensor) -> Tensor:
@@ -324,7 +176,7 @@ def collect(
     cond_rows = torch.tensor([i // size - first for i in indices], device=model.device).long()
     shown = shown_samples(indices, size, num_pictures)
     latents, chains, thumbs, kept, sigmas = [], [], [], [], torch.zeros(0)
-    with Background(dist.device) as background:
+    with ScoringWorker(dist.device) as worker:
         for start in range(0, len(indices), config.sample.batch_size):
             rows = indices[start : start + config.sample.batch_size]
             batch = [prompts[i // size] for i in rows]
@@ -340,7 +192,7 @@ def collect(
             images = model.decode(x0)
             metadata = [prompt.metadata for prompt in batch]
             names = [f"sample {i} of epoch {epoch}" for i in rows]
-            if not background.submit(rewards, images, texts, metadata, names):
+            if not worker.submit(rewards, images, texts, metadata, names):
                 break
             latents.append(x0)
             thumbs.append(thumbnails(images))
@@ -352,7 +204,7 @@ def collect(
             model.encode_cached([prompt.text for prompt in ahead[groups_here]])
         empty = torch.zeros(0, 3 * THUMBNAIL**2)
         scores, all_thumbs = gather_scores(
-            dist, background.results, torch.cat([empty, *thumbs]), rewards.max_unscored
+            dist, worker.results, torch.cat([empty, *thumbs]), rewards.max_unscored
         )
     x0 = torch.cat(latents) if latents else torch.zeros(0, *model.latent_shape)
     scored = ~scores.total.isnan()

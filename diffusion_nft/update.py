@@ -21,9 +21,10 @@ from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.flow import add_noise
 from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.precision import Precision
+from diffusion_nft.models.sampling import guided_velocity
 from diffusion_nft.policy import Policy
 from diffusion_nft.randomness import generator, normal
-from diffusion_nft.rollout import Samples, guided_velocity
+from diffusion_nft.rollout import Samples
 
 
 def sigma_slots(available: int, used: int, choice: str, rng: torch.Generator) -> list[int]:

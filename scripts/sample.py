@@ -24,9 +24,9 @@ from diffusion_nft.distributed.ranks import distributed
 from diffusion_nft.evaluation.options import add_model_flags, resolve
 from diffusion_nft.images import finite, save_png, to_pil
 from diffusion_nft.models import load_model
+from diffusion_nft.models.sampling import Sampler
 from diffusion_nft.policy import REFERENCE
 from diffusion_nft.randomness import generator
-from diffusion_nft.rollout import Sampler
 from diffusion_nft.tracking.grids import image_grid, save_grid, side_by_side
 from diffusion_nft.utils.paths import prepare_folder
 

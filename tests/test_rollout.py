@@ -10,17 +10,15 @@ import torch
 
 from diffusion_nft.data.prompts import load_prompts
 from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.models.sampling import Sampler, guided_velocity
 from diffusion_nft.randomness import generator
 from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores, build_rewards
+from diffusion_nft.rewards.worker import QUEUE_LENGTH, ScoringWorker
 from diffusion_nft.rollout import (
-    QUEUE_LENGTH,
-    Background,
-    Sampler,
     Samples,
     collect,
     diversity,
     gather_scores,
-    guided_velocity,
     shown_samples,
     summarise,
     thumbnails,
@@ -199,13 +197,13 @@ def test_more_work_is_refused_once_a_call_has_failed():
     def fail():
         raise OSError("gone")
 
-    with Background(torch.device("cpu")) as background:
-        background.submit(fail)
+    with ScoringWorker(torch.device("cpu")) as worker:
+        worker.submit(fail)
         # Each waits for the fourth before it, so the failure is seen within one queue's length.
-        answers = [background.submit(lambda: 1) for _ in range(2 * QUEUE_LENGTH)]
+        answers = [worker.submit(lambda: 1) for _ in range(2 * QUEUE_LENGTH)]
         assert not answers[-1] and not any(answers[QUEUE_LENGTH:])
         with pytest.raises(OSError, match="gone"):
-            background.results()
+            worker.results()
 
 
 def test_sampling_ends_soon_after_a_reward_has_failed(shapes_model, tmp_path):

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusion_nft import rollout
 from diffusion_nft.data.prompts import epoch_prompts
 from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.models.sampling import Sampler
 from diffusion_nft.policy import LoraLinear
-from diffusion_nft.rollout import Sampler
 from diffusion_nft.trainer import Trainer
 from tests.launch import one_thread, smoke
 

@@ -27,9 +27,9 @@ from diffusion_nft.benchmarks.models import ARCHITECTURES, Setup
 from diffusion_nft.data.prompts import shard
 from diffusion_nft.flow import add_noise
 from diffusion_nft.models.embeddings import Conditioning
+from diffusion_nft.models.sampling import Sampler
 from diffusion_nft.randomness import generator
 from diffusion_nft.rewards.combine import Scores
-from diffusion_nft.rollout import Sampler
 
 # Threads that score pictures while others are drawn.
 SCORERS = 8

@@ -30,7 +30,8 @@ from diffusion_nft.policy import Policy
 from diffusion_nft.randomness import generator
 from diffusion_nft.rewards import check_prompts
 from diffusion_nft.rewards.combine import RewardSet
-from diffusion_nft.rollout import Background, Samples, collect
+from diffusion_nft.rewards.worker import ScoringWorker
+from diffusion_nft.rollout import Samples, collect
 from diffusion_nft.runs.state import RunState
 from diffusion_nft.tracking.monitor import Monitor
 from diffusion_nft.update import Updater
@@ -232,7 +233,11 @@ class Product:
         )
         self.optimizer = self.updater.optimizer
         # Where an observer finds what it times.
-        self.encoder, self.switch, self.waiting = self.model, self.policy, (Background, "results")
+        self.encoder, self.switch, self.waiting = (
+            self.model,
+            self.policy,
+            (ScoringWorker, "results"),
+        )
         self.state = RunState(
             stages_of(config)[0],
             dist=setup.dist,

@@ -30,12 +30,12 @@ from diffusion_nft.evaluation.results import (
     write_results,
     write_scores,
 )
+from diffusion_nft.models.sampling import Sampler
 from diffusion_nft.randomness import generator
 from diffusion_nft.rewards.combine import RewardSet, Scores
+from diffusion_nft.rewards.worker import ScoringWorker
 from diffusion_nft.rollout import (
     THUMBNAIL,
-    Background,
-    Sampler,
     diversity,
     gather_scores,
     thumbnails,
@@ -267,12 +267,12 @@ def _collect(
     mine = [line for chunk in by_rank[dist.rank] for line in chunk]
     shown = {mine[i] for i in draw_lines([prompts[line] for line in mine], num_pictures)}
     thumbs, kept, kept_lines = [], [], []
-    with Background(dist.device) as background:
+    with ScoringWorker(dist.device) as worker:
         for chunk in tqdm(
             by_rank[dist.rank], desc="evaluate", disable=not dist.is_main, leave=False
         ):
             images = pictures_of(chunk)
-            if not background.submit(score, images, chunk):
+            if not worker.submit(score, images, chunk):
                 break
             thumbs.append(thumbnails(images))
             if chosen := [line for line in chunk if line in shown]:
@@ -280,7 +280,7 @@ def _collect(
                 kept_lines += chosen
         no_thumbs = torch.zeros(0, 3 * THUMBNAIL**2)
         scores, all_thumbs = gather_scores(
-            dist, background.results, torch.cat([no_thumbs, *thumbs]), max_unscored
+            dist, worker.results, torch.cat([no_thumbs, *thumbs]), max_unscored
         )
     order = torch.tensor([line for part in by_rank for chunk in part for line in chunk]).argsort()
     named = {"total": scores.total, **scores.parts}

@@ -14,10 +14,10 @@ from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models import build_model, sd3
 from diffusion_nft.models.hub import fetch_lora, fetch_pipeline
 from diffusion_nft.models.precision import Precision
+from diffusion_nft.models.sampling import Sampler
 from diffusion_nft.models.sd3 import visiting
 from diffusion_nft.policy import ADAPTERS, REFERENCE, Policy
 from diffusion_nft.randomness import generator
-from diffusion_nft.rollout import Sampler
 from diffusion_nft.shapes.model import PIPELINE_DIR
 
 CPU = torch.device("cpu")

@@ -16,7 +16,8 @@ from diffusion_nft.advantages import optimality
 from diffusion_nft.distributed.preemption import REASON, Preempted, requested, stop_on_signals
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.rewards.combine import Scores
-from diffusion_nft.rollout import Background, gather_scores
+from diffusion_nft.rewards.worker import ScoringWorker
+from diffusion_nft.rollout import gather_scores
 from diffusion_nft.run import run
 from diffusion_nft.runs.checkpoint import Checkpointer
 from diffusion_nft.trainer import Trainer
@@ -59,11 +60,11 @@ def test_nobody_waits_for_a_slow_reward():
     release = threading.Event()
     with stop_on_signals():
         started = time.monotonic()
-        with pytest.raises(Preempted), Background(CPU) as background:
-            assert background.submit(release.wait)
+        with pytest.raises(Preempted), ScoringWorker(CPU) as worker:
+            assert worker.submit(release.wait)
             os.kill(os.getpid(), signal.SIGTERM)
-            assert not background.submit(release.wait)
-            background.results()
+            assert not worker.submit(release.wait)
+            worker.results()
         assert time.monotonic() - started < 5
     release.set()
 

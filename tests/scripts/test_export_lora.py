@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models.lora import load_lora
+from diffusion_nft.models.sampling import Sampler
 from diffusion_nft.policy import policy_of_lora
 from diffusion_nft.randomness import generator, normal
-from diffusion_nft.rollout import Sampler
 from diffusion_nft.runs.checkpoint import resolve_checkpoint
 from diffusion_nft.shapes.model import PIPELINE_DIR
 from diffusion_nft.tracking.metrics import read_metrics

@@ -1,0 +1,89 @@
+"""Background scoring: rewards run on their own thread while the next images are sampled."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from diffusion_nft.distributed.preemption import Preempted, requested
+
+# Batches of images that may wait for their scores.
+QUEUE_LENGTH = 4
+# How often one who waits for scores looks whether the run was asked to stop.
+POLL_S = 0.2
+
+
+class ScoringWorker:
+    """A thread with a bounded queue that scores images while the next ones are sampled.
+
+    On a GPU it has a stream of its own, so that neither waits for the other's kernels.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._pool = ThreadPoolExecutor(1, initializer=_bind, initargs=(device,))
+        self._pending: list[Future[Any]] = []
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> bool:
+        """Queues a call; waits first while QUEUE_LENGTH of them are unfinished.
+
+        False if more of them would be in vain: an earlier call has failed, or the run was asked to
+        stop.
+        """
+        if len(self._pending) >= QUEUE_LENGTH:
+            self._wait([self._pending[-QUEUE_LENGTH]])
+        if requested():
+            return False
+        drawn = None
+        if self._device.type == "cuda":
+            drawn = torch.cuda.current_stream(self._device).record_event()
+        self._pending.append(self._pool.submit(_after, drawn, function, *arguments))
+        return not any(future.done() and future.exception() for future in self._pending)
+
+    def results(self) -> list[Any]:
+        """What the calls returned, in order; raises what the first failing one raised, or Preempted
+        without waiting if the run was asked to stop.
+        """
+        self._wait(self._pending)
+        if requested():
+            raise Preempted
+        return [future.result() for future in self._pending]
+
+    def _wait(self, futures: list[Future[Any]]) -> None:
+        """Until all ``futures`` are done or the run was asked to stop."""
+        while not requested() and wait(futures, timeout=POLL_S).not_done:
+            pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        # A reward may take minutes, and who asked for a stop waits for seconds only.
+        self._pool.shutdown(wait=not requested(), cancel_futures=True)
+
+
+@cache
+def _scoring_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all scoring on ``device``: memory that is cached for one stream serves no other."""
+    return torch.cuda.Stream(device)
+
+
+def _bind(device: torch.device) -> None:
+    """A thread has a current CUDA device and a current stream of its own."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(_scoring_stream(device))
+
+
+def _after(event: torch.Event | None, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls ``function`` on this thread's stream, once ``event`` of another one has happened."""
+    if event is not None:
+        stream = torch.cuda.current_stream()
+        event.wait(stream)
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                argument.record_stream(stream)  # the other thread may free it before it is used
+    return function(*arguments)
