@@ -63,7 +63,7 @@ def diversity(thumbs: Tensor, groups: Sequence[Any]) -> float:
 
 
 @dataclass(frozen=True)
-class Samples:
+class Rollout:
     """An epoch's samples: scores of all of them, latents of this rank's share."""
 
     scores: Scores  # of all N samples, in order
@@ -79,17 +79,17 @@ class Samples:
     trajectory: Trajectory | None = None  # of n samples, xs [N + 1, n, C, h, w]; if asked for
 
 
-def summarise(samples: Samples, r: Tensor, group_size: int) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, r: Tensor, group_size: int) -> dict[str, float]:
     """``reward/*`` of an epoch for the log; ``r: [N]`` is the optimality of its samples."""
-    stats = statistics(samples.scores.total, group_size)
+    stats = statistics(rollout.scores.total, group_size)
     values = {
         "reward/mean": stats.mean,
         "reward/std": stats.std,
         "reward/zero_std_groups": stats.zero_std_groups,
-        "reward/diversity": samples.diversity,
-        "reward/x0_rms": samples.x0_rms,
+        "reward/diversity": rollout.diversity,
+        "reward/x0_rms": rollout.x0_rms,
     }
-    for name, scores in samples.scores.parts.items():
+    for name, scores in rollout.scores.parts.items():
         values[f"reward/{name}"] = float(scores.nanmean())
     r = r[~r.isnan()]
     shares = torch.histc(r, OPTIMALITY_BINS, min=0, max=1) / len(r)
@@ -141,7 +141,7 @@ def shown_samples(indices: range, group_size: int, number: int) -> list[int]:
     return [i for part in parts for i in part][:number]
 
 
-def collect(
+def generate_rollouts(
     model: Any,
     prompts: list[Prompt],
     rewards: RewardSet,
@@ -152,7 +152,7 @@ def collect(
     num_pictures: int,
     trajectories: bool = False,
     ahead: Sequence[Prompt] = (),
-) -> Samples:
+) -> Rollout:
     """Samples ``num_image_per_prompt`` pictures of each prompt with the model's active adapter.
 
     Sample i of the epoch belongs to group ``i // num_image_per_prompt``; its noise is keyed by
@@ -214,7 +214,7 @@ def collect(
     squares = dist.gather_objects(float(mine.double().square().sum()))
     num_values = int(scored.sum()) * math.prod(model.latent_shape)
     groups = [i // size for i in range(len(prompts) * size)]
-    return Samples(
+    return Rollout(
         scores=scores,
         diversity=diversity(all_thumbs, groups),
         indices=indices,

@@ -18,7 +18,7 @@ from diffusion_nft.evaluation.results import Evaluation, write_results
 from diffusion_nft.models import load_model
 from diffusion_nft.policy import Policy, unusual_modules
 from diffusion_nft.rewards.combine import RewardError, RewardSet
-from diffusion_nft.rollout import GRID_COLUMNS, Samples, collect, summarise
+from diffusion_nft.rollout import GRID_COLUMNS, Rollout, generate_rollouts, rollout_metrics
 from diffusion_nft.runs.environment import write_environment
 from diffusion_nft.runs.run_dir import check_prompts_kept, check_run_dir, write_config
 from diffusion_nft.runs.state import RunState, newest_checkpoint, stage_number, starting_modules
@@ -166,24 +166,24 @@ class Trainer:
     def _run_epoch(self) -> dict[str, float]:
         config, started = self.config, time.perf_counter()
         self.model.take_passes()
-        samples = self._sample()
+        rollout = self._sample()
         size = config.sample.num_image_per_prompt
-        total = samples.scores.total
+        total = rollout.scores.total
         if config.sample.standardize_rewards:
-            total = standardized_total(samples.scores.parts, self.rewards.weights, size)
+            total = standardized_total(rollout.scores.parts, self.rewards.weights, size)
         advantages = group_advantages(total, size, global_std=config.sample.global_std)
         weights = self.algorithm.sample_weights(advantages, size)
         with self.timer.phase("train"):
-            values = self.updater.train_epoch(samples, weights, epoch=self.state.epoch)
+            values = self.updater.train_epoch(rollout, weights, epoch=self.state.epoch)
         self.state.epoch += 1
         self.state.evaluated, self.trained = False, True
         if _due(self.state.epoch, config.log.image_freq):
-            self._log_samples(samples)
+            self._log_rollout(rollout)
         seconds = time.perf_counter() - started
         r = optimality(
             advantages, adv_clip_max=config.train.adv_clip_max, adv_mode=config.train.adv_mode
         )
-        values |= summarise(samples, r, size) | self.timer.pop()
+        values |= rollout_metrics(rollout, r, size) | self.timer.pop()
         if config.max_unscored:
             values["reward/unscored"] = int(total.isnan().sum())
         passes = self.dist.gather_objects(self.model.take_passes())
@@ -195,11 +195,11 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats()
         return values
 
-    def _sample(self) -> Samples:
+    def _sample(self) -> Rollout:
         config, epoch = self.config, self.state.epoch
         self.epoch_prompts = self._prompts(epoch)
         with self.timer.phase("sample"), self.policy.using("old"):
-            return collect(
+            return generate_rollouts(
                 self.model,
                 self.epoch_prompts,
                 self.rewards,
@@ -215,11 +215,11 @@ class Trainer:
         groups, seed = self.config.sample.num_groups, self.config.seed
         return epoch_prompts(self.train_prompts, groups, seed=seed, epoch=epoch)
 
-    def _log_samples(self, samples: Samples) -> None:
+    def _log_rollout(self, rollout: Rollout) -> None:
         size = self.config.sample.num_image_per_prompt
-        prompts = [self.epoch_prompts[i // size] for i in samples.shown]
-        scores = samples.scores.total[samples.shown].tolist()
-        self._log_pictures("train", samples.pictures, prompts, scores)
+        prompts = [self.epoch_prompts[i // size] for i in rollout.shown]
+        scores = rollout.scores.total[rollout.shown].tolist()
+        self._log_pictures("train", rollout.pictures, prompts, scores)
 
     def _log_pictures(
         self, name: str, pictures: Tensor, prompts: list[Prompt], scores: list[float]

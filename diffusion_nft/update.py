@@ -24,7 +24,7 @@ from diffusion_nft.models.precision import Precision
 from diffusion_nft.models.sampling import guided_velocity
 from diffusion_nft.policy import Policy
 from diffusion_nft.randomness import generator, normal
-from diffusion_nft.rollout import Samples
+from diffusion_nft.rollout import Rollout
 
 
 def sigma_slots(available: int, used: int, choice: str, rng: torch.Generator) -> list[int]:
@@ -92,7 +92,7 @@ class Updater:
         self.step, self.skipped = state["step"], state["skipped"]
         self.skipped_in_row = state["skipped_in_row"]
 
-    def train_epoch(self, samples: Samples, weights: Tensor, *, epoch: int) -> dict[str, float]:
+    def train_epoch(self, rollout: Rollout, weights: Tensor, *, epoch: int) -> dict[str, float]:
         """Updates ``current``, ``ema`` and ``old`` from an epoch's samples; returns ``loss/*``,
         ``optim/*``.
 
@@ -103,10 +103,10 @@ class Updater:
         and counters as before the epoch.
         """
         if self.config.train.num_inner_epochs * self.config.train.gradient_step_per_epoch == 1:
-            return self._train_epoch(samples, weights, epoch)
+            return self._train_epoch(rollout, weights, epoch)
         before = self._copy()
         try:
-            return self._train_epoch(samples, weights, epoch)
+            return self._train_epoch(rollout, weights, epoch)
         except Preempted:
             self._undo(before)
             raise
@@ -130,7 +130,7 @@ class Updater:
                 weight.copy_(value)
         self.load_state_dict(*state)
 
-    def _train_epoch(self, samples: Samples, weights: Tensor, epoch: int) -> dict[str, float]:
+    def _train_epoch(self, rollout: Rollout, weights: Tensor, epoch: int) -> dict[str, float]:
         config = self.config.train
         rate = learning_rate(config.learning_rate, config.lr_half_life, epoch)
         for group in self.optimizer.param_groups:
@@ -139,13 +139,13 @@ class Updater:
         norms: list[float] = []
         nonfinite = torch.zeros((), dtype=torch.long, device=self.dist.device)
         if not self._micro_batch:
-            self._micro_batch = self._find_micro_batch(samples, weights)
+            self._micro_batch = self._find_micro_batch(rollout, weights)
         before = self.step
         size = self.config.sample.num_image_per_prompt
         scored = ~weights.isnan()
         taught = scored.clone()
         if config.skip_flat_groups:
-            flat = flat_groups(samples.scores.total, size)
+            flat = flat_groups(rollout.scores.total, size)
             taught &= ~flat.repeat_interleave(size)
         if self.algorithm.skips_weightless:
             taught &= weights != 0
@@ -153,11 +153,11 @@ class Updater:
             steps = self._split(len(weights), (epoch, inner))
             for part in range(config.gradient_step_per_epoch):
                 chosen = steps == part
-                pairs = self._pairs(samples, chosen & taught, (epoch, inner))
+                pairs = self._pairs(rollout, chosen & taught, (epoch, inner))
                 # Every scored sample counts equally, also those that are skipped because they have
                 # nothing to teach: the global count of pairs needs no collective.
-                total = self._sigmas_per_sample(samples) * int((chosen & scored).sum())
-                norm, parts = self._step(samples, weights, pairs, total, (epoch, inner))
+                total = self._sigmas_per_sample(rollout) * int((chosen & scored).sum())
+                norm, parts = self._step(rollout, weights, pairs, total, (epoch, inner))
                 nonfinite += parts.pop("nonfinite", 0)
                 if math.isfinite(norm):
                     norms.append(norm)
@@ -195,17 +195,17 @@ class Updater:
             row[shuffled] = (torch.arange(size) + group) % parts
         return steps.reshape(-1)
 
-    def _sigmas_per_sample(self, samples: Samples) -> int:
-        return max(1, int(len(samples.sigmas) * self.config.train.timestep_fraction))
+    def _sigmas_per_sample(self, rollout: Rollout) -> int:
+        return max(1, int(len(rollout.sigmas) * self.config.train.timestep_fraction))
 
     def _pairs(
-        self, samples: Samples, chosen: Tensor, key: tuple[int, int]
+        self, rollout: Rollout, chosen: Tensor, key: tuple[int, int]
     ) -> list[tuple[int, int]]:
         """(row of this rank's share, index of a sigma) of every pair of an optimizer step."""
-        available, used = len(samples.sigmas), self._sigmas_per_sample(samples)
+        available, used = len(rollout.sigmas), self._sigmas_per_sample(rollout)
         choice = self.config.train.sigma_choice
         pairs = []
-        for row, index in enumerate(samples.indices):
+        for row, index in enumerate(rollout.indices):
             if chosen[index]:
                 rng = generator(self.config.seed, *key, self._noise_key(index), "sigmas")
                 pairs += [(row, slot) for slot in sigma_slots(available, used, choice, rng)]
@@ -220,7 +220,7 @@ class Updater:
 
     def _step(
         self,
-        samples: Samples,
+        rollout: Rollout,
         weights: Tensor,
         pairs: list[tuple[int, int]],
         total: int,
@@ -242,7 +242,7 @@ class Updater:
         for start in range(0, len(pairs), size):
             if requested():
                 break
-            losses, metrics = self._loss(samples, weights, pairs[start : start + size], key)
+            losses, metrics = self._loss(rollout, weights, pairs[start : start + size], key)
             scaler.scale(losses.sum() / total).backward()
             values = {
                 "loss/total": losses.detach(),
@@ -280,14 +280,14 @@ class Updater:
             )
         return float(norm), sums
 
-    def _find_micro_batch(self, samples: Samples, weights: Tensor) -> int:
+    def _find_micro_batch(self, rollout: Rollout, weights: Tensor) -> int:
         """As many of this rank's pairs as the device can train at once."""
 
         def run(size: int) -> None:
-            losses, _ = self._loss(samples, weights, [(0, 0)] * size, (0, 0))
+            losses, _ = self._loss(rollout, weights, [(0, 0)] * size, (0, 0))
             losses.sum().backward()
 
-        limit = len(samples.indices) * self._sigmas_per_sample(samples)
+        limit = len(rollout.indices) * self._sigmas_per_sample(rollout)
         passes = self.model.take_passes()
         found = fitting_micro_batch(run, limit, self.dist.device) if limit else 1
         self.model.passes = passes  # the trials train nothing
@@ -295,15 +295,15 @@ class Updater:
         return found
 
     def _loss(
-        self, samples: Samples, weights: Tensor, pairs: list[tuple[int, int]], key: tuple[int, int]
+        self, rollout: Rollout, weights: Tensor, pairs: list[tuple[int, int]], key: tuple[int, int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses and metrics ``[B]`` of ``pairs``."""
         if self.algorithm.on_trajectories:
-            return self._trajectory_loss(samples, weights, pairs)
-        return self._forward_loss(samples, weights, pairs, key)
+            return self._trajectory_loss(rollout, weights, pairs)
+        return self._forward_loss(rollout, weights, pairs, key)
 
     def _forward_loss(
-        self, samples: Samples, weights: Tensor, pairs: list[tuple[int, int]], key: tuple[int, int]
+        self, rollout: Rollout, weights: Tensor, pairs: list[tuple[int, int]], key: tuple[int, int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses of ``pairs`` of clean samples, noised anew; the noise is keyed by (seed, epoch,
         pass, sample, sigma).
@@ -313,45 +313,45 @@ class Updater:
             self.model.latent_shape,
             [
                 generator(
-                    self.config.seed, *key, self._noise_key(samples.indices[row]), slot, "noise"
+                    self.config.seed, *key, self._noise_key(rollout.indices[row]), slot, "noise"
                 )
                 for row, slot in pairs
             ],
         )
         dtype = self.precision.trained_dtype
         on_device = self._to_device(rows)
-        x0 = samples.x0[on_device]
+        x0 = rollout.x0[on_device]
         noise = self._to_device(noise).to(dtype)
-        sigma = self._to_device(samples.sigmas[slots]).to(dtype)
+        sigma = self._to_device(rollout.sigmas[slots]).to(dtype)
         batch = Batch(
             x0=x0,
             noise=noise,
             xt=add_noise(x0, noise, sigma),
             sigma=sigma,
-            weight=self._to_device(weights[rows + samples.indices.start]),
+            weight=self._to_device(weights[rows + rollout.indices.start]),
         )
-        cond = samples.cond.select(samples.cond_rows[on_device])
+        cond = rollout.cond.select(rollout.cond_rows[on_device])
         return self.algorithm.loss(self._velocity(batch.xt, sigma, cond), batch)
 
     def _trajectory_loss(
-        self, samples: Samples, weights: Tensor, pairs: list[tuple[int, int]]
+        self, rollout: Rollout, weights: Tensor, pairs: list[tuple[int, int]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses of ``pairs`` of samples and steps that the sampler took, under its guidance."""
-        assert samples.trajectory is not None
+        assert rollout.trajectory is not None
         rows, slots = torch.tensor(pairs).T.contiguous()
         on_device, steps = self._to_device(rows), self._to_device(slots)
-        xs, log_probs = samples.trajectory
-        levels = torch.cat([samples.sigmas, torch.zeros_like(samples.sigmas[:1])])
+        xs, log_probs = rollout.trajectory
+        levels = torch.cat([rollout.sigmas, torch.zeros_like(rollout.sigmas[:1])])
         batch = Transitions(
             xt=xs[steps, on_device],
             xt_next=xs[steps + 1, on_device],
             sigma=levels[slots],
             sigma_next=levels[slots + 1],
             log_prob=log_probs[steps, on_device],
-            weight=self._to_device(weights[rows + samples.indices.start]),
+            weight=self._to_device(weights[rows + rollout.indices.start]),
         )
         sigma = self._to_device(batch.sigma).to(self.precision.trained_dtype)
-        cond = samples.cond.select(samples.cond_rows[on_device])
+        cond = rollout.cond.select(rollout.cond_rows[on_device])
         scale = self.config.sample.guidance_scale
         return self.algorithm.loss(self._velocity(batch.xt, sigma, cond, scale), batch)
 

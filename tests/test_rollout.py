@@ -15,12 +15,12 @@ from diffusion_nft.randomness import generator
 from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores, build_rewards
 from diffusion_nft.rewards.worker import QUEUE_LENGTH, ScoringWorker
 from diffusion_nft.rollout import (
-    Samples,
-    collect,
+    Rollout,
     diversity,
     gather_scores,
+    generate_rollouts,
+    rollout_metrics,
     shown_samples,
-    summarise,
     thumbnails,
 )
 from tests.launch import smoke
@@ -102,7 +102,7 @@ def test_every_sample_is_scored_against_its_own_prompt(shapes_model, tmp_path):
     config = smoke(tmp_path, {"sample.batch_size": 5})
     prompts = load_prompts("shapes", "train")[:3]
     rewards = Keeping()
-    samples = collect(
+    rollout = generate_rollouts(
         shapes_model,
         prompts,
         rewards,
@@ -115,19 +115,19 @@ def test_every_sample_is_scored_against_its_own_prompt(shapes_model, tmp_path):
     assert rewards.asked == expected
     # The conditioning of each sample is that of its prompt, each prompt's there once.
     alone = shapes_model.encode([p.text for p in prompts])
-    assert torch.equal(samples.cond.tokens, alone.tokens)
-    assert samples.cond_rows.tolist() == [i // 4 for i in range(12)]
-    assert len(samples.pictures) == 7
-    images = shapes_model.decode(samples.x0)
+    assert torch.equal(rollout.cond.tokens, alone.tokens)
+    assert rollout.cond_rows.tolist() == [i // 4 for i in range(12)]
+    assert len(rollout.pictures) == 7
+    images = shapes_model.decode(rollout.x0)
     # Two lines of four, as near as three prompts come to it.
-    assert samples.shown == [*range(4), *range(4, 7)]
-    assert torch.allclose(samples.pictures, images[samples.shown], atol=1e-5)
-    assert samples.x0_rms == pytest.approx(float(samples.x0.square().mean().sqrt()), rel=1e-5)
+    assert rollout.shown == [*range(4), *range(4, 7)]
+    assert torch.allclose(rollout.pictures, images[rollout.shown], atol=1e-5)
+    assert rollout.x0_rms == pytest.approx(float(rollout.x0.square().mean().sqrt()), rel=1e-5)
     again = rewards(images, [t for t, _ in expected], [m for _, m in expected])
-    assert torch.equal(samples.scores.total, again.total)
+    assert torch.equal(rollout.scores.total, again.total)
     # Distinct, non-zero, from the scheduler (shift 3): s = 3u / (1 + 2u).
-    assert samples.sigmas[0] == 1 and float(samples.sigmas.min()) > 0
-    assert len(samples.sigmas) == 4
+    assert rollout.sigmas[0] == 1 and float(rollout.sigmas.min()) > 0
+    assert len(rollout.sigmas) == 4
 
 
 def test_guidance_mixes_two_velocities(shapes_model):
@@ -172,7 +172,7 @@ def test_pictures_to_show_are_of_many_prompts():
 def test_the_summary_by_hand():
     total = torch.tensor([0.0, 1.0, 2.0, 2.0], dtype=torch.float64)
     part = torch.tensor([1.0, math.nan, 3.0, math.nan], dtype=torch.float64)
-    samples = Samples(
+    rollout = Rollout(
         scores=Scores(total, {"a": total, "a/part": part}),
         diversity=0.5,
         x0_rms=2.0,
@@ -184,7 +184,7 @@ def test_the_summary_by_hand():
         pictures=torch.zeros(0),
         shown=[],
     )
-    values = summarise(samples, torch.tensor([0.0, 0.55, 0.58, 1.0]), 2)
+    values = rollout_metrics(rollout, torch.tensor([0.0, 0.55, 0.58, 1.0]), 2)
     assert values["reward/mean"] == values["reward/a"] == 1.25
     assert values["reward/std"] == pytest.approx(np.std([0, 1, 2, 2]))
     assert values["reward/zero_std_groups"] == 0.5
@@ -226,5 +226,5 @@ def test_sampling_ends_soon_after_a_reward_has_failed(shapes_model, tmp_path):
     dist = Distributed(0, 1, 0, torch.device("cpu"))
     rewards = RewardSet({"fails": 1.0}, {"fails": Fails()})
     with pytest.raises(RewardError, match="gone"):
-        collect(Counting(), prompts, rewards, config, epoch=0, dist=dist, num_pictures=0)
+        generate_rollouts(Counting(), prompts, rewards, config, epoch=0, dist=dist, num_pictures=0)
     assert len(drawn) <= QUEUE_LENGTH + 1 < 30

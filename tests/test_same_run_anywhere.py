@@ -12,7 +12,7 @@ import torch
 from diffusion_nft.data.prompts import load_prompts, shard
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.rewards.combine import RewardSet, Scores
-from diffusion_nft.rollout import collect
+from diffusion_nft.rollout import generate_rollouts
 from diffusion_nft.runs.checkpoint import load_checkpoint
 from diffusion_nft.tracking.metrics import read_metrics
 from tests.launch import smoke, train_here, train_on_ranks
@@ -143,7 +143,7 @@ def test_pictures_do_not_depend_on_ranks_and_micro_batches(solver, shapes_model,
     def epoch(world_size: int, batch_size: int):
         config.sample.batch_size = batch_size
         parts = [
-            collect(
+            generate_rollouts(
                 shapes_model,
                 prompts,
                 rewards,
@@ -184,7 +184,7 @@ def test_another_epoch_or_seed_draws_other_noise(shapes_model, tmp_path):
         config.seed = changes.get("seed", 42)
         dist = Distributed(0, 1, 0, torch.device("cpu"))
         epoch = changes.get("epoch", 0)
-        drawn = collect(
+        drawn = generate_rollouts(
             shapes_model, prompts, rewards, config, epoch=epoch, dist=dist, num_pictures=0
         )
         return drawn.x0

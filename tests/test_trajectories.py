@@ -14,7 +14,7 @@ from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.precision import Precision
 from diffusion_nft.rewards.combine import Scores
-from diffusion_nft.rollout import Samples
+from diffusion_nft.rollout import Rollout
 from diffusion_nft.runs.checkpoint import load_checkpoint
 from diffusion_nft.solvers import Trajectory, sample_trajectory
 from diffusion_nft.tracking.metrics import read_metrics
@@ -81,7 +81,7 @@ def make_updater(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> U
     )
 
 
-def make_samples(updater: Updater, scale: float, rank: int = 0, world_size: int = 1) -> Samples:
+def make_rollout(updater: Updater, scale: float, rank: int = 0, world_size: int = 1) -> Rollout:
     """What the old policy of ``updater`` draws on a rank."""
     old = updater.policy.weights["old"]
     g = torch.Generator().manual_seed(3)
@@ -97,7 +97,7 @@ def make_samples(updater: Updater, scale: float, rank: int = 0, world_size: int 
     indices = shard(NUM, rank, world_size)
     mine = slice(indices.start, indices.stop)
     n = len(indices)
-    return Samples(
+    return Rollout(
         scores=Scores(torch.zeros(NUM), {}),
         diversity=0.0,
         x0_rms=1.0,
@@ -112,10 +112,10 @@ def make_samples(updater: Updater, scale: float, rank: int = 0, world_size: int 
     )
 
 
-def expected_gradient(weights, samples: Samples, scale: float) -> list[torch.Tensor]:
+def expected_gradient(weights, rollout: Rollout, scale: float) -> list[torch.Tensor]:
     """Autograd of the mean over all samples and the first three steps, from the formulas."""
-    assert samples.trajectory is not None
-    xs, old_log_probs = samples.trajectory
+    assert rollout.trajectory is not None
+    xs, old_log_probs = rollout.trajectory
     theta = [w.requires_grad_() for w in weights["current"]]
     losses = []
     for step in range(3):
@@ -141,10 +141,10 @@ def expected_gradient(weights, samples: Samples, scale: float) -> list[torch.Ten
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_the_gradient_is_autograds_through_both_halves_of_guidance(tmp_path, scale):
     updater = make_updater(tmp_path, sample__guidance_scale=scale)
-    before, samples = copies(updater), make_samples(updater, scale)
-    values = updater.train_epoch(samples, WEIGHTS, epoch=0)
+    before, rollout = copies(updater), make_rollout(updater, scale)
+    values = updater.train_epoch(rollout, WEIGHTS, epoch=0)
     assert 0 < values["loss/clip_fraction"] < 1, "some are clipped, and not all"
-    expected = expected_gradient(before, samples, scale)
+    expected = expected_gradient(before, rollout, scale)
     for mine, theirs in zip(updater.dist.reduced[0], expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
     assert values["optim/old_policy_decay"] == 0.0
@@ -155,14 +155,14 @@ def test_the_gradient_is_autograds_through_both_halves_of_guidance(tmp_path, sca
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 7), (5, 1), (13, 36)])
 def test_ranks_and_micro_batches_change_nothing(tmp_path, world_size, batch_size):
     one = make_updater(tmp_path, sample__guidance_scale=2.0)
-    one.train_epoch(make_samples(one, 2.0), WEIGHTS, epoch=3)
+    one.train_epoch(make_rollout(one, 2.0), WEIGHTS, epoch=3)
     sums = [torch.zeros(SHAPE, dtype=torch.float64) for _ in range(2)]
     for rank in range(world_size):
         updater = make_updater(
             tmp_path, rank, world_size, sample__guidance_scale=2.0, train__batch_size=batch_size
         )
-        samples = make_samples(updater, 2.0, rank, world_size)
-        updater.train_epoch(samples, WEIGHTS, epoch=3)
+        rollout = make_rollout(updater, 2.0, rank, world_size)
+        updater.train_epoch(rollout, WEIGHTS, epoch=3)
         sums = [a + b for a, b in zip(sums, updater.dist.reduced[0], strict=True)]
     for total, expected in zip(sums, one.dist.reduced[0], strict=True):
         torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-13)
@@ -189,9 +189,9 @@ def test_recorded_log_probs_are_the_current_policys_at_equal_weights(tmp_path, s
     }
     with one_thread():
         trainer = Trainer(smoke(tmp_path, overrides), Distributed(0, 1, 0, CPU))
-        samples = trainer._sample()
+        rollout = trainer._sample()
         weights = torch.ones(8, dtype=torch.float64)
-        values = trainer.updater.train_epoch(samples, weights, epoch=0)
+        values = trainer.updater.train_epoch(rollout, weights, epoch=0)
     assert values["loss/ratio"] == pytest.approx(1, abs=1e-6)
     # Half the mean square: no pair strays further than the root of twice its 8 * 9 fold.
     assert (2 * 8 * 9 * values["loss/approx_kl"]) ** 0.5 < 1e-5

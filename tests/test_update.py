@@ -13,7 +13,7 @@ from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.precision import FIRST_LOSS_SCALE, Precision
 from diffusion_nft.rewards.combine import Scores
-from diffusion_nft.rollout import Samples
+from diffusion_nft.rollout import Rollout
 from diffusion_nft.update import Updater, sigma_slots
 from tests.launch import smoke
 
@@ -87,12 +87,12 @@ class Recording(NFT):
         return super().loss(velocity, batch)
 
 
-def make_samples(rank: int = 0, world_size: int = 1) -> Samples:
+def make_rollout(rank: int = 0, world_size: int = 1) -> Rollout:
     g = torch.Generator().manual_seed(5)
     x0 = torch.randn(NUM, *SHAPE, generator=g, dtype=torch.float64)
     indices = shard(NUM, rank, world_size)
     n = len(indices)
-    return Samples(
+    return Rollout(
         scores=Scores(torch.zeros(NUM), {}),
         diversity=0.0,
         x0_rms=1.0,
@@ -176,7 +176,7 @@ def expected_gradient(updater: Updater, weights, batches) -> list[torch.Tensor]:
 def test_the_gradient_is_autograds_of_the_mean_over_all_pairs(tmp_path, fraction):
     updater = make_updater(tmp_path, train__timestep_fraction=fraction)
     before = copies(updater)
-    updater.train_epoch(make_samples(), R, epoch=0)
+    updater.train_epoch(make_rollout(), R, epoch=0)
     expected = expected_gradient(updater, before, updater.algorithm.batches)
     (ours,) = updater.dist.reduced
     for mine, theirs in zip(ours, expected, strict=True):
@@ -185,10 +185,10 @@ def test_the_gradient_is_autograds_of_the_mean_over_all_pairs(tmp_path, fraction
 
 def test_samples_without_a_score_are_no_part_of_the_mean(tmp_path):
     updater = make_updater(tmp_path)
-    before, samples, weights = copies(updater), make_samples(), R.clone()
+    before, rollout, weights = copies(updater), make_rollout(), R.clone()
     weights[[1, 6]] = torch.nan
-    samples.x0[[1, 6]] = torch.nan
-    values = updater.train_epoch(samples, weights, epoch=0)
+    rollout.x0[[1, 6]] = torch.nan
+    values = updater.train_epoch(rollout, weights, epoch=0)
     batches = updater.algorithm.batches
     assert sum(len(batch.x0) for batch in batches) == (NUM - 2) * 2
     expected = expected_gradient(updater, before, batches)
@@ -200,8 +200,8 @@ def test_samples_without_a_score_are_no_part_of_the_mean(tmp_path):
 
 def test_every_sample_counts_once_at_distinct_sigmas_of_the_sampler(tmp_path):
     updater = make_updater(tmp_path, train__timestep_fraction=0.99)
-    samples = make_samples()
-    updater.train_epoch(samples, R, epoch=0)
+    rollout = make_rollout()
+    updater.train_epoch(rollout, R, epoch=0)
     seen: dict[int, list[float]] = {}
     for batch in updater.algorithm.batches:
         torch.testing.assert_close(
@@ -210,7 +210,7 @@ def test_every_sample_counts_once_at_distinct_sigmas_of_the_sampler(tmp_path):
             + batch.sigma.reshape(-1, 1, 1, 1) * batch.noise,
         )
         for x0, sigma, r in zip(batch.x0, batch.sigma, batch.weight, strict=True):
-            index = next(i for i in range(NUM) if torch.equal(samples.x0[i], x0))
+            index = next(i for i in range(NUM) if torch.equal(rollout.x0[i], x0))
             assert r == R[index]
             seen.setdefault(index, []).append(float(sigma))
     # int(4 * 0.99) = 3 of the four sigmas, another one dropped from sample to sample.
@@ -229,8 +229,8 @@ def test_optimizer_steps_share_every_group_and_reduce_once_each(tmp_path):
         train__timestep_fraction=1.0,
         train__batch_size=1,
     )
-    samples = make_samples()
-    updater.train_epoch(samples, R, epoch=0)
+    rollout = make_rollout()
+    updater.train_epoch(rollout, R, epoch=0)
     assert len(updater.dist.reduced) == updater.step == 4
     split = updater._split(NUM, (0, 0)).reshape(GROUPS, SIZE)
     assert (split == 0).sum(1).tolist() == [2, 2, 2]
@@ -247,11 +247,11 @@ def test_optimizer_steps_share_every_group_and_reduce_once_each(tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_the_ranks_gradients_sum_to_the_one_process_gradient(tmp_path, world_size, batch_size):
     one = make_updater(tmp_path)
-    one.train_epoch(make_samples(), R, epoch=3)
+    one.train_epoch(make_rollout(), R, epoch=3)
     sums = [torch.zeros(SHAPE, dtype=torch.float64) for _ in range(2)]
     for rank in range(world_size):
         updater = make_updater(tmp_path, rank, world_size, train__batch_size=batch_size)
-        updater.train_epoch(make_samples(rank, world_size), R, epoch=3)
+        updater.train_epoch(make_rollout(rank, world_size), R, epoch=3)
         (part,) = updater.dist.reduced
         sums = [total + value for total, value in zip(sums, part, strict=True)]
     for total, expected in zip(sums, one.dist.reduced[0], strict=True):
@@ -261,7 +261,7 @@ def test_the_ranks_gradients_sum_to_the_one_process_gradient(tmp_path, world_siz
 def test_adamw_ema_and_old_policy_by_hand(tmp_path):
     updater = make_updater(tmp_path, train__max_grad_norm=1e9)
     start = copies(updater)
-    values = updater.train_epoch(make_samples(), R, epoch=0)
+    values = updater.train_epoch(make_rollout(), R, epoch=0)
     gradients = updater.dist.reduced[0]
     lr, decay = 3e-4, 1e-4
     for i, gradient in enumerate(gradients):
@@ -288,7 +288,7 @@ def test_adamw_ema_and_old_policy_by_hand(tmp_path):
 def test_the_learning_rate_halves_every_half_life(tmp_path, half_life, epoch, expected):
     updater = make_updater(tmp_path, train__lr_half_life=half_life)
     before = copies(updater)
-    values = updater.train_epoch(make_samples(), R, epoch=epoch)
+    values = updater.train_epoch(make_rollout(), R, epoch=epoch)
     assert values["optim/learning_rate"] == pytest.approx(expected, rel=1e-12)
     # Adam's first step is the learning rate times the gradient's sign (and eps and decay).
     for old, new in zip(before["current"], updater.policy.weights["current"], strict=True):
@@ -298,16 +298,16 @@ def test_the_learning_rate_halves_every_half_life(tmp_path, half_life, epoch, ex
 
 def test_the_gradient_norm_is_clipped(tmp_path):
     updater = make_updater(tmp_path, train__max_grad_norm=1e-3, train__adam_beta1=0.0)
-    updater.train_epoch(make_samples(), R, epoch=0)
+    updater.train_epoch(make_rollout(), R, epoch=0)
     moments = [entry["exp_avg"] for entry in updater.optimizer.state.values()]
     norm = torch.cat([m.flatten() for m in moments]).norm()
     assert float(norm) == pytest.approx(1e-3, rel=1e-4)
 
 
-def poisoned() -> Samples:
-    samples = make_samples()
-    samples.x0[4, 0, 0, 0] = torch.nan
-    return samples
+def poisoned() -> Rollout:
+    rollout = make_rollout()
+    rollout.x0[4, 0, 0, 0] = torch.nan
+    return rollout
 
 
 def test_a_nan_skips_the_update_and_is_counted(tmp_path):
@@ -319,7 +319,7 @@ def test_a_nan_skips_the_update_and_is_counted(tmp_path):
     for name, weights in updater.policy.weights.items():
         assert all(torch.equal(a, b) for a, b in zip(weights, before[name], strict=True))
     assert not updater.optimizer.state
-    updater.train_epoch(make_samples(), R, epoch=1)
+    updater.train_epoch(make_rollout(), R, epoch=1)
     assert updater.step == 1 and updater.skipped == 1 and updater.skipped_in_row == 0
     assert [name for name, _ in updater.policy.blends] == ["ema", "old"]
 
@@ -334,7 +334,7 @@ def test_one_skipped_step_of_two_advances_by_one(tmp_path):
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
     updater = make_updater(tmp_path, train__max_skipped_steps=2)
     updater.train_epoch(poisoned(), R, epoch=0)
-    updater.train_epoch(make_samples(), R, epoch=1)  # a good one: the count starts again
+    updater.train_epoch(make_rollout(), R, epoch=1)  # a good one: the count starts again
     updater.train_epoch(poisoned(), R, epoch=2)
     updater.train_epoch(poisoned(), R, epoch=3)
     with pytest.raises(FloatingPointError, match="max_skipped_steps = 2"):
@@ -357,18 +357,18 @@ def test_the_fp16_scaler_skips_an_overflow_and_halves_its_scale(tmp_path):
     updater = make_fp16_updater(tmp_path)
     scale = updater.precision.scaler.get_scale()
     assert scale == FIRST_LOSS_SCALE
-    overflow = make_samples()
-    overflow = Samples(**{**vars(overflow), "x0": (overflow.x0 * 1e36).float()})
+    overflow = make_rollout()
+    overflow = Rollout(**{**vars(overflow), "x0": (overflow.x0 * 1e36).float()})
     updater.train_epoch(overflow, R, epoch=0)
     assert updater.step == 0 and updater.skipped == 1 and updater.policy.blends == []
     assert updater.precision.scaler.get_scale() == scale / 2
-    fine = make_samples()
-    fine = Samples(**{**vars(fine), "x0": fine.x0.float()})
+    fine = make_rollout()
+    fine = Rollout(**{**vars(fine), "x0": fine.x0.float()})
     updater.train_epoch(fine, R, epoch=1)
     assert updater.step == 1
     # Unscaled before it is clipped: the norm is that of the plain gradient.
     plain = make_updater(tmp_path)
-    plain_norm = plain.train_epoch(make_samples(), R, epoch=1)["optim/grad_norm"]
+    plain_norm = plain.train_epoch(make_rollout(), R, epoch=1)["optim/grad_norm"]
     again = make_updater(tmp_path)
     for name, weights in again.policy.weights.items():
         again.policy.weights[name] = [
@@ -385,7 +385,7 @@ def test_state_returns_through_json(tmp_path):
     import json
 
     updater = make_updater(tmp_path)
-    updater.train_epoch(make_samples(), R, epoch=0)
+    updater.train_epoch(make_rollout(), R, epoch=0)
     tensors, state = updater.state_dict()
     other = make_updater(tmp_path)
     other.load_state_dict(
@@ -402,7 +402,7 @@ def test_state_returns_through_json(tmp_path):
             ):
                 mine.copy_(theirs)
     for each in (updater, other):
-        each.train_epoch(make_samples(), R, epoch=1)
+        each.train_epoch(make_rollout(), R, epoch=1)
     assert other.step == updater.step == 2
     for mine, theirs in zip(other.policy.parameters(), updater.policy.parameters(), strict=True):
         assert torch.equal(mine, theirs)
@@ -427,7 +427,7 @@ def test_sigma_slots():
 
 def test_images_of_a_prompt_can_share_noise_and_sigmas(tmp_path):
     updater = make_updater(tmp_path, train__shared_noise=True, train__timestep_fraction=0.5)
-    updater.train_epoch(make_samples(), R, epoch=0)
+    updater.train_epoch(make_rollout(), R, epoch=0)
     size = updater.config.sample.num_image_per_prompt
     noise = torch.cat([batch.noise for batch in updater.algorithm.batches]).flatten(1)
     sigma = torch.cat([batch.sigma for batch in updater.algorithm.batches])
@@ -442,9 +442,9 @@ def test_flat_groups_are_skipped_and_still_count_in_the_mean(tmp_path):
     everything, skipping = (
         make_updater(tmp_path, train__skip_flat_groups=skip) for skip in (False, True)
     )
-    samples = replace(make_samples(), scores=Scores(totals, {}))
+    rollout = replace(make_rollout(), scores=Scores(totals, {}))
     for updater in (everything, skipping):
-        updater.train_epoch(samples, weights, epoch=0)
+        updater.train_epoch(rollout, weights, epoch=0)
     seen = torch.cat([batch.weight for batch in skipping.algorithm.batches])
     pairs = torch.cat([batch.weight for batch in everything.algorithm.batches])
     assert torch.equal(seen, pairs[pairs != 0.5])
@@ -454,7 +454,7 @@ def test_flat_groups_are_skipped_and_still_count_in_the_mean(tmp_path):
     for mine, theirs in zip(skipping.dist.reduced[0], expected, strict=True):
         torch.testing.assert_close(mine, theirs * len(seen) / len(pairs), rtol=1e-10, atol=1e-12)
     # With nothing left to learn from, every rank still makes the step.
-    flat = replace(samples, scores=Scores(torch.full((NUM,), 0.5), {}))
+    flat = replace(rollout, scores=Scores(torch.full((NUM,), 0.5), {}))
     skipping.train_epoch(flat, torch.full((NUM,), 0.5), epoch=1)
     assert all(not gradient.any() for gradient in skipping.dist.reduced[1])
     # The scaler of fp16 has not scaled anything by then.
@@ -467,15 +467,15 @@ def test_flat_groups_are_skipped_and_still_count_in_the_mean(tmp_path):
 def test_an_automatic_micro_batch_leaves_the_update_as_it_is(tmp_path, capsys):
     chosen, found = make_updater(tmp_path), make_updater(tmp_path, train__batch_size=0)
     for updater in (chosen, found):
-        updater.train_epoch(make_samples(), R, epoch=0)
+        updater.train_epoch(make_rollout(), R, epoch=0)
     assert "train.batch_size = 0: 24 pairs at once" in capsys.readouterr().out
     for mine, theirs in zip(chosen.dist.reduced[0], found.dist.reduced[0], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
     # A rank without samples finds its size, too.
     idle = make_updater(tmp_path, rank=0, world_size=NUM + 1, train__batch_size=0)
-    samples = make_samples(0, NUM + 1)
-    assert not samples.indices
-    idle.train_epoch(samples, R, epoch=0)
+    rollout = make_rollout(0, NUM + 1)
+    assert not rollout.indices
+    idle.train_epoch(rollout, R, epoch=0)
 
 
 def test_weightless_samples_are_skipped_where_the_algorithm_says_so(tmp_path):
@@ -483,6 +483,6 @@ def test_weightless_samples_are_skipped_where_the_algorithm_says_so(tmp_path):
     updater.algorithm.skips_weightless = True
     weights = R.clone()
     weights[::2] = 0.0
-    updater.train_epoch(make_samples(), weights, epoch=0)
+    updater.train_epoch(make_rollout(), weights, epoch=0)
     seen = torch.cat([batch.weight for batch in updater.algorithm.batches])
     assert len(seen) == NUM // 2 * 2 and bool((seen > 0).all())

@@ -31,7 +31,7 @@ from diffusion_nft.randomness import generator
 from diffusion_nft.rewards import check_prompts
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.rewards.worker import ScoringWorker
-from diffusion_nft.rollout import Samples, collect
+from diffusion_nft.rollout import Rollout, generate_rollouts
 from diffusion_nft.runs.state import RunState
 from diffusion_nft.tracking.monitor import Monitor
 from diffusion_nft.update import Updater
@@ -247,11 +247,11 @@ class Product:
             prompts={},
         )
 
-    def sample(self, epoch: int) -> tuple[Samples, Tensor]:
+    def sample(self, epoch: int) -> tuple[Rollout, Tensor]:
         """The samples of ``epoch``, and r ``[N]``."""
         setup = self.setup
         with self.policy.using("old"):
-            samples = collect(
+            rollout = generate_rollouts(
                 self.model,
                 setup.epoch_prompts(epoch),
                 setup.rewards,
@@ -260,12 +260,12 @@ class Product:
                 dist=setup.dist,
                 num_pictures=0,
             )
-        total = samples.scores.total
+        total = rollout.scores.total
         if setup.config.sample.standardize_rewards:
             size = setup.config.sample.num_image_per_prompt
-            total = standardized_total(samples.scores.parts, setup.rewards.weights, size)
-        return samples, setup.optimality(total)
+            total = standardized_total(rollout.scores.parts, setup.rewards.weights, size)
+        return rollout, setup.optimality(total)
 
-    def train(self, samples: Samples, r: Tensor, epoch: int) -> None:
+    def train(self, rollout: Rollout, r: Tensor, epoch: int) -> None:
         """The updates of ``epoch``."""
-        self.updater.train_epoch(samples, r, epoch=epoch)
+        self.updater.train_epoch(rollout, r, epoch=epoch)

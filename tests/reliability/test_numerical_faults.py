@@ -19,12 +19,12 @@ from diffusion_nft.models.precision import FIRST_LOSS_SCALE
 from diffusion_nft.models.sd3 import SD3Model
 from diffusion_nft.rewards import REWARDS, RewardOutput
 from diffusion_nft.rewards.combine import RewardError, UnscoredError
-from diffusion_nft.rollout import Samples, summarise
+from diffusion_nft.rollout import Rollout, rollout_metrics
 from diffusion_nft.runs.checkpoint import Checkpointer
 from diffusion_nft.tracking.metrics import read_metrics
 from diffusion_nft.trainer import Trainer
 from tests.launch import one_thread, smoke, train_here
-from tests.test_update import NUM, R, copies, make_fp16_updater, make_samples, make_updater
+from tests.test_update import NUM, R, copies, make_fp16_updater, make_rollout, make_updater
 
 CPU = torch.device("cpu")
 ALONE = Distributed(0, 1, 0, CPU)
@@ -113,12 +113,12 @@ def test_a_nan_in_one_samples_latent_costs_that_epoch_alone(tmp_path, monkeypatc
     trainer = Trainer(smoke(tmp_path, TINY), ALONE)
     real = trainer._sample
 
-    def sample() -> Samples:
-        samples = real()
+    def sample() -> Rollout:
+        rollout = real()
         if trainer.state.epoch == 1:
-            samples.x0[2, 0, 0, 0] = math.nan
-            samples = dataclasses.replace(samples, x0_rms=math.nan)
-        return samples
+            rollout.x0[2, 0, 0, 0] = math.nan
+            rollout = dataclasses.replace(rollout, x0_rms=math.nan)
+        return rollout
 
     monkeypatch.setattr(trainer, "_sample", sample)
     with one_thread():
@@ -159,10 +159,10 @@ def test_too_many_faults_in_a_row_end_the_run_by_name(tmp_path, monkeypatch):
     real = trainer._sample
     before = {key: value.clone() for key, value in trainer.policy.state("current").items()}
 
-    def sample() -> Samples:
-        samples = real()
-        samples.x0[0, 0, 0, 0] = math.nan
-        return samples
+    def sample() -> Rollout:
+        rollout = real()
+        rollout.x0[0, 0, 0, 0] = math.nan
+        return rollout
 
     monkeypatch.setattr(trainer, "_sample", sample)
     with (
@@ -179,7 +179,7 @@ def test_too_many_faults_in_a_row_end_the_run_by_name(tmp_path, monkeypatch):
 def test_fp16_overflow_halves_the_scale_until_a_step_fits(tmp_path):
     """On the CPU too the scaler is on for fp16; a fault of scale alone does not last."""
     updater = make_fp16_updater(tmp_path)
-    samples = Samples(**{**vars(make_samples()), "x0": make_samples().x0.float()})
+    rollout = Rollout(**{**vars(make_rollout()), "x0": make_rollout().x0.float()})
     velocity, loss = updater.model.velocity, updater.algorithm.loss
     # As under autocast: the gradient passes through fp16, whose largest number is 65504.
     updater.model.velocity = lambda *given: velocity(*given).half().float()
@@ -191,7 +191,7 @@ def test_fp16_overflow_halves_the_scale_until_a_step_fits(tmp_path):
     updater.algorithm.loss = steep
     scales, skipped = [], []
     for epoch in range(12):
-        values = updater.train_epoch(samples, R, epoch=epoch)
+        values = updater.train_epoch(rollout, R, epoch=epoch)
         scales.append(values["optim/loss_scale"])
         skipped.append(values["optim/skipped_steps"])
         assert values["optim/nonfinite_losses"] == 0
@@ -234,10 +234,10 @@ def test_a_nan_on_one_rank_is_skipped_by_all_of_them_in_step(tmp_path):
     def work(rank: int) -> None:
         try:
             for epoch in range(4):
-                samples = make_samples(rank, size)
+                rollout = make_rollout(rank, size)
                 if rank == 1 and epoch in (1, 2):
-                    samples.x0[0] = math.nan
-                logs[rank].append(updaters[rank].train_epoch(samples, R, epoch=epoch))
+                    rollout.x0[0] = math.nan
+                logs[rank].append(updaters[rank].train_epoch(rollout, R, epoch=epoch))
         except BaseException as error:
             errors.append(error)
             shared.barrier.abort()
@@ -264,8 +264,8 @@ def test_a_nan_on_one_rank_is_skipped_by_all_of_them_in_step(tmp_path):
 def test_the_log_of_an_epoch_takes_any_optimality(value):
     r = torch.full((NUM,), 0.5, dtype=torch.float64)
     r[3] = value
-    samples = make_samples()
-    values = summarise(samples, r, 4)
+    rollout = make_rollout()
+    values = rollout_metrics(rollout, r, 4)
     assert sum(v for k, v in values.items() if k.startswith("reward/optimality_")) <= 1
 
 

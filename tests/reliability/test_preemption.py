@@ -93,13 +93,13 @@ def build(run_dir: Path, overrides: dict | None = None) -> Trainer:
 
 def test_a_rank_without_a_signal_stops_with_its_peers_in_training(tmp_path):
     trainer = build(tmp_path / "run", {"train.gradient_step_per_epoch": 1})
-    samples = trainer._sample()
+    rollout = trainer._sample()
     r = optimality(torch.linspace(-1, 1, 12), adv_clip_max=5.0, adv_mode="all")
     before = {name: trainer.policy.state(name) for name in ("current", "old", "ema")}
     before = {name: {k: v.clone() for k, v in group.items()} for name, group in before.items()}
     trainer.updater.dist = WithPeer(0, 1, 0, CPU)
     with pytest.raises(Preempted):
-        trainer.updater.train_epoch(samples, r, epoch=0)
+        trainer.updater.train_epoch(rollout, r, epoch=0)
     assert trainer.updater.step == 0
     for name, group in before.items():
         for key, value in trainer.policy.state(name).items():
