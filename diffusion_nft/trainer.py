@@ -27,7 +27,7 @@ from diffusion_nft.tracking.metrics import Timer, make_metrics
 from diffusion_nft.tracking.monitor import Alarm, Monitor
 from diffusion_nft.tracking.plan import describe
 from diffusion_nft.tracking.summary import TEST_SET, compare_pictures, pictures_file, result
-from diffusion_nft.update import Updater
+from diffusion_nft.update import Learner
 from diffusion_nft.validation.flat import flatten
 from diffusion_nft.validation.inputs import (
     build_named,
@@ -81,7 +81,7 @@ class Trainer:
                 f"the LoRA that the run starts from is on other layers than usual: {difference}"
             )
         self.algorithm = build_algorithm(config)
-        self.updater = Updater(
+        self.learner = Learner(
             config,
             dist=dist,
             precision=precision,
@@ -94,7 +94,7 @@ class Trainer:
             stage,
             dist=dist,
             policy=self.policy,
-            updater=self.updater,
+            learner=self.learner,
             monitor=self.monitor,
             prompts=prompts,
         )
@@ -108,7 +108,7 @@ class Trainer:
         if start is None:
             self.metrics.truncate(-1)
         else:
-            self.metrics.truncate(self.updater.step, self.state.epoch, stage_number(start))
+            self.metrics.truncate(self.learner.step, self.state.epoch, stage_number(start))
 
     def run(self) -> None:
         """Trains to the stage's ``num_epochs`` and says what it gained.
@@ -161,7 +161,7 @@ class Trainer:
 
     def _log(self, values: dict[str, float]) -> None:
         values = self.stage.column | values
-        self.metrics.log(values, step=self.updater.step, epoch=self.state.epoch)
+        self.metrics.log(values, step=self.learner.step, epoch=self.state.epoch)
 
     def _run_epoch(self) -> dict[str, float]:
         config, started = self.config, time.perf_counter()
@@ -174,7 +174,7 @@ class Trainer:
         advantages = group_advantages(total, size, global_std=config.sample.global_std)
         weights = self.algorithm.sample_weights(advantages, size)
         with self.timer.phase("train"):
-            values = self.updater.train_epoch(rollout, weights, epoch=self.state.epoch)
+            values = self.learner.train_epoch(rollout, weights, epoch=self.state.epoch)
         self.state.epoch += 1
         self.state.evaluated, self.trained = False, True
         if _due(self.state.epoch, config.log.image_freq):

@@ -46,7 +46,7 @@ def learning_rate(initial: float, half_life: float, epoch: int) -> float:
     return initial * 0.5 ** (epoch / half_life) if half_life else initial
 
 
-class Updater:
+class Learner:
     """Optimizer, loss scaling, EMA and the counters of optimizer steps."""
 
     def __init__(

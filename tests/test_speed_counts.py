@@ -171,9 +171,9 @@ def test_the_host_reads_no_value_in_the_inner_loops(tmp_path):
         r = torch.linspace(0.1, 0.9, SAMPLES)
         per_update = []
         for size in (SAMPLES * SIGMAS, 2):
-            trainer.updater._micro_batch = size
+            trainer.learner._micro_batch = size
             with Reads() as reads:
-                trainer.updater.train_epoch(samples, r, epoch=0)
+                trainer.learner.train_epoch(samples, r, epoch=0)
             per_update.append(reads.count)
         # Some at the end of each optimizer step and epoch, none for a micro-batch.
         assert per_update[0] == per_update[1] > 0

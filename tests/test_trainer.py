@@ -286,14 +286,14 @@ def test_standardized_rewards_count_deviations_of_their_group(tmp_path, monkeypa
         config.reward_fn.jpeg_compressibility = 2.0
     trainer = Trainer(config, CPU)
     seen = {}
-    real_sample, real_update = trainer._sample, trainer.updater.train_epoch
+    real_sample, real_update = trainer._sample, trainer.learner.train_epoch
     monkeypatch.setattr(trainer, "_sample", lambda: seen.setdefault("samples", real_sample()))
 
     def update(samples, r, *, epoch):
         seen["r"] = r
         return real_update(samples, r, epoch=epoch)
 
-    monkeypatch.setattr(trainer.updater, "train_epoch", update)
+    monkeypatch.setattr(trainer.learner, "train_epoch", update)
     trainer.run()
 
     def z(scores):

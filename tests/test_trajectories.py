@@ -19,7 +19,7 @@ from diffusion_nft.runs.checkpoint import load_checkpoint
 from diffusion_nft.solvers import Trajectory, sample_trajectory
 from diffusion_nft.tracking.metrics import read_metrics
 from diffusion_nft.trainer import Trainer
-from diffusion_nft.update import Updater
+from diffusion_nft.update import Learner
 from tests.launch import one_thread, smoke, train_here, train_on_ranks
 from tests.test_update import CPU, NUM, SHAPE, Counted, LinearPolicy, copies
 
@@ -51,7 +51,7 @@ def guided(weights, xt, sigma, pooled, scale: float) -> torch.Tensor:
     return (1 - scale) * without + scale * predict(weights, xt, sigma, pooled)
 
 
-def make_updater(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> Updater:
+def make_learner(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> Learner:
     settings = FLOW_GRPO | {
         "train.gradient_step_per_epoch": 1,
         "train.batch_size": 5,
@@ -71,7 +71,7 @@ def make_updater(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> U
             torch.zeros(len(texts), 1, 1), torch.full((len(texts), 1), EMPTY, dtype=torch.float64)
         ),
     )
-    return Updater(
+    return Learner(
         config,
         dist=Counted(rank, world_size, rank, CPU),
         precision=Precision("fp64", CPU),
@@ -81,9 +81,9 @@ def make_updater(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> U
     )
 
 
-def make_rollout(updater: Updater, scale: float, rank: int = 0, world_size: int = 1) -> Rollout:
-    """What the old policy of ``updater`` draws on a rank."""
-    old = updater.policy.weights["old"]
+def make_rollout(learner: Learner, scale: float, rank: int = 0, world_size: int = 1) -> Rollout:
+    """What the old policy of ``learner`` draws on a rank."""
+    old = learner.policy.weights["old"]
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
         xs, log_probs = sample_trajectory(
@@ -140,12 +140,12 @@ def expected_gradient(weights, rollout: Rollout, scale: float) -> list[torch.Ten
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_the_gradient_is_autograds_through_both_halves_of_guidance(tmp_path, scale):
-    updater = make_updater(tmp_path, sample__guidance_scale=scale)
-    before, rollout = copies(updater), make_rollout(updater, scale)
-    values = updater.train_epoch(rollout, WEIGHTS, epoch=0)
+    learner = make_learner(tmp_path, sample__guidance_scale=scale)
+    before, rollout = copies(learner), make_rollout(learner, scale)
+    values = learner.train_epoch(rollout, WEIGHTS, epoch=0)
     assert 0 < values["loss/clip_fraction"] < 1, "some are clipped, and not all"
     expected = expected_gradient(before, rollout, scale)
-    for mine, theirs in zip(updater.dist.reduced[0], expected, strict=True):
+    for mine, theirs in zip(learner.dist.reduced[0], expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
     assert values["optim/old_policy_decay"] == 0.0
     total = values["loss/policy"] + 0.1 * values["loss/kl"]
@@ -154,16 +154,16 @@ def test_the_gradient_is_autograds_through_both_halves_of_guidance(tmp_path, sca
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 7), (5, 1), (13, 36)])
 def test_ranks_and_micro_batches_change_nothing(tmp_path, world_size, batch_size):
-    one = make_updater(tmp_path, sample__guidance_scale=2.0)
+    one = make_learner(tmp_path, sample__guidance_scale=2.0)
     one.train_epoch(make_rollout(one, 2.0), WEIGHTS, epoch=3)
     sums = [torch.zeros(SHAPE, dtype=torch.float64) for _ in range(2)]
     for rank in range(world_size):
-        updater = make_updater(
+        learner = make_learner(
             tmp_path, rank, world_size, sample__guidance_scale=2.0, train__batch_size=batch_size
         )
-        rollout = make_rollout(updater, 2.0, rank, world_size)
-        updater.train_epoch(rollout, WEIGHTS, epoch=3)
-        sums = [a + b for a, b in zip(sums, updater.dist.reduced[0], strict=True)]
+        rollout = make_rollout(learner, 2.0, rank, world_size)
+        learner.train_epoch(rollout, WEIGHTS, epoch=3)
+        sums = [a + b for a, b in zip(sums, learner.dist.reduced[0], strict=True)]
     for total, expected in zip(sums, one.dist.reduced[0], strict=True):
         torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-13)
 
@@ -191,7 +191,7 @@ def test_recorded_log_probs_are_the_current_policys_at_equal_weights(tmp_path, s
         trainer = Trainer(smoke(tmp_path, overrides), Distributed(0, 1, 0, CPU))
         rollout = trainer._sample()
         weights = torch.ones(8, dtype=torch.float64)
-        values = trainer.updater.train_epoch(rollout, weights, epoch=0)
+        values = trainer.learner.train_epoch(rollout, weights, epoch=0)
     assert values["loss/ratio"] == pytest.approx(1, abs=1e-6)
     # Half the mean square: no pair strays further than the root of twice its 8 * 9 fold.
     assert (2 * 8 * 9 * values["loss/approx_kl"]) ** 0.5 < 1e-5

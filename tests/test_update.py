@@ -14,7 +14,7 @@ from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.precision import FIRST_LOSS_SCALE, Precision
 from diffusion_nft.rewards.combine import Scores
 from diffusion_nft.rollout import Rollout
-from diffusion_nft.update import Updater, sigma_slots
+from diffusion_nft.update import Learner, sigma_slots
 from tests.launch import smoke
 
 CPU = torch.device("cpu")
@@ -106,7 +106,7 @@ def make_rollout(rank: int = 0, world_size: int = 1) -> Rollout:
     )
 
 
-def make_updater(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> Updater:
+def make_learner(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> Learner:
     settings = {
         "train.gradient_step_per_epoch": 1,
         "train.batch_size": 5,
@@ -122,7 +122,7 @@ def make_updater(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> U
         theta, phi = policy.weights[policy.active]
         return theta * xt + sigma.reshape(-1, 1, 1, 1) * phi
 
-    return Updater(
+    return Learner(
         config,
         dist=Counted(rank, world_size, rank, CPU),
         precision=Precision("fp64", CPU),
@@ -132,17 +132,17 @@ def make_updater(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> U
     )
 
 
-def copies(updater: Updater) -> dict[str, list[torch.Tensor]]:
+def copies(learner: Learner) -> dict[str, list[torch.Tensor]]:
     return {
         name: [weight.detach().clone() for weight in weights]
-        for name, weights in updater.policy.weights.items()
+        for name, weights in learner.policy.weights.items()
     }
 
 
 R = torch.linspace(0.05, 0.95, NUM, dtype=torch.float64)
 
 
-def expected_gradient(updater: Updater, weights, batches) -> list[torch.Tensor]:
+def expected_gradient(learner: Learner, weights, batches) -> list[torch.Tensor]:
     """Autograd of the mean over all pairs at once: formulas of the algorithm, written again."""
     joined = {
         name: torch.cat([getattr(batch, name) for batch in batches])
@@ -156,7 +156,7 @@ def expected_gradient(updater: Updater, weights, batches) -> list[torch.Tensor]:
 
     v_now, v_old = v(theta), v(weights["old"])
     v_ref = v(weights["reference"])
-    beta, clip = updater.config.nft.beta, updater.config.train.adv_clip_max
+    beta, clip = learner.config.nft.beta, learner.config.train.adv_clip_max
 
     def branch(velocity):
         error = joined["xt"] - s * velocity - joined["x0"]
@@ -174,36 +174,36 @@ def expected_gradient(updater: Updater, weights, batches) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("fraction", [0.5, 0.99, 1.0])
 def test_the_gradient_is_autograds_of_the_mean_over_all_pairs(tmp_path, fraction):
-    updater = make_updater(tmp_path, train__timestep_fraction=fraction)
-    before = copies(updater)
-    updater.train_epoch(make_rollout(), R, epoch=0)
-    expected = expected_gradient(updater, before, updater.algorithm.batches)
-    (ours,) = updater.dist.reduced
+    learner = make_learner(tmp_path, train__timestep_fraction=fraction)
+    before = copies(learner)
+    learner.train_epoch(make_rollout(), R, epoch=0)
+    expected = expected_gradient(learner, before, learner.algorithm.batches)
+    (ours,) = learner.dist.reduced
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
 def test_samples_without_a_score_are_no_part_of_the_mean(tmp_path):
-    updater = make_updater(tmp_path)
-    before, rollout, weights = copies(updater), make_rollout(), R.clone()
+    learner = make_learner(tmp_path)
+    before, rollout, weights = copies(learner), make_rollout(), R.clone()
     weights[[1, 6]] = torch.nan
     rollout.x0[[1, 6]] = torch.nan
-    values = updater.train_epoch(rollout, weights, epoch=0)
-    batches = updater.algorithm.batches
+    values = learner.train_epoch(rollout, weights, epoch=0)
+    batches = learner.algorithm.batches
     assert sum(len(batch.x0) for batch in batches) == (NUM - 2) * 2
-    expected = expected_gradient(updater, before, batches)
-    (ours,) = updater.dist.reduced
+    expected = expected_gradient(learner, before, batches)
+    (ours,) = learner.dist.reduced
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
     assert values["optim/skipped_steps"] == 0 and values["loss/total"] > 0
 
 
 def test_every_sample_counts_once_at_distinct_sigmas_of_the_sampler(tmp_path):
-    updater = make_updater(tmp_path, train__timestep_fraction=0.99)
+    learner = make_learner(tmp_path, train__timestep_fraction=0.99)
     rollout = make_rollout()
-    updater.train_epoch(rollout, R, epoch=0)
+    learner.train_epoch(rollout, R, epoch=0)
     seen: dict[int, list[float]] = {}
-    for batch in updater.algorithm.batches:
+    for batch in learner.algorithm.batches:
         torch.testing.assert_close(
             batch.xt,
             (1 - batch.sigma.reshape(-1, 1, 1, 1)) * batch.x0
@@ -217,12 +217,12 @@ def test_every_sample_counts_once_at_distinct_sigmas_of_the_sampler(tmp_path):
     assert sorted(seen) == list(range(NUM))
     assert all(len(sigmas) == len(set(sigmas)) == 3 for sigmas in seen.values())
     assert len({frozenset(sigmas) for sigmas in seen.values()}) > 1
-    noise = torch.cat([batch.noise for batch in updater.algorithm.batches]).flatten(1)
+    noise = torch.cat([batch.noise for batch in learner.algorithm.batches]).flatten(1)
     assert len({tuple(row.tolist()) for row in noise}) == NUM * 3
 
 
 def test_optimizer_steps_share_every_group_and_reduce_once_each(tmp_path):
-    updater = make_updater(
+    learner = make_learner(
         tmp_path,
         train__gradient_step_per_epoch=2,
         train__num_inner_epochs=2,
@@ -230,11 +230,11 @@ def test_optimizer_steps_share_every_group_and_reduce_once_each(tmp_path):
         train__batch_size=1,
     )
     rollout = make_rollout()
-    updater.train_epoch(rollout, R, epoch=0)
-    assert len(updater.dist.reduced) == updater.step == 4
-    split = updater._split(NUM, (0, 0)).reshape(GROUPS, SIZE)
+    learner.train_epoch(rollout, R, epoch=0)
+    assert len(learner.dist.reduced) == learner.step == 4
+    split = learner._split(NUM, (0, 0)).reshape(GROUPS, SIZE)
     assert (split == 0).sum(1).tolist() == [2, 2, 2]
-    batches = updater.algorithm.batches
+    batches = learner.algorithm.batches
     assert len(batches) == 2 * NUM * 4
     # Fresh noise in the second pass.
     first, second = batches[: NUM * 4], batches[NUM * 4 :]
@@ -246,34 +246,34 @@ def test_optimizer_steps_share_every_group_and_reduce_once_each(tmp_path):
 @pytest.mark.parametrize("world_size", [2, 3, 5, 13])
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_the_ranks_gradients_sum_to_the_one_process_gradient(tmp_path, world_size, batch_size):
-    one = make_updater(tmp_path)
+    one = make_learner(tmp_path)
     one.train_epoch(make_rollout(), R, epoch=3)
     sums = [torch.zeros(SHAPE, dtype=torch.float64) for _ in range(2)]
     for rank in range(world_size):
-        updater = make_updater(tmp_path, rank, world_size, train__batch_size=batch_size)
-        updater.train_epoch(make_rollout(rank, world_size), R, epoch=3)
-        (part,) = updater.dist.reduced
+        learner = make_learner(tmp_path, rank, world_size, train__batch_size=batch_size)
+        learner.train_epoch(make_rollout(rank, world_size), R, epoch=3)
+        (part,) = learner.dist.reduced
         sums = [total + value for total, value in zip(sums, part, strict=True)]
     for total, expected in zip(sums, one.dist.reduced[0], strict=True):
         torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_adamw_ema_and_old_policy_by_hand(tmp_path):
-    updater = make_updater(tmp_path, train__max_grad_norm=1e9)
-    start = copies(updater)
-    values = updater.train_epoch(make_rollout(), R, epoch=0)
-    gradients = updater.dist.reduced[0]
+    learner = make_learner(tmp_path, train__max_grad_norm=1e9)
+    start = copies(learner)
+    values = learner.train_epoch(make_rollout(), R, epoch=0)
+    gradients = learner.dist.reduced[0]
     lr, decay = 3e-4, 1e-4
     for i, gradient in enumerate(gradients):
         # After the first step both of Adam's corrected moments are the gradient's own.
         expected = start["current"][i] * (1 - lr * decay)
         expected = expected - lr * gradient / (gradient.abs() + 1e-8)
-        now = updater.policy.weights["current"][i].detach()
+        now = learner.policy.weights["current"][i].detach()
         torch.testing.assert_close(now, expected, rtol=1e-9, atol=1e-12)
         ema = 2 / 11 * start["ema"][i] + 9 / 11 * now
-        torch.testing.assert_close(updater.policy.weights["ema"][i], ema)
+        torch.testing.assert_close(learner.policy.weights["ema"][i], ema)
         old = 0.001 * start["old"][i] + 0.999 * now
-        torch.testing.assert_close(updater.policy.weights["old"][i], old)
+        torch.testing.assert_close(learner.policy.weights["old"][i], old)
     norm = torch.cat([g.flatten() for g in gradients]).norm()
     assert values["optim/grad_norm"] == pytest.approx(float(norm))
     assert values["optim/old_policy_decay"] == 0.001
@@ -286,20 +286,20 @@ def test_adamw_ema_and_old_policy_by_hand(tmp_path):
     [(0.0, 50, 3e-4), (10.0, 0, 3e-4), (10.0, 10, 1.5e-4), (10.0, 30, 3e-4 / 8), (0.5, 1, 7.5e-5)],
 )
 def test_the_learning_rate_halves_every_half_life(tmp_path, half_life, epoch, expected):
-    updater = make_updater(tmp_path, train__lr_half_life=half_life)
-    before = copies(updater)
-    values = updater.train_epoch(make_rollout(), R, epoch=epoch)
+    learner = make_learner(tmp_path, train__lr_half_life=half_life)
+    before = copies(learner)
+    values = learner.train_epoch(make_rollout(), R, epoch=epoch)
     assert values["optim/learning_rate"] == pytest.approx(expected, rel=1e-12)
     # Adam's first step is the learning rate times the gradient's sign (and eps and decay).
-    for old, new in zip(before["current"], updater.policy.weights["current"], strict=True):
+    for old, new in zip(before["current"], learner.policy.weights["current"], strict=True):
         change = (new - old).detach().abs()
         torch.testing.assert_close(change, torch.full_like(change, expected), rtol=1e-3, atol=0)
 
 
 def test_the_gradient_norm_is_clipped(tmp_path):
-    updater = make_updater(tmp_path, train__max_grad_norm=1e-3, train__adam_beta1=0.0)
-    updater.train_epoch(make_rollout(), R, epoch=0)
-    moments = [entry["exp_avg"] for entry in updater.optimizer.state.values()]
+    learner = make_learner(tmp_path, train__max_grad_norm=1e-3, train__adam_beta1=0.0)
+    learner.train_epoch(make_rollout(), R, epoch=0)
+    moments = [entry["exp_avg"] for entry in learner.optimizer.state.values()]
     norm = torch.cat([m.flatten() for m in moments]).norm()
     assert float(norm) == pytest.approx(1e-3, rel=1e-4)
 
@@ -311,65 +311,65 @@ def poisoned() -> Rollout:
 
 
 def test_a_nan_skips_the_update_and_is_counted(tmp_path):
-    updater = make_updater(tmp_path)
-    before = copies(updater)
-    values = updater.train_epoch(poisoned(), R, epoch=0)
-    assert updater.step == 0 and updater.policy.blends == []
+    learner = make_learner(tmp_path)
+    before = copies(learner)
+    values = learner.train_epoch(poisoned(), R, epoch=0)
+    assert learner.step == 0 and learner.policy.blends == []
     assert values["optim/skipped_steps"] == 1
-    for name, weights in updater.policy.weights.items():
+    for name, weights in learner.policy.weights.items():
         assert all(torch.equal(a, b) for a, b in zip(weights, before[name], strict=True))
-    assert not updater.optimizer.state
-    updater.train_epoch(make_rollout(), R, epoch=1)
-    assert updater.step == 1 and updater.skipped == 1 and updater.skipped_in_row == 0
-    assert [name for name, _ in updater.policy.blends] == ["ema", "old"]
+    assert not learner.optimizer.state
+    learner.train_epoch(make_rollout(), R, epoch=1)
+    assert learner.step == 1 and learner.skipped == 1 and learner.skipped_in_row == 0
+    assert [name for name, _ in learner.policy.blends] == ["ema", "old"]
 
 
 def test_one_skipped_step_of_two_advances_by_one(tmp_path):
-    updater = make_updater(tmp_path, train__gradient_step_per_epoch=2)
-    updater.train_epoch(poisoned(), R, epoch=0)
-    assert (updater.step, updater.skipped) == (1, 1)
-    assert sorted(name for name, _ in updater.policy.blends) == ["ema", "old"]
+    learner = make_learner(tmp_path, train__gradient_step_per_epoch=2)
+    learner.train_epoch(poisoned(), R, epoch=0)
+    assert (learner.step, learner.skipped) == (1, 1)
+    assert sorted(name for name, _ in learner.policy.blends) == ["ema", "old"]
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
-    updater = make_updater(tmp_path, train__max_skipped_steps=2)
-    updater.train_epoch(poisoned(), R, epoch=0)
-    updater.train_epoch(make_rollout(), R, epoch=1)  # a good one: the count starts again
-    updater.train_epoch(poisoned(), R, epoch=2)
-    updater.train_epoch(poisoned(), R, epoch=3)
+    learner = make_learner(tmp_path, train__max_skipped_steps=2)
+    learner.train_epoch(poisoned(), R, epoch=0)
+    learner.train_epoch(make_rollout(), R, epoch=1)  # a good one: the count starts again
+    learner.train_epoch(poisoned(), R, epoch=2)
+    learner.train_epoch(poisoned(), R, epoch=3)
     with pytest.raises(FloatingPointError, match="max_skipped_steps = 2"):
-        updater.train_epoch(poisoned(), R, epoch=4)
+        learner.train_epoch(poisoned(), R, epoch=4)
 
 
-def make_fp16_updater(folder):
-    """An updater of float32 weights whose loss is scaled, as for fp16."""
-    updater = make_updater(folder)
-    for name, weights in updater.policy.weights.items():
-        updater.policy.weights[name] = [
+def make_fp16_learner(folder):
+    """A learner of float32 weights whose loss is scaled, as for fp16."""
+    learner = make_learner(folder)
+    for name, weights in learner.policy.weights.items():
+        learner.policy.weights[name] = [
             w.detach().float().requires_grad_(name == "current") for w in weights
         ]
-    updater.precision = Precision("fp16", CPU)
-    updater.optimizer = torch.optim.AdamW(updater.policy.parameters(), lr=1e-3)
-    return updater
+    learner.precision = Precision("fp16", CPU)
+    learner.optimizer = torch.optim.AdamW(learner.policy.parameters(), lr=1e-3)
+    return learner
 
 
 def test_the_fp16_scaler_skips_an_overflow_and_halves_its_scale(tmp_path):
-    updater = make_fp16_updater(tmp_path)
-    scale = updater.precision.scaler.get_scale()
+    learner = make_fp16_learner(tmp_path)
+    scale = learner.precision.scaler.get_scale()
     assert scale == FIRST_LOSS_SCALE
     overflow = make_rollout()
     overflow = Rollout(**{**vars(overflow), "x0": (overflow.x0 * 1e36).float()})
-    updater.train_epoch(overflow, R, epoch=0)
-    assert updater.step == 0 and updater.skipped == 1 and updater.policy.blends == []
-    assert updater.precision.scaler.get_scale() == scale / 2
+    learner.train_epoch(overflow, R, epoch=0)
+    assert learner.step == 0 and learner.skipped == 1 and learner.policy.blends == []
+    assert learner.precision.scaler.get_scale() == scale / 2
     fine = make_rollout()
     fine = Rollout(**{**vars(fine), "x0": fine.x0.float()})
-    updater.train_epoch(fine, R, epoch=1)
-    assert updater.step == 1
+    learner.train_epoch(fine, R, epoch=1)
+    assert learner.step == 1
     # Unscaled before it is clipped: the norm is that of the plain gradient.
-    plain = make_updater(tmp_path)
+    plain = make_learner(tmp_path)
     plain_norm = plain.train_epoch(make_rollout(), R, epoch=1)["optim/grad_norm"]
-    again = make_updater(tmp_path)
+    again = make_learner(tmp_path)
     for name, weights in again.policy.weights.items():
         again.policy.weights[name] = [
             w.detach().float().requires_grad_(name == "current") for w in weights
@@ -384,27 +384,27 @@ def test_the_fp16_scaler_skips_an_overflow_and_halves_its_scale(tmp_path):
 def test_state_returns_through_json(tmp_path):
     import json
 
-    updater = make_updater(tmp_path)
-    updater.train_epoch(make_rollout(), R, epoch=0)
-    tensors, state = updater.state_dict()
-    other = make_updater(tmp_path)
+    learner = make_learner(tmp_path)
+    learner.train_epoch(make_rollout(), R, epoch=0)
+    tensors, state = learner.state_dict()
+    other = make_learner(tmp_path)
     other.load_state_dict(
         {key: value.clone() for key, value in tensors.items()}, json.loads(json.dumps(state))
     )
     with torch.no_grad():
         for mine, theirs in zip(
-            other.policy.parameters(), updater.policy.parameters(), strict=True
+            other.policy.parameters(), learner.policy.parameters(), strict=True
         ):
             mine.copy_(theirs)
         for name in ("old", "ema"):
             for mine, theirs in zip(
-                other.policy.weights[name], updater.policy.weights[name], strict=True
+                other.policy.weights[name], learner.policy.weights[name], strict=True
             ):
                 mine.copy_(theirs)
-    for each in (updater, other):
+    for each in (learner, other):
         each.train_epoch(make_rollout(), R, epoch=1)
-    assert other.step == updater.step == 2
-    for mine, theirs in zip(other.policy.parameters(), updater.policy.parameters(), strict=True):
+    assert other.step == learner.step == 2
+    for mine, theirs in zip(other.policy.parameters(), learner.policy.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
 
@@ -426,11 +426,11 @@ def test_sigma_slots():
 
 
 def test_images_of_a_prompt_can_share_noise_and_sigmas(tmp_path):
-    updater = make_updater(tmp_path, train__shared_noise=True, train__timestep_fraction=0.5)
-    updater.train_epoch(make_rollout(), R, epoch=0)
-    size = updater.config.sample.num_image_per_prompt
-    noise = torch.cat([batch.noise for batch in updater.algorithm.batches]).flatten(1)
-    sigma = torch.cat([batch.sigma for batch in updater.algorithm.batches])
+    learner = make_learner(tmp_path, train__shared_noise=True, train__timestep_fraction=0.5)
+    learner.train_epoch(make_rollout(), R, epoch=0)
+    size = learner.config.sample.num_image_per_prompt
+    noise = torch.cat([batch.noise for batch in learner.algorithm.batches]).flatten(1)
+    sigma = torch.cat([batch.sigma for batch in learner.algorithm.batches])
     pairs = {(s, *row) for s, row in zip(sigma.tolist(), noise.tolist(), strict=True)}
     assert len(noise) == NUM * 2 and len(pairs) == NUM // size * 2
 
@@ -440,16 +440,16 @@ def test_flat_groups_are_skipped_and_still_count_in_the_mean(tmp_path):
     weights, totals = R.clone(), R.clone()
     weights[size : 2 * size] = totals[size : 2 * size] = 0.5
     everything, skipping = (
-        make_updater(tmp_path, train__skip_flat_groups=skip) for skip in (False, True)
+        make_learner(tmp_path, train__skip_flat_groups=skip) for skip in (False, True)
     )
     rollout = replace(make_rollout(), scores=Scores(totals, {}))
-    for updater in (everything, skipping):
-        updater.train_epoch(rollout, weights, epoch=0)
+    for learner in (everything, skipping):
+        learner.train_epoch(rollout, weights, epoch=0)
     seen = torch.cat([batch.weight for batch in skipping.algorithm.batches])
     pairs = torch.cat([batch.weight for batch in everything.algorithm.batches])
     assert torch.equal(seen, pairs[pairs != 0.5])
     # The gradient is that of the remaining pairs, over the number of all.
-    before = copies(make_updater(tmp_path))
+    before = copies(make_learner(tmp_path))
     expected = expected_gradient(skipping, before, skipping.algorithm.batches)
     for mine, theirs in zip(skipping.dist.reduced[0], expected, strict=True):
         torch.testing.assert_close(mine, theirs * len(seen) / len(pairs), rtol=1e-10, atol=1e-12)
@@ -458,31 +458,31 @@ def test_flat_groups_are_skipped_and_still_count_in_the_mean(tmp_path):
     skipping.train_epoch(flat, torch.full((NUM,), 0.5), epoch=1)
     assert all(not gradient.any() for gradient in skipping.dist.reduced[1])
     # The scaler of fp16 has not scaled anything by then.
-    half = make_updater(tmp_path, train__skip_flat_groups=True)
+    half = make_learner(tmp_path, train__skip_flat_groups=True)
     half.precision.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     half.train_epoch(flat, torch.full((NUM,), 0.5), epoch=0)
     assert half.step == 1
 
 
 def test_an_automatic_micro_batch_leaves_the_update_as_it_is(tmp_path, capsys):
-    chosen, found = make_updater(tmp_path), make_updater(tmp_path, train__batch_size=0)
-    for updater in (chosen, found):
-        updater.train_epoch(make_rollout(), R, epoch=0)
+    chosen, found = make_learner(tmp_path), make_learner(tmp_path, train__batch_size=0)
+    for learner in (chosen, found):
+        learner.train_epoch(make_rollout(), R, epoch=0)
     assert "train.batch_size = 0: 24 pairs at once" in capsys.readouterr().out
     for mine, theirs in zip(chosen.dist.reduced[0], found.dist.reduced[0], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
     # A rank without samples finds its size, too.
-    idle = make_updater(tmp_path, rank=0, world_size=NUM + 1, train__batch_size=0)
+    idle = make_learner(tmp_path, rank=0, world_size=NUM + 1, train__batch_size=0)
     rollout = make_rollout(0, NUM + 1)
     assert not rollout.indices
     idle.train_epoch(rollout, R, epoch=0)
 
 
 def test_weightless_samples_are_skipped_where_the_algorithm_says_so(tmp_path):
-    updater = make_updater(tmp_path)
-    updater.algorithm.skips_weightless = True
+    learner = make_learner(tmp_path)
+    learner.algorithm.skips_weightless = True
     weights = R.clone()
     weights[::2] = 0.0
-    updater.train_epoch(make_rollout(), weights, epoch=0)
-    seen = torch.cat([batch.weight for batch in updater.algorithm.batches])
+    learner.train_epoch(make_rollout(), weights, epoch=0)
+    seen = torch.cat([batch.weight for batch in learner.algorithm.batches])
     assert len(seen) == NUM // 2 * 2 and bool((seen > 0).all())

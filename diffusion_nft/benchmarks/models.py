@@ -34,7 +34,7 @@ from diffusion_nft.rewards.worker import ScoringWorker
 from diffusion_nft.rollout import Rollout, generate_rollouts
 from diffusion_nft.runs.state import RunState
 from diffusion_nft.tracking.monitor import Monitor
-from diffusion_nft.update import Updater
+from diffusion_nft.update import Learner
 from diffusion_nft.validation.flat import flatten
 from diffusion_nft.validation.inputs import build_named, load_checked_prompts, reward_weights
 from diffusion_nft.validation.stages import stages_of
@@ -223,7 +223,7 @@ class Product:
             seed=config.seed,
             dtype=self.model.precision.trained_dtype,
         )
-        self.updater = Updater(
+        self.learner = Learner(
             config,
             dist=setup.dist,
             precision=self.model.precision,
@@ -231,7 +231,7 @@ class Product:
             policy=self.policy,
             algorithm=(algorithm := build_algorithm(config)),
         )
-        self.optimizer = self.updater.optimizer
+        self.optimizer = self.learner.optimizer
         # Where an observer finds what it times.
         self.encoder, self.switch, self.waiting = (
             self.model,
@@ -242,7 +242,7 @@ class Product:
             stages_of(config)[0],
             dist=setup.dist,
             policy=self.policy,
-            updater=self.updater,
+            learner=self.learner,
             monitor=Monitor(config, algorithm, setup.dist.say),
             prompts={},
         )
@@ -268,4 +268,4 @@ class Product:
 
     def train(self, rollout: Rollout, r: Tensor, epoch: int) -> None:
         """The updates of ``epoch``."""
-        self.updater.train_epoch(rollout, r, epoch=epoch)
+        self.learner.train_epoch(rollout, r, epoch=epoch)

@@ -19,7 +19,7 @@ from diffusion_nft.runs.checkpoint import (
     load_checkpoint,
     resolve_checkpoint,
 )
-from diffusion_nft.update import Updater
+from diffusion_nft.update import Learner
 from diffusion_nft.validation.flat import flatten, with_defaults
 from diffusion_nft.validation.stages import Stage
 
@@ -124,7 +124,7 @@ class KeepsBaselines(Protocol):
 
 
 class RunState:
-    """The run's counters beside ``policy`` and ``updater``, saved and restored together."""
+    """The run's counters beside ``policy`` and ``learner``, saved and restored together."""
 
     def __init__(
         self,
@@ -132,13 +132,13 @@ class RunState:
         *,
         dist: Distributed,
         policy: Policy,
-        updater: Updater,
+        learner: Learner,
         monitor: KeepsBaselines,
         prompts: PromptHashes,
     ):
         self.prompts = prompts  # of this stage and later ones
         self.stage, self.config = stage, stage.config
-        self.dist, self.policy, self.updater, self.monitor = dist, policy, updater, monitor
+        self.dist, self.policy, self.learner, self.monitor = dist, policy, learner, monitor
         self.checkpointer = Checkpointer(
             Path(self.config.save_dir), keep=self.config.checkpoint.keep
         )
@@ -174,7 +174,7 @@ class RunState:
             )
         self._on_main(partial(self.checkpointer.restore_best, checkpoint))
         self._load_policies(checkpoint)
-        self.updater.load_state_dict(checkpoint.tensors["optimizer"], state["updater"])
+        self.learner.load_state_dict(checkpoint.tensors["optimizer"], state["updater"])
         self.epoch = state["epoch"]
         self.dist.say(f"continuing from {checkpoint.path} (epoch {self.epoch})")
         changed = changed_prompts(state.get("prompts", {}), self.prompts)
@@ -216,16 +216,16 @@ class RunState:
             raise CheckpointError(failure)
 
     def _write(self, best: bool) -> None:
-        tensors, updater = self.updater.state_dict()
+        tensors, learner = self.learner.state_dict()
         self.checkpointer.save(
-            self.updater.step,
+            self.learner.step,
             tensors={name: self.policy.state(name) for name in ADAPTERS} | {"optimizer": tensors},
             state={
                 "epoch": self.epoch,
                 "stage": self.stage.number,
                 "best_score": self.best_score,
                 "evaluated": self.evaluated,
-                "updater": updater,
+                "updater": learner,
                 "monitor": self.monitor.state,
                 "config": flatten(self.config),
                 "prompts": self.prompts,

@@ -27,7 +27,7 @@ SCRIPT = ROOT / "scripts" / "train_nft_sd3.py"
 PHASES = {
     "sampling": "diffusion_nft.rollout:thumbnails",  # a batch of pictures is there
     "scoring": "diffusion_nft.rewards.combine:RewardSet.__call__",  # in the background thread
-    "training": "diffusion_nft.update:Updater._loss",  # before each micro-batch
+    "training": "diffusion_nft.update:Learner._loss",  # before each micro-batch
     "update": "diffusion_nft.policy:Policy.blend",  # weights changed, EMA or old policy not yet
     "log": "diffusion_nft.tracking.metrics:Metrics.log",
     "evaluation": "diffusion_nft.evaluation.evaluate:thumbnails",

@@ -24,7 +24,7 @@ from diffusion_nft.runs.checkpoint import Checkpointer
 from diffusion_nft.tracking.metrics import read_metrics
 from diffusion_nft.trainer import Trainer
 from tests.launch import one_thread, smoke, train_here
-from tests.test_update import NUM, R, copies, make_fp16_updater, make_rollout, make_updater
+from tests.test_update import NUM, R, copies, make_fp16_learner, make_learner, make_rollout
 
 CPU = torch.device("cpu")
 ALONE = Distributed(0, 1, 0, CPU)
@@ -178,28 +178,28 @@ def test_too_many_faults_in_a_row_end_the_run_by_name(tmp_path, monkeypatch):
 
 def test_fp16_overflow_halves_the_scale_until_a_step_fits(tmp_path):
     """On the CPU too the scaler is on for fp16; a fault of scale alone does not last."""
-    updater = make_fp16_updater(tmp_path)
+    learner = make_fp16_learner(tmp_path)
     rollout = Rollout(**{**vars(make_rollout()), "x0": make_rollout().x0.float()})
-    velocity, loss = updater.model.velocity, updater.algorithm.loss
+    velocity, loss = learner.model.velocity, learner.algorithm.loss
     # As under autocast: the gradient passes through fp16, whose largest number is 65504.
-    updater.model.velocity = lambda *given: velocity(*given).half().float()
+    learner.model.velocity = lambda *given: velocity(*given).half().float()
 
     def steep(velocity, batch):
         losses, metrics = loss(velocity, batch)
         return losses * 1000, metrics
 
-    updater.algorithm.loss = steep
+    learner.algorithm.loss = steep
     scales, skipped = [], []
     for epoch in range(12):
-        values = updater.train_epoch(rollout, R, epoch=epoch)
+        values = learner.train_epoch(rollout, R, epoch=epoch)
         scales.append(values["optim/loss_scale"])
         skipped.append(values["optim/skipped_steps"])
         assert values["optim/nonfinite_losses"] == 0
-        if updater.step:
+        if learner.step:
             break
-    assert updater.step == 1 and skipped[-1] == len(skipped) - 1 > 0
+    assert learner.step == 1 and skipped[-1] == len(skipped) - 1 > 0
     assert scales == [FIRST_LOSS_SCALE / 2 ** min(i + 1, skipped[-1]) for i in range(len(scales))]
-    assert updater.skipped_in_row == 0 and math.isfinite(values["optim/grad_norm"])
+    assert learner.skipped_in_row == 0 and math.isfinite(values["optim/grad_norm"])
 
 
 class Rendezvous(Distributed):
@@ -225,11 +225,11 @@ class Rendezvous(Distributed):
 def test_a_nan_on_one_rank_is_skipped_by_all_of_them_in_step(tmp_path):
     size = 3
     shared = SimpleNamespace(size=size, values=[None] * size, barrier=threading.Barrier(size))
-    updaters, logs, errors = [], [[] for _ in range(size)], []
+    learners, logs, errors = [], [[] for _ in range(size)], []
     for rank in range(size):
-        updater = make_updater(tmp_path, rank, size, train__gradient_step_per_epoch=2)
-        updater.dist = Rendezvous(rank, shared)
-        updaters.append(updater)
+        learner = make_learner(tmp_path, rank, size, train__gradient_step_per_epoch=2)
+        learner.dist = Rendezvous(rank, shared)
+        learners.append(learner)
 
     def work(rank: int) -> None:
         try:
@@ -237,7 +237,7 @@ def test_a_nan_on_one_rank_is_skipped_by_all_of_them_in_step(tmp_path):
                 rollout = make_rollout(rank, size)
                 if rank == 1 and epoch in (1, 2):
                     rollout.x0[0] = math.nan
-                logs[rank].append(updaters[rank].train_epoch(rollout, R, epoch=epoch))
+                logs[rank].append(learners[rank].train_epoch(rollout, R, epoch=epoch))
         except BaseException as error:
             errors.append(error)
             shared.barrier.abort()
@@ -249,7 +249,7 @@ def test_a_nan_on_one_rank_is_skipped_by_all_of_them_in_step(tmp_path):
     for thread in threads:
         thread.join(60)
     assert not errors and not any(thread.is_alive() for thread in threads)
-    first, *others = updaters
+    first, *others = learners
     # Of the two steps of an epoch, the one that has the sample.
     assert first.step == 6 and first.skipped == 2
     for other, log in zip(others, logs[1:], strict=True):

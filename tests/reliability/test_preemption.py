@@ -97,10 +97,10 @@ def test_a_rank_without_a_signal_stops_with_its_peers_in_training(tmp_path):
     r = optimality(torch.linspace(-1, 1, 12), adv_clip_max=5.0, adv_mode="all")
     before = {name: trainer.policy.state(name) for name in ("current", "old", "ema")}
     before = {name: {k: v.clone() for k, v in group.items()} for name, group in before.items()}
-    trainer.updater.dist = WithPeer(0, 1, 0, CPU)
+    trainer.learner.dist = WithPeer(0, 1, 0, CPU)
     with pytest.raises(Preempted):
-        trainer.updater.train_epoch(rollout, r, epoch=0)
-    assert trainer.updater.step == 0
+        trainer.learner.train_epoch(rollout, r, epoch=0)
+    assert trainer.learner.step == 0
     for name, group in before.items():
         for key, value in trainer.policy.state(name).items():
             assert torch.equal(value, group[key])

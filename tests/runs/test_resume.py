@@ -177,13 +177,13 @@ def test_another_run_begins_with_the_policies_that_resume_from_names(finished, t
     for adapter in ("current", "old", "ema"):
         for key, value in trainer.policy.state(adapter).items():
             assert torch.equal(value, theirs.tensors[adapter][key])
-    assert (trainer.state.epoch, trainer.updater.step) == (0, 0)
-    assert not trainer.updater.optimizer.state
-    assert trainer.updater.optimizer.param_groups[0]["lr"] == 0.002
+    assert (trainer.state.epoch, trainer.learner.step) == (0, 0)
+    assert not trainer.learner.optimizer.state
+    assert trainer.learner.optimizer.param_groups[0]["lr"] == 0.002
     # Once it has a checkpoint of its own, the run continues from that.
     trained = train_here(tmp_path / "run", SETTINGS | changes)
     again = train_here(tmp_path / "run", SETTINGS | changes)
-    assert (again.state.epoch, again.updater.step) == (1, 2)
+    assert (again.state.epoch, again.learner.step) == (1, 2)
     for key, value in again.policy.state("current").items():
         assert torch.equal(value, trained.policy.state("current")[key])
 
