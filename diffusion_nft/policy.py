@@ -1,8 +1,8 @@
 """The policies: one frozen base transformer and LoRA adapters on it.
 
 ``current`` is trained, ``old`` samples, ``ema`` is evaluated and exported; the reference policy is
-the base without LoRA.  Exactly one is active at a time; ``with policy.using("old"): ...`` switches
-and restores.
+the base without LoRA.  Exactly one is active at a time; ``with policy.use_adapter("old"): ...``
+switches and restores.
 
 An adapter adds two thin products to each layer it is on, which cost more than their arithmetic.
 Where no precision is lost by it, the adapters that are not trained are therefore merged with the
@@ -169,7 +169,7 @@ class Policy:
         return Lora(scaled(self.state(name), self.scaling), base_model)
 
     @torch.no_grad()
-    def blend(self, name: str, decay: float) -> None:
+    def ema_update(self, name: str, decay: float) -> None:
         """``name <- decay name + (1 - decay) current``: the old policy's and the EMA's update."""
         own = [weight.detach() for weight in self.parameters(name)]
         current = [weight.detach() for weight in self.parameters("current")]
@@ -198,7 +198,7 @@ class Policy:
         return self._merged[1]
 
     @contextmanager
-    def using(self, name: str) -> Iterator[None]:
+    def use_adapter(self, name: str) -> Iterator[None]:
         """Runs the block with policy ``name``: ``current``, ``old``, ``ema`` or ``reference``."""
         before = self._active
         if name != before:

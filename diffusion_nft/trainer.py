@@ -198,7 +198,7 @@ class Trainer:
     def _sample(self) -> Rollout:
         config, epoch = self.config, self.state.epoch
         self.epoch_prompts = self._prompts(epoch)
-        with self.timer.phase("sample"), self.policy.using("old"):
+        with self.timer.phase("sample"), self.policy.use_adapter("old"):
             return generate_rollouts(
                 self.model,
                 self.epoch_prompts,
@@ -251,7 +251,7 @@ class Trainer:
         due = epoch >= config.num_epochs or _due(epoch, config.eval_freq)
         if self.state.evaluated or not (config.eval.at_start if at_start else due):
             return None
-        with self.timer.phase("eval"), self.policy.using("ema"):
+        with self.timer.phase("eval"), self.policy.use_adapter("ema"):
             evaluation = self.evaluate()
         values = evaluation.metrics() | self.timer.pop() | self.monitor.evaluation(evaluation)
         if config.max_unscored:
@@ -283,9 +283,9 @@ class Trainer:
         count = self.config.log.num_images
         drawn = self.dist.gather_objects(path.exists())[0]
         if count and (self.trained or not drawn):
-            with self.policy.using("reference"):
+            with self.policy.use_adapter("reference"):
                 before = self.evaluate(count)
-            with self.policy.using("ema"):
+            with self.policy.use_adapter("ema"):
                 after = self.evaluate(count)
             if self.dist.is_main:
                 save_grid(compare_pictures(before, after), path)

@@ -165,7 +165,7 @@ class Learner:
                         sums[key] = sums.get(key, 0) + value
         decay = self.algorithm.old_policy_decay(self.step)
         if self.step > before:
-            self.policy.blend("old", decay)
+            self.policy.ema_update("old", decay)
         totals: dict[str, float] = {}
         mine = {key: float(value) for key, value in (sums | {"nonfinite": nonfinite}).items()}
         for local in self.dist.gather_objects(mine):
@@ -265,7 +265,7 @@ class Learner:
             self.step += 1
             self.skipped_in_row = 0
             decay = min((1 + self.step) / (10 + self.step), self.config.train.ema_decay)
-            self.policy.blend("ema", decay)
+            self.policy.ema_update("ema", decay)
         else:
             self.skipped += 1
             self.skipped_in_row += 1
@@ -367,7 +367,7 @@ class Learner:
         predict = guided_velocity(self.model, cond, guidance_scale)
 
         def velocity(policy: str) -> Tensor:
-            with self.policy.using(policy), torch.set_grad_enabled(policy == "current"):
+            with self.policy.use_adapter(policy), torch.set_grad_enabled(policy == "current"):
                 return predict(xt, sigma)
 
         return velocity

@@ -187,7 +187,7 @@ class Shapes:
             batch = Batch(x0, noise, add_noise(x0, noise, sigma), sigma, torch.empty_like(sigma))
 
             def velocity(policy: str) -> Tensor:
-                with self.policy.using(policy), torch.set_grad_enabled(policy == "current"):
+                with self.policy.use_adapter(policy), torch.set_grad_enabled(policy == "current"):
                     return self.model.velocity(batch.xt, sigma, cond)
 
             losses, _ = self.algorithm.loss(velocity, batch)
@@ -205,7 +205,7 @@ class Shapes:
         """GB of a forward of ``size`` samples with the old policy."""
 
         def work() -> None:
-            with self.policy.using("old"):
+            with self.policy.use_adapter("old"):
                 self.model.velocity(*self._inputs(size))
 
         return self._peak_gb(work)

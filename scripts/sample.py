@@ -119,7 +119,7 @@ def main() -> None:
         images = draw(model, sampler, prompts, seeds, folder)
         if args.compare:
             assert policy, "--compare comes with a LoRA"
-            with policy.using(REFERENCE):
+            with policy.use_adapter(REFERENCE):
                 base = draw(model, sampler, prompts, seeds, folder, "-base")
     captions = [f"{prompt} (seed {seed})" for prompt in prompts for seed in seeds]
     if base is None:

@@ -83,7 +83,7 @@ def test_a_fresh_policy_is_the_base_and_equal_on_every_rank(base, transformer):
     options = dict(targets=LORA_TARGETS, rank=RANK, alpha=ALPHA, dtype=torch.float32)
     policy = Policy(transformer, seed=5, **options)
     for name in (*ADAPTERS, "reference"):
-        with policy.using(name):
+        with policy.use_adapter(name):
             assert torch.equal(predict(transformer), predict(base))
     torch.manual_seed(99)
     other = Policy(copy.deepcopy(base), seed=5, **options)
@@ -97,7 +97,7 @@ def test_a_fresh_policy_is_the_base_and_equal_on_every_rank(base, transformer):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_each_adapter_is_the_base_plus_its_own_low_rank_product(base, transformer, policy, name):
-    with policy.using(name):
+    with policy.use_adapter(name):
         ours = predict(transformer)
     expected = predict(merged(base, policy.state(name)))
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
@@ -111,7 +111,7 @@ def test_one_linear_layer_by_hand(transformer, policy):
     layer = transformer.get_submodule(name)
     state = policy.state("old")
     x = torch.randn(5, layer.in_features)
-    with policy.using("old"):
+    with policy.use_adapter("old"):
         ours = layer(x)
     a, b = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
     base = x @ layer.base_layer.weight.T + layer.base_layer.bias
@@ -119,7 +119,7 @@ def test_one_linear_layer_by_hand(transformer, policy):
 
 
 def test_the_reference_is_the_base_to_the_last_bit(base, transformer, policy):
-    with policy.using("reference"):
+    with policy.use_adapter("reference"):
         assert torch.equal(predict(transformer), predict(base))
 
 
@@ -132,34 +132,34 @@ def test_lora_lies_on_the_attention_projections_alone(policy):
 @pytest.mark.parametrize("name", [*ADAPTERS, "reference"])
 def test_using_restores_also_after_an_exception_and_when_nested(transformer, policy, name):
     before = predict(transformer)
-    with pytest.raises(RuntimeError, match="boom"), policy.using(name):
+    with pytest.raises(RuntimeError, match="boom"), policy.use_adapter(name):
         inside = predict(transformer)
-        with policy.using("old"), policy.using("reference"):
+        with policy.use_adapter("old"), policy.use_adapter("reference"):
             pass
         assert torch.equal(predict(transformer), inside)
         raise RuntimeError("boom")
     assert torch.equal(predict(transformer), before)
-    with policy.using("current"):
+    with policy.use_adapter("current"):
         assert torch.equal(predict(transformer), before)
 
 
 @torch.no_grad()
 def test_switching_equals_pefts_own(transformer, policy):
     for name in ADAPTERS:
-        with policy.using(name):
+        with policy.use_adapter(name):
             ours = predict(transformer)
         transformer.set_adapter(name)
         torch.testing.assert_close(predict(transformer), ours, rtol=1e-5, atol=1e-5)
     transformer.disable_adapters()
     theirs = predict(transformer)
     transformer.enable_adapters()
-    with policy.using("reference"):
+    with policy.use_adapter("reference"):
         torch.testing.assert_close(predict(transformer), theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_only_the_current_policy_receives_gradients(transformer, policy):
     for name in ("old", "ema", "reference"):
-        with policy.using(name):
+        with policy.use_adapter(name):
             assert not predict(transformer).requires_grad
     predict(transformer).square().sum().backward()
     with_gradient = {n for n, p in transformer.named_parameters() if p.grad is not None}
@@ -172,7 +172,7 @@ def test_only_the_current_policy_receives_gradients(transformer, policy):
 @pytest.mark.parametrize("decay", [0.0, 0.25, 0.999, 1.0])
 def test_blend_moves_one_adapter_towards_the_current_one(policy, decay):
     before = {n: {k: v.clone() for k, v in policy.state(n).items()} for n in ADAPTERS}
-    policy.blend("old", decay)
+    policy.ema_update("old", decay)
     for key, value in policy.state("old").items():
         expected = decay * before["old"][key] + (1 - decay) * before["current"][key]
         torch.testing.assert_close(value, expected)
@@ -224,7 +224,7 @@ def test_merged_and_unmerged_agree_to_rounding_at_equal_weights(base, dtype, wit
     policy.load("current", state)
     for layer, untrained in zip(layers(transformer), before, strict=True):
         current = layer(x).detach()
-        with policy.using("old"):
+        with policy.use_adapter("old"):
             assert layer.merged_weight is not None
             old = layer(x)
         assert float((old - current).norm() / current.norm()) < within
@@ -234,7 +234,7 @@ def test_merged_and_unmerged_agree_to_rounding_at_equal_weights(base, dtype, wit
 @torch.no_grad()
 def test_merging_never_writes_to_the_base(base, transformer, policy):
     for name in ("old", "ema", "old"):
-        with policy.using(name):
+        with policy.use_adapter(name):
             predict(transformer)
     names = [name for name, _ in base.named_parameters()]
     for name in names:
@@ -254,15 +254,15 @@ def test_a_merged_adapter_follows_whatever_changes_it(base, transformer, policy)
         expected = predict(merged(base, policy.state("old")))
         torch.testing.assert_close(predict(transformer), expected, rtol=1e-4, atol=1e-4)
 
-    with policy.using("old"):
+    with policy.use_adapter("old"):
         check()
-        policy.blend("old", 0.5)
+        policy.ema_update("old", 0.5)
         check()
         policy.load("old", policy.state("ema"), others=False)
         check()
     for weight in policy.parameters("old"):
         weight.mul_(0.3)
-    with policy.using("old"):
+    with policy.use_adapter("old"):
         check()
 
 
@@ -274,12 +274,12 @@ def test_an_adapter_is_merged_once_between_changes(transformer, policy, monkeypa
         LoraLinear, "merge_weight", lambda self, name: made.append(name) or merge(self, name)
     )
     for name in ("old", "reference", "current", "old", "old"):
-        with policy.using(name):
+        with policy.use_adapter(name):
             predict(transformer)
     assert made == ["old"] * len(layers(transformer))
-    policy.blend("old", 0.5)
+    policy.ema_update("old", 0.5)
     for _ in range(2):
-        with policy.using("old"):
+        with policy.use_adapter("old"):
             predict(transformer)
     assert made == ["old"] * 2 * len(layers(transformer))
 
@@ -301,7 +301,7 @@ def test_half_precision_is_not_merged_as_it_would_lose_small_changes(base, dtype
     x = signs.to(dtype).expand(1, 2, -1)
     with torch.autocast("cpu", dtype):
         now = layer(x)
-        with policy.using("old"):
+        with policy.use_adapter("old"):
             assert layer.merged_weight is None
             assert torch.equal(layer(x), now)
         assert not layer.base_layer(x).any() and now.all()
@@ -361,9 +361,9 @@ def test_a_lora_on_any_linear_layers_is_the_policy_that_peft_has(base, transform
     expected = predict(wrapped)
     assert float((expected - predict(base)).norm() / expected.norm()) > 1e-2
     torch.testing.assert_close(predict(transformer), expected, rtol=1e-4, atol=1e-5)
-    with policy.using("current"):
+    with policy.use_adapter("current"):
         torch.testing.assert_close(predict(transformer), expected, rtol=1e-4, atol=1e-5)
-    with policy.using("reference"):
+    with policy.use_adapter("reference"):
         assert torch.equal(predict(transformer), predict(base))
 
 

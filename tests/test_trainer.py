@@ -85,9 +85,9 @@ def test_the_exported_lora_is_the_ema_in_diffusers(run_dir, shapes_model):
             )[0]
 
     trainer = Trainer(smoke(run_dir, {"log.num_images": 4, "checkpoint.keep": 0}), CPU)
-    with trainer.policy.using("ema"):
+    with trainer.policy.use_adapter("ema"):
         ours = predict(trainer.model.transformer)
-    with trainer.policy.using("current"):
+    with trainer.policy.use_adapter("current"):
         current = predict(trainer.model.transformer)
     theirs, base = predict(pipe.transformer), predict(shapes_model.transformer)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -199,7 +199,7 @@ def test_training_from_a_lora_starts_all_adapters_there_and_keeps_the_reference(
     for name in ("current", "old", "ema"):
         for key, value in trainer.policy.state(name).items():
             assert torch.equal(value, state[key])
-    with trainer.policy.using("reference"), torch.no_grad():
+    with trainer.policy.use_adapter("reference"), torch.no_grad():
         x, sigma = torch.ones(1, *shapes_model.latent_shape), torch.tensor([0.5])
         cond = shapes_model.encode(["a red circle"])
         ours = trainer.model.velocity(x, sigma, cond)

@@ -38,12 +38,12 @@ class LinearPolicy:
             for name in ("current", "old", "ema", "reference")
         }
         self.active = "current"
-        self.blends: list[tuple[str, float]] = []
+        self.ema_updates: list[tuple[str, float]] = []
 
     def parameters(self, name: str = "current") -> list[torch.Tensor]:
         return self.weights[name]
 
-    def using(self, name: str):
+    def use_adapter(self, name: str):
         policy = self
 
         class Switch:
@@ -56,8 +56,8 @@ class LinearPolicy:
         return Switch()
 
     @torch.no_grad()
-    def blend(self, name: str, decay: float) -> None:
-        self.blends.append((name, decay))
+    def ema_update(self, name: str, decay: float) -> None:
+        self.ema_updates.append((name, decay))
         for own, current in zip(self.weights[name], self.weights["current"], strict=True):
             own.copy_(decay * own + (1 - decay) * current)
 
@@ -314,21 +314,21 @@ def test_a_nan_skips_the_update_and_is_counted(tmp_path):
     learner = make_learner(tmp_path)
     before = copies(learner)
     values = learner.train_epoch(poisoned(), R, epoch=0)
-    assert learner.step == 0 and learner.policy.blends == []
+    assert learner.step == 0 and learner.policy.ema_updates == []
     assert values["optim/skipped_steps"] == 1
     for name, weights in learner.policy.weights.items():
         assert all(torch.equal(a, b) for a, b in zip(weights, before[name], strict=True))
     assert not learner.optimizer.state
     learner.train_epoch(make_rollout(), R, epoch=1)
     assert learner.step == 1 and learner.skipped == 1 and learner.skipped_in_row == 0
-    assert [name for name, _ in learner.policy.blends] == ["ema", "old"]
+    assert [name for name, _ in learner.policy.ema_updates] == ["ema", "old"]
 
 
 def test_one_skipped_step_of_two_advances_by_one(tmp_path):
     learner = make_learner(tmp_path, train__gradient_step_per_epoch=2)
     learner.train_epoch(poisoned(), R, epoch=0)
     assert (learner.step, learner.skipped) == (1, 1)
-    assert sorted(name for name, _ in learner.policy.blends) == ["ema", "old"]
+    assert sorted(name for name, _ in learner.policy.ema_updates) == ["ema", "old"]
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
@@ -360,7 +360,7 @@ def test_the_fp16_scaler_skips_an_overflow_and_halves_its_scale(tmp_path):
     overflow = make_rollout()
     overflow = Rollout(**{**vars(overflow), "x0": (overflow.x0 * 1e36).float()})
     learner.train_epoch(overflow, R, epoch=0)
-    assert learner.step == 0 and learner.skipped == 1 and learner.policy.blends == []
+    assert learner.step == 0 and learner.skipped == 1 and learner.policy.ema_updates == []
     assert learner.precision.scaler.get_scale() == scale / 2
     fine = make_rollout()
     fine = Rollout(**{**vars(fine), "x0": fine.x0.float()})

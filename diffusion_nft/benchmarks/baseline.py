@@ -99,7 +99,7 @@ class Published:
         ]
 
     @contextmanager
-    def using(self, name: str) -> Iterator[None]:
+    def use_adapter(self, name: str) -> Iterator[None]:
         """``old``, ``current`` or ``reference``, by two fields a layer."""
         before = self._active
         self._activate(name)
@@ -143,7 +143,7 @@ class Published:
             config.sample.noise_level,
         )
         latents, conds, futures, sigmas = [], [], [], torch.zeros(0)
-        with ThreadPoolExecutor(SCORERS) as scorers, self.using("old"):
+        with ThreadPoolExecutor(SCORERS) as scorers, self.use_adapter("old"):
             for start in range(0, len(indices), config.sample.batch_size):
                 rows = indices[start : start + config.sample.batch_size]
                 batch = [prompts[i // size] for i in rows]
@@ -194,7 +194,7 @@ class Published:
         """The losses ``[B]`` of ``batch`` after three forwards."""
 
         def velocity(policy: str) -> Tensor:
-            with self.using(policy), torch.set_grad_enabled(policy == "current"):
+            with self.use_adapter(policy), torch.set_grad_enabled(policy == "current"):
                 return self.model.velocity(batch.xt, batch.sigma, cond)
 
         old, reference = velocity("old"), velocity("reference")

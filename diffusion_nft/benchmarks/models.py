@@ -250,7 +250,7 @@ class Product:
     def sample(self, epoch: int) -> tuple[Rollout, Tensor]:
         """The samples of ``epoch``, and r ``[N]``."""
         setup = self.setup
-        with self.policy.using("old"):
+        with self.policy.use_adapter("old"):
             rollout = generate_rollouts(
                 self.model,
                 setup.epoch_prompts(epoch),

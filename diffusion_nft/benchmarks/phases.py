@@ -228,9 +228,9 @@ class Observer:
 
         return call
 
-    def _using(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _use_adapter(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @contextmanager
-        def using(name: str) -> Iterator[None]:
+        def use_adapter(name: str) -> Iterator[None]:
             switch = function(name)
             _, seconds = self._clock(switch.__enter__)
             self._add("policy switch", seconds)
@@ -243,7 +243,7 @@ class Observer:
             _, seconds = self._clock(switch.__exit__, None, None, None)
             self._add("policy switch", seconds, calls=0)
 
-        return using
+        return use_adapter
 
     def _whole(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -266,7 +266,7 @@ class Observer:
             (way.encoder, "encode", self._encode),
             (way.model, "decode", self._decode),
             (way.model, "velocity", self._velocity),
-            (way.switch, "using", self._using),
+            (way.switch, "use_adapter", self._use_adapter),
             (way.optimizer, "step", self._optimizer),
             (*way.waiting, partial(self._plain, "reward wait")),
             (RewardSet, "__call__", self._reward),

@@ -327,7 +327,7 @@ def test_compiled_blocks_predict_the_same_for_every_policy():
         predicted, gradients = [], []
         for model, policy in both:
             cond = model.encode(["a red circle"] * 4)
-            with policy.using(name), torch.set_grad_enabled(name == "current"):
+            with policy.use_adapter(name), torch.set_grad_enabled(name == "current"):
                 v = model.velocity(x, sigma, cond)
                 if name == "current":
                     v.square().mean().backward()

@@ -121,7 +121,7 @@ def test_both_ways_have_the_same_loss_and_gradient(benchmark, tmp_path):
     cond = ours.model.encode(texts)
 
     def velocity(policy):
-        with ours.policy.using(policy), torch.set_grad_enabled(policy == "current"):
+        with ours.policy.use_adapter(policy), torch.set_grad_enabled(policy == "current"):
             return ours.model.velocity(batch.xt, batch.sigma, cond)
 
     expected, _ = NFT(setup.config).loss(velocity, batch)
