@@ -166,12 +166,12 @@ class Shapes:
         shape, precision = self.model.transformer.config, self.model.precision
         length = CLIP_TOKENS + self.model.max_sequence_length
         with META:
-            tokens = torch.empty(size, length, shape.joint_attention_dim)
-            pooled = torch.empty(size, shape.pooled_projection_dim)
+            prompt_embeds = torch.empty(size, length, shape.joint_attention_dim)
+            pooled_prompt_embeds = torch.empty(size, shape.pooled_projection_dim)
             x = torch.empty(size, *self.model.latent_shape, dtype=precision.trained_dtype)
             sigma = torch.empty(size, dtype=precision.trained_dtype)
         dtype = precision.compute_dtype
-        return x, sigma, Conditioning(tokens.to(dtype), pooled.to(dtype))
+        return x, sigma, Conditioning(prompt_embeds.to(dtype), pooled_prompt_embeds.to(dtype))
 
     def _peak_gb(self, work: Callable[[], object]) -> float:
         # Autocast of torch's own knows no tensors without storage.

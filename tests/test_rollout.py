@@ -115,7 +115,7 @@ def test_every_sample_is_scored_against_its_own_prompt(shapes_model, tmp_path):
     assert rewards.asked == expected
     # The conditioning of each sample is that of its prompt, each prompt's there once.
     alone = shapes_model.encode([p.text for p in prompts])
-    assert torch.equal(rollout.cond.tokens, alone.tokens)
+    assert torch.equal(rollout.cond.prompt_embeds, alone.prompt_embeds)
     assert rollout.cond_rows.tolist() == [i // 4 for i in range(12)]
     assert len(rollout.pictures) == 7
     images = shapes_model.decode(rollout.x0)

@@ -79,8 +79,8 @@ def test_the_exported_lora_is_the_ema_in_diffusers(run_dir, shapes_model):
             return transformer(
                 hidden_states=x,
                 timestep=torch.tensor([500.0]),
-                encoder_hidden_states=cond.tokens,
-                pooled_projections=cond.pooled,
+                encoder_hidden_states=cond.prompt_embeds,
+                pooled_projections=cond.pooled_prompt_embeds,
                 return_dict=False,
             )[0]
 

@@ -66,7 +66,9 @@ def make_learner(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> L
                 own.copy_(current + 0.1 * own)
     model = SimpleNamespace(
         latent_shape=SHAPE,
-        velocity=lambda xt, s, cond: predict(policy.weights[policy.active], xt, s, cond.pooled),
+        velocity=lambda xt, s, cond: predict(
+            policy.weights[policy.active], xt, s, cond.pooled_prompt_embeds
+        ),
         encode=lambda texts: Conditioning(
             torch.zeros(len(texts), 1, 1), torch.full((len(texts), 1), EMPTY, dtype=torch.float64)
         ),

@@ -121,7 +121,7 @@ class Published:
         if self.setup.arch in ARCHITECTURES:  # there is nothing to encode with
             return model.encode(texts)
         with torch.no_grad():
-            tokens, _, pooled, _ = model.pipe.encode_prompt(
+            prompt_embeds, _, pooled_prompt_embeds, _ = model.pipe.encode_prompt(
                 prompt=texts,
                 prompt_2=texts,
                 prompt_3=texts,
@@ -129,7 +129,7 @@ class Published:
                 do_classifier_free_guidance=False,
                 max_sequence_length=model.max_sequence_length,
             )
-        return Conditioning(tokens, pooled)
+        return Conditioning(prompt_embeds, pooled_prompt_embeds)
 
     def sample(self, epoch: int) -> tuple[Drawn, Tensor]:
         """The samples of ``epoch``, and r ``[N]``."""
@@ -159,7 +159,8 @@ class Published:
             mine = self.totals(futures)
         total = torch.cat(dist.gather_objects(mine))
         cond = Conditioning(
-            torch.cat([c.tokens for c in conds]), torch.cat([c.pooled for c in conds])
+            torch.cat([c.prompt_embeds for c in conds]),
+            torch.cat([c.pooled_prompt_embeds for c in conds]),
         )
         return Drawn(indices.start, torch.cat(latents), cond, sigmas), setup.optimality(total)
 

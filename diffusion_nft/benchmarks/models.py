@@ -199,9 +199,9 @@ def _random_embeddings(model: Any) -> Callable[[list[str]], list[Conditioning]]:
         rows = []
         for text in texts:
             rng = generator(text)
-            tokens = torch.randn(1, length, shape.joint_attention_dim, generator=rng)
-            pooled = torch.randn(1, shape.pooled_projection_dim, generator=rng)
-            rows.append(Conditioning(tokens.to(dtype), pooled.to(dtype)))
+            prompt_embeds = torch.randn(1, length, shape.joint_attention_dim, generator=rng)
+            pooled_prompt_embeds = torch.randn(1, shape.pooled_projection_dim, generator=rng)
+            rows.append(Conditioning(prompt_embeds.to(dtype), pooled_prompt_embeds.to(dtype)))
         return rows
 
     return encode

@@ -162,7 +162,7 @@ class Observer:
         transformer = self.way.model.pipe.transformer
 
         def call(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-            shape = (transformer.config, x.shape[-1], cond.tokens.shape[1])
+            shape = (transformer.config, x.shape[-1], cond.prompt_embeds.shape[1])
             policy = self._policies[-1]
             if policy not in self._ranks:
                 # Not part of the epoch.

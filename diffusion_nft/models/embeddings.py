@@ -10,30 +10,34 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the transformer is told of the prompts: ``tokens: [B, L, D]``, ``pooled: [B, P]``."""
+    """What the transformer is told of the prompts: ``prompt_embeds: [B, L, D]`` and
+    ``pooled_prompt_embeds: [B, P]``."""
 
-    tokens: Tensor
-    pooled: Tensor
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return self.tokens.nbytes + self.pooled.nbytes
+        return self.prompt_embeds.nbytes + self.pooled_prompt_embeds.nbytes
 
     def to(self, device: torch.device) -> "Conditioning":
         """A copy on ``device``."""
-        return Conditioning(self.tokens.to(device), self.pooled.to(device))
+        return Conditioning(self.prompt_embeds.to(device), self.pooled_prompt_embeds.to(device))
 
     def select(self, rows: Tensor) -> "Conditioning":
         """The rows ``rows: [M]`` (integers), repeated as often as they are named."""
-        return Conditioning(self.tokens[rows], self.pooled[rows])
+        return Conditioning(self.prompt_embeds[rows], self.pooled_prompt_embeds[rows])
 
 
 def stack(items: Sequence[Conditioning]) -> Conditioning:
-    """Conditionings of one row each as one batch; none give an empty one."""
+    """Conditionings as one batch; none give an empty one."""
     if not items:
         return Conditioning(torch.zeros(0, 0, 0), torch.zeros(0, 0))
-    return Conditioning(torch.cat([c.tokens for c in items]), torch.cat([c.pooled for c in items]))
+    return Conditioning(
+        torch.cat([c.prompt_embeds for c in items]),
+        torch.cat([c.pooled_prompt_embeds for c in items]),
+    )
 
 
 class EmbeddingCache:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_nft.models.embeddings import Conditioning
+from diffusion_nft.models.embeddings import Conditioning, stack
 from diffusion_nft.randomness import normal
 from diffusion_nft.solvers import Trajectory, sample_trajectory, solve
 
@@ -69,11 +69,9 @@ def guided_velocity(
     """``velocity(x, sigma)`` of ``model`` at classifier-free guidance ``scale`` (1: none)."""
     if scale == 1:
         return lambda x, sigma: model.velocity(x, sigma, cond)
-    rows = torch.zeros(len(cond.pooled), dtype=torch.long, device=cond.pooled.device)
-    empty = model.encode([""]).select(rows)
-    both = Conditioning(
-        torch.cat([empty.tokens, cond.tokens]), torch.cat([empty.pooled, cond.pooled])
-    )
+    device = cond.prompt_embeds.device
+    rows = torch.zeros(len(cond.prompt_embeds), dtype=torch.long, device=device)
+    both = stack([model.encode([""]).select(rows), cond])
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
         v = model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both)

@@ -183,7 +183,7 @@ class SD3Model:
     def _encode_here(self, texts: list[str]) -> list[Conditioning]:
         rows = []
         for text in texts:
-            tokens, _, pooled, _ = self.pipe.encode_prompt(
+            prompt_embeds, _, pooled_prompt_embeds, _ = self.pipe.encode_prompt(
                 prompt=text,
                 prompt_2=text,
                 prompt_3=text,
@@ -191,8 +191,8 @@ class SD3Model:
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.max_sequence_length,
             )
-            assert tokens is not None and pooled is not None
-            rows.append(Conditioning(tokens.cpu(), pooled.cpu()))
+            assert prompt_embeds is not None and pooled_prompt_embeds is not None
+            rows.append(Conditioning(prompt_embeds.cpu(), pooled_prompt_embeds.cpu()))
         return rows
 
     def take_passes(self) -> dict[str, int]:
@@ -228,8 +228,8 @@ class SD3Model:
             v = self.transformer(
                 hidden_states=x,
                 timestep=timestep.trunc() if self.match_published else timestep,
-                encoder_hidden_states=cond.tokens,
-                pooled_projections=cond.pooled,
+                encoder_hidden_states=cond.prompt_embeds,
+                pooled_projections=cond.pooled_prompt_embeds,
                 return_dict=False,
             )[0]
         return v.to(self.precision.trained_dtype)

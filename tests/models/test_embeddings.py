@@ -23,8 +23,8 @@ def test_each_unique_text_is_encoded_once_and_rows_are_in_order():
     encoder = Encoder()
     cache = EmbeddingCache(encoder, 1e9)
     found = cache(["bb", "a", "bb", "ccc"])
-    assert found.tokens[:, 0, 0].tolist() == [2, 1, 2, 3]
-    assert found.pooled[:, 0].tolist() == [ord(c) for c in "babc"]
+    assert found.prompt_embeds[:, 0, 0].tolist() == [2, 1, 2, 3]
+    assert found.pooled_prompt_embeds[:, 0].tolist() == [ord(c) for c in "babc"]
     cache(["a", "ccc", "d"])
     assert encoder.asked == [["bb", "a", "ccc"], ["d"]]
 
@@ -48,7 +48,7 @@ def test_more_texts_than_the_budget_holds_still_all_come():
         cache = EmbeddingCache(encoder, budget)
         for _ in range(2):
             found = cache(["a", "bb", "ccc", "a"])
-            assert found.tokens[:, 0, 0].tolist() == [1, 2, 3, 1]
+            assert found.prompt_embeds[:, 0, 0].tolist() == [1, 2, 3, 1]
             assert cache._bytes <= budget
         # Within one call each is encoded once all the same.
         assert all(len(set(texts)) == len(texts) for texts in encoder.asked)
@@ -56,6 +56,6 @@ def test_more_texts_than_the_budget_holds_still_all_come():
 
 def test_select_and_stack():
     cond = EmbeddingCache(Encoder(), 1e9)(["a", "bb"])
-    assert cond.select(torch.tensor([1, 1, 0])).tokens[:, 0, 0].tolist() == [2, 2, 1]
+    assert cond.select(torch.tensor([1, 1, 0])).prompt_embeds[:, 0, 0].tolist() == [2, 2, 1]
     assert cond.nbytes == 2 * ROW
-    assert stack([]).tokens.shape[0] == 0
+    assert stack([]).prompt_embeds.shape[0] == 0

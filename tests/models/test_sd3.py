@@ -65,9 +65,9 @@ def test_a_texts_embedding_does_not_depend_on_its_neighbours(shapes_model):
     shapes_model.encode_cached._items.clear()
     shapes_model.encode_cached._bytes = 0
     alone = shapes_model.encode(TEXTS[1:2])
-    assert torch.equal(alone.tokens[0], together.tokens[1])
-    assert torch.equal(alone.pooled[0], together.pooled[1])
-    assert not torch.allclose(together.pooled[0], together.pooled[1])
+    assert torch.equal(alone.prompt_embeds[0], together.prompt_embeds[1])
+    assert torch.equal(alone.pooled_prompt_embeds[0], together.pooled_prompt_embeds[1])
+    assert not torch.allclose(together.pooled_prompt_embeds[0], together.pooled_prompt_embeds[1])
 
 
 def test_pictures_lie_in_range_and_slices_change_nothing(shapes_model):
@@ -100,7 +100,7 @@ def test_offloading_and_checkpointing_give_the_same_numbers(shapes_model, monkey
 
     monkeypatch.setattr(sd3, "visiting", recorded)
     ours, theirs = other.encode(TEXTS), shapes_model.encode(TEXTS)
-    assert torch.equal(ours.tokens, theirs.tokens)
+    assert torch.equal(ours.prompt_embeds, theirs.prompt_embeds)
     # All texts in one visit; a model that does not offload has none.
     assert visits == [(other._text_encoders(), CPU)]
     x, sigma = torch.ones(3, *other.latent_shape), torch.full((3,), 0.3)
@@ -217,7 +217,8 @@ def test_a_base_that_is_stored_in_a_variant_alone(store, base, shapes_model):
     store(base)
     model = load(base)
     cond, same = model.encode(TEXTS), shapes_model.encode(TEXTS)
-    assert torch.equal(cond.tokens, same.tokens) and torch.equal(cond.pooled, same.pooled)
+    assert torch.equal(cond.prompt_embeds, same.prompt_embeds)
+    assert torch.equal(cond.pooled_prompt_embeds, same.pooled_prompt_embeds)
     for ours, theirs in zip(
         model.transformer.parameters(), shapes_model.transformer.parameters(), strict=True
     ):
@@ -237,10 +238,13 @@ def test_a_base_without_t5(remove, base, shapes_model, capsys):
     remove(base)
     cond, whole = load(base).encode(TEXTS), shapes_model.encode(TEXTS)
     assert f"{base} has no T5" in capsys.readouterr().out
-    clip = whole.tokens.shape[1] - 8
-    assert torch.equal(cond.pooled, whole.pooled) and cond.tokens.shape == whole.tokens.shape
-    assert torch.equal(cond.tokens[:, :clip], whole.tokens[:, :clip])
-    assert not cond.tokens[:, clip:].any() and whole.tokens[:, clip:].any()
+    clip = whole.prompt_embeds.shape[1] - 8
+    assert (
+        torch.equal(cond.pooled_prompt_embeds, whole.pooled_prompt_embeds)
+        and cond.prompt_embeds.shape == whole.prompt_embeds.shape
+    )
+    assert torch.equal(cond.prompt_embeds[:, :clip], whole.prompt_embeds[:, :clip])
+    assert not cond.prompt_embeds[:, clip:].any() and whole.prompt_embeds[:, clip:].any()
 
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"

@@ -28,7 +28,7 @@ PHASES = {
     "sampling": "diffusion_nft.rollout:thumbnails",  # a batch of pictures is there
     "scoring": "diffusion_nft.rewards.combine:RewardSet.__call__",  # in the background thread
     "training": "diffusion_nft.update:Learner._loss",  # before each micro-batch
-    "update": "diffusion_nft.policy:Policy.ema_update",  # current changed, EMA or old policy not yet
+    "update": "diffusion_nft.policy:Policy.ema_update",  # weights changed, but not yet ema or old
     "log": "diffusion_nft.tracking.metrics:Metrics.log",
     "evaluation": "diffusion_nft.evaluation.evaluate:thumbnails",
     # Before each file and folder is made durable.

@@ -175,7 +175,7 @@ def test_odd_unicode_is_a_prompt_as_any_other(name, tmp_path, shapes_model):
     first, second = load_prompts(tmp_path, "test")
     assert (first.text, second.text) == (ODD[name].strip(), "a cat")
     cond = shapes_model.encode([first.text])
-    assert cond.tokens.isfinite().all() and cond.pooled.isfinite().all()
+    assert cond.prompt_embeds.isfinite().all() and cond.pooled_prompt_embeds.isfinite().all()
     assert image_grid(torch.zeros(1, 3, 48, 48), [first.text], columns=1).width > 48
 
 
@@ -193,8 +193,9 @@ def test_a_prompt_of_100000_characters_is_truncated_in_linear_time(unit, tmp_pat
     assert prompt.text == text
     long = shapes_model.encode([text])
     # The text length of the model, as for a prompt that is a little too long.
-    assert long.tokens.shape == shapes_model.encode(["a red circle " * 9]).tokens.shape
-    assert long.tokens.isfinite().all()
+    little = shapes_model.encode(["a red circle " * 9])
+    assert long.prompt_embeds.shape == little.prompt_embeds.shape
+    assert long.prompt_embeds.isfinite().all()
     short = min(seconds(lambda: shapes_model._encode([text[: len(text) // 8]])) for _ in range(2))
     # Eight times the text; 64 times the work if it were quadratic.
     assert seconds(lambda: shapes_model._encode([text])) < 24 * short + 0.2

@@ -57,7 +57,7 @@ def test_flops_by_formula_are_those_that_torch_counts(benchmark, tmp_path, arch,
     transformer.add_adapter(LoraConfig(r=RANK, target_modules=list(model.lora_targets)))
     x, sigma = torch.randn(count, *model.latent_shape), torch.full((count,), 0.5)
     cond = model.encode(["a", "b", "c"])
-    shape = (transformer.config, x.shape[-1], cond.tokens.shape[1])
+    shape = (transformer.config, x.shape[-1], cond.prompt_embeds.shape[1])
 
     v, flops = counted(lambda: model.velocity(x, sigma, cond))
     assert flops == pytest.approx(count * formula.forward_cost(*shape, RANK).flops, rel=0.01)
