@@ -21,7 +21,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from diffusion_nft.models.lora import Lora, check_modules, scaled
-from diffusion_nft.models.precision import keeps_small_changes
+from diffusion_nft.models.precision import resolves_lora_updates
 from diffusion_nft.randomness import generator
 
 ADAPTERS = ("current", "old", "ema")
@@ -106,7 +106,7 @@ class Policy:
             for weight in self.parameters(name):
                 weight.requires_grad_(name == "current")
         weights = [layer.base_layer.weight for layer in self._layers.values()]
-        self._merges = all(keeps_small_changes(weight, dtype) for weight in weights)
+        self._merges = all(resolves_lora_updates(weight, dtype) for weight in weights)
         # One adapter at a time, with the versions of the weights it was merged from.
         self._merged: tuple[tuple[str, list[int]], list[Tensor]] | None = None
         self._activate("current")

@@ -124,7 +124,7 @@ def gather_scores(
     scores = Scores.concatenate([scores for scores, *_ in gathered if len(scores.total)])
     scores.check_unscored(max_unscored)
     for reason in islice(scores.reasons.values(), MAX_NAMED):
-        dist.say(f"left out, without a score: {reason}")
+        dist.print_once(f"left out, without a score: {reason}")
     return scores, torch.cat([thumbs for _, thumbs, _ in gathered])
 
 

@@ -31,7 +31,7 @@ def run(config: ConfigDict, dist: Distributed) -> None:
     against hundreds of epochs.  A finished run says again what it gained, without loading a model.
     Raises StartError, and what ``Trainer.run`` raises.
     """
-    dist.say(devices(dist))
+    dist.print_once(devices(dist))
     folder = Path(config.save_dir)
     with ExitStack() as held:
         with _start_errors():
@@ -47,7 +47,7 @@ def _run(config: ConfigDict, dist: Distributed) -> None:
         todo = _unfinished(stages, dist)
         _check_ahead(todo, dist)
     if not todo:
-        dist.say("\n".join(result(Path(config.save_dir), stage.number) for stage in stages))
+        dist.print_once("\n".join(result(Path(config.save_dir), stage.number) for stage in stages))
     for stage in todo:
         _train(config, dist, stage, last=stage is todo[-1])
         # Two models would not fit the device; a trainer's parts refer to each other.

@@ -21,7 +21,12 @@ from diffusion_nft.rewards.combine import RewardError, RewardSet
 from diffusion_nft.rollout import GRID_COLUMNS, Rollout, generate_rollouts, rollout_metrics
 from diffusion_nft.runs.environment import write_environment
 from diffusion_nft.runs.run_dir import check_prompts_kept, check_run_dir, write_config
-from diffusion_nft.runs.state import RunState, newest_checkpoint, stage_number, starting_modules
+from diffusion_nft.runs.state import (
+    TrainingState,
+    newest_checkpoint,
+    stage_number,
+    starting_modules,
+)
 from diffusion_nft.tracking.grids import image_grid, save_grid
 from diffusion_nft.tracking.metrics import Timer, make_metrics
 from diffusion_nft.tracking.monitor import Alarm, Monitor
@@ -77,7 +82,7 @@ class Trainer:
             dtype=precision.trained_dtype,
         )
         if modules and (difference := unusual_modules(self.model, modules)):
-            dist.say(
+            dist.print_once(
                 f"the LoRA that the run starts from is on other layers than usual: {difference}"
             )
         self.algorithm = build_algorithm(config)
@@ -89,8 +94,8 @@ class Trainer:
             policy=self.policy,
             algorithm=self.algorithm,
         )
-        self.monitor = Monitor(config, self.algorithm, dist.say)
-        self.state = RunState(
+        self.monitor = Monitor(config, self.algorithm, dist.print_once)
+        self.state = TrainingState(
             stage,
             dist=dist,
             policy=self.policy,
@@ -120,7 +125,7 @@ class Trainer:
             self._train()
         except (RewardError, Preempted, Alarm) as error:
             why = {Preempted: REASON, Alarm: "an alarm"}.get(type(error), "a reward failed")
-            self.dist.say(f"{why}; the state of epoch {self.state.epoch} is being saved")
+            self.dist.print_once(f"{why}; the state of epoch {self.state.epoch} is being saved")
             self.state.save()
             self.metrics.close(failed=not isinstance(error, Preempted))
             raise
@@ -134,7 +139,7 @@ class Trainer:
         if self.state.epoch < config.num_epochs:
             if self.dist.is_main:  # those of a former end, before num_epochs was raised
                 (self.run_dir / pictures_file(self.stage.number)).unlink(missing_ok=True)
-            self.dist.say(describe(self.stage, self.model, self.policy, self.dist))
+            self.dist.print_once(describe(self.stage, self.model, self.policy, self.dist))
         # At the stage's start, or where a failing reward or a stop left one out.
         best = self._evaluate_if_due()
         if best is not None and self.state.epoch > self.stage.first_epoch:
@@ -165,7 +170,7 @@ class Trainer:
 
     def _run_epoch(self) -> dict[str, float]:
         config, started = self.config, time.perf_counter()
-        self.model.take_passes()
+        self.model.pop_forward_counts()
         rollout = self._sample()
         size = config.sample.num_image_per_prompt
         total = rollout.scores.total
@@ -186,8 +191,8 @@ class Trainer:
         values |= rollout_metrics(rollout, r, size) | self.timer.pop()
         if config.max_unscored:
             values["reward/unscored"] = int(total.isnan().sum())
-        passes = self.dist.gather_objects(self.model.take_passes())
-        values |= {key: sum(rank[key] for rank in passes) for key in passes[0]}
+        forward_counts = self.dist.gather_objects(self.model.pop_forward_counts())
+        values |= {key: sum(rank[key] for rank in forward_counts) for key in forward_counts[0]}
         values["time/epoch"] = seconds
         values["time/images_per_second"] = len(weights) / seconds
         if self.dist.device.type == "cuda":
@@ -267,7 +272,7 @@ class Trainer:
         name = "/".join(filter(None, ("eval", self.stage.folder)))
         self._log_pictures(name, evaluation.pictures, prompts, [totals[line] for line in lines])
         score = values["eval/total"]
-        self.dist.say(f"epoch {epoch}: eval/total {score:.4f}")
+        self.dist.print_once(f"epoch {epoch}: eval/total {score:.4f}")
         best = self.state.best_score is None or score > self.state.best_score
         # The checkpoint at which a later stage starts is the former one's: none of its own.
         if best and not (at_start and epoch):
@@ -289,7 +294,7 @@ class Trainer:
                 after = self.evaluate(count)
             if self.dist.is_main:
                 save_grid(compare_pictures(before, after), path)
-        self.dist.say(result(self.run_dir, self.stage.number))
+        self.dist.print_once(result(self.run_dir, self.stage.number))
 
 
 def _due(epoch: int, every: int) -> bool:

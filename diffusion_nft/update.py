@@ -27,7 +27,7 @@ from diffusion_nft.randomness import generator, normal
 from diffusion_nft.rollout import Rollout
 
 
-def sigma_slots(available: int, used: int, choice: str, rng: torch.Generator) -> list[int]:
+def choose_sigma_indices(available: int, used: int, choice: str, rng: torch.Generator) -> list[int]:
     """``used`` of the ``available`` sigmas at which a sample is trained.
 
     random: any.  stratified: one of each of ``used`` equal stretches of the sampler's path, by
@@ -143,17 +143,17 @@ class Learner:
         before = self.step
         size = self.config.sample.num_image_per_prompt
         scored = ~weights.isnan()
-        taught = scored.clone()
+        trained = scored.clone()
         if config.skip_flat_groups:
             flat = flat_groups(rollout.scores.total, size)
-            taught &= ~flat.repeat_interleave(size)
+            trained &= ~flat.repeat_interleave(size)
         if self.algorithm.skips_weightless:
-            taught &= weights != 0
+            trained &= weights != 0
         for inner in range(config.num_inner_epochs):
             steps = self._split(len(weights), (epoch, inner))
             for part in range(config.gradient_step_per_epoch):
                 chosen = steps == part
-                pairs = self._pairs(rollout, chosen & taught, (epoch, inner))
+                pairs = self._pairs(rollout, chosen & trained, (epoch, inner))
                 # Every scored sample counts equally, also those that are skipped because they have
                 # nothing to teach: the global count of pairs needs no collective.
                 total = self._sigmas_per_sample(rollout) * int((chosen & scored).sum())
@@ -208,7 +208,8 @@ class Learner:
         for row, index in enumerate(rollout.indices):
             if chosen[index]:
                 rng = generator(self.config.seed, *key, self._noise_key(index), "sigmas")
-                pairs += [(row, slot) for slot in sigma_slots(available, used, choice, rng)]
+                sigma_indices = choose_sigma_indices(available, used, choice, rng)
+                pairs += [(row, sigma_index) for sigma_index in sigma_indices]
         return pairs
 
     def _noise_key(self, index: int) -> int:
@@ -288,10 +289,10 @@ class Learner:
             losses.sum().backward()
 
         limit = len(rollout.indices) * self._sigmas_per_sample(rollout)
-        passes = self.model.take_passes()
+        forward_counts = self.model.pop_forward_counts()
         found = fitting_micro_batch(run, limit, self.dist.device) if limit else 1
-        self.model.passes = passes  # the trials train nothing
-        self.dist.say(f"train.batch_size = 0: {found} pairs at once")
+        self.model.forward_counts = forward_counts  # the trials train nothing
+        self.dist.print_once(f"train.batch_size = 0: {found} pairs at once")
         return found
 
     def _loss(
@@ -308,21 +309,19 @@ class Learner:
         """Losses of ``pairs`` of clean samples, noised anew; the noise is keyed by (seed, epoch,
         pass, sample, sigma).
         """
-        rows, slots = torch.tensor(pairs).T.contiguous()
+        rows, sigma_indices = torch.tensor(pairs).T.contiguous()
         noise = normal(
             self.model.latent_shape,
             [
-                generator(
-                    self.config.seed, *key, self._noise_key(rollout.indices[row]), slot, "noise"
-                )
-                for row, slot in pairs
+                generator(self.config.seed, *key, self._noise_key(rollout.indices[row]), k, "noise")
+                for row, k in pairs
             ],
         )
         dtype = self.precision.trained_dtype
         on_device = self._to_device(rows)
         x0 = rollout.x0[on_device]
         noise = self._to_device(noise).to(dtype)
-        sigma = self._to_device(rollout.sigmas[slots]).to(dtype)
+        sigma = self._to_device(rollout.sigmas[sigma_indices]).to(dtype)
         batch = Batch(
             x0=x0,
             noise=noise,
@@ -338,15 +337,15 @@ class Learner:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses of ``pairs`` of samples and steps that the sampler took, under its guidance."""
         assert rollout.trajectory is not None
-        rows, slots = torch.tensor(pairs).T.contiguous()
-        on_device, steps = self._to_device(rows), self._to_device(slots)
+        rows, sigma_indices = torch.tensor(pairs).T.contiguous()
+        on_device, steps = self._to_device(rows), self._to_device(sigma_indices)
         xs, log_probs = rollout.trajectory
         levels = torch.cat([rollout.sigmas, torch.zeros_like(rollout.sigmas[:1])])
         batch = Transitions(
             xt=xs[steps, on_device],
             xt_next=xs[steps + 1, on_device],
-            sigma=levels[slots],
-            sigma_next=levels[slots + 1],
+            sigma=levels[sigma_indices],
+            sigma_next=levels[sigma_indices + 1],
             log_prob=log_probs[steps, on_device],
             weight=self._to_device(weights[rows + rollout.indices.start]),
         )

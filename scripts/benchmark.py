@@ -290,7 +290,7 @@ def main() -> None:
             prepare_folder(args.output.parent)
         results = benchmark(args, dist, folder)
         text = json.dumps(results, indent=2)
-        dist.say(f"{text}\n\n{table(results)}")
+        dist.print_once(f"{text}\n\n{table(results)}")
         if args.output and dist.is_main:
             write_atomically(args.output, f"{text}\n".encode())
 

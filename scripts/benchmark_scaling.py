@@ -139,7 +139,7 @@ def measure(args: argparse.Namespace, dist: Distributed, folder: str) -> dict[st
             else:
                 seconds, about = time_here(axis, size, args.repeats, dist, folder)
                 times.append(seconds)
-            dist.say(f"{name} {size}: {times[-1]['epoch']:.3f} s an epoch")
+            dist.print_once(f"{name} {size}: {times[-1]['epoch']:.3f} s an epoch")
         seconds = {part: [time[part] for time in times] for part in times[0]}
         curves[name] = {
             "key": axis.key,

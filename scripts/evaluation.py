@@ -23,12 +23,12 @@ from diffusion_nft.evaluation.options import (
     add_evaluation_flags,
     add_model_flags,
     named_rewards,
-    resolve,
+    resolve_options,
 )
 from diffusion_nft.evaluation.results import (
-    beside,
     finished,
-    joined_settings,
+    merge_scores,
+    merge_settings,
     read_results,
     write_results,
 )
@@ -36,7 +36,7 @@ from diffusion_nft.runs.lock import only_writer
 
 
 def parse_flags() -> argparse.Namespace:
-    """The command line; ``choice`` joins it with the checkpoint's run."""
+    """The command line; ``options`` joins it with the checkpoint's run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,51 +48,53 @@ def parse_flags() -> argparse.Namespace:
     add("--save_images", action="store_true", help="keep every picture; makes a start resumable")
     add("--rescore", action="store_true", help="score --output_dir's saved pictures")
     args = parser.parse_args()
-    args.choice = choice = resolve(args)
-    if "dataset" not in choice.settings:
+    args.options = options = resolve_options(args)
+    if "dataset" not in options.settings:
         parser.error("--dataset is needed without --checkpoint_path")
-    args.dataset = choice.settings["dataset"]
+    args.dataset = options.settings["dataset"]
     split_file(args.dataset, "test")
-    args.rewards = choose_rewards(args.dataset, args.reward, args.skip_rewards, choice.run)
+    args.rewards = choose_rewards(args.dataset, args.reward, args.skip_rewards, options.run)
     if idle := named_rewards(args) - args.rewards.keys():
         parser.error(f"{min(idle)} is not among the rewards {', '.join(args.rewards)}")
-    folder = Path("evaluations", resolve_dataset(args.dataset).name, choice.folder_name(args.limit))
+    folder = Path(
+        "evaluations", resolve_dataset(args.dataset).name, options.folder_name(args.limit)
+    )
     args.output_dir = args.output_dir or folder
     return args
 
 
 def run(args: argparse.Namespace, dist: Distributed) -> None:
     """Does what is not yet there, or scores the pictures that are there, and writes the results."""
-    choice, folder = args.choice, args.output_dir
+    options, folder = args.options, args.output_dir
     prompts, lines = evaluated_lines(args.dataset, args.limit)
-    choice.check_prompts(args.rewards, prompts, lines)
-    record = choice.record(dist, args.dataset, args.rewards, args.limit)
+    options.check_prompts(args.rewards, prompts, lines)
+    record = options.record(dist, args.dataset, args.rewards, args.limit)
     if not args.rescore:
         complete(
             folder,
             prompts,
             args.rewards,
-            choice.settings,
+            options.settings,
             record,
-            model=lambda: choice.model(dist),
-            rewards=lambda weights: choice.rewards(weights, dist),
+            model=lambda: options.model(dist),
+            rewards=lambda weights: options.rewards(weights, dist),
             dist=dist,
             lines=lines,
             keep_pictures=args.save_images,
         )
         return
     scores, before = read_results(folder, prompts)
-    settings = before | joined_settings(before, record)
+    settings = before | merge_settings(before, record)
     new = rescore(
         prompts,
         lines,
-        choice.rewards(args.rewards, dist),
+        options.rewards(args.rewards, dist),
         folder,
-        batch_size=choice.settings["eval.batch_size"],
+        batch_size=options.settings["eval.batch_size"],
         dist=dist,
     )
     if dist.is_main:
-        write_results(beside(new, scores, settings["rewards"]), folder, settings=settings)
+        write_results(merge_scores(new, scores, settings["rewards"]), folder, settings=settings)
 
 
 def main() -> None:

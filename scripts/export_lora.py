@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from diffusion_nft.command_line import command, user_path
 from diffusion_nft.distributed.ranks import distributed
-from diffusion_nft.evaluation.options import Choice, add_model_flags, resolve
+from diffusion_nft.evaluation.options import EvalOptions, add_model_flags, resolve_options
 from diffusion_nft.evaluation.results import write_json
 from diffusion_nft.models import PIPELINE_INDEX
 from diffusion_nft.models.hub import base_note, fetch_pipeline, public_name, weights_variant
@@ -92,21 +92,21 @@ def parse_flags() -> argparse.Namespace:
 def main() -> None:
     """Reads the LoRA, writes the folder, and pushes it where that is asked for."""
     args = parse_flags()
-    choice = resolve(args)
+    options = resolve_options(args)
     with distributed(timeout_minutes=60) as dist:
-        lora = load_lora(choice.fetch(dist))
+        lora = load_lora(options.fetch(dist))
     given = getattr(args, "pretrained.model")
-    if not (choice.run or given) and lora.base_model:
-        choice.settings["pretrained.model"] = lora.base_model
-    base = choice.settings["pretrained.model"]
+    if not (options.run or given) and lora.base_model:
+        options.settings["pretrained.model"] = lora.base_model
+    base = options.settings["pretrained.model"]
     if note := base_note(lora, base):
         print(note)
-    merged = merge(choice.settings, lora) if args.merge else None
+    merged = merge(options.settings, lora) if args.merge else None
     with filling(args.output_dir) as folder:
         if merged:
             write_pipeline(*merged, folder)
         export_lora(folder, Lora(lora.state, public_name(base)))
-        write_card(choice, lora, folder, repo=args.push, merged=args.merge)
+        write_card(options, lora, folder, repo=args.push, merged=args.merge)
     print(f"exported: {args.output_dir}")
     if args.push:
         api = HfApi()
@@ -176,32 +176,34 @@ def write_pipeline(base: Path, transformer: Any, to: Path) -> None:
                 path.rename(path.with_name(path.name.replace(f".{variant}", "", 1)))
 
 
-def write_card(choice: Choice, lora: Lora, folder: Path, *, repo: str | None, merged: bool) -> None:
+def write_card(
+    options: EvalOptions, lora: Lora, folder: Path, *, repo: str | None, merged: bool
+) -> None:
     """Writes README.md, and beside it the run's before and after where it has left them."""
-    base = public_name(choice.settings["pretrained.model"])
+    base = public_name(options.settings["pretrained.model"])
     head = ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:", "- lora"]
     if "/" in base:
         relation = "finetune" if merged else "adapter"
         head += [f"base_model: {base}", f"base_model_relation: {relation}"]
     about, results = [], []
-    if choice.checkpoint:
-        state = read_json(choice.checkpoint / STATE)
-        run_dir = choice.checkpoint.resolve().parents[1]
-        about = training(choice.run, state)
+    if options.checkpoint:
+        state = read_json(options.checkpoint / STATE)
+        run_dir = options.checkpoint.resolve().parents[1]
+        about = training(options.run, state)
         stage = state.get("stage", 0)
         results = evaluations(run_dir / METRICS_FILE, state["epoch"], stage)
         pictures = run_dir / pictures_file(stage)
         # Of an earlier checkpoint than the stage's last, the pictures would show other weights.
-        if state["epoch"] >= choice.run["num_epochs"] and pictures.is_file():
+        if state["epoch"] >= options.run["num_epochs"] and pictures.is_file():
             shutil.copyfile(pictures, folder / SAMPLES)
             results += [f"![Test prompts before and after training, with scores]({SAMPLES})", ""]
-        results += ["## Configuration", "", "```json", shared_json(choice.run), "```", ""]
+        results += ["## Configuration", "", "```json", shared_json(options.run), "```", ""]
     lines = [
-        *("---", *head, "---", f"# {repo or title(choice, base)}", ""),
+        *("---", *head, "---", f"# {repo or title(options, base)}", ""),
         f"A LoRA of `{base}`, rank {lora.rank}. Its trained strength is in the weights: alpha is",
         *("the rank, for every program that reads them.", ""),
         *about,
-        *("## Use", "", *snippet(choice.settings, base, repo or ".", folder if merged else None)),
+        *("## Use", "", *snippet(options.settings, base, repo or ".", folder if merged else None)),
         "",
         f"The LoRA alone: `{DIFFUSERS_WEIGHTS}` for diffusers (>= {OLDEST_DIFFUSERS}) and ComfyUI,",
         *(f"`{PEFT_FOLDER}/` for PEFT (>= {OLDEST_PEFT}).", ""),
@@ -210,11 +212,11 @@ def write_card(choice: Choice, lora: Lora, folder: Path, *, repo: str | None, me
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
 
 
-def title(choice: Choice, base: str) -> str:
+def title(options: EvalOptions, base: str) -> str:
     """The card's: run and checkpoint, or the LoRA's name on the hub; no folders of this machine."""
-    if choice.checkpoint:
-        return choice.name
-    return f"LoRA of {base}" if Path(choice.lora).exists() else choice.lora
+    if options.checkpoint:
+        return options.name
+    return f"LoRA of {base}" if Path(options.lora).exists() else options.lora
 
 
 def training(run: dict[str, Any], state: dict[str, Any]) -> list[str]:

@@ -20,17 +20,17 @@ from diffusion_nft.data.prompts import Prompt, draw_lines, evaluated_lines
 from diffusion_nft.distributed.ranks import Distributed, check_shared, distributed
 from diffusion_nft.evaluation.evaluate import choose_rewards, complete
 from diffusion_nft.evaluation.options import (
-    Choice,
+    EvalOptions,
     add_evaluation_flags,
     add_model_flags,
     named_rewards,
-    resolve,
+    resolve_options,
 )
 from diffusion_nft.evaluation.results import (
     PER_REWARD,
-    claim,
     read_pictures,
     read_results,
+    reserve_folder,
     scored_by,
     write_json,
 )
@@ -58,7 +58,7 @@ class Task:
 
 
 def parse_flags() -> argparse.Namespace:
-    """The command line; ``choice`` joins it with the checkpoint's run."""
+    """The command line; ``options`` joins it with the checkpoint's run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,11 +68,11 @@ def parse_flags() -> argparse.Namespace:
     add("--suite", choices=sorted(SUITES), default="paper")
     add("--datasets", help="only these of the suite, comma-separated")
     args = parser.parse_args()
-    args.choice = resolve(args, SUITES[args.suite].settings)
-    if args.suite != EMBEDDED_MODEL and args.choice.run.get("pretrained.model") == EMBEDDED_MODEL:
+    args.options = resolve_options(args, SUITES[args.suite].settings)
+    if args.suite != EMBEDDED_MODEL and args.options.run.get("pretrained.model") == EMBEDDED_MODEL:
         parser.error("this checkpoint is of the embedded model: --suite shapes")
     args.output_dir = args.output_dir or Path("reproductions", args.suite)
-    args.model_dir = args.output_dir / args.choice.folder_name(args.limit)
+    args.model_dir = args.output_dir / args.options.folder_name(args.limit)
     args.tasks = tasks(args)
     return args
 
@@ -88,7 +88,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
     problems: list[str] = []
     unused = skipped | named_rewards(args)
     for name in chosen:
-        weights = choose_rewards(name, "", "", args.choice.run)
+        weights = choose_rewards(name, "", "", args.options.run)
         unused -= weights.keys()
         weights = {reward: w for reward, w in weights.items() if reward not in skipped}
         if not weights:
@@ -98,7 +98,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
         except ValueError as error:
             problems.append(str(error))
             continue
-        args.choice.check_prompts(weights, prompts, lines)
+        args.options.check_prompts(weights, prompts, lines)
         found.append(Task(name, prompts, lines, weights, args.model_dir / name))
     if problems:
         raise ValueError("\n  ".join(["test sets are missing:", *problems]))
@@ -109,7 +109,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
     return found
 
 
-def check_rewards(choice: Choice, args: argparse.Namespace, dist: Distributed) -> None:
+def check_rewards(options: EvalOptions, args: argparse.Namespace, dist: Distributed) -> None:
     """Before any sampling: builds every reward that is still needed, one at a time.
 
     Raises OSError, ImportError or ValueError of the first one that cannot be built.
@@ -117,7 +117,7 @@ def check_rewards(choice: Choice, args: argparse.Namespace, dist: Distributed) -
     needed = (task.weights.keys() - scored_by(task.folder) for task in args.tasks)
     if dist.is_main:
         for name in sorted(set().union(*needed)):
-            choice.rewards({name: 1.0}, dist)
+            options.rewards({name: 1.0}, dist)
     dist.barrier()
 
 
@@ -138,32 +138,34 @@ def draw_grid(task: Task) -> None:
 def main() -> None:
     """Parses, evaluates what is not yet there, prints the table."""
     args = parse_flags()
-    choice: Choice = args.choice
+    options: EvalOptions = args.options
     with distributed(timeout_minutes=60) as dist:
         check_shared("--output_dir", args.output_dir, dist)
-        model = functools.cache(lambda: choice.model(dist))
+        model = functools.cache(lambda: options.model(dist))
         records = [
-            choice.record(dist, task.dataset, task.weights, args.limit) for task in args.tasks
+            options.record(dist, task.dataset, task.weights, args.limit) for task in args.tasks
         ]
         common = {key: value for key, value in records[0].items() if key not in OF_A_TEST_SET}
         with only_writer("--output_dir", args.model_dir, dist):
-            claim(args.model_dir, common, dist)
+            reserve_folder(args.model_dir, common, dist)
             unscored = any(task.weights.keys() - scored_by(task.folder) for task in args.tasks)
             # One view for all ranks, as files may be seen at different moments.
             if dist.gather_objects(unscored)[0]:
-                check_rewards(choice, args, dist)
+                check_rewards(options, args, dist)
                 if dist.is_main:
                     write_environment(args.model_dir)
             for task, record in zip(args.tasks, records, strict=True):
-                dist.say(f"{task.dataset}: {len(task.prompts)} lines, {', '.join(task.weights)}")
+                dist.print_once(
+                    f"{task.dataset}: {len(task.prompts)} lines, {', '.join(task.weights)}"
+                )
                 complete(
                     task.folder,
                     task.prompts,
                     task.weights,
-                    choice.settings,
+                    options.settings,
                     record,
                     model=model,
-                    rewards=lambda weights: choice.rewards(weights, dist),
+                    rewards=lambda weights: options.rewards(weights, dist),
                     dist=dist,
                     lines=task.lines,
                     keep_pictures=True,

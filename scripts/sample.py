@@ -21,7 +21,7 @@ from torch import Tensor
 from diffusion_nft.command_line import command, user_path
 from diffusion_nft.data.prompts import check_text, read_prompts
 from diffusion_nft.distributed.ranks import distributed
-from diffusion_nft.evaluation.options import add_model_flags, resolve
+from diffusion_nft.evaluation.options import add_model_flags, resolve_options
 from diffusion_nft.images import finite, save_png, to_pil
 from diffusion_nft.models import load_model
 from diffusion_nft.models.sampling import Sampler
@@ -105,14 +105,14 @@ def draw(
 def main() -> None:
     """Parses, tries the folder, loads, draws and writes."""
     args = parse_flags()
-    seeds, choice = list(dict.fromkeys(args.seeds)), resolve(args)
-    settings, prompts = choice.settings, args.prompts
-    folder = args.output_dir or Path("samples", choice.name)
+    seeds, options = list(dict.fromkeys(args.seeds)), resolve_options(args)
+    settings, prompts = options.settings, args.prompts
+    folder = args.output_dir or Path("samples", options.name)
     prepare_folder(folder)
     base = None
     with distributed(timeout_minutes=60) as dist:
         model = load_model(settings, dist)
-        policy = choice.policy(model, dist)
+        policy = options.policy(model, dist)
         sampler = Sampler(
             settings["eval.solver"], settings["eval.num_steps"], settings["eval.guidance_scale"]
         )
@@ -125,7 +125,7 @@ def main() -> None:
     if base is None:
         grid = image_grid(images, captions, columns=len(seeds))
     else:
-        labels = ("base", choice.name)
+        labels = ("base", options.name)
         grid = side_by_side(base, images, captions, columns=len(seeds), labels=labels)
     save_grid(grid, folder / GRID)
     print(f"{len(captions)} images per model: {folder}")

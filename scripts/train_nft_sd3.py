@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
             except OutOfMemoryError as error:
                 sys.exit(f"{str(error).splitlines()[0]}\n{OUT_OF_MEMORY}; {go_on}")
             except Preempted as stop:
-                dist.say(f"{stop}; {go_on}")
+                dist.print_once(f"{stop}; {go_on}")
     except LaunchError as error:
         refuse(str(error))
     except LostContact as error:

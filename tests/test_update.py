@@ -14,7 +14,7 @@ from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.precision import FIRST_LOSS_SCALE, Precision
 from diffusion_nft.rewards.combine import Scores
 from diffusion_nft.rollout import Rollout
-from diffusion_nft.update import Learner, sigma_slots
+from diffusion_nft.update import Learner, choose_sigma_indices
 from tests.launch import smoke
 
 CPU = torch.device("cpu")
@@ -126,7 +126,9 @@ def make_learner(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> L
         config,
         dist=Counted(rank, world_size, rank, CPU),
         precision=Precision("fp64", CPU),
-        model=SimpleNamespace(latent_shape=SHAPE, velocity=velocity, take_passes=dict, passes={}),
+        model=SimpleNamespace(
+            latent_shape=SHAPE, velocity=velocity, pop_forward_counts=dict, forward_counts={}
+        ),
         policy=policy,
         algorithm=Recording(config),
     )
@@ -410,15 +412,15 @@ def test_state_returns_through_json(tmp_path):
 
 def test_sigma_slots():
     def draw(choice, used, seed):
-        return sigma_slots(10, used, choice, torch.Generator().manual_seed(seed))
+        return choose_sigma_indices(10, used, choice, torch.Generator().manual_seed(seed))
 
     assert draw("first", 9, 0) == list(range(9))
     counts = torch.zeros(10)
     for seed in range(2000):
-        slots = draw("stratified", 3, seed)
+        indices = draw("stratified", 3, seed)
         # Systematic sampling: at most the stretch of 10 / 3 rounded up or down apart.
-        assert all(3 <= b - a <= 4 for a, b in itertools.pairwise(slots))
-        counts[slots] += 1
+        assert all(3 <= b - a <= 4 for a, b in itertools.pairwise(indices))
+        counts[indices] += 1
     # Each of the ten is drawn in 3 of 10 cases; 4 standard errors are 0.041.
     assert ((counts / 2000 - 0.3).abs() < 0.041).all()
     assert draw("stratified", 10, 3) == list(range(10))

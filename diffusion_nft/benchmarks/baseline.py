@@ -176,13 +176,13 @@ class Published:
         sigmas = drawn.sigmas.to(device, drawn.x0.dtype)
         mine = r[drawn.first : drawn.first + len(drawn.x0)].to(device)
         rows = torch.randperm(len(drawn.x0), device=device)
-        slots = torch.rand(len(rows), len(sigmas), device=device).argsort(dim=1)
+        sigma_indices = torch.rand(len(rows), len(sigmas), device=device).argsort(dim=1)
         for chosen in rows.chunk(config.gradient_step_per_epoch):
             self.optimizer.zero_grad()
             for part in chosen.split(config.batch_size):
                 cond = drawn.cond.select(part)
                 for column in range(used):
-                    x0, sigma = drawn.x0[part], sigmas[slots[part, column]]
+                    x0, sigma = drawn.x0[part], sigmas[sigma_indices[part, column]]
                     noise = torch.randn_like(x0)
                     xt = add_noise(x0, noise, sigma)
                     losses = self.losses(Batch(x0, noise, xt, sigma, mine[part]), cond)

@@ -32,7 +32,7 @@ from diffusion_nft.rewards import check_prompts
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.rewards.worker import ScoringWorker
 from diffusion_nft.rollout import Rollout, generate_rollouts
-from diffusion_nft.runs.state import RunState
+from diffusion_nft.runs.state import TrainingState
 from diffusion_nft.tracking.monitor import Monitor
 from diffusion_nft.update import Learner
 from diffusion_nft.validation.flat import flatten
@@ -238,12 +238,12 @@ class Product:
             self.policy,
             (ScoringWorker, "results"),
         )
-        self.state = RunState(
+        self.state = TrainingState(
             stages_of(config)[0],
             dist=setup.dist,
             policy=self.policy,
             learner=self.learner,
-            monitor=Monitor(config, algorithm, setup.dist.say),
+            monitor=Monitor(config, algorithm, setup.dist.print_once),
             prompts={},
         )
 

@@ -91,7 +91,7 @@ class Distributed:
         """True on the one rank that writes shared files and speaks."""
         return self.rank == 0
 
-    def say(self, text: str) -> None:
+    def print_once(self, text: str) -> None:
         """Prints ``text`` once for the whole job, above any progress bar."""
         if self.is_main:
             tqdm.write(text)

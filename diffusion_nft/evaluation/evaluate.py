@@ -18,14 +18,14 @@ from diffusion_nft.data.prompts import Prompt, draw_lines
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.evaluation.results import (
     Evaluation,
-    beside,
-    claim,
     finished,
     has_pictures,
-    joined_settings,
+    merge_scores,
+    merge_settings,
     read_pictures,
     read_results,
     read_scores,
+    reserve_folder,
     save_pictures,
     write_results,
     write_scores,
@@ -173,7 +173,7 @@ def complete(
     earlier rewards stay.  Raises ValueError if ``folder`` holds other pictures, and what
     ``evaluate`` raises.
     """
-    claim(folder, record, dist)
+    reserve_folder(folder, record, dist)
     done, drawn = finished(folder), has_pictures(folder, lines)
     # One view for all ranks: on a network file system they may see different ones for a moment.
     done, drawn = dist.gather_objects((done, drawn))[0]
@@ -181,14 +181,14 @@ def complete(
     earlier = before.get("rewards", {})
     missing = {name: weight for name, weight in weights.items() if name not in earlier}
     if not missing and (drawn or not keep_pictures):
-        dist.say(f"already finished: {folder}")
+        dist.print_once(f"already finished: {folder}")
         return
-    record = {**record, **joined_settings(before, {**record, "rewards": missing})}
+    record = {**record, **merge_settings(before, {**record, "rewards": missing})}
     if drawn:
         size = settings["eval.batch_size"]
         result = rescore(prompts, lines, rewards(missing), folder, batch_size=size, dist=dist)
         if earlier:
-            result = beside(result, read_results(folder, prompts)[0], record["rewards"])
+            result = merge_scores(result, read_results(folder, prompts)[0], record["rewards"])
     else:
         scorer, kept = rewards(record["rewards"]), folder if keep_pictures else None
         result = evaluate(model(), prompts, scorer, settings, dist=dist, lines=lines, folder=kept)

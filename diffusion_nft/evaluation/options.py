@@ -61,7 +61,7 @@ PUBLISHED_LENGTH = 256
 
 
 def add_model_flags(parser: argparse.ArgumentParser, *, lora_required: bool = False) -> None:
-    """The flags that ``resolve`` reads."""
+    """The flags that ``resolve_options`` reads."""
     lora = parser.add_mutually_exclusive_group(required=lora_required)
     lora.add_argument(
         "--checkpoint_path", type=user_path, help="a checkpoint or a run directory (its latest)"
@@ -143,8 +143,8 @@ def _reward_option(text: str) -> tuple[str, Any]:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What the flags came to."""
+class EvalOptions:
+    """Resolved evaluation options."""
 
     settings: dict[str, Any]  # flat: DEFAULTS, then ``run``, the script's own, the flags given
     run: dict[str, Any]  # flat configuration of the checkpoint's run; empty without a checkpoint
@@ -248,13 +248,17 @@ class Choice:
         except ValueError as error:
             raise ValueError(f"LoRA {self.lora} on the base model {base}: {error}") from error
         if note := base_note(lora, base):
-            dist.say(f"{self.lora}: {note}")
+            dist.print_once(f"{self.lora}: {note}")
         if difference := unusual_modules(model, lora.modules):
-            dist.say(f"{self.lora}: on other layers than those that training adapts: {difference}")
+            dist.print_once(
+                f"{self.lora}: on other layers than those that training adapts: {difference}"
+            )
         return policy
 
 
-def resolve(args: argparse.Namespace, script: Mapping[str, Any] | None = None) -> Choice:
+def resolve_options(
+    args: argparse.Namespace, script: Mapping[str, Any] | None = None
+) -> EvalOptions:
     """Joins the parsed flags (settings by their dotted keys) with the checkpoint's run.
 
     ``script``: settings of the script's own, which go before the run's.  Raises ValueError, naming
@@ -291,7 +295,7 @@ def resolve(args: argparse.Namespace, script: Mapping[str, Any] | None = None) -
             f"--option {idle[0]}...: its options go to its server, {served[idle[0]][0]}; "
             f"--remote {idle[0]}=local scores here"
         )
-    return Choice(settings, run, checkpoint, lora, args.adapter, name, usual, served)
+    return EvalOptions(settings, run, checkpoint, lora, args.adapter, name, usual, served)
 
 
 def _model_name(given: str) -> str:

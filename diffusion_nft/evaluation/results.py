@@ -129,7 +129,7 @@ def _mean_over_tags(tags: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def claim(folder: Path, settings: Mapping[str, Any], dist: Distributed) -> None:
+def reserve_folder(folder: Path, settings: Mapping[str, Any], dist: Distributed) -> None:
     """Makes ``folder`` the place of the evaluation with these ``settings``, finished or not.
 
     Raises ValueError, naming the differing ones, if it holds other pictures or scores, or if the
@@ -284,7 +284,7 @@ def read_results(
     return scores, averages["settings"]
 
 
-def beside(
+def merge_scores(
     new: Evaluation, scores: dict[str, list[float]], weights: Mapping[str, float]
 ) -> Evaluation:
     """``new`` joined with the earlier ``scores`` of the same pictures; the total is by ``weights``,
@@ -296,7 +296,7 @@ def beside(
     return replace(new, scores=joined)
 
 
-def joined_settings(before: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+def merge_settings(before: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
     """Those of ``record`` that say something of each reward, and of ``before`` for the others."""
     scored = record["rewards"]
     return {

@@ -55,7 +55,7 @@ class Precision:
         return torch.autocast(self.device.type, self.compute_dtype)
 
 
-def keeps_small_changes(weight: Tensor, dtype: torch.dtype) -> bool:
+def resolves_lora_updates(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether products with ``weight`` see a change of it to all digits of ``dtype``.
 
     Not if its own type is narrower, nor where TF32 cuts it to 11 bits: adding to a weight less than

@@ -81,7 +81,7 @@ def load_pipeline(folder: Path, dtypes: dict[str, torch.dtype]) -> StableDiffusi
 
 
 @contextmanager
-def visiting(modules: list[torch.nn.Module], device: torch.device) -> Iterator[None]:
+def temporarily_on(modules: list[torch.nn.Module], device: torch.device) -> Iterator[None]:
     """The frozen weights of ``modules`` are on ``device`` in here.  Nothing is copied back: what
     they were before is kept and taken up again.
     """
@@ -136,7 +136,7 @@ class SD3Model:
         transformers.utils.logging.disable_progress_bar()
         self.pipe = load_pipeline(folder, dtypes)
         if self.pipe.text_encoder is not None and self.pipe.text_encoder_3 is None:
-            dist.say(f"{name} has no T5: prompts are encoded by CLIP alone")
+            dist.print_once(f"{name} has no T5: prompts are encoded by CLIP alone")
         self.pipe.set_progress_bar_config(disable=True)
         for part in self._parts():
             part.requires_grad_(False).eval()
@@ -157,7 +157,7 @@ class SD3Model:
         if not offload_text_encoders:
             for encoder in self._text_encoders():
                 encoder.to(self.device)
-        self.passes = {"cost/forwards": 0, "cost/backwards": 0}
+        self.forward_counts = {"cost/forwards": 0, "cost/backwards": 0}
         self.encode_cached = EmbeddingCache(self._encode, embed_cache_gb * 1e9)
         side = resolution // self.pipe.vae_scale_factor
         shape = self.transformer.config
@@ -176,7 +176,7 @@ class SD3Model:
     def _encode(self, texts: list[str]) -> list[Conditioning]:
         if not self.offload_text_encoders:
             return self._encode_here(texts)
-        with visiting(self._text_encoders(), self.device):
+        with temporarily_on(self._text_encoders(), self.device):
             return self._encode_here(texts)
 
     @torch.no_grad()
@@ -195,9 +195,9 @@ class SD3Model:
             rows.append(Conditioning(prompt_embeds.cpu(), pooled_prompt_embeds.cpu()))
         return rows
 
-    def take_passes(self) -> dict[str, int]:
+    def pop_forward_counts(self) -> dict[str, int]:
         """Samples that went through the transformer, and back, since it was last asked."""
-        taken, self.passes = self.passes, dict.fromkeys(self.passes, 0)
+        taken, self.forward_counts = self.forward_counts, dict.fromkeys(self.forward_counts, 0)
         return taken
 
     def encode(self, texts: list[str]) -> Conditioning:
@@ -220,9 +220,9 @@ class SD3Model:
 
         The active adapter of the transformer decides whose policy this is.
         """
-        self.passes["cost/forwards"] += len(x)
+        self.forward_counts["cost/forwards"] += len(x)
         if torch.is_grad_enabled():
-            self.passes["cost/backwards"] += len(x)
+            self.forward_counts["cost/backwards"] += len(x)
         timestep = timestep_from_sigma(sigma)
         with self.precision.autocast():
             v = self.transformer(

@@ -41,7 +41,7 @@ def only_writer(key: str, folder: Path, dist: Distributed) -> Iterator[None]:
                 f"another {key}"
             )
         except OSError as error:
-            dist.say(
+            dist.print_once(
                 f"{key} = {str(folder)!r} cannot be locked ({error.strerror}): make sure that no "
                 "other process writes there"
             )

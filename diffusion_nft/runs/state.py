@@ -123,7 +123,7 @@ class KeepsBaselines(Protocol):
         ...
 
 
-class RunState:
+class TrainingState:
     """The run's counters beside ``policy`` and ``learner``, saved and restored together."""
 
     def __init__(
@@ -157,7 +157,7 @@ class RunState:
         elif self.config.train.lora_path:
             lora = _lora(self.config)
             if note := base_note(lora, self.config.pretrained.model):
-                self.dist.say(f"train.lora_path: {note}")
+                self.dist.print_once(f"train.lora_path: {note}")
             self.policy.load_lora(lora)
 
     def _load_policies(self, checkpoint: Checkpoint) -> None:
@@ -176,10 +176,10 @@ class RunState:
         self._load_policies(checkpoint)
         self.learner.load_state_dict(checkpoint.tensors["optimizer"], state["updater"])
         self.epoch = state["epoch"]
-        self.dist.say(f"continuing from {checkpoint.path} (epoch {self.epoch})")
+        self.dist.print_once(f"continuing from {checkpoint.path} (epoch {self.epoch})")
         changed = changed_prompts(state.get("prompts", {}), self.prompts)
         for dataset, split in changed:
-            self.dist.say(f"dataset {dataset}: continuing with changed {split} prompts")
+            self.dist.print_once(f"dataset {dataset}: continuing with changed {split} prompts")
         dataset = self.config.dataset
         new_test_set = (dataset, "test") in changed
         self.test_set = state.get("test_set", 0) + new_test_set

@@ -39,12 +39,12 @@ class Alarm(RuntimeError):
 class Monitor:
     """Compares evaluations and epochs with former ones, and acts on what it finds.
 
-    ``algorithm.kl_weight`` is raised where that is the action; ``say`` prints a line once.
+    ``algorithm.kl_weight`` is raised where that is the action; ``print_once`` prints a line once.
     """
 
-    def __init__(self, config: ConfigDict, algorithm: Algorithm, say: Callable[[str], None]):
+    def __init__(self, config: ConfigDict, algorithm: Algorithm, print_once: Callable[[str], None]):
         self.limits = config.monitor
-        self.algorithm, self.say = algorithm, say
+        self.algorithm, self.print_once = algorithm, print_once
         self._alarm = ""
         # What a resumed run goes on with.  "evaluation": name -> (mean, standard error), of a score
         # the best so far, else the first; "x0_rms": of the first epoch; "alarming": whether the
@@ -127,7 +127,7 @@ class Monitor:
                 self.state["kl_factor"] *= step
                 self.algorithm.kl_weight *= step
                 raised = f"; the weight of the KL term is now {self.algorithm.kl_weight:g}"
-            self.say(self._alarm + raised)
+            self.print_once(self._alarm + raised)
         sums = {f"monitor/{name}": self.state[name] for name in ("alarms", "kl_factor")}
         return sums | {f"{ALARM}{name}": float(bool(text)) for name, text in checks.items()}
 

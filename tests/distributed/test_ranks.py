@@ -55,7 +55,7 @@ def test_processes_that_a_launcher_left_without_ranks_are_refused(
 
 def test_only_the_main_rank_speaks(capsys):
     for rank in (0, 1):
-        Distributed(rank, 2, rank, torch.device("cpu")).say(f"rank {rank}")
+        Distributed(rank, 2, rank, torch.device("cpu")).print_once(f"rank {rank}")
     captured = capsys.readouterr()
     assert "rank 0" in captured.out + captured.err
     assert "rank 1" not in captured.out + captured.err
@@ -78,7 +78,7 @@ def collectives() -> None:
         gathered = dist.gather_objects({"rank": dist.rank, "x": torch.tensor([dist.rank])})
         assert [g["rank"] for g in gathered] == [0, 1]
         with dist.main_first():
-            dist.say("first")
+            dist.print_once("first")
         dist.barrier()
 
 

@@ -16,11 +16,11 @@ from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.evaluation.evaluate import complete, evaluate, rescore
 from diffusion_nft.evaluation.results import (
     Evaluation,
-    claim,
-    joined_settings,
     mean_and_error,
+    merge_settings,
     picture_path,
     read_pictures,
+    reserve_folder,
     save_pictures,
     write_results,
 )
@@ -344,22 +344,22 @@ def test_rewards_that_are_added_score_each_picture_once(shapes_model, prompts, t
 
 def test_a_folder_keeps_to_one_evaluation(tmp_path):
     # Nothing was drawn for the first: a mistaken command does not stand in the way.
-    claim(tmp_path, {"seed": 3}, ONE)
-    claim(tmp_path, {"seed": 1, "lora": "here", "lora_sha256": "a"}, ONE)
+    reserve_folder(tmp_path, {"seed": 3}, ONE)
+    reserve_folder(tmp_path, {"seed": 1, "lora": "here", "lora_sha256": "a"}, ONE)
     (tmp_path / "images").mkdir()
-    claim(tmp_path, {"seed": 1, "lora": "there", "lora_sha256": "a"}, ONE)
+    reserve_folder(tmp_path, {"seed": 1, "lora": "there", "lora_sha256": "a"}, ONE)
     with pytest.raises(ValueError, match="seed: 1 -> 2"):
-        claim(tmp_path, {"seed": 2, "lora": "here", "lora_sha256": "a"}, ONE)
+        reserve_folder(tmp_path, {"seed": 2, "lora": "here", "lora_sha256": "a"}, ONE)
     with pytest.raises(ValueError, match="lora_sha256: 'a' -> 'b'"):
-        claim(tmp_path, {"seed": 1, "lora": "here", "lora_sha256": "b"}, ONE)
+        reserve_folder(tmp_path, {"seed": 1, "lora": "here", "lora_sha256": "b"}, ONE)
 
 
 def test_a_setting_that_an_older_evaluation_lacks_is_at_its_default(tmp_path):
-    claim(tmp_path, {"seed": 1}, ONE)
+    reserve_folder(tmp_path, {"seed": 1}, ONE)
     (tmp_path / "images").mkdir()
-    claim(tmp_path, {"seed": 1, "resolution": 512}, ONE)
+    reserve_folder(tmp_path, {"seed": 1, "resolution": 512}, ONE)
     with pytest.raises(ValueError, match="resolution: 512 -> 256"):
-        claim(tmp_path, {"seed": 1, "resolution": 256}, ONE)
+        reserve_folder(tmp_path, {"seed": 1, "resolution": 256}, ONE)
 
 
 def test_a_folder_keeps_to_the_options_of_its_rewards(tmp_path):
@@ -368,13 +368,13 @@ def test_a_folder_keeps_to_the_options_of_its_rewards(tmp_path):
         weights = dict.fromkeys(names, 1.0)
         return {"rewards": weights, "reward_options": {"a": options}, "remote": served}
 
-    claim(tmp_path, record("a", dtype="fp16"), ONE)
+    reserve_folder(tmp_path, record("a", dtype="fp16"), ONE)
     (tmp_path / "progress").mkdir()
-    claim(tmp_path, record("a", dtype="fp16", batch_size=2, device="cuda:1"), ONE)
-    claim(tmp_path, record("b", dtype="bf16"), ONE)
-    claim(tmp_path, record("a", remote=("a",)), ONE)
+    reserve_folder(tmp_path, record("a", dtype="fp16", batch_size=2, device="cuda:1"), ONE)
+    reserve_folder(tmp_path, record("b", dtype="bf16"), ONE)
+    reserve_folder(tmp_path, record("a", remote=("a",)), ONE)
     with pytest.raises(ValueError, match=r"reward_options.a: \{'dtype': 'fp16'\} -> \{\}"):
-        claim(tmp_path, record("a"), ONE)
+        reserve_folder(tmp_path, record("a"), ONE)
 
 
 def test_ranks_that_resolve_latest_differently_are_refused(tmp_path):
@@ -382,7 +382,7 @@ def test_ranks_that_resolve_latest_differently_are_refused(tmp_path):
     for rank in (0, 1):
         dist = Rank(rank, 2, rank, CPU, parts=(theirs,) * 2)
         with pytest.raises(ValueError, match=r"ranks differ in lora: .*name a checkpoint"):
-            claim(tmp_path, {"seed": 1, "lora": "run/checkpoint-4"}, dist)
+            reserve_folder(tmp_path, {"seed": 1, "lora": "run/checkpoint-4"}, dist)
     assert not list(tmp_path.iterdir())
 
 
@@ -420,7 +420,7 @@ def test_settings_say_of_each_reward_how_it_was_scored_last():
         "remote": {"b": ("http://gpu7:8000",)},
     }
     new = {"rewards": {"b": 2.0, "c": 3.0}, "reward_options": {"a": {"x": 2}}, "remote": {}}
-    assert joined_settings(before, new) == {
+    assert merge_settings(before, new) == {
         "rewards": {"a": 1.0, "b": 2.0, "c": 3.0},
         "reward_options": {"a": {"x": 1}},
         "remote": {},

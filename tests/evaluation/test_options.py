@@ -11,7 +11,7 @@ import torch
 
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.evaluation import options as settings
-from diffusion_nft.evaluation.options import add_evaluation_flags, add_model_flags, resolve
+from diffusion_nft.evaluation.options import add_evaluation_flags, add_model_flags, resolve_options
 from tests.launch import train_here
 
 HERE = Distributed(0, 1, 0, torch.device("cpu"))
@@ -22,7 +22,7 @@ def choose(*flags: object, script: dict | None = None):
     parser = argparse.ArgumentParser()
     add_model_flags(parser)
     add_evaluation_flags(parser)
-    return resolve(parser.parse_args(list(map(str, flags))), script)
+    return resolve_options(parser.parse_args(list(map(str, flags))), script)
 
 
 @pytest.fixture(scope="module")

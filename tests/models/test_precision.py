@@ -10,7 +10,7 @@ from diffusion_nft.algorithms.nft import nft_loss
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.flow import add_noise
 from diffusion_nft.models import build_model
-from diffusion_nft.models.precision import Precision, keeps_small_changes
+from diffusion_nft.models.precision import Precision, resolves_lora_updates
 from diffusion_nft.policy import Policy
 
 CPU = torch.device("cpu")
@@ -141,6 +141,6 @@ def test_small_changes_survive_in_full_precision_only(on_gpu, tf32, weight, trai
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     try:
-        assert keeps_small_changes(tensor, trained) == expected
+        assert resolves_lora_updates(tensor, trained) == expected
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before

@@ -15,7 +15,7 @@ from diffusion_nft.models import build_model, sd3
 from diffusion_nft.models.hub import fetch_lora, fetch_pipeline
 from diffusion_nft.models.precision import Precision
 from diffusion_nft.models.sampling import Sampler
-from diffusion_nft.models.sd3 import visiting
+from diffusion_nft.models.sd3 import temporarily_on
 from diffusion_nft.policy import ADAPTERS, REFERENCE, Policy
 from diffusion_nft.randomness import generator
 from diffusion_nft.shapes.model import PIPELINE_DIR
@@ -96,9 +96,9 @@ def test_offloading_and_checkpointing_give_the_same_numbers(shapes_model, monkey
 
     def recorded(modules, device):
         visits.append((modules, device))
-        return visiting(modules, device)
+        return temporarily_on(modules, device)
 
-    monkeypatch.setattr(sd3, "visiting", recorded)
+    monkeypatch.setattr(sd3, "temporarily_on", recorded)
     ours, theirs = other.encode(TEXTS), shapes_model.encode(TEXTS)
     assert torch.equal(ours.prompt_embeds, theirs.prompt_embeds)
     # All texts in one visit; a model that does not offload has none.
@@ -121,7 +121,7 @@ def test_visiting_weights_come_home_without_a_copy(monkeypatch):
     modules = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)]
     weights = [weight for module in modules for weight in module.parameters()]
     homes = [weight.data_ptr() for weight in weights]
-    with pytest.raises(MemoryError), visiting(modules, CPU):
+    with pytest.raises(MemoryError), temporarily_on(modules, CPU):
         assert all(w.data_ptr() != home for w, home in zip(weights, homes, strict=True))
         raise MemoryError
     assert [weight.data_ptr() for weight in weights] == homes
@@ -239,10 +239,8 @@ def test_a_base_without_t5(remove, base, shapes_model, capsys):
     cond, whole = load(base).encode(TEXTS), shapes_model.encode(TEXTS)
     assert f"{base} has no T5" in capsys.readouterr().out
     clip = whole.prompt_embeds.shape[1] - 8
-    assert (
-        torch.equal(cond.pooled_prompt_embeds, whole.pooled_prompt_embeds)
-        and cond.prompt_embeds.shape == whole.prompt_embeds.shape
-    )
+    assert torch.equal(cond.pooled_prompt_embeds, whole.pooled_prompt_embeds)
+    assert cond.prompt_embeds.shape == whole.prompt_embeds.shape
     assert torch.equal(cond.prompt_embeds[:, :clip], whole.prompt_embeds[:, :clip])
     assert not cond.prompt_embeds[:, clip:].any() and whole.prompt_embeds[:, clip:].any()
 
