@@ -1,4 +1,4 @@
-# make demo   install into .venv, train the embedded model for a few minutes, show what it learned
+# make demo   install into .venv, train the built-in model for a few minutes, show what it learned
 # make test   install with the test extras, then lint, types and tests
 # make constraints   rewrite constraints.txt with the newest versions that setup.py allows
 PYTHON ?= python3

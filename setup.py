@@ -1,4 +1,4 @@
-"""Installs DiffusionNFT and the embedded model."""
+"""Installs DiffusionNFT and the built-in model."""
 
 from setuptools import find_packages, setup
 

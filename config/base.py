@@ -53,7 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.resume_from = ""
 
     config.pretrained = pretrained = ml_collections.ConfigDict()
-    # A diffusers folder or hub name.  "shapes" is the embedded model.
+    # A diffusers folder or hub name.  "shapes" is the built-in model.
     pretrained.model = "stabilityai/stable-diffusion-3.5-medium"
     # Branch, tag or commit on the hub; empty: the default branch.
     pretrained.revision = ""

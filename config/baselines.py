@@ -1,4 +1,4 @@
-"""Baselines on the embedded model that weight the flow-matching loss of the policy's own samples:
+"""Baselines on the built-in model that weight the flow-matching loss of the policy's own samples:
 ``--config config/baselines.py:NAME``.
 
 They are config/nft.py:shapes under another algorithm (diffusion_nft/algorithms/matching.py), with

@@ -71,7 +71,7 @@ def sd3_pickscore_grpo() -> ml_collections.ConfigDict:
 
 
 def shapes_grpo() -> ml_collections.ConfigDict:
-    """The embedded model without guidance: the epochs of config/nft.py:shapes.
+    """The built-in model without guidance: the epochs of config/nft.py:shapes.
 
     Cost and result: not measured.
 
@@ -81,7 +81,7 @@ def shapes_grpo() -> ml_collections.ConfigDict:
 
 
 def shapes_grpo_cfg() -> ml_collections.ConfigDict:
-    """The embedded model with guidance in rollout, training and evaluation.
+    """The built-in model with guidance in rollout, training and evaluation.
 
     Cost and result: not measured.
 

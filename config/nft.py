@@ -159,7 +159,7 @@ def _fast(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 def sd3_geneval_fast() -> ml_collections.ConfigDict:
     """GenEval with 2 sigmas a sample instead of 9: by FLOPs 2.6 times less work an epoch.
 
-    Why: on the embedded model few sigmas learn more than 9 from the same compute, though less an
+    Why: on the built-in model few sigmas learn more than 9 from the same compute, though less an
     epoch (docs/experiments.md).  Not tried on SD3.5; cost not measured.
 
     ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_geneval_fast``
@@ -168,7 +168,7 @@ def sd3_geneval_fast() -> ml_collections.ConfigDict:
 
 
 def shapes() -> ml_collections.ConfigDict:
-    """The embedded model, the full run: 2 CPU cores, no downloads.
+    """The built-in model, the full run: 2 CPU cores, no downloads.
 
     Measured with one thread, seed 42: 24 minutes; strict held-out accuracy .485, at epochs 20, 40,
     60 and 80 .760, .781, .779 and .790 (docs/experiments.md).
@@ -203,7 +203,7 @@ def shapes() -> ml_collections.ConfigDict:
 
 
 def shapes_demo() -> ml_collections.ConfigDict:
-    """The embedded model in a few minutes on 2 CPU cores: what ``make demo`` runs.
+    """The built-in model in a few minutes on 2 CPU cores: what ``make demo`` runs.
 
     Measured on 2 CPU cores: 145 s for the 24 epochs; strict held-out accuracy .485 to .762, .444
     to .696 and .463 to .710 for seeds 42, 43 and 44 (docs/experiments.md).
@@ -232,7 +232,7 @@ def shapes_fast() -> ml_collections.ConfigDict:
 
 
 def shapes_stages() -> ml_collections.ConfigDict:
-    """A run in two stages on the embedded model: first what the captions say, then small JPEGs too.
+    """A run in two stages on the built-in model: first what the captions say, then small JPEGs too.
 
     Measured with seed 42 on one CPU core, another job beside it: 4 min 20 s; strict held-out
     accuracy .485 to .723 in the first stage and to .758 in the second (.748 in another run, with
@@ -258,7 +258,7 @@ def shapes_stages() -> ml_collections.ConfigDict:
 
 
 def shapes_smoke() -> ml_collections.ConfigDict:
-    """Two tiny epochs of the embedded model in seconds: for tests, it learns nothing.
+    """Two tiny epochs of the built-in model in seconds: for tests, it learns nothing.
 
     ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:shapes_smoke``
     """

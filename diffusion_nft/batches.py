@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 
 # Share of the device's memory that a trial may take: what is left is for fragments.
-USABLE = 0.9
+USABLE_MEMORY = 0.9
 # So many pairs keep any device busy; more only make the search longer.
-LARGEST = 256
-# On CPUs memory is no limit; 96 pairs of the embedded model are within 13 % of the fastest size.
-ON_CPUS = 96
+MAX_MICRO_BATCH = 256
+# On CPUs memory is no limit; 96 pairs of the built-in model are within 13 % of the fastest size.
+CPU_MICRO_BATCH = 96
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
@@ -30,13 +30,13 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def fitting_micro_batch(run: Callable[[int], None], limit: int, device: torch.device) -> int:
-    """The largest size for which ``run(size)``, a forward and a backward, stays within USABLE of
+    """The largest size for which ``run(size)``, a forward and a backward, stays within USABLE_MEMORY of
     the memory of ``device``.
 
     Raises torch.OutOfMemoryError, with advice, if there is none.
     """
     if device.type != "cuda":
-        return min(limit, ON_CPUS)
+        return min(limit, CPU_MICRO_BATCH)
     total = torch.cuda.get_device_properties(device).total_memory
 
     def fits(size: int) -> bool:
@@ -48,9 +48,9 @@ def fitting_micro_batch(run: Callable[[int], None], limit: int, device: torch.de
             run(size)
         except torch.OutOfMemoryError:
             return False
-        return torch.cuda.max_memory_reserved(device) + others <= USABLE * total
+        return torch.cuda.max_memory_reserved(device) + others <= USABLE_MEMORY * total
 
-    found = largest(fits, min(limit, LARGEST))
+    found = largest(fits, min(limit, MAX_MICRO_BATCH))
     torch.cuda.empty_cache()
     if not found:
         raise torch.OutOfMemoryError(

@@ -1,6 +1,6 @@
 """Times every phase of an epoch, and compares it with the published way of running the algorithm.
 
-    python scripts/benchmark.py                                   # the embedded model, on CPUs
+    python scripts/benchmark.py                                   # the built-in model, on CPUs
     python scripts/benchmark.py --baseline --repeats 5 --set sample.num_groups=4
     torchrun --nproc_per_node=1 scripts/benchmark.py --arch sd3.5-medium --baseline \\
         --set sample.num_groups=2                                 # random weights, on a GPU

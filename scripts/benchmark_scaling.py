@@ -5,7 +5,7 @@
 
 Every curve is of the product's own epochs, the fastest of --repeats after one to warm up, all other
 sizes fixed; the exponent is the slope of a straight line through the logarithms (1: proportional,
-0: constant, -1: halves where the size doubles).  The embedded model; for resolutions sd3.5-tiny,
+0: constant, -1: halves where the size doubles).  The built-in model; for resolutions sd3.5-tiny,
 the SD3.5 architecture with small random weights.  The figure needs matplotlib (the extra "plots").
 """
 

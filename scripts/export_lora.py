@@ -40,7 +40,7 @@ from diffusion_nft.models.lora import (
 from diffusion_nft.models.precision import COMPUTE_DTYPES
 from diffusion_nft.models.sd3 import T5, T5_TOKENIZER
 from diffusion_nft.runs.checkpoint import STATE, read_json
-from diffusion_nft.shapes import EMBEDDED_MODEL
+from diffusion_nft.shapes import BUILT_IN_MODEL
 from diffusion_nft.tracking.metrics import METRICS_FILE
 from diffusion_nft.tracking.summary import comparable, pictures_file, stage_evaluations
 from diffusion_nft.utils.files import DiskError, read_object
@@ -280,7 +280,7 @@ def snippet(settings: dict[str, Any], base: str, where: str, merged: Path | None
     lines = ["import torch", "from diffusers import StableDiffusion3Pipeline"]
     # JSON's quoting, as the names may be a stranger's.
     source = json.dumps(where if merged else base)
-    if base == EMBEDDED_MODEL and not merged:
+    if base == BUILT_IN_MODEL and not merged:
         lines += ["from diffusion_nft.shapes.model import PIPELINE_DIR"]
         source = "PIPELINE_DIR"
     if merged:

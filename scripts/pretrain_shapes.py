@@ -1,4 +1,4 @@
-"""Makes the embedded world "shapes" from nothing: prompt files, autoencoder, transformer, scores.
+"""Makes the built-in world "shapes" from nothing: prompt files, autoencoder, transformer, scores.
 
     python scripts/pretrain_shapes.py
     python scripts/pretrain_shapes.py --device cuda

@@ -5,7 +5,7 @@
     python scripts/reproduce.py --suite shapes --checkpoint_path logs/nft/shapes/demo
 
 The suite "paper" is GenEval, OCR, and six reward models on DrawBench, at 512 pixels with 40 steps;
-"shapes" is the embedded world's. On any number of processes.  Every picture is kept; the same
+"shapes" is the built-in world's. On any number of processes.  Every picture is kept; the same
 command continues an interrupted call and makes nothing twice.  table.md and table.json in
 --output_dir hold every model that was evaluated into it, with all settings and versions.
 """
@@ -37,7 +37,7 @@ from diffusion_nft.evaluation.results import (
 from diffusion_nft.evaluation.suites import SUITES, as_json, as_markdown, read_rows, result_table
 from diffusion_nft.runs.environment import write_environment
 from diffusion_nft.runs.lock import only_writer
-from diffusion_nft.shapes import EMBEDDED_MODEL
+from diffusion_nft.shapes import BUILT_IN_MODEL
 from diffusion_nft.tracking.grids import image_grid, save_grid
 from diffusion_nft.utils.files import write_atomically
 
@@ -69,8 +69,8 @@ def parse_flags() -> argparse.Namespace:
     add("--datasets", help="only these of the suite, comma-separated")
     args = parser.parse_args()
     args.options = resolve_options(args, SUITES[args.suite].settings)
-    if args.suite != EMBEDDED_MODEL and args.options.run.get("pretrained.model") == EMBEDDED_MODEL:
-        parser.error("this checkpoint is of the embedded model: --suite shapes")
+    if args.suite != BUILT_IN_MODEL and args.options.run.get("pretrained.model") == BUILT_IN_MODEL:
+        parser.error("this checkpoint is of the built-in model: --suite shapes")
     args.output_dir = args.output_dir or Path("reproductions", args.suite)
     args.model_dir = args.output_dir / args.options.folder_name(args.limit)
     args.tasks = tasks(args)

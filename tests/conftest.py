@@ -25,7 +25,7 @@ def smoke_config(tmp_path):
 
 @pytest.fixture(scope="session")
 def shapes_model():
-    """The embedded model in float32 on the CPU, without LoRA: do not change it."""
+    """The built-in model in float32 on the CPU, without LoRA: do not change it."""
     import torch
 
     from diffusion_nft.distributed.ranks import Distributed

@@ -25,7 +25,9 @@ def test_the_largest_size_to_an_eighth(most, limit):
 
 
 def test_a_cpu_is_not_tried():
-    assert fitting_micro_batch(pytest.fail, 1000, torch.device("cpu")) == micro_batch.ON_CPUS
+    assert (
+        fitting_micro_batch(pytest.fail, 1000, torch.device("cpu")) == micro_batch.CPU_MICRO_BATCH
+    )
     assert fitting_micro_batch(pytest.fail, 7, torch.device("cpu")) == 7
 
 

@@ -249,7 +249,7 @@ def test_flow_grpo_presets_hold_its_published_values(
 
 
 def test_baselines_differ_from_nft_in_the_algorithm_alone() -> None:
-    """On the embedded model: the same prompts, rewards, batch of an epoch and optimizer."""
+    """On the built-in model: the same prompts, rewards, batch of an epoch and optimizer."""
     free = ("algorithm", "save_dir", "grpo.", "matching.")
     sampled_and_trained = (
         *(f"sample.{key}" for key in ("solver", "guidance_scale")),

@@ -1,4 +1,4 @@
-"""The loop on the embedded model: what a run leaves behind, and failing rewards."""
+"""The loop on the built-in model: what a run leaves behind, and failing rewards."""
 
 import json
 import shutil

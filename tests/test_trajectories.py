@@ -1,5 +1,5 @@
 """Training on the sampler's own steps: gradients of a linear model, and short runs of each
-algorithm on the embedded model.
+algorithm on the built-in model.
 """
 
 from types import SimpleNamespace
@@ -180,7 +180,7 @@ def test_ranks_and_micro_batches_change_nothing(tmp_path, world_size, batch_size
     ],
 )
 def test_recorded_log_probs_are_the_current_policys_at_equal_weights(tmp_path, solver, scale):
-    """On the embedded model, with other micro-batches than the rollout's."""
+    """On the built-in model, with other micro-batches than the rollout's."""
     overrides = FLOW_GRPO | {
         "sample.solver": solver,
         "sample.guidance_scale": scale,

@@ -19,7 +19,7 @@ from diffusion_nft.policy import Policy, policy_of_lora, unusual_modules
 from diffusion_nft.rewards import REMOTE_TIMEOUT, check_prompts, parse_option
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.runs.checkpoint import load_checkpoint, resolve_checkpoint
-from diffusion_nft.shapes import EMBEDDED_LENGTH, EMBEDDED_MODEL, EMBEDDED_RESOLUTION
+from diffusion_nft.shapes import BUILT_IN_LENGTH, BUILT_IN_MODEL, BUILT_IN_RESOLUTION
 from diffusion_nft.utils.files import sha256
 from diffusion_nft.validation.checks import reward_addresses, reward_options
 from diffusion_nft.validation.flat import section, with_defaults
@@ -41,10 +41,10 @@ DEFAULTS: dict[str, Any] = {
     "eval.guidance_scale": 1.0,
     "eval.batch_size": 16,
 }
-# What the embedded model was made for.
-EMBEDDED: dict[str, Any] = {
-    "pretrained.max_sequence_length": EMBEDDED_LENGTH,
-    "resolution": EMBEDDED_RESOLUTION,
+# What the built-in model was made for.
+BUILT_IN_SETTINGS: dict[str, Any] = {
+    "pretrained.max_sequence_length": BUILT_IN_LENGTH,
+    "resolution": BUILT_IN_RESOLUTION,
     "mixed_precision": "no",
     "eval.num_steps": 10,
 }
@@ -267,15 +267,15 @@ def resolve_options(
     run: dict[str, Any] = {}
     checkpoint: Path | None = None
     chosen = args.lora_hf_path or getattr(args, "pretrained.model") or "base"
-    name = chosen if chosen in ("base", EMBEDDED_MODEL) else _model_name(chosen)
+    name = chosen if chosen in ("base", BUILT_IN_MODEL) else _model_name(chosen)
     if args.checkpoint_path:
         args.checkpoint_path = checkpoint = resolve_checkpoint(args.checkpoint_path)
         run = with_defaults(load_checkpoint(checkpoint).state["config"])
         name = _model_name(str(checkpoint))
     given = {key: value for key, value in vars(args).items() if value is not None}
     script, family, published = script or {}, {}, {}
-    if _join(DEFAULTS, run, script, given)["pretrained.model"] == EMBEDDED_MODEL:
-        family = EMBEDDED
+    if _join(DEFAULTS, run, script, given)["pretrained.model"] == BUILT_IN_MODEL:
+        family = BUILT_IN_SETTINGS
     elif "match_published" in given:
         published = {"pretrained.max_sequence_length": PUBLISHED_LENGTH}
     usual = _join(DEFAULTS, family, script, published)

@@ -73,7 +73,7 @@ SUITES: dict[str, Suite] = {
             "NFT on several rewards": (0.94, 0.91, 23.80, 0.293, 0.331, 6.01, 1.49, 3.49),
         },
     ),
-    # The embedded model; references measured on two CPU cores with seed 42 (docs/evaluation.md).
+    # The built-in model; references measured on two CPU cores with seed 42 (docs/evaluation.md).
     "shapes": Suite(
         settings={
             "seed": 42,

@@ -21,12 +21,12 @@ from diffusion_nft.experiments.grid import ROOT, Run, differences, read_header, 
 from diffusion_nft.models.flops import backward_cost, forward_cost
 from diffusion_nft.runs.environment import ENVIRONMENTS_FILE, cpu_name
 from diffusion_nft.runs.run_dir import CONFIG_FILE
-from diffusion_nft.shapes import EMBEDDED_MODEL
+from diffusion_nft.shapes import BUILT_IN_MODEL
 from diffusion_nft.tracking.metrics import METRICS_FILE, read_metrics
 from diffusion_nft.utils.files import read_lines, read_object, write_atomically
 from diffusion_nft.validation.flat import flatten
 
-EMBEDDED_PIPELINE = ROOT / "diffusion_nft" / "shapes" / "pipeline"
+BUILT_IN_PIPELINE = ROOT / "diffusion_nft" / "shapes" / "pipeline"
 THREADS = "OMP_NUM_THREADS"
 # Of an epoch's metrics, beside those of the monitor; an evaluation's are kept whole.
 KEPT = ("reward/mean", "reward/diversity", "reward/x0_rms", "loss/kl")
@@ -42,13 +42,13 @@ class Incomplete(ValueError):
 def model_shape(config: ConfigDict) -> tuple[dict[str, Any], int, int]:
     """(the transformer's configuration, side of its latents, prompt tokens) of a run.
 
-    Raises ValueError for a model that is neither the embedded one nor a folder.
+    Raises ValueError for a model that is neither the built-in one nor a folder.
     """
     name = config.pretrained.model
-    folder = EMBEDDED_PIPELINE if name == EMBEDDED_MODEL else Path(name)
+    folder = BUILT_IN_PIPELINE if name == BUILT_IN_MODEL else Path(name)
     if not folder.is_dir():
         raise ValueError(
-            f"pretrained.model {name!r}: experiments count the FLOPs of {EMBEDDED_MODEL!r} or of a "
+            f"pretrained.model {name!r}: experiments count the FLOPs of {BUILT_IN_MODEL!r} or of a "
             "diffusers folder"
         )
     read = {

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from diffusion_nft.models import HUB_NAME, PIPELINE_INDEX
 from diffusion_nft.models.lora import Lora
-from diffusion_nft.shapes import EMBEDDED_MODEL
+from diffusion_nft.shapes import BUILT_IN_MODEL
 from diffusion_nft.shapes.model import PIPELINE_DIR
 from diffusion_nft.utils.files import read_object
 
@@ -60,7 +60,7 @@ def fetch_pipeline(name: str, revision: str = "") -> Path:
     Raises OSError with the remedy when the model is missing or gated, or out of reach and not in
     the hub's cache either.
     """
-    if name == EMBEDDED_MODEL:
+    if name == BUILT_IN_MODEL:
         return PIPELINE_DIR
     if Path(name).is_dir():
         return Path(name)

@@ -1,4 +1,4 @@
-"""The embedded world's reward: does the picture show what its caption asks for?"""
+"""The built-in world's reward: does the picture show what its caption asks for?"""
 
 from collections.abc import Mapping
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""The tiny Stable Diffusion 3 pipeline of the embedded world.
+"""The tiny Stable Diffusion 3 pipeline of the built-in world.
 
 Same classes as Stable Diffusion 3.5: an AutoencoderKL, an SD3Transformer2DModel, two CLIP text
 encoders, a T5 text encoder and a flow-matching scheduler with shift 3. One image token covers one

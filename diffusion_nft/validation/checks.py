@@ -19,14 +19,14 @@ from diffusion_nft.algorithms.nft import OLD_POLICY_DECAYS, old_policy_schedule
 from diffusion_nft.data.prompts import SPLITS, split_file
 from diffusion_nft.models import HUB_NAME, PIPELINE_INDEX
 from diffusion_nft.rewards import REWARDS, check_options
-from diffusion_nft.shapes import EMBEDDED_MODEL
+from diffusion_nft.shapes import BUILT_IN_MODEL
 from diffusion_nft.solvers import SOLVERS, check_solver
 from diffusion_nft.utils.paths import expand, is_line
 
 Check = Callable[[Any], str | None]
 
 # What the kernels count with.
-LARGEST = 2**63 - 1
+MAX_INT64 = 2**63 - 1
 # A branch, a tag or a commit; the hub's cache makes a file name of it.
 REVISION = re.compile(r"\w[\w./-]*", re.ASCII)
 
@@ -38,7 +38,7 @@ def is_finite_number(value: Any) -> bool:
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return abs(value) <= LARGEST if isinstance(value, int) else math.isfinite(value)
+    return abs(value) <= MAX_INT64 if isinstance(value, int) else math.isfinite(value)
 
 
 def is_section(value: Any) -> bool:
@@ -55,13 +55,13 @@ def did_you_mean(name: Any, choices: Collection[str]) -> str:
 def integer(low: int, high: int | None = None) -> Check:
     """An integer from ``low`` to ``high``, both included; 64 bits where there is no ``high``."""
     valid = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
-    last = LARGEST if high is None else high
+    last = MAX_INT64 if high is None else high
 
     def check(value: Any) -> str | None:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value:
             return f"must be {valid}"
         if value > last:
-            return f"must be {valid}" if high is not None else f"must be {valid} and <= {LARGEST}"
+            return f"must be {valid}" if high is not None else f"must be {valid} and <= {MAX_INT64}"
         return None
 
     return check
@@ -179,16 +179,16 @@ def lora_or_empty(value: Any) -> str | None:
 
 
 def model(value: Any) -> str | None:
-    """A base model: a folder, a name on the hub, the embedded one."""
+    """A base model: a folder, a name on the hub, the built-in one."""
     if isinstance(value, str):
         hub = HUB_NAME.fullmatch(value) and ".." not in value
         folder = _is_folder(value) and Path(expand(value), PIPELINE_INDEX).is_file()
-        if value == EMBEDDED_MODEL or folder or (hub and not Path(value).is_dir()):
+        if value == BUILT_IN_MODEL or folder or (hub and not Path(value).is_dir()):
             return None
     return (
         f"must be a diffusers folder that exists (it holds {PIPELINE_INDEX}), a hub name "
-        f"(owner/name), or {EMBEDDED_MODEL!r}"
-        f"{did_you_mean(value, (EMBEDDED_MODEL,))}"
+        f"(owner/name), or {BUILT_IN_MODEL!r}"
+        f"{did_you_mean(value, (BUILT_IN_MODEL,))}"
     )
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from diffusion_nft.algorithms import algorithm_class
 from diffusion_nft.data.prompts import SPLITS, split_file
-from diffusion_nft.shapes import EMBEDDED_LENGTH, EMBEDDED_MODEL, EMBEDDED_RESOLUTION
+from diffusion_nft.shapes import BUILT_IN_LENGTH, BUILT_IN_MODEL, BUILT_IN_RESOLUTION
 from diffusion_nft.solvers import STOCHASTIC, check_solver
 
 # SD3: its VAE makes a latent of 8 x 8 pixels, its transformer a token of 2 x 2 latents.
@@ -39,9 +39,9 @@ def _steps_share_groups(gradient_steps: int, images: int) -> str | None:
 
 
 def _resolution_fits(resolution: int, model: str) -> str | None:
-    if model == EMBEDDED_MODEL:
-        right = resolution == EMBEDDED_RESOLUTION
-        return None if right else f"the embedded model draws at {EMBEDDED_RESOLUTION} pixels only"
+    if model == BUILT_IN_MODEL:
+        right = resolution == BUILT_IN_RESOLUTION
+        return None if right else f"the built-in model draws at {BUILT_IN_RESOLUTION} pixels only"
     if resolution % PIXELS_PER_TOKEN == 0:
         return None
     below = resolution - resolution % PIXELS_PER_TOKEN
@@ -49,9 +49,9 @@ def _resolution_fits(resolution: int, model: str) -> str | None:
 
 
 def _length_fits(length: int, model: str) -> str | None:
-    if model != EMBEDDED_MODEL or length == EMBEDDED_LENGTH:
+    if model != BUILT_IN_MODEL or length == BUILT_IN_LENGTH:
         return None
-    return f"the embedded model was trained at {EMBEDDED_LENGTH} tokens"
+    return f"the built-in model was trained at {BUILT_IN_LENGTH} tokens"
 
 
 def _one_start(resume_from: str, lora_path: str) -> str | None:

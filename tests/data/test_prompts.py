@@ -180,7 +180,7 @@ def test_empty_file(root: Path, content: str) -> None:
         load_prompts("mine", "train")
 
 
-def test_embedded_prompt_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_built_in_prompt_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "DATASET_ROOT", Path(data.__file__).parents[2] / "dataset")
     for split in data.SPLITS:
         prompts = load_prompts("shapes", split)

@@ -1,4 +1,4 @@
-"""Records a short run of the embedded model: losses, gradient norms, scores, norms of the weights.
+"""Records a short run of the built-in model: losses, gradient norms, scores, norms of the weights.
 
     python -m tests.golden.make_short_run
 

@@ -1,4 +1,4 @@
-"""The SD3 family against plain diffusers on the embedded pipeline."""
+"""The SD3 family against plain diffusers on the built-in pipeline."""
 
 import json
 import shutil
@@ -174,7 +174,7 @@ def test_a_resolution_beyond_the_position_table_is_refused():
 
 @pytest.fixture
 def base(tmp_path) -> Path:
-    """A copy of the embedded pipeline's folder."""
+    """A copy of the built-in pipeline's folder."""
     return Path(shutil.copytree(PIPELINE_DIR, tmp_path / "base"))
 
 

@@ -2,7 +2,7 @@
 
     python tests/reliability/soak.py --epochs 500 --out docs/results/soak
 
-Trains the smallest run of the embedded model with the real command, writes a line for every epoch
+Trains the smallest run of the built-in model with the real command, writes a line for every epoch
 to <out>.jsonl, draws <out>.png, and exits with 1 if anything but the logs grew: the medians of the
 first and the last fifth after a warm-up of a tenth are compared.
 """

@@ -7,8 +7,8 @@ import pytest
 from tests.reliability.bad_inputs import Case, Reached, Watch, parametrized, watch
 from tests.scripts.in_process import call, script
 
-EMBEDDED = ("--pretrained", "shapes")
-ONE = (*EMBEDDED, "--prompt", "a red circle")
+BUILT_IN = ("--pretrained", "shapes")
+ONE = (*BUILT_IN, "--prompt", "a red circle")
 
 
 @pytest.fixture(autouse=True)
@@ -39,22 +39,22 @@ def refused(name: str, case: Case, seen: Watch, capsys: pytest.CaptureFixture[st
 
 # name -> (words, flags)
 SAMPLE: dict[str, tuple[str, tuple[object, ...]]] = {
-    "no prompt": ("give --prompt or --prompts_file", EMBEDDED),
-    "empty prompts": ("give --prompt or --prompts_file", (*EMBEDDED, "--prompt", " \t")),
-    "a prompt of NUL": ("a prompt holds a NUL", (*EMBEDDED, "--prompt", "a\0b")),
-    "a prompt of bytes": ("a prompt holds half a surrogate", (*EMBEDDED, "--prompt", "caf\udce9")),
-    "prompts absent": ("No such file", (*EMBEDDED, "--prompts_file", "absent")),
-    "prompts of a folder": ("Is a directory", (*EMBEDDED, "--prompts_file", "full")),
+    "no prompt": ("give --prompt or --prompts_file", BUILT_IN),
+    "empty prompts": ("give --prompt or --prompts_file", (*BUILT_IN, "--prompt", " \t")),
+    "a prompt of NUL": ("a prompt holds a NUL", (*BUILT_IN, "--prompt", "a\0b")),
+    "a prompt of bytes": ("a prompt holds half a surrogate", (*BUILT_IN, "--prompt", "caf\udce9")),
+    "prompts absent": ("No such file", (*BUILT_IN, "--prompts_file", "absent")),
+    "prompts of a folder": ("Is a directory", (*BUILT_IN, "--prompts_file", "full")),
     "prompts in Latin-1": (
         "latin, line 1: not UTF-8 (byte 4)",
-        (*EMBEDDED, "--prompts_file", "latin"),
+        (*BUILT_IN, "--prompts_file", "latin"),
     ),
     "prompts of a picture": (
         "line 1: not UTF-8 (byte 1)",
-        (*EMBEDDED, "--prompts_file", "picture"),
+        (*BUILT_IN, "--prompts_file", "picture"),
     ),
-    "prompts with NUL": ("nul, line 1: a NUL", (*EMBEDDED, "--prompts_file", "nul")),
-    "prompts of no JSON": ("x.jsonl, line 2: not JSON", (*EMBEDDED, "--prompts_file", "x.jsonl")),
+    "prompts with NUL": ("nul, line 1: a NUL", (*BUILT_IN, "--prompts_file", "nul")),
+    "prompts of no JSON": ("x.jsonl, line 2: not JSON", (*BUILT_IN, "--prompts_file", "x.jsonl")),
     "output to a file": ("file is not a folder", (*ONE, "--output_dir", "file")),
     "output below a file": ("file/x could not be written", (*ONE, "--output_dir", "file/x")),
     "output of NUL": ("--output_dir: 'a\\x00b' is not a path", (*ONE, "--output_dir", "a\0b")),

@@ -1,4 +1,4 @@
-"""Prompt files: empty, binary, broken, huge, in odd Unicode; and what the embedded model makes of
+"""Prompt files: empty, binary, broken, huge, in odd Unicode; and what the built-in model makes of
 odd prompts.
 """
 
@@ -22,7 +22,7 @@ PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
 
 def line(**changes: object) -> bytes:
-    """A line of the embedded world with some values changed; None takes a key out."""
+    """A line of the built-in world with some values changed; None takes a key out."""
     return json.dumps({k: v for k, v in (LINE | changes).items() if v is not None}).encode()
 
 

@@ -1,4 +1,4 @@
-"""The embedded world's reward on pictures drawn by hand."""
+"""The built-in world's reward on pictures drawn by hand."""
 
 import torch
 

@@ -46,7 +46,7 @@ def test_rewards_that_run_anywhere_pass(capsys):
     assert rows.keys() == {"shapes", "jpeg_compressibility"}
     for cells in rows.values():
         assert cells[:4] == ["yes"] * 4
-    # Two true pictures of the embedded world, by its verifier.
+    # Two true pictures of the built-in world, by its verifier.
     assert rows["shapes"][-2:] == ["1.000", "1.000"]
 
 

@@ -135,7 +135,7 @@ def test_both_layouts_hold_the_checkpoints_weights(run_dir, exported):
 def test_the_card(run_dir, exported):
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\n")
-    assert "base_model:" not in card, "the embedded model is not on the hub"
+    assert "base_model:" not in card, "the built-in model is not on the hub"
     assert f"# {run_dir.name}-checkpoint-4\n\nA LoRA of `shapes`, rank 32. " in card
     assert "for diffusers (>= 0.33.1) and ComfyUI" in card and "for PEFT (>= 0.10.0)" in card
     assert "| shapes | 1 |" in card and "for 2 epochs (4 optimizer steps)" in card

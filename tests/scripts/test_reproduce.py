@@ -136,7 +136,7 @@ def paper(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(rewards, "PROMPT_CHECKS", {})
 
 
-EMBEDDED = ("--pretrained", "shapes", "--resolution", 48, "--num_inference_steps", 2)
+BUILT_IN = ("--pretrained", "shapes", "--resolution", 48, "--num_inference_steps", 2)
 
 
 def test_the_papers_suite_on_stand_ins(paper, tmp_path, capsys, monkeypatch):
@@ -144,9 +144,9 @@ def test_the_papers_suite_on_stand_ins(paper, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(rewards.REWARDS, "unifiedreward", f"{__name__}:Missing")
         with pytest.raises(OSError, match="no server answers"):
-            reproduce(*EMBEDDED, *out)
+            reproduce(*BUILT_IN, *out)
         assert not list((tmp_path / "out").rglob("*.png")), "refused before anything was drawn"
-    reproduce(*EMBEDDED, *out, "--skip_rewards", "aesthetic")
+    reproduce(*BUILT_IN, *out, "--skip_rewards", "aesthetic")
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     (model,) = table["models"]
     assert model["averages"].keys() == {"geneval", "ocr", "drawbench"}
@@ -165,7 +165,7 @@ def test_the_papers_suite_on_stand_ins(paper, tmp_path, capsys, monkeypatch):
     assert "reference: NFT on several rewards" in capsys.readouterr().out
     # A reward that was left out is added later: the pictures stay, the other scores too.
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/*/images/*")}
-    reproduce(*EMBEDDED, *out)
+    reproduce(*BUILT_IN, *out)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     (again,) = json.loads((tmp_path / "out" / "table.json").read_text())["models"]
     assert again["values"].pop("Aesthetic")["mean"] == pytest.approx(brightness)
@@ -179,21 +179,21 @@ def test_what_is_missing_is_named_at_once(paper, tmp_path):
     (data.DATASET_ROOT / "ocr" / "test.txt").unlink()
     (data.DATASET_ROOT / "drawbench" / "test.txt").unlink()
     with pytest.raises(ValueError, match=r"(?s)prepare_data.py ocr.*prepare_data.py drawbench"):
-        reproduce(*EMBEDDED, "--output_dir", tmp_path / "out")
+        reproduce(*BUILT_IN, "--output_dir", tmp_path / "out")
     with pytest.raises(ValueError, match="no such reward in geneval"):
-        reproduce(*EMBEDDED, "--datasets", "geneval", "--skip_rewards", "ocr")
+        reproduce(*BUILT_IN, "--datasets", "geneval", "--skip_rewards", "ocr")
     with pytest.raises(ValueError, match="choose from geneval, ocr, drawbench"):
-        reproduce(*EMBEDDED, "--datasets", "genval")
+        reproduce(*BUILT_IN, "--datasets", "genval")
 
 
 def test_other_settings_are_other_rows_or_refused(paper, tmp_path):
-    flags = (*EMBEDDED, "--datasets", "ocr", "--output_dir", tmp_path)
+    flags = (*BUILT_IN, "--datasets", "ocr", "--output_dir", tmp_path)
     reproduce(*flags)
     with pytest.raises(ValueError, match=r"eval\.batch_size: 16 -> 4"):
         reproduce(*flags, "--batch_size", 4)
     # The other test set of the same row, too.
     with pytest.raises(ValueError, match=r"eval\.batch_size: 16 -> 4"):
-        reproduce(*EMBEDDED, "--datasets", "geneval", "--output_dir", tmp_path, "--batch_size", 4)
+        reproduce(*BUILT_IN, "--datasets", "geneval", "--output_dir", tmp_path, "--batch_size", 4)
     reproduce(*flags, "--guidance_scale", 2, "--seed", 1)
     reproduce(*flags, "--solver", "dpm2")
     names = {model["name"] for model in json.loads((tmp_path / "table.json").read_text())["models"]}

@@ -25,7 +25,7 @@ BASE = (*BASE.split(), "--num_inference_steps", "4")
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory) -> Path:
-    """A random LoRA of the embedded model, large enough to show."""
+    """A random LoRA of the built-in model, large enough to show."""
     g = torch.Generator().manual_seed(0)
     state = {}
     for name, module in load_pipeline().transformer.named_modules():

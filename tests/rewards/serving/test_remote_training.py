@@ -29,7 +29,7 @@ TOKEN = "secret"
 
 
 def quoted_test_lines(folder: Path) -> str:
-    """The embedded prompt set, its first test lines with a text to read, as ocr needs them."""
+    """The built-in prompt set, its first test lines with a text to read, as ocr needs them."""
     folder.mkdir()
     shutil.copy(DATASET_ROOT / "shapes" / "train_metadata.jsonl", folder)
     lines = (DATASET_ROOT / "shapes" / "test_metadata.jsonl").read_text().splitlines()[:4]
