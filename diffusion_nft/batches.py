@@ -30,8 +30,8 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def fitting_micro_batch(run: Callable[[int], None], limit: int, device: torch.device) -> int:
-    """The largest size for which ``run(size)``, a forward and a backward, stays within USABLE_MEMORY of
-    the memory of ``device``.
+    """The largest size for which ``run(size)``, a forward and a backward, stays within the share
+    USABLE_MEMORY of the memory of ``device``.
 
     Raises torch.OutOfMemoryError, with advice, if there is none.
     """

@@ -50,11 +50,13 @@ class Axis:
 
 
 # Whole micro-batches at every size, so that no curve has the steps of a half-empty last one.
-SMALL = ("sample.batch_size=24", "train.batch_size=24", "train.gradient_step_per_epoch=1")
+SMALL_BATCHES = ("sample.batch_size=24", "train.batch_size=24", "train.gradient_step_per_epoch=1")
 AXES = {
-    "groups": Axis("sample.num_groups", (2, 4, 8, 16), ("sample.num_image_per_prompt=24", *SMALL)),
+    "groups": Axis(
+        "sample.num_groups", (2, 4, 8, 16), ("sample.num_image_per_prompt=24", *SMALL_BATCHES)
+    ),
     "images per prompt": Axis(
-        "sample.num_image_per_prompt", (12, 24, 48, 96), ("sample.num_groups=2", *SMALL)
+        "sample.num_image_per_prompt", (12, 24, 48, 96), ("sample.num_groups=2", *SMALL_BATCHES)
     ),
     "resolution": Axis(
         "resolution",
@@ -63,7 +65,7 @@ AXES = {
         arch="sd3.5-tiny",
         preset="shapes_smoke",
     ),
-    "ranks": Axis("ranks", (1, 2), ("sample.num_groups=4", *SMALL)),
+    "ranks": Axis("ranks", (1, 2), ("sample.num_groups=4", *SMALL_BATCHES)),
 }
 
 

@@ -38,7 +38,7 @@ from diffusion_nft.utils.paths import prepare_folder
 from diffusion_nft.validation.config_files import load_file
 
 POLL_SECONDS = 0.2
-SHOWN = ("eval/total", "eval/shapes/strict")
+SHOWN_METRICS = ("eval/total", "eval/shapes/strict")
 
 
 def parse_flags(experiments: dict[str, Any]) -> argparse.Namespace:
@@ -91,7 +91,7 @@ def finish(run: Run, code: int, jobs: int) -> tuple[str, bool]:
         if requested():
             return "stopped", False
         return f"FAILED, {error}; log: {run.log}", True
-    shown = ", ".join(f"{key} {last[key]:.3f}" for key in SHOWN if key in last)
+    shown = ", ".join(f"{key} {last[key]:.3f}" for key in SHOWN_METRICS if key in last)
     return f"ended at epoch {last['epoch']}: {shown}", False
 
 

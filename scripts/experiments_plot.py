@@ -17,9 +17,9 @@ from pathlib import Path
 
 from diffusion_nft.command_line import command, user_path
 from diffusion_nft.experiments.comparison import (
+    ACCURACY,
     COST,
     SECONDS,
-    STRICT,
     Result,
     Results,
     mean_and_half_width,
@@ -44,9 +44,9 @@ def curve(results: dict[int, Result], key: str) -> tuple[list[float], list[float
     """
     points = list(zip(*(result.evaluations for result in results.values()), strict=True))
     x = [statistics.fmean(row[key] for row in rows) for rows in points]
-    means = [statistics.fmean(row[STRICT] for row in rows) for rows in points]
+    means = [statistics.fmean(row[ACCURACY] for row in rows) for rows in points]
     gains = [
-        [row[STRICT] - start[STRICT] for row, start in zip(rows, points[0], strict=True)]
+        [row[ACCURACY] - start[ACCURACY] for row, start in zip(rows, points[0], strict=True)]
         for rows in points
     ]
     return x, means, [mean_and_half_width(values)[1] for values in gains]

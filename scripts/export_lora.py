@@ -48,11 +48,11 @@ from diffusion_nft.utils.files import DiskError, read_object
 TRANSFORMER = "transformer"
 CARD, SAMPLES = "README.md", "samples.png"
 # In the output folder until everything is written.
-UNFINISHED = ".unfinished"
+MARKER = ".unfinished"
 # The oldest versions with which the exported files were tried.
 OLDEST_DIFFUSERS, OLDEST_PEFT = "0.33.1", "0.10.0"
 # Keys and sections of a run's configuration that say nothing of the weights, but of a machine.
-UNSHARED = (
+UNSHARED_KEYS = (
     "run_name",
     "save_dir",
     "resume_from",
@@ -66,7 +66,7 @@ UNSHARED = (
     "distributed.",
 )
 # These are local paths or public names, those of stages included.
-PLACES = ("dataset", "pretrained.model")
+PATH_KEYS = ("dataset", "pretrained.model")
 
 
 def parse_flags() -> argparse.Namespace:
@@ -84,7 +84,7 @@ def parse_flags() -> argparse.Namespace:
         validate_repo_id(args.push)
         if "/" not in args.push:
             parser.error(f"--push takes OWNER/NAME, not {args.push}")
-    if args.output_dir.exists() and {p.name for p in args.output_dir.iterdir()} - {UNFINISHED}:
+    if args.output_dir.exists() and {p.name for p in args.output_dir.iterdir()} - {MARKER}:
         parser.error(f"--output_dir {args.output_dir} is not empty")
     return args
 
@@ -121,7 +121,7 @@ def filling(folder: Path) -> Iterator[Path]:
 
     Raises DiskError if the disk refuses.
     """
-    missing, unfinished = not folder.exists(), folder / UNFINISHED
+    missing, unfinished = not folder.exists(), folder / MARKER
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # of a command that was killed
         unfinished.mkdir(parents=True)
@@ -263,11 +263,11 @@ def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 
 def shared_json(run: dict[str, Any]) -> str:
     """The run's configuration without what is this machine's business."""
-    sections = tuple(name for name in UNSHARED if name.endswith("."))
+    sections = tuple(name for name in UNSHARED_KEYS if name.endswith("."))
     kept = {
-        key: public_name(value) if key.endswith(PLACES) else value
+        key: public_name(value) if key.endswith(PATH_KEYS) else value
         for key, value in sorted(run.items())
-        if key not in UNSHARED and not key.startswith(sections)
+        if key not in UNSHARED_KEYS and not key.startswith(sections)
     }
     return json.dumps(kept, indent=1)
 

@@ -43,7 +43,7 @@ from diffusion_nft.utils.files import write_atomically
 
 NUM_PICTURES = 16
 # Settings that a model's test sets do not have in common.
-OF_A_TEST_SET = ("dataset", "dataset_sha256", *PER_REWARD)
+TEST_SET_KEYS = ("dataset", "dataset_sha256", *PER_REWARD)
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def main() -> None:
         records = [
             options.record(dist, task.dataset, task.weights, args.limit) for task in args.tasks
         ]
-        common = {key: value for key, value in records[0].items() if key not in OF_A_TEST_SET}
+        common = {key: value for key, value in records[0].items() if key not in TEST_SET_KEYS}
         with only_writer("--output_dir", args.model_dir, dist):
             reserve_folder(args.model_dir, common, dist)
             unscored = any(task.weights.keys() - scored_by(task.folder) for task in args.tasks)

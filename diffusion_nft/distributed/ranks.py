@@ -184,10 +184,12 @@ def distributed(timeout_minutes: float) -> Iterator[Distributed]:
 
 
 # A network file system's client may not know of a new folder for as long (NFS: acdirmax, 60 s).
-PATIENCE_S = 60.0
+SHARED_FOLDER_TIMEOUT_S = 60.0
 
 
-def check_shared(key: str, folder: Path, dist: Distributed, patience_s: float = PATIENCE_S) -> None:
+def check_shared(
+    key: str, folder: Path, dist: Distributed, patience_s: float = SHARED_FOLDER_TIMEOUT_S
+) -> None:
     """Makes ``folder``, the value of ``key``, and insists that all ranks see the same one.
 
     Raises OSError on every rank, naming those that see another: on nodes with disks of their own, a

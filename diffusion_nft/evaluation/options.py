@@ -49,7 +49,7 @@ BUILT_IN_SETTINGS: dict[str, Any] = {
     "eval.num_steps": 10,
 }
 # Settings that a folder's name tells where they are not the usual ones.
-NAMED = {
+FILE_NAME_PARTS = {
     "eval.solver": "{}",
     "eval.num_steps": "{}steps",
     "resolution": "{}px",
@@ -161,7 +161,7 @@ class EvalOptions:
         parts = [self.name, f"cfg{self.settings['eval.guidance_scale']:g}"]
         parts.append(f"seed{self.settings['seed']}")
         parts += ["published"] if self.settings["match_published"] else []
-        for key, form in NAMED.items():
+        for key, form in FILE_NAME_PARTS.items():
             if self.settings[key] != self.usual[key]:
                 parts.append(form.format(self.settings[key]))
         parts += [f"{limit}lines"] if limit else []

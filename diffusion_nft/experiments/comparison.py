@@ -20,7 +20,7 @@ import numpy as np
 from diffusion_nft.tracking.monitor import ALARM
 from diffusion_nft.utils.files import read_lines
 
-STRICT = "eval/shapes/strict"
+ACCURACY = "eval/shapes/strict"
 COST, SECONDS = "forward_equivalents", "seconds"
 NEVER = sys.maxsize
 CONFIDENCE = 0.95
@@ -63,7 +63,7 @@ class Result:
     @property
     def gain(self) -> float:
         """Strict accuracy at the end minus that at the start."""
-        return self.evaluations[-1][STRICT] - self.evaluations[0][STRICT]
+        return self.evaluations[-1][ACCURACY] - self.evaluations[0][ACCURACY]
 
     def last(self, key: str) -> float:
         """A number of the last evaluation; NaN where it has none."""
@@ -72,7 +72,7 @@ class Result:
 
     def at(self, spent: float, key: str = COST) -> float:
         """Strict accuracy after so much of ``key`` is spent, between evaluations by a line."""
-        spendings, values = ([row[name] for row in self.evaluations] for name in (key, STRICT))
+        spendings, values = ([row[name] for row in self.evaluations] for name in (key, ACCURACY))
         return float(np.interp(spent, spendings, values))
 
     def reaches(self, accuracy: float) -> float:
@@ -80,11 +80,11 @@ class Result:
         evaluations by a line; infinite if it never is.
         """
         rows = self.evaluations
-        if rows[0][STRICT] >= accuracy:
+        if rows[0][ACCURACY] >= accuracy:
             return 0.0
         for before, after in itertools.pairwise(rows):
-            if after[STRICT] >= accuracy:
-                part = (accuracy - before[STRICT]) / (after[STRICT] - before[STRICT])
+            if after[ACCURACY] >= accuracy:
+                part = (accuracy - before[ACCURACY]) / (after[ACCURACY] - before[ACCURACY])
                 return before[COST] + part * (after[COST] - before[COST])
         return math.inf
 
@@ -108,8 +108,8 @@ def read(folder: Path) -> Results:
         if missing := {"arm", "seed", "baseline", "preset", "changes"} - about.keys():
             raise ValueError(f"{path} is no result: its first line lacks {', '.join(missing)}")
         result = Result(about, rows)
-        if len(result.evaluations) < 2 or STRICT not in result.evaluations[0]:
-            raise ValueError(f"{path} must hold two evaluations or more, with {STRICT}")
+        if len(result.evaluations) < 2 or ACCURACY not in result.evaluations[0]:
+            raise ValueError(f"{path} must hold two evaluations or more, with {ACCURACY}")
         found.setdefault(about["arm"], {})[about["seed"]] = result
         baseline = about["baseline"]
     for arm, results in found.items():
@@ -189,7 +189,7 @@ def head_start(arm: dict[int, Result], baseline: dict[int, Result]) -> str:
     seeds = sorted(arm.keys() & baseline.keys())
     if all(arm[s].gain < 0 for s in seeds):
         return "–"
-    needed = [baseline[s].reaches(arm[s].last(STRICT)) / arm[s].last(COST) for s in seeds]
+    needed = [baseline[s].reaches(arm[s].last(ACCURACY)) / arm[s].last(COST) for s in seeds]
     there = [value for value in needed if math.isfinite(value)]
     if not there:
         return f"0 of {len(seeds)}"

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "scripts" / "train_nft_sd3.py"
 LOG_FILE = "experiment.log"
 # What may differ between two runs that count as the same.
-IRRELEVANT = ("run_name", "save_dir", "save_freq", "checkpoint.", "log.", "distributed.")
+IRRELEVANT_KEYS = ("run_name", "save_dir", "save_freq", "checkpoint.", "log.", "distributed.")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def differences(run: Run, former: dict[str, Any], former_changes: Sequence[str])
     lines = []
     for key in sorted(former.keys() | now.keys()):
         known = key in former and key in now
-        free = any(key == k or (k.endswith(".") and key.startswith(k)) for k in IRRELEVANT)
+        free = any(key == k or (k.endswith(".") and key.startswith(k)) for k in IRRELEVANT_KEYS)
         before, after = former.get(key, "(absent)"), now.get(key, "(absent)")
         if not free and before != after and (known or key in set_by_arm):
             lines.append(f"{key}: {before!r} -> {after!r}")

@@ -29,10 +29,10 @@ from diffusion_nft.validation.flat import flatten
 BUILT_IN_PIPELINE = ROOT / "diffusion_nft" / "shapes" / "pipeline"
 THREADS = "OMP_NUM_THREADS"
 # Of an epoch's metrics, beside those of the monitor; an evaluation's are kept whole.
-KEPT = ("reward/mean", "reward/diversity", "reward/x0_rms", "loss/kl")
+EPOCH_METRICS = ("reward/mean", "reward/diversity", "reward/x0_rms", "loss/kl")
 # Of more epochs than this, only so many are kept.
 MAX_EPOCHS_KEPT = 80
-SIGNIFICANT = 5
+SIGNIFICANT_DIGITS = 5
 
 
 class Incomplete(ValueError):
@@ -143,7 +143,9 @@ def rows(run: Run, ratio: float) -> Iterator[dict[str, Any]]:
                 ) from error
         if evaluation or row["epoch"] % every == 0:
             kept = {
-                k: v for k, v in row.items() if k in KEPT or k.startswith(("eval/", "monitor/"))
+                k: v
+                for k, v in row.items()
+                if k in EPOCH_METRICS or k.startswith(("eval/", "monitor/"))
             }
             sums = {"seconds": seconds, "forward_equivalents": cost}
             yield {"epoch": row["epoch"], "step": row["step"], **_rounded(sums | kept)}
@@ -154,7 +156,7 @@ def rows(run: Run, ratio: float) -> Iterator[dict[str, Any]]:
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: float(f"{value:.{SIGNIFICANT}g}") if isinstance(value, float) else value
+        key: float(f"{value:.{SIGNIFICANT_DIGITS}g}") if isinstance(value, float) else value
         for key, value in values.items()
     }
 

@@ -9,10 +9,10 @@ from collections import Counter
 from typing import Any
 
 from diffusion_nft.experiments.comparison import (
+    ACCURACY,
     COST,
     NEVER,
     SECONDS,
-    STRICT,
     Result,
     Results,
     head_start,
@@ -73,7 +73,7 @@ def alone(arm: str, results: dict[int, Result]) -> list[str]:
     return [
         arm,
         str(len(results)),
-        start_and_end(results, STRICT),
+        start_and_end(results, ACCURACY),
         f"{share(gain, '+')} ± {share(half)}",
         share(mean(STRICTER)),
         share(mean(DIVERSITY)),
@@ -104,7 +104,7 @@ def in_training(results: Results, baseline: str) -> list[list[str]]:
         distances = [run.epochs[-1].get(KL) for run in runs.values()]
         curve = zip(*(run.evaluations for run in runs.values()), strict=True)
         accuracies = (
-            f"{points[0]['epoch']}: {share(statistics.fmean(point[STRICT] for point in points))}"
+            f"{points[0]['epoch']}: {share(statistics.fmean(point[ACCURACY] for point in points))}"
             for points in curve
         )
         rows.append(

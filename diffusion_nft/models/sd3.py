@@ -35,7 +35,7 @@ LORA_TARGETS = tuple(
 FAMILY = "StableDiffusion3"
 # Parts of a pipeline: networks and others that it needs, and those of T5, which it may lack.
 NETWORKS = ("transformer", "vae", "text_encoder", "text_encoder_2")
-OTHERS = ("scheduler", "tokenizer", "tokenizer_2")
+OTHER_COMPONENTS = ("scheduler", "tokenizer", "tokenizer_2")
 T5, T5_TOKENIZER = "text_encoder_3", "tokenizer_3"
 
 # Most graphs of a block that perf.compile may make: kinds of block x policies x sizes of a batch.
@@ -55,7 +55,7 @@ def load_pipeline(folder: Path, dtypes: dict[str, torch.dtype]) -> StableDiffusi
         if isinstance(classes, list) and None not in classes and (folder / part).is_dir()
     ]
     networks = (*NETWORKS, T5) if T5 in present else NETWORKS
-    others = (*OTHERS, T5_TOKENIZER) if T5 in present else OTHERS
+    others = (*OTHER_COMPONENTS, T5_TOKENIZER) if T5 in present else OTHER_COMPONENTS
     for part in (*networks, *others):
         if part not in present:
             raise ValueError(f"{folder} has no {part}, which a {FAMILY}Pipeline needs")

@@ -84,7 +84,7 @@ class Reward(Protocol):
 # How the options of a configuration write a torch dtype.
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What a configuration writes for an argument that is annotated so.
-PLAIN: dict[Any, tuple[type, ...]] = {
+JSON_TYPES: dict[Any, tuple[type, ...]] = {
     bool: (bool,),
     int: (int,),
     float: (int, float),
@@ -182,11 +182,13 @@ def parse_option(text: str) -> tuple[str, Any]:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether the plain ``value`` can be an argument of this type; True for types not in PLAIN."""
+    """True if ``value`` can be an argument of this type, or the type is not in JSON_TYPES."""
     kinds = get_args(annotation) or (annotation,)
     if get_origin(annotation) is Literal:
         return value in kinds
-    return not PLAIN.keys() >= set(kinds) or any(type(value) in PLAIN[kind] for kind in kinds)
+    return not JSON_TYPES.keys() >= set(kinds) or any(
+        type(value) in JSON_TYPES[kind] for kind in kinds
+    )
 
 
 def _insist_on(device: torch.device, name: str) -> None:

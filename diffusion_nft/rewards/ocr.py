@@ -27,10 +27,10 @@ DEFAULT_BACKEND = "rapidocr"
 Reader = Callable[[Image.Image], list[str]]
 
 # The text asked for: in straight quotes, as published, or else in typographic ones.
-QUOTED = (re.compile(r'"(.*?)"', re.DOTALL), re.compile("[“”„](.*?)[“”]", re.DOTALL))
+QUOTED_PATTERNS = (re.compile(r'"(.*?)"', re.DOTALL), re.compile("[“”„](.*?)[“”]", re.DOTALL))
 # Signs that look alike, of which an engine reads the one for the other; variation selectors, which
 # are invisible.
-ALIKE = str.maketrans(
+LOOKALIKES = str.maketrans(
     dict.fromkeys("‘’‚‛′", "'")
     | dict.fromkeys("“”„‟", '"')
     | dict.fromkeys("‐‒–—―−", "-")
@@ -38,7 +38,7 @@ ALIKE = str.maketrans(
     | dict.fromkeys("\ufe0e\ufe0f", "")
 )
 # Control and format characters (zero-width spaces and joiners, soft hyphens, marks of direction).
-INVISIBLE = ("Cc", "Cf")
+INVISIBLE_CATEGORIES = ("Cc", "Cf")
 
 
 def normalized(text: str) -> str:
@@ -46,10 +46,12 @@ def normalized(text: str) -> str:
     form of what looks alike.
 
     NFKC makes one of composed and decomposed letters, of full-width ones, of … and three dots, of ½
-    and 1/2; ALIKE of quotes and dashes.  ASCII loses its spaces and its case only.
+    and 1/2; LOOKALIKES of quotes and dashes.  ASCII loses its spaces and its case only.
     """
-    text = unicodedata.normalize("NFKC", text).translate(ALIKE)
-    seen = (c for c in text if not c.isspace() and unicodedata.category(c) not in INVISIBLE)
+    text = unicodedata.normalize("NFKC", text).translate(LOOKALIKES)
+    seen = (
+        c for c in text if not c.isspace() and unicodedata.category(c) not in INVISIBLE_CATEGORIES
+    )
     return unicodedata.normalize("NFKC", "".join(seen).lower().replace("ς", "σ"))
 
 
@@ -60,7 +62,7 @@ def target_text(prompt: str, letters: Set[str] | None = None) -> str:
     there is no text, or one with other letters, which no image could ever match.
     """
     quoted = repr(prompt[:MAX_QUOTED])  # shows what is invisible
-    found = QUOTED[0].search(prompt) or QUOTED[1].search(prompt)
+    found = QUOTED_PATTERNS[0].search(prompt) or QUOTED_PATTERNS[1].search(prompt)
     if found is None or not (text := normalized(found[1])):
         raise ValueError(f'no text in "double quotes": {quoted}')
     if letters is not None and (unknown := [c for c in dict.fromkeys(text) if c not in letters]):

@@ -36,7 +36,7 @@ START_COMMAND = (
 )
 
 SIDE = 512
-HIGHEST = 5.0
+MAX_SCORE = 5.0
 # What the model was trained to be asked: the wording is part of the score.
 QUESTION = (
     "<image>\n"
@@ -55,7 +55,7 @@ QUESTION = (
 SCORE = re.compile(r"Final Score:\s*([1-5](?:\.\d+)?)(?!\d)")
 
 # Seconds for what a living server does at once: accept a connection, list its models.
-QUICK_REPLY = 10.0
+CONNECT_TIMEOUT_S = 10.0
 # Seconds that a batch may take before it shows a progress bar.
 BAR_DELAY = 10.0
 MAX_QUOTED = 500
@@ -65,7 +65,7 @@ def score_of(answer: str) -> float | None:
     """The mark in [1, 5] after ``Final Score:`` in the model's ``answer``; None without one."""
     match = SCORE.search(answer)
     mark = float(match[1]) if match else 0.0
-    return mark if 1 <= mark <= HIGHEST else None
+    return mark if 1 <= mark <= MAX_SCORE else None
 
 
 class UnifiedRewardReward:
@@ -154,7 +154,7 @@ class UnifiedRewardReward:
             answers = list(bar)
         marks = torch.tensor([mark for mark, _ in answers], dtype=torch.float64)
         reasons = {row: reason for row, (_, reason) in enumerate(answers) if reason}
-        return RewardOutput(marks / HIGHEST, reasons=reasons)
+        return RewardOutput(marks / MAX_SCORE, reasons=reasons)
 
     def _mark(self, client: "OpenAI", picture: Image.Image, prompt: str) -> tuple[float, str]:
         """The mark in [1, 5] of one picture, or NaN and why there is none."""
@@ -194,7 +194,7 @@ class UnifiedRewardReward:
 
     def _listed(self, model: str) -> str:
         """The name under which the server lists ``model``."""
-        with self._client(min(self.timeout, QUICK_REPLY)) as client:
+        with self._client(min(self.timeout, CONNECT_TIMEOUT_S)) as client:
             body = self._body(client.models.with_raw_response.list)
         try:
             names = [str(entry["id"]) for entry in json.loads(body)["data"]]
@@ -219,7 +219,7 @@ class UnifiedRewardReward:
         return OpenAI(
             base_url=self.base_url,
             api_key=self._api_key,
-            timeout=Timeout(timeout, connect=min(timeout, QUICK_REPLY)),
+            timeout=Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT_S)),
             max_retries=self.max_retries,
             http_client=DefaultHttpxClient(trust_env=self._use_proxy),
         )

@@ -32,7 +32,7 @@ PLACING_OPTIONS = (
 )
 # Patterns of keys that may change between two starts of one run: they do not alter the trained
 # numbers (alarms, where they raise the KL term's weight, do so openly).
-MAY_CHANGE = (
+CHANGEABLE_KEYS = (
     "run_name",
     "save_dir",
     "allow_changed_prompts",
@@ -75,7 +75,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for key in sorted(old.keys() | new.keys()):
         # A stage sets the same keys; but where it ends tells what is trained on next.
         name = re.sub(r"^stages\.\d+\.(?!num_epochs$)", "", key)
-        free = any(fnmatchcase(name, pattern) for pattern in MAY_CHANGE)
+        free = any(fnmatchcase(name, pattern) for pattern in CHANGEABLE_KEYS)
         before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
         if free or before == after:
             continue

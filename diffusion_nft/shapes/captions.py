@@ -28,7 +28,12 @@ from diffusion_nft.shapes.scene import CLASSES, COLORS, GRID_SIZE, NUM_CELLS, Sc
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
-MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+MIRRORED_RELATIONS = {
+    "left of": "right of",
+    "right of": "left of",
+    "above": "below",
+    "below": "above",
+}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 MAX_WORDS = 7
 
@@ -86,7 +91,7 @@ def _position() -> Iterator[list[dict]]:
     for relation, (name, target), article in itertools.product(
         ("left of", "above"), pairs, ARTICLES
     ):
-        twins = ((name, relation, target), (target, MIRRORED[relation], name))
+        twins = ((name, relation, target), (target, MIRRORED_RELATIONS[relation], name))
         yield [
             _caption(
                 "position",

@@ -29,7 +29,7 @@ from diffusion_nft.solvers.sde import (
 
 __all__ = [
     "SOLVERS",
-    "STOCHASTIC",
+    "STOCHASTIC_SOLVERS",
     "Generators",
     "Solver",
     "Trajectory",
@@ -50,12 +50,12 @@ SOLVERS: dict[str, Solver] = {
     "dpm2": dpm2,
     "heun": heun,
 }
-STOCHASTIC = frozenset(SDE_RULES)
+STOCHASTIC_SOLVERS = frozenset(SDE_RULES)
 
 
 def check_solver(name: str, noise_level: float = 0.0) -> None:
     """Raise a one-line ValueError unless `solve` can run ``name`` at ``noise_level``."""
-    if name in STOCHASTIC:
+    if name in STOCHASTIC_SOLVERS:
         check_noise_level(name, noise_level)
     elif name not in SOLVERS:
         if not name.endswith("Scheduler"):
@@ -80,7 +80,7 @@ def solve(
 
     ``sigmas: [N+1]`` decrease from 1 to 0.  A solver of `SOLVERS` visits ``sigmas[:-1]``; a
     diffusers scheduler takes from them only the number of steps N, lays its own grid with
-    ``shift`` and visits that.  ``noise_level`` matters to the solvers in `STOCHASTIC` alone.
+    ``shift`` and visits that.  ``noise_level`` matters to `STOCHASTIC_SOLVERS` alone.
     """
     if name in SOLVERS:
         x0 = SOLVERS[name](velocity, x, sigmas, generator=generator, noise_level=noise_level)

@@ -7,7 +7,7 @@ from functools import partial
 from diffusion_nft.algorithms import algorithm_class
 from diffusion_nft.data.prompts import SPLITS, split_file
 from diffusion_nft.shapes import BUILT_IN_LENGTH, BUILT_IN_MODEL, BUILT_IN_RESOLUTION
-from diffusion_nft.solvers import STOCHASTIC, check_solver
+from diffusion_nft.solvers import STOCHASTIC_SOLVERS, check_solver
 
 # SD3: its VAE makes a latent of 8 x 8 pixels, its transformer a token of 2 x 2 latents.
 PIXELS_PER_TOKEN = 16
@@ -68,11 +68,13 @@ def _noise_level_fits(solver: str, noise_level: float) -> str | None:
 
 def _steps_are_random(algorithm: str, solver: str, noise_level: float) -> str | None:
     """A step without noise has no density, and so no gradient of one."""
-    if not algorithm_class(algorithm).on_trajectories or (solver in STOCHASTIC and noise_level > 0):
+    if not algorithm_class(algorithm).on_trajectories or (
+        solver in STOCHASTIC_SOLVERS and noise_level > 0
+    ):
         return None
     return (
         "the algorithm trains on the steps of a stochastic solver; choose from "
-        f"{', '.join(sorted(STOCHASTIC))}, with a noise_level above 0"
+        f"{', '.join(sorted(STOCHASTIC_SOLVERS))}, with a noise_level above 0"
     )
 
 

@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 # What a stage may set, beside its num_epochs: these keys, and those of these sections.
 KEYS, SECTIONS = ("dataset", "reward_fn"), ("sample", "train", "nft", "grpo", "matching", "eval")
 # The shape of the LoRA and the constants of the optimizer go with the state that goes on.
-FIXED = ("train.lora_", "train.adam_")
-SETTABLE = (
+FIXED_PREFIXES = ("train.lora_", "train.adam_")
+SETTABLE_KEYS = (
     "a stage sets num_epochs, dataset, reward_fn, nft.*, grpo.*, matching.*, sample.*, eval.* and "
     "train.*, without train.lora_* and train.adam_*"
 )
@@ -66,7 +66,7 @@ def stage_problems(stages: Any) -> list[str]:
         if type(epochs) is not int or epochs < 1:
             problems.append(f"stage {number}: num_epochs = {epochs!r}: must be an integer >= 1")
         problems += [
-            f"stage {number}: {key} = {value!r}: must be the same in all stages; {SETTABLE}"
+            f"stage {number}: {key} = {value!r}: must be the same in all stages; {SETTABLE_KEYS}"
             for key, value in stage.items()
             if key != "num_epochs" and not _is_settable(key)
         ]
@@ -116,7 +116,7 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _is_settable(key: Any) -> bool:
-    if not isinstance(key, str) or key.startswith(FIXED):
+    if not isinstance(key, str) or key.startswith(FIXED_PREFIXES):
         return False
     section, *path = key.split(".")
     return key in KEYS or (section in SECTIONS and len(path) == 1)

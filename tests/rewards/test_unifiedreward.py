@@ -394,7 +394,7 @@ def test_without_a_server_the_error_says_what_to_do():
 
 
 def test_a_server_that_stalls_is_found_when_built(server, monkeypatch):
-    monkeypatch.setattr(unifiedreward, "QUICK_REPLY", 0.2)
+    monkeypatch.setattr(unifiedreward, "CONNECT_TIMEOUT_S", 0.2)
     server.models = STALL
     with pytest.raises(ConnectionError, match="does not answer in time"):
         build(server, max_retries=0)

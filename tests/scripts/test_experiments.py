@@ -131,7 +131,7 @@ def test_the_named_experiments_are_sound_and_their_arms_evaluated_alike(runner, 
         }
         assert len(evaluated) == 1
         assert all(run.config.num_epochs / run.config.eval_freq >= 2 for run in runs)
-        kept = results.KEPT
+        kept = results.EPOCH_METRICS
         assert all(key in kept or key.startswith("eval/") for key in experiment.watched)
 
 
@@ -417,7 +417,7 @@ def test_a_result_of_a_long_run_stays_small(tiny, runner):
     lines = []
     for epoch in range(501):
         row = {"step": 2 * epoch, "epoch": epoch}
-        values = dict.fromkeys(results.KEPT, 1 / 3 + epoch)
+        values = dict.fromkeys(results.EPOCH_METRICS, 1 / 3 + epoch)
         cost = {"time/epoch": 1 / 3, "cost/forwards": 1, "cost/backwards": 1}
         lines += [row | values | cost] if epoch else []
         if epoch % 50 == 0:

@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from diffusion_nft.solvers import SOLVERS, STOCHASTIC
+from diffusion_nft.solvers import SOLVERS, STOCHASTIC_SOLVERS
 
 ORDER = {"dpm1": 1, "flow": 1, "dance": 1, "ddim": 1, "heun": 2, "dpm2": 2}
 
@@ -85,7 +85,7 @@ def test_dpm_equals_diffusers(order, num_steps, mixture, noise, shifted_grid):
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", [*sorted(STOCHASTIC), "dpm1"])
+@pytest.mark.parametrize("name", [*sorted(STOCHASTIC_SOLVERS), "dpm1"])
 def test_first_order_solvers_equal_diffusers_euler(name, mixture, noise, shifted_grid):
     sigmas = shifted_grid(10).float()
     expected = diffusers_result(
@@ -101,7 +101,7 @@ def test_first_order_solvers_are_one_map(mixture, noise, shifted_grid):
     x = noise
     for s, t in pairwise(sigmas.tolist()):
         x = x + (t - s) * mixture.velocity(x, torch.full((len(x),), s, dtype=x.dtype))
-    for name in STOCHASTIC:
+    for name in STOCHASTIC_SOLVERS:
         assert torch.equal(SOLVERS[name](mixture.velocity, noise, sigmas), x)
     dpm1 = SOLVERS["dpm1"](mixture.velocity, noise, sigmas)
     torch.testing.assert_close(dpm1, x, rtol=1e-12, atol=1e-12)

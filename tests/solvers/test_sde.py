@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion_nft.solvers import (
     SOLVERS,
-    STOCHASTIC,
+    STOCHASTIC_SOLVERS,
     check_solver,
     log_prob,
     sample_trajectory,
@@ -18,7 +18,7 @@ from diffusion_nft.solvers import (
 )
 from diffusion_nft.solvers.sde import draw_noise
 
-NAMES = sorted(STOCHASTIC)
+NAMES = sorted(STOCHASTIC_SOLVERS)
 
 
 def published_step(name: str, x: Tensor, v: Tensor, s: float, t: float, a: float):

@@ -23,11 +23,11 @@ from diffusion_nft.rewards.serving.protocol import (
 )
 
 # Seconds in which a living machine accepts a connection, and a server tells its health.
-PROMPT_REPLY = 10.0
+CONNECT_TIMEOUT_S = 10.0
 # Times the time-out of one try after which no further one begins.
-PATIENCE = 2
+RETRY_WINDOW_FACTOR = 2
 # Statuses after which another try, or another address, may help.
-PASSING = (429, 500, 502, 503, 504)
+RETRYABLE_STATUSES = (429, 500, 502, 503, 504)
 # Characters of an answer that an error quotes.
 MAX_QUOTED = 500
 
@@ -70,7 +70,7 @@ class RemoteReward:
         token = shared_token()
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=httpx.Timeout(timeout, connect=min(timeout, PROMPT_REPLY)),
+            timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT_S)),
             # A proxy that the environment names is for the internet, not for these.
             trust_env=False,
         )
@@ -126,7 +126,7 @@ class RemoteReward:
     ) -> T:
         """What ``parse`` makes of the first sound answer; see the class for what it raises."""
         cause: _TryAgain | None = None
-        tries, until = 0, time.monotonic() + PATIENCE * self.timeout
+        tries, until = 0, time.monotonic() + RETRY_WINDOW_FACTOR * self.timeout
         for number in range(self.rounds):
             if number and time.monotonic() < until:
                 time.sleep(self.pause * 2 ** (number - 1))
@@ -155,7 +155,7 @@ class RemoteReward:
         where = f"reward {self.name!r} at {address}"
         try:
             if body is None:
-                response = self._client.get(address + path, timeout=PROMPT_REPLY)
+                response = self._client.get(address + path, timeout=CONNECT_TIMEOUT_S)
             else:
                 response = self._client.post(address + path, json=body)
         except httpx.RequestError as error:
@@ -166,7 +166,7 @@ class RemoteReward:
             except (ValueError, RecursionError) as error:
                 raise _TryAgain(f"{where} sent a malformed answer: {error}") from error
         message = f"{where} answered {response.status_code}: {response.text[:MAX_QUOTED]}"
-        if response.status_code in PASSING:
+        if response.status_code in RETRYABLE_STATUSES:
             raise _TryAgain(message)
         if response.status_code == 401:
             raise PermissionError(f"{message}; the environment variable {TOKEN_VARIABLE} holds it")

@@ -43,7 +43,7 @@ PACKAGES = (
     "mmcv",
 )
 # The status of a request whose sender has gone; nobody reads it.
-GONE = 499
+CLIENT_CLOSED_REQUEST = 499
 # Characters of an error's message.
 MAX_DETAIL = 2000
 
@@ -147,7 +147,7 @@ def create_app(
         async with turn:
             # A client that gave up waiting asks again; the reward need not score twice.
             if await request.is_disconnected():
-                return Response(status_code=GONE)
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
             return JSONResponse(await run_in_threadpool(score, data))
 
     return app
