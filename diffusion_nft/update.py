@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from diffusion_nft.advantages import flat_groups
-from diffusion_nft.algorithms import Algorithm, Batch, Transitions, Velocity
+from diffusion_nft.algorithms import Algorithm, Batch, PolicyVelocity, Transitions
 from diffusion_nft.batches import fitting_micro_batch
 from diffusion_nft.distributed.preemption import Preempted, requested
 from diffusion_nft.distributed.ranks import Distributed
@@ -362,7 +362,7 @@ class Learner:
 
     def _velocity(
         self, xt: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float = 1.0
-    ) -> Velocity:
+    ) -> PolicyVelocity:
         predict = guided_velocity(self.model, cond, guidance_scale)
 
         def velocity(policy: str) -> Tensor:

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, dist: Distributed) -> None:
     """Does what is not yet there, or scores the pictures that are there, and writes the results."""
     options, folder = args.options, args.output_dir
     prompts, lines = evaluated_lines(args.dataset, args.limit)
-    options.check_prompts(args.rewards, prompts, lines)
+    options.check_test_prompts(args.rewards, prompts, lines)
     record = options.record(dist, args.dataset, args.rewards, args.limit)
     if not args.rescore:
         complete(

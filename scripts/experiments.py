@@ -24,7 +24,7 @@ from typing import Any
 
 from diffusion_nft.command_line import command, positive, user_path
 from diffusion_nft.distributed.preemption import requested, stop_on_signals
-from diffusion_nft.experiments.grid import ROOT, Run, is_done, plan
+from diffusion_nft.experiments.grid import ROOT, PlannedRun, is_done, plan
 from diffusion_nft.experiments.results import (
     THREADS,
     Incomplete,
@@ -68,7 +68,7 @@ def parse_flags(experiments: dict[str, Any]) -> argparse.Namespace:
     return args
 
 
-def start(run: Run, jobs: int) -> subprocess.Popen[bytes]:
+def start(run: PlannedRun, jobs: int) -> subprocess.Popen[bytes]:
     """The training script on ``run``; what it prints is added to its log."""
     run.folder.mkdir(parents=True, exist_ok=True)
     with run.log.open("ab") as log:
@@ -81,7 +81,7 @@ def start(run: Run, jobs: int) -> subprocess.Popen[bytes]:
         )
 
 
-def finish(run: Run, code: int, jobs: int) -> tuple[str, bool]:
+def finish(run: PlannedRun, code: int, jobs: int) -> tuple[str, bool]:
     """What became of a run that ended with ``code``, and whether it failed."""
     try:
         if code:
@@ -102,7 +102,7 @@ def _last_line(path: Path) -> str:
     return lines[-1] if lines else "it printed nothing"
 
 
-def taken_over(run: Run) -> bool:
+def taken_over(run: PlannedRun) -> bool:
     """Whether another arm or experiment has run the same, whose result is that of ``run`` then."""
     source = same_elsewhere(run)
     if source:
@@ -111,12 +111,12 @@ def taken_over(run: Run) -> bool:
     return source is not None
 
 
-def run_all(todo: list[Run], jobs: int) -> list[Run]:
+def run_all(todo: list[PlannedRun], jobs: int) -> list[PlannedRun]:
     """Works off ``todo``, ``jobs`` at once, until all ended or a stop is asked for; says when a run
     starts and ends.  Returns those that failed.
     """
     waiting, failed = deque(todo), []
-    running: list[tuple[Run, subprocess.Popen[bytes], float]] = []
+    running: list[tuple[PlannedRun, subprocess.Popen[bytes], float]] = []
     try:
         while running or (waiting and not requested()):
             while waiting and len(running) < jobs and not requested():

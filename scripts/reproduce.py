@@ -98,7 +98,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
         except ValueError as error:
             problems.append(str(error))
             continue
-        args.options.check_prompts(weights, prompts, lines)
+        args.options.check_test_prompts(weights, prompts, lines)
         found.append(Task(name, prompts, lines, weights, args.model_dir / name))
     if problems:
         raise ValueError("\n  ".join(["test sets are missing:", *problems]))

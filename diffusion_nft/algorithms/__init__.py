@@ -49,7 +49,7 @@ class Transitions:
     weight: Tensor  # [B], as in ``Batch``
 
 
-class Velocity(Protocol):
+class PolicyVelocity(Protocol):
     """Velocity ``[B, C, h, w]`` of a policy by name."""
 
     def __call__(self, policy: str) -> Tensor:
@@ -82,7 +82,7 @@ class Algorithm(Protocol):
         """
         ...
 
-    def loss(self, velocity: Velocity, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, velocity: PolicyVelocity, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """``[B]`` losses and detached ``[B]`` metrics; the trainer weights and reduces them."""
         ...
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from diffusion_nft.advantages import shaped
-from diffusion_nft.algorithms import Transitions, Velocity
+from diffusion_nft.algorithms import PolicyVelocity, Transitions
 from diffusion_nft.flow import expand
 from diffusion_nft.solvers import log_prob, sde_step
 
@@ -96,7 +96,9 @@ class FlowGRPO:
         """The clipped and shaped advantage of each sample."""
         return shaped(advantages, **self.shaping)
 
-    def loss(self, velocity: Velocity, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, velocity: PolicyVelocity, batch: Transitions
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses ``[B]`` and metrics ``[B]``."""
         mean_ref = None
         if "reference" in self.policies:

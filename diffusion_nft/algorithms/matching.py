@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from diffusion_nft.advantages import shaped
-from diffusion_nft.algorithms import Batch, Velocity
+from diffusion_nft.algorithms import Batch, PolicyVelocity
 from diffusion_nft.algorithms.flow_grpo import clipped_policy_loss
 from diffusion_nft.algorithms.nft import WEIGHTINGS, with_kl
 
@@ -118,7 +118,7 @@ class _Matching:
         """No reference forward where the KL term is off."""
         return ("current", *(["reference"] if self.kl_weight else []))
 
-    def loss(self, velocity: Velocity, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, velocity: PolicyVelocity, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses ``[B]`` and metrics ``[B]``."""
         v_ref = self._reference(velocity)
         return matching_loss(
@@ -133,7 +133,7 @@ class _Matching:
             weighting=self.config.weighting,
         )
 
-    def _reference(self, velocity: Velocity) -> Tensor | None:
+    def _reference(self, velocity: PolicyVelocity) -> Tensor | None:
         return velocity("reference") if "reference" in self.policies else None
 
     def old_policy_decay(self, step: int) -> float:
@@ -171,7 +171,7 @@ class AdvantageWeighted(_Matching):
         """The clipped and shaped advantage of each sample."""
         return shaped(advantages, **self.shaping)
 
-    def loss(self, velocity: Velocity, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, velocity: PolicyVelocity, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses ``[B]`` and metrics ``[B]``."""
         v_ref, v_old = self._reference(velocity), velocity("old")
         return advantage_matching_loss(

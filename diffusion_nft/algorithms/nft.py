@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from diffusion_nft.advantages import optimality
-from diffusion_nft.algorithms import Batch, Velocity
+from diffusion_nft.algorithms import Batch, PolicyVelocity
 from diffusion_nft.flow import x0_from_velocity
 
 # Floor of the adaptive weight's denominator.
@@ -175,7 +175,7 @@ class NFT:
         """The optimality r in [0, 1] of each sample."""
         return optimality(advantages, **self.shaping)
 
-    def loss(self, velocity: Velocity, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, velocity: PolicyVelocity, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses ``[B]`` and metrics ``[B]``."""
         v_old = velocity("old")
         v_ref = velocity("reference") if "reference" in self.policies else None

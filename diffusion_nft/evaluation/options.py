@@ -195,7 +195,7 @@ class EvalOptions:
         options = section(self.settings, "reward_options")
         return {name: own for name, own in options.items() if name not in self.served}
 
-    def check_prompts(
+    def check_test_prompts(
         self, names: Iterable[str], prompts: Sequence[Prompt], lines: Sequence[int]
     ) -> None:
         """Raises as ``rewards.check_prompts`` for the ``lines`` of a test set."""

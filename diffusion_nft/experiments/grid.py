@@ -26,7 +26,7 @@ IRRELEVANT_KEYS = ("run_name", "save_dir", "save_freq", "checkpoint.", "log.", "
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One arm with one seed."""
 
     experiment: str
@@ -70,7 +70,7 @@ class Run:
         return [os.path.relpath(TRAIN), f"--config={self.preset}", *flags]
 
 
-def plan(name: str, experiment: Any, args: argparse.Namespace) -> list[Run]:
+def plan(name: str, experiment: Any, args: argparse.Namespace) -> list[PlannedRun]:
     """The runs asked for, a seed of every arm before the next seed.
 
     Raises ValueError for an arm whose configuration cannot run.
@@ -82,7 +82,9 @@ def plan(name: str, experiment: Any, args: argparse.Namespace) -> list[Run]:
     ]
 
 
-def make_run(name: str, experiment: Any, arm: str, seed: int, args: argparse.Namespace) -> Run:
+def make_run(
+    name: str, experiment: Any, arm: str, seed: int, args: argparse.Namespace
+) -> PlannedRun:
     """One run of the experiment ``name``, its configuration checked."""
     chosen, changes = experiment.arms[arm], experiment.changes(arm)
     stem = f"{arm}-seed{seed}"
@@ -97,7 +99,7 @@ def make_run(name: str, experiment: Any, arm: str, seed: int, args: argparse.Nam
         expand_paths(config)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name}, arm {arm}: {error}") from error
-    return Run(
+    return PlannedRun(
         experiment=name,
         question=experiment.question,
         baseline=experiment.baseline,
@@ -111,7 +113,9 @@ def make_run(name: str, experiment: Any, arm: str, seed: int, args: argparse.Nam
     )
 
 
-def differences(run: Run, former: dict[str, Any], former_changes: Sequence[str]) -> list[str]:
+def differences(
+    run: PlannedRun, former: dict[str, Any], former_changes: Sequence[str]
+) -> list[str]:
     """One line a key whose value in the flat configuration ``former`` was another.
 
     A key that only one of them knows is of another version of the program, and stands for what it
@@ -139,7 +143,7 @@ def read_header(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no result of an experiment: {error!r}") from error
 
 
-def is_done(run: Run) -> bool:
+def is_done(run: PlannedRun) -> bool:
     """Whether the result of ``run`` is there.
 
     Raises ValueError if that, or the run directory, is of another configuration.
@@ -157,7 +161,7 @@ def is_done(run: Run) -> bool:
     return done
 
 
-def refuse(run: Run, path: Path, lines: list[str]) -> None:
+def refuse(run: PlannedRun, path: Path, lines: list[str]) -> None:
     """Raises ValueError if ``lines`` tell how ``path`` differs from what ``run`` would be."""
     if lines:
         raise ValueError(

@@ -17,7 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffusion_nft.data.prompts import changed_prompts
-from diffusion_nft.experiments.grid import ROOT, Run, differences, read_header, refuse
+from diffusion_nft.experiments.grid import ROOT, PlannedRun, differences, read_header, refuse
 from diffusion_nft.models.flops import backward_cost, forward_cost
 from diffusion_nft.runs.environment import ENVIRONMENTS_FILE, cpu_name
 from diffusion_nft.runs.run_dir import CONFIG_FILE
@@ -78,7 +78,7 @@ def threads(jobs: int) -> str:
     return os.environ.get(THREADS, str(max(1, (os.cpu_count() or 1) // jobs)))
 
 
-def place(run: Run) -> dict[str, Any]:
+def place(run: PlannedRun) -> dict[str, Any]:
     """What the header says of the experiment; the rest of it is about the run alone."""
     return {
         "experiment": run.experiment,
@@ -89,7 +89,7 @@ def place(run: Run) -> dict[str, Any]:
     }
 
 
-def header(run: Run, ratio: float, jobs: int) -> dict[str, Any]:
+def header(run: PlannedRun, ratio: float, jobs: int) -> dict[str, Any]:
     """What ran, where, and by which version of the program."""
     starts = read_lines(run.folder / ENVIRONMENTS_FILE)
     if not starts:
@@ -121,7 +121,7 @@ def header(run: Run, ratio: float, jobs: int) -> dict[str, Any]:
     }
 
 
-def rows(run: Run, ratio: float) -> Iterator[dict[str, Any]]:
+def rows(run: PlannedRun, ratio: float) -> Iterator[dict[str, Any]]:
     """An object an evaluation or epoch, with the sums of the epochs so far.
 
     Epochs that were lost to an interruption and repeated count once.  Raises Incomplete if an epoch
@@ -161,7 +161,7 @@ def _rounded(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_result(run: Run, jobs: int) -> dict[str, Any]:
+def write_result(run: PlannedRun, jobs: int) -> dict[str, Any]:
     """Writes the numbers of a run that has ended; returns its last evaluation.
 
     Raises ValueError if it has not, or if it ran with another configuration than it should have.
@@ -184,7 +184,7 @@ def _same(ours: Any, theirs: Any) -> bool:
     return json.dumps(ours, sort_keys=True) == json.dumps(theirs, sort_keys=True)
 
 
-def same_elsewhere(run: Run) -> Path | None:
+def same_elsewhere(run: PlannedRun) -> Path | None:
     """The newest result of another arm or experiment that ran what ``run`` would, from a committed
     version of the program.  Results that were taken over themselves do not count.
 
@@ -202,7 +202,7 @@ def same_elsewhere(run: Run) -> Path | None:
     return max(found)[1] if found else None
 
 
-def take_over(run: Run, source: Path) -> None:
+def take_over(run: PlannedRun, source: Path) -> None:
     """Writes the numbers at ``source`` as the result of ``run``; the header says whose they are."""
     first, _, rest = source.read_text(encoding="utf-8").partition("\n")
     about = json.loads(first)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from diffusion_nft.rewards import RewardOutput
 from diffusion_nft.rewards.clip_common import Clip, score_in_batches
-from diffusion_nft.rewards.weights import load_checkpoint, load_weights, weight_file
+from diffusion_nft.rewards.weights import load_torch_file, load_weights, weight_file
 
 
 class AestheticMLP(nn.Module):
@@ -53,7 +53,7 @@ class AestheticReward:
     ):
         path = weights or weight_file("aesthetic")
         self.mlp = AestheticMLP()
-        load_weights(self.mlp, load_checkpoint(path), path)
+        load_weights(self.mlp, load_torch_file(path), path)
         self.mlp.to(device).eval().requires_grad_(False)
         self.clip = Clip(model, processor=model, device=device, dtype=dtype)
         self.batch_size = batch_size

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion_nft.images import to_pil, to_uint8
 from diffusion_nft.rewards import RewardOutput
 from diffusion_nft.rewards.clip_common import score_in_batches
-from diffusion_nft.rewards.weights import load_checkpoint, load_weights, weight_file
+from diffusion_nft.rewards.weights import load_torch_file, load_weights, weight_file
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -49,7 +49,7 @@ class HPSv2Reward:
         path = weights or weight_file("hpsv2")
         build = _hpsv2x if backend == "hpsv2x" else _open_clip
         model, self.tokenizer, self.preprocess = build(model_name)
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_torch_file(path)
         if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
             raise ValueError(f'{path} has no "state_dict"')
         load_weights(model, checkpoint["state_dict"], path)

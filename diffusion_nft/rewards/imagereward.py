@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffusion_nft.images import to_pil
 from diffusion_nft.rewards import RewardOutput
 from diffusion_nft.rewards.clip_common import score_in_batches, tokenize
-from diffusion_nft.rewards.weights import load_checkpoint, load_weights, weight_file
+from diffusion_nft.rewards.weights import load_torch_file, load_weights, weight_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -198,7 +198,7 @@ class _Blip:
                 f"[ENC], the model {vocabulary}"
             )
         self.model = ImageRewardModel(config)
-        weights = convert(load_checkpoint(path), self.model.state_dict(), path)
+        weights = convert(load_torch_file(path), self.model.state_dict(), path)
         load_weights(self.model, weights, path)
         self.model.to(device).eval().requires_grad_(False)
         # The towers alone: the MLP is small and its float32 keeps the score's digits.

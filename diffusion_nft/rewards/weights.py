@@ -117,7 +117,7 @@ def weight_file(name: str) -> Path:
     return path
 
 
-def load_checkpoint(path: Path) -> Any:
+def load_torch_file(path: Path) -> Any:
     """What ``torch.save`` wrote to ``path``, on the CPU; only tensors and plain containers.
 
     Raises ValueError if the file is cut off, is no checkpoint (an error page, say), or would run

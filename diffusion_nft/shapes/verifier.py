@@ -33,7 +33,7 @@ FOREGROUND_DISTANCES = (0.15, 0.50)
 
 
 @dataclass(frozen=True)
-class Rule:
+class Thresholds:
     """How closely an object has to resemble its template.
 
     min_fit: Tanimoto coefficient with the best template, in [0, 1];
@@ -50,9 +50,9 @@ class Rule:
 
 # What a reward may be built on; "stricter" is for evaluation only, "lenient" is easily gamed.
 RULES = {
-    "lenient": Rule(min_fit=0.60, max_color_error=0.45, min_area=40.0, at_least=True),
-    "standard": Rule(min_fit=0.88, max_color_error=0.25, min_area=16.0),
-    "stricter": Rule(min_fit=0.93, max_color_error=0.14, min_area=5.0),
+    "lenient": Thresholds(min_fit=0.60, max_color_error=0.45, min_area=40.0, at_least=True),
+    "standard": Thresholds(min_fit=0.88, max_color_error=0.25, min_area=16.0),
+    "stricter": Thresholds(min_fit=0.93, max_color_error=0.14, min_area=5.0),
 }
 
 
@@ -67,7 +67,7 @@ class Detection:
     fit: float
     color_error: float
 
-    def is_clear(self, rule: Rule) -> bool:
+    def is_clear(self, rule: Thresholds) -> bool:
         """Whether it counts as an object of its class and colour."""
         return self.fit >= rule.min_fit and self.color_error <= rule.max_color_error
 
@@ -138,13 +138,13 @@ def detect(images: torch.Tensor) -> list[list[Detection]]:
     return detections
 
 
-def _agreement(found: int, required: int, rule: Rule) -> float:
+def _agreement(found: int, required: int, rule: Thresholds) -> float:
     if rule.at_least:
         found = min(found, required)
     return max(0.0, 1.0 - abs(found - required) / required)
 
 
-def judge(detections: Sequence[Detection], caption: dict, rule: Rule) -> tuple[float, bool]:
+def judge(detections: Sequence[Detection], caption: dict, rule: Thresholds) -> tuple[float, bool]:
     """Compares detections with a caption: (graded score in [0, 1], strict verdict).
 
     The graded score is the mean of the terms: for each clause its count, its colour and its

@@ -28,7 +28,7 @@ from diffusion_nft.solvers.common import (
     grid,
 )
 
-Rule = Callable[[float, float, float], tuple[float, float]]
+StepRule = Callable[[float, float, float], tuple[float, float]]
 
 
 class Trajectory(NamedTuple):
@@ -72,7 +72,7 @@ def _reverse_sde(sigma: float, sigma_next: float, g: float) -> tuple[float, floa
     return 0.5 * g * g * d_sigma / sigma, g * math.sqrt(-d_sigma)
 
 
-SDE_RULES: dict[str, Rule] = {"flow": flow_rule, "dance": dance_rule, "ddim": ddim_rule}
+SDE_RULES: dict[str, StepRule] = {"flow": flow_rule, "dance": dance_rule, "ddim": ddim_rule}
 
 
 def check_noise_level(name: str, noise_level: float) -> None:

@@ -58,7 +58,7 @@ def full_captions(grid: Image.Image) -> str:
 
 
 @dataclass(frozen=True)
-class Line:
+class TextLine:
     """One line of text under a picture."""
 
     text: str
@@ -142,7 +142,7 @@ class _Cell:
     """Pictures side by side, each with lines of its own, and a caption below all of them."""
 
     pictures: list[Image.Image]
-    under: list[list[Line]]
+    under: list[list[TextLine]]
     caption: list[str]
 
     @property
@@ -212,7 +212,7 @@ def image_grid(
     cells = [
         _Cell(
             pictures=[picture],
-            under=[[Line(_number(scores[i], 3), GREY)] if scores is not None else []],
+            under=[[TextLine(_number(scores[i], 3), GREY)] if scores is not None else []],
             caption=drawn[i],
         )
         for i, picture in enumerate(pictures)
@@ -259,7 +259,7 @@ def side_by_side(
             _Cell(
                 pictures=list(pair),
                 under=[
-                    [Line(part, color) for part in _wrapped(text, pair[0].width, font)]
+                    [TextLine(part, color) for part in _wrapped(text, pair[0].width, font)]
                     for text, color in texts
                 ],
                 caption=drawn[i],

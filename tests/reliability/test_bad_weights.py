@@ -98,7 +98,7 @@ def test_a_pickle_as_reward_weights_never_runs(case, marker, tmp_path, monkeypat
         if name == "geneval":
             load_mmdet_state_dict(path, sha256=None)
         else:
-            reward_weights.load_checkpoint(path)
+            reward_weights.load_torch_file(path)
     assert str(path) in str(caught.value)
     assert not marker.exists()
 
@@ -133,7 +133,7 @@ GARBAGE = {
 def test_garbage_as_reward_weights_is_named(case, tmp_path):
     path = tmp_path / "weights.pth"
     path.write_bytes(GARBAGE[case.given])
-    for load in (reward_weights.load_checkpoint, lambda p: load_mmdet_state_dict(p, sha256=None)):
+    for load in (reward_weights.load_torch_file, lambda p: load_mmdet_state_dict(p, sha256=None)):
         with pytest.raises(ValueError) as caught:
             found = load(path)
             reward_weights.load_weights(torch.nn.Linear(1, 1), found, path)

@@ -45,7 +45,7 @@ IRREGULAR_PLURALS = {
 PAIRS = ("skis", "scissors")  # plural words for what the detector sees as one object
 AXES = {"left of": "across", "right of": "across", "above": "up", "below": "up"}
 
-Line = dict[str, Any]
+PromptLine = dict[str, Any]
 
 
 def generate(
@@ -54,7 +54,7 @@ def generate(
     seed: int,
     test: Iterable[Mapping[str, Any]] = (),
     mix: Mapping[str, int] = MIX,
-) -> list[Line]:
+) -> list[PromptLine]:
     """``num_prompts`` lines of metadata in random order, a pure function of the arguments.
 
     ``test``: lines of metadata from which to keep apart: no line has the ``scene`` of one of them.
@@ -65,7 +65,7 @@ def generate(
     if num_prompts < 1:
         raise ValueError(f"num_prompts = {num_prompts} must be at least 1")
     taken = {scene(line) for line in test}
-    lines: list[Line] = []
+    lines: list[PromptLine] = []
     for tag, share in shares(num_prompts, mix).items():
         lines += _draw(tag, share, taken, seed)
     order = torch.randperm(num_prompts, generator=generator(seed, "geneval prompts", "lines"))
@@ -120,7 +120,7 @@ def several(name: str, count: int) -> str:
 
 
 @dataclass(frozen=True)
-class Rule:
+class TagRule:
     """The prompts of a tag: ``write(objects, detail)`` for each of ``objects`` and ``details``.
 
     Two objects stand in the vocabulary's order here; which one a prompt names first is drawn.
@@ -128,70 +128,70 @@ class Rule:
 
     objects: tuple[tuple[str, ...], ...]
     details: tuple[Any, ...]
-    write: Callable[[tuple[str, ...], Any], Line]
+    write: Callable[[tuple[str, ...], Any], PromptLine]
 
 
-def _single_object(objects: tuple[str, ...], detail: None) -> Line:
+def _single_object(objects: tuple[str, ...], detail: None) -> PromptLine:
     (name,) = objects
     return _line("single_object", [_clause(name)], one(name))
 
 
-def _two_object(objects: tuple[str, ...], detail: None) -> Line:
+def _two_object(objects: tuple[str, ...], detail: None) -> PromptLine:
     first, second = objects
     return _line("two_object", [_clause(first), _clause(second)], f"{one(first)} and {one(second)}")
 
 
-def _counting(objects: tuple[str, ...], count: int) -> Line:
+def _counting(objects: tuple[str, ...], count: int) -> PromptLine:
     (name,) = objects
     too_many = [_clause(name, count + 1)]
     return _line("counting", [_clause(name, count)], several(name, count), exclude=too_many)
 
 
-def _colors(objects: tuple[str, ...], color: str) -> Line:
+def _colors(objects: tuple[str, ...], color: str) -> PromptLine:
     (name,) = objects
     return _line("colors", [_clause(name, color=color)], one(name, color))
 
 
-def _position(objects: tuple[str, ...], relation: str) -> Line:
+def _position(objects: tuple[str, ...], relation: str) -> PromptLine:
     # The clause that the position refers to comes first, as in the benchmark.
     placed, target = objects
     include = [_clause(target), _clause(placed, position=[relation, 0])]
     return _line("position", include, f"{one(placed)} {relation} {one(target)}")
 
 
-def _color_attr(objects: tuple[str, ...], colors: tuple[str, str]) -> Line:
+def _color_attr(objects: tuple[str, ...], colors: tuple[str, str]) -> PromptLine:
     pairs = list(zip(objects, colors, strict=True))
     include = [_clause(name, color=color) for name, color in pairs]
     return _line("color_attr", include, " and ".join(one(name, color) for name, color in pairs))
 
 
-def _line(tag: str, include: list[Line], words: str, **more: Any) -> Line:
+def _line(tag: str, include: list[PromptLine], words: str, **more: Any) -> PromptLine:
     return {"tag": tag, "include": include, **more, "prompt": f"a photo of {words}"}
 
 
-def _clause(name: str, count: int = 1, **more: Any) -> Line:
+def _clause(name: str, count: int = 1, **more: Any) -> PromptLine:
     return {"class": name, "count": count, **more}
 
 
 _THINGS = tuple(name for name in OBJECT_NAMES if name != "person")
-RULES: dict[str, Rule] = {
-    "single_object": Rule(tuple(combinations(OBJECT_NAMES, 1)), (None,), _single_object),
-    "two_object": Rule(tuple(combinations(OBJECT_NAMES, 2)), (None,), _two_object),
-    "counting": Rule(tuple(combinations(OBJECT_NAMES, 1)), tuple(NUMBERS), _counting),
-    "colors": Rule(tuple(combinations(_THINGS, 1)), COLORS, _colors),
-    "position": Rule(tuple(combinations(OBJECT_NAMES, 2)), RELATIONS, _position),
-    "color_attr": Rule(
+TAG_RULES: dict[str, TagRule] = {
+    "single_object": TagRule(tuple(combinations(OBJECT_NAMES, 1)), (None,), _single_object),
+    "two_object": TagRule(tuple(combinations(OBJECT_NAMES, 2)), (None,), _two_object),
+    "counting": TagRule(tuple(combinations(OBJECT_NAMES, 1)), tuple(NUMBERS), _counting),
+    "colors": TagRule(tuple(combinations(_THINGS, 1)), COLORS, _colors),
+    "position": TagRule(tuple(combinations(OBJECT_NAMES, 2)), RELATIONS, _position),
+    "color_attr": TagRule(
         tuple(combinations(_THINGS, 2)), tuple(permutations(COLORS, 2)), _color_attr
     ),
 }
 
 
-def _draw(tag: str, share: int, taken: set[Hashable], seed: int) -> list[Line]:
+def _draw(tag: str, share: int, taken: set[Hashable], seed: int) -> list[PromptLine]:
     """``share`` lines of ``tag`` whose scenes are not ``taken``."""
-    rule, draws = RULES[tag], generator(seed, "geneval prompts", tag)
+    rule, draws = TAG_RULES[tag], generator(seed, "geneval prompts", tag)
     turned = torch.randint(2, (len(rule.objects),), generator=draws).tolist()
     order = torch.randperm(len(rule.objects) * len(rule.details), generator=draws).tolist()
-    prompts: list[Line] = []
+    prompts: list[PromptLine] = []
     for index in order:
         if len(prompts) == share:
             break

@@ -52,7 +52,7 @@ class TooLarge(Exception):
 
 
 @dataclass(frozen=True)
-class Batch:
+class ScoringRequest:
     """``images: float32 [B, 3, H, W]`` in [0, 1] on the CPU, and a prompt and a line for each."""
 
     images: Tensor
@@ -88,7 +88,7 @@ def encode_batch(
     }
 
 
-def decode_batch(request: Any, reward: str, max_images: int) -> Batch:
+def decode_batch(request: Any, reward: str, max_images: int) -> ScoringRequest:
     """The batch of a request to a server of ``reward``.
 
     Raises ValueError that says what is wrong with it, TooLarge for more than ``max_images``
@@ -119,7 +119,7 @@ def decode_batch(request: Any, reward: str, max_images: int) -> Batch:
     if len({array.shape for array in arrays}) > 1:
         raise ValueError("the pictures differ in size")
     images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(torch.float32) / 255
-    return Batch(images, prompts, metadata)
+    return ScoringRequest(images, prompts, metadata)
 
 
 def _items(request: dict[str, Any], key: str, kind: type) -> list[Any]:

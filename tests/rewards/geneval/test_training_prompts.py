@@ -8,7 +8,7 @@ import pytest
 from diffusion_nft.data.prompts import load_prompts
 from diffusion_nft.rewards.geneval.training_prompts import (
     MIX,
-    RULES,
+    TAG_RULES,
     generate,
     one,
     scene,
@@ -80,7 +80,7 @@ def default() -> list[dict]:
     ],
 )
 def test_a_line_of_each_tag(tag, objects, detail, expected):
-    written = RULES[tag].write(objects, detail)
+    written = TAG_RULES[tag].write(objects, detail)
     assert json.dumps(written) == json.dumps(expected)  # the order of keys is the published one
     check_metadata(written)
 
@@ -116,7 +116,7 @@ def test_plurals():
 
 
 def test_the_numbers_of_prompts_that_the_docs_give():
-    sizes = {tag: len(rule.objects) * len(rule.details) for tag, rule in RULES.items()}
+    sizes = {tag: len(rule.objects) * len(rule.details) for tag, rule in TAG_RULES.items()}
     assert sizes == {
         "single_object": 80,
         "two_object": 80 * 79 // 2,
