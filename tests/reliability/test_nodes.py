@@ -183,7 +183,7 @@ folder = Path(sys.argv[1])
 try:
     with distributed(timeout_minutes=1) as dist:
         places = dist.gather_objects((int(os.environ["GROUP_RANK"]), dist.local_rank))
-        dist.say(f"nodes and local ranks {places}")
+        dist.print_once(f"nodes and local ranks {places}")
         with dist.main_first():
             (folder / f"first-{dist.rank}").touch()
         check_shared("save_dir", folder / "shared", dist)
