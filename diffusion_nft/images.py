@@ -1,53 +1,124 @@
-"""Float images -> 8 bits and PNG files."""
+"""Images of 8 bits per channel, rounded once after decoding; PNG files; diversity."""
 
 import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from diffusion_nft.utils.files import naming, write_atomically
 
+# The float of each of the 256 levels.  Divided on the CPU: CUDA multiplies by 1/255 instead, which
+# gives another float for some of them.
+LEVELS = torch.arange(256, dtype=torch.float32) / 255
+# Side of the thumbnails that diversity compares.
+THUMBNAIL = 8
 
-def to_uint8(images: Tensor) -> Tensor:
-    """``round(255 x)`` of ``x = images``, clamped to [0, 1]; any shape, uint8, on the same device.
 
-    The one home of this conversion: all that is saved, shown or scored as 8 bits passes here.
-    Halves round to even.  Raises ValueError for NaN or infinite values, which 8 bits would hide.
+def _rounded(values: Tensor) -> Tensor:
+    """``round(255 x)`` of ``x = values`` clamped to [0, 1], as uint8; halves round to even."""
+    return (values.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Images:
+    """B images of 8 bits per channel, which are scored, shown and saved as they are.
+
+    ``pixels``: uint8 ``[B, 3, H, W]``.  ``finite``: bool ``[B]``, False for an image whose values
+    were NaN or infinite before they were rounded; its pixels are black.
     """
-    if not images.isfinite().all():
+
+    pixels: Tensor
+    finite: Tensor
+
+    @classmethod
+    def from_float(cls, values: Tensor) -> Self:
+        """Rounds ``values: [B, 3, H, W]``, clamped to [0, 1]."""
+        finite = values.isfinite().flatten(1).all(1)
+        return cls(_rounded(values.where(finite.reshape(-1, 1, 1, 1), 0)), finite)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Images"]) -> Self:
+        """All images of ``parts``; no parts give no images."""
+        if not parts:
+            return cls.from_float(torch.zeros(0, 3, 1, 1))
+        return cls(torch.cat([p.pixels for p in parts]), torch.cat([p.finite for p in parts]))
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, rows: Any) -> "Images":
+        """The images of ``rows``: a slice, or a list or tensor of indices."""
+        return Images(self.pixels[rows], self.finite[rows])
+
+    def to(self, device: torch.device | str) -> "Images":
+        """The same images on ``device``."""
+        return Images(self.pixels.to(device), self.finite.to(device))
+
+    def to_float(self) -> Tensor:
+        """float32 ``[B, 3, H, W]`` in [0, 1], which rewards receive: ``pixels / 255``."""
+        return LEVELS.to(self.pixels.device)[self.pixels.int()]
+
+    def to_pil(self) -> list[Image.Image]:
+        """RGB images; fully transparent RGBA ones for those that are not finite."""
+        blank = Image.new("RGBA", (self.pixels.shape[3], self.pixels.shape[2]))
+        opaque = _pil(self.pixels)
+        return [p if ok else blank for p, ok in zip(opaque, self.finite.tolist(), strict=True)]
+
+
+def to_uint8(values: Tensor) -> Tensor:
+    """The inverse of ``Images.to_float``, for rewards that work on 8 bits; any shape and device.
+
+    Raises ValueError for NaN or infinite values, which 8 bits would hide.
+    """
+    if not values.isfinite().all():
         raise ValueError("an image has NaN or infinite values")
-    return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return _rounded(values)
 
 
-def finite(images: Tensor) -> Tensor:
-    """``[B, 1, 1, 1]``, True for those of ``images: [B, 3, H, W]`` without NaN or infinities."""
-    valid = images.isfinite().flatten(1).all(1)
-    return valid.reshape(-1, *[1] * (images.ndim - 1))
+def to_pil(values: Tensor) -> list[Image.Image]:
+    """RGB images of ``values: [B, 3, H, W]`` in [0, 1].  Raises ValueError as ``to_uint8``."""
+    return _pil(to_uint8(values))
 
 
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """RGB pictures of ``images: [B, 3, H, W] in [0, 1]``.  Raises ValueError as ``to_uint8``."""
-    pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().contiguous().numpy()
-    return [Image.fromarray(picture) for picture in pixels]
+def _pil(pixels: Tensor) -> list[Image.Image]:
+    return [Image.fromarray(x) for x in pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()]
 
 
-def with_blanks(images: Tensor) -> list[Image.Image]:
-    """As ``to_pil``; an image with NaN or infinite values becomes a fully transparent RGBA one."""
-    valid = finite(images)
-    blank = Image.new("RGBA", (images.shape[3], images.shape[2]))
-    pictures = to_pil(images.where(valid, 0))
-    return [p if v else blank for p, v in zip(pictures, valid.flatten().tolist(), strict=True)]
-
-
-def save_png(picture: Image.Image, path: Path) -> None:
-    """Writes ``path``, in a folder that is made if need be; it is there as a whole or not at all.
-
-    Raises DiskError naming the path.
-    """
+def save_png(image: Image.Image, path: Path) -> None:
+    """Writes ``path`` atomically; its folder is created if needed.  Raises DiskError."""
     data = io.BytesIO()
-    picture.save(data, format="PNG")
+    image.save(data, format="PNG")
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, data.getvalue())
+
+
+def thumbnails(images: Images) -> Tensor:
+    """``[B, 192]`` on the CPU: 8 x 8 area averages; NaN for an image that is not finite."""
+    small = F.adaptive_avg_pool2d(images.to_float(), THUMBNAIL).flatten(1)
+    return small.where(images.finite[:, None], math.nan).cpu()
+
+
+def diversity(thumbs: Tensor, groups: Sequence[Any]) -> float:
+    """Root-mean-square distance per value between two images of one group, averaged over groups.
+
+    ``thumbs: [N, D]``; ``groups``: N keys, equal for images of the same prompt.  0: all images of
+    a prompt look the same.  NaN if no group has two images.
+    """
+    members: dict[Any, list[int]] = {}
+    valid = (~thumbs.isnan().any(1)).nonzero().flatten().tolist()
+    for row in valid:
+        members.setdefault(groups[row], []).append(row)
+    distances = [
+        (2 * thumbs[rows].to(torch.float64).var(dim=0, correction=1).mean()).sqrt()
+        for rows in members.values()
+        if len(rows) > 1
+    ]
+    return float(torch.stack(distances).mean()) if distances else float("nan")

@@ -1,65 +1,30 @@
 """Prompts -> latents, pictures and scores, with the old policy and any black-box solver."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from ml_collections import ConfigDict
 from torch import Tensor
 
 from diffusion_nft.advantages import statistics
 from diffusion_nft.data.prompts import Prompt, shard
-from diffusion_nft.distributed.preemption import Preempted, requested
+from diffusion_nft.distributed.preemption import requested
 from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.images import THUMBNAIL, Images, diversity, thumbnails
 from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.sampling import Sampler
 from diffusion_nft.randomness import generator
-from diffusion_nft.rewards.combine import (
-    MAX_NAMED,
-    RewardError,
-    RewardSet,
-    Scores,
-    UnscoredError,
-    quantized,
-)
-from diffusion_nft.rewards.worker import ScoringWorker
+from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores
+from diffusion_nft.rewards.worker import ScoringWorker, gather_scores
 from diffusion_nft.solvers import Trajectory
 
-# Side of the thumbnails by which the variety of pictures is measured.
-THUMBNAIL = 8
-# Pictures beside one another in the grids that are logged.
+# Images per line of the grids that are logged.
 GRID_COLUMNS = 4
 # Bins of the optimality histogram in the log.
 OPTIMALITY_BINS = 10
-
-
-def thumbnails(images: Tensor) -> Tensor:
-    """``[B, 3, H, W]`` in [0, 1] -> ``[B, 192]`` on the CPU: 8 x 8 area averages of the pictures as
-    they are scored and saved, to compare layouts; NaN for an image with NaN or infinite values.
-    """
-    return F.adaptive_avg_pool2d(quantized(images), THUMBNAIL).flatten(1).cpu()
-
-
-def diversity(thumbs: Tensor, groups: Sequence[Any]) -> float:
-    """Root-mean-square distance per value between two pictures of one group, averaged over groups.
-
-    ``thumbs: [N, D]``; ``groups``: N keys, equal for pictures of the same prompt.  0: all pictures
-    of a prompt look the same.  NaN if no group has two pictures.
-    """
-    members: dict[Any, list[int]] = {}
-    valid = (~thumbs.isnan().any(1)).nonzero().flatten().tolist()
-    for row in valid:
-        members.setdefault(groups[row], []).append(row)
-    distances = [
-        (2 * thumbs[rows].to(torch.float64).var(dim=0, correction=1).mean()).sqrt()
-        for rows in members.values()
-        if len(rows) > 1
-    ]
-    return float(torch.stack(distances).mean()) if distances else float("nan")
 
 
 @dataclass(frozen=True)
@@ -74,7 +39,7 @@ class Rollout:
     cond_rows: Tensor  # [n]: the row of ``cond`` of each sample
     x0_rms: float  # root mean square of all scored latents
     sigmas: Tensor  # [N]: distinct non-zero noise levels that the solver visited; empty if n is 0
-    pictures: Tensor  # [<= num_pictures, 3, H, W], of this rank
+    pictures: Images  # up to num_pictures, of this rank
     shown: list[int]  # which of the N samples those are
     trajectory: Trajectory | None = None  # of n samples, xs [N + 1, n, C, h, w]; if asked for
 
@@ -96,36 +61,6 @@ def rollout_metrics(rollout: Rollout, r: Tensor, group_size: int) -> dict[str, f
     for i, share in enumerate(shares.tolist()):
         values[f"reward/optimality_{i / OPTIMALITY_BINS:.1f}"] = share
     return values
-
-
-def gather_scores(
-    dist: Distributed, score: Callable[[], list[Scores]], thumbs: Tensor, max_unscored: int = 0
-) -> tuple[Scores, Tensor]:
-    """All ranks' scores and thumbnails in rank order.
-
-    ``score`` waits for this rank's scores.  If it raises RewardError or Preempted on any rank, that
-    is raised on every rank, so that all of them can stop in step and save.  So is UnscoredError if
-    more than ``max_unscored`` images of all ranks have no score.
-    """
-    local, failure = Scores.concatenate([]), None
-    try:
-        local = Scores.concatenate(score())
-    except (RewardError, Preempted) as error:
-        failure = error
-    gathered = dist.gather_objects((local, thumbs, failure))
-    failures = {rank: error for rank, (_, _, error) in enumerate(gathered) if error}
-    kinds = {type(error) for error in failures.values()}
-    if Preempted in kinds:
-        raise Preempted
-    if failures:
-        kind = UnscoredError if kinds == {UnscoredError} else RewardError
-        named = "; ".join(f"{error} (on rank {rank})" for rank, error in failures.items())
-        raise kind(named) from failure
-    scores = Scores.concatenate([scores for scores, *_ in gathered if len(scores.total)])
-    scores.check_unscored(max_unscored)
-    for reason in islice(scores.reasons.values(), MAX_NAMED):
-        dist.print_once(f"left out, without a score: {reason}")
-    return scores, torch.cat([thumbs for _, thumbs, _ in gathered])
 
 
 def shown_samples(indices: range, group_size: int, number: int) -> list[int]:
@@ -197,7 +132,7 @@ def generate_rollouts(
             latents.append(x0)
             thumbs.append(thumbnails(images))
             if chosen := [i - rows.start for i in rows if i in shown]:
-                kept.append(images[chosen].cpu())
+                kept.append(images[chosen].to("cpu"))
         # Encoders that visit the device would meet the last scores there.
         early = config.perf.embed_cache_gb and not config.perf.offload_text_encoders
         if early and not requested():
@@ -223,7 +158,7 @@ def generate_rollouts(
         cond=cond,
         cond_rows=cond_rows,
         sigmas=sigmas,
-        pictures=torch.cat(kept) if kept else torch.zeros(0, 3, 1, 1),
+        pictures=Images.concatenate(kept),
         shown=shown,
         trajectory=Trajectory(*(torch.cat(parts, dim=1) for parts in zip(*chains, strict=True)))
         if chains

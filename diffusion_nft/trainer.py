@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from ml_collections import ConfigDict
-from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_nft.advantages import group_advantages, optimality, standardized_total
@@ -15,6 +14,7 @@ from diffusion_nft.distributed.preemption import REASON, Preempted
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.evaluation.evaluate import evaluate
 from diffusion_nft.evaluation.results import Evaluation, write_results
+from diffusion_nft.images import Images
 from diffusion_nft.models import load_model
 from diffusion_nft.policy import Policy, unusual_modules
 from diffusion_nft.rewards.combine import RewardError, RewardSet
@@ -227,7 +227,7 @@ class Trainer:
         self._log_pictures("train", rollout.pictures, prompts, scores)
 
     def _log_pictures(
-        self, name: str, pictures: Tensor, prompts: list[Prompt], scores: list[float]
+        self, name: str, pictures: Images, prompts: list[Prompt], scores: list[float]
     ) -> None:
         if prompts and self.dist.is_main:
             texts = [prompt.text for prompt in prompts]

@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusion_nft.command_line import command, device, path_or_name
+from diffusion_nft.images import Images
 from diffusion_nft.models.precision import set_tf32
 from diffusion_nft.rewards import REWARDS, build_reward
 from diffusion_nft.rewards.combine import RewardSet
@@ -67,8 +68,8 @@ class Finding:
         )
 
 
-def pictures(name: str) -> tuple[torch.Tensor, list[str], list[dict]]:
-    """Two pictures ``[2, 3, H, W]`` in [0, 1] with prompts and metadata that ``name`` can score."""
+def pictures(name: str) -> tuple[Images, list[str], list[dict]]:
+    """Two images with prompts and metadata that ``name`` can score."""
     if name == "shapes":
         from diffusion_nft.shapes.captions import metadata_lines, sample_scene
         from diffusion_nft.shapes.scene import render_batch
@@ -76,7 +77,7 @@ def pictures(name: str) -> tuple[torch.Tensor, list[str], list[dict]]:
         lines = metadata_lines("test")[:2]
         rng = np.random.default_rng(0)
         drawn = torch.from_numpy(render_batch([sample_scene(line, rng) for line in lines]))
-        return drawn, [line["prompt"] for line in lines], lines
+        return Images.from_float(drawn), [line["prompt"] for line in lines], lines
     arrays = []
     for word in ("HELLO", "WORLD"):
         poster = Image.new("RGB", (SIDE, SIDE), "white")
@@ -85,7 +86,8 @@ def pictures(name: str) -> tuple[torch.Tensor, list[str], list[dict]]:
         arrays.append(np.asarray(poster, dtype=np.float32) / 255)
     include = [{"class": "bench", "count": 1}]
     metadata = [{"tag": "single_object", "include": include, "prompt": p} for p in PROMPTS]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2), PROMPTS, metadata
+    images = Images.from_float(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))
+    return images, PROMPTS, metadata
 
 
 def check(
@@ -98,10 +100,11 @@ def check(
         rewards = {name: build_reward(name, device, options, remote)}
         finding.passed = STAGES.index("scores")
         images, prompts, metadata = pictures(name)
+        images = images.to(device)
         score = RewardSet({name: 1.0}, rewards)
         for _ in range(2):
             started = time.perf_counter()
-            finding.scores = score(images.to(device), prompts, metadata).total.tolist()
+            finding.scores = score(images, prompts, metadata).total.tolist()
             finding.seconds = (time.perf_counter() - started) / len(prompts)
         finding.passed = len(STAGES)
         finding.gigabytes = memory(device) - before

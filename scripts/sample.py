@@ -15,14 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from diffusion_nft.command_line import command, user_path
 from diffusion_nft.data.prompts import check_text, read_prompts
 from diffusion_nft.distributed.ranks import distributed
 from diffusion_nft.evaluation.options import add_model_flags, resolve_options
-from diffusion_nft.images import finite, save_png, to_pil
+from diffusion_nft.images import Images, save_png
 from diffusion_nft.models import load_model
 from diffusion_nft.models.sampling import Sampler
 from diffusion_nft.policy import REFERENCE
@@ -81,9 +78,9 @@ def draw(
     seeds: Sequence[int],
     folder: Path,
     suffix: str = "",
-) -> Tensor:
-    """``[P * S, 3, H, W]``, a prompt's seeds together, by the model's active adapter; each is
-    written to ``folder`` as soon as it is drawn.
+) -> Images:
+    """P x S images, a prompt's seeds together, by the model's active adapter; each is written to
+    ``folder`` as soon as it is drawn.
 
     One at a time: in a batch the last bits of an image depend on its neighbours.
     """
@@ -91,15 +88,15 @@ def draw(
     for number, prompt in enumerate(prompts):
         for seed in seeds:
             latents = sampler(model, model.encode([prompt]), [generator(seed, "sample")])[0]
-            images.append(model.decode(latents).cpu())
-            if not finite(images[-1]).all():
+            images.append(model.decode(latents).to("cpu"))
+            if not images[-1].finite.all():
                 raise ValueError(
                     f"the image of {prompt!r}, seed {seed}, has NaN or infinite values; the "
                     f"{len(images) - 1} images before it are in {folder}"
                 )
             path = folder / f"{file_stem(number, prompt)}-seed{seed}{suffix}.png"
-            save_png(to_pil(images[-1])[0], path)
-    return torch.cat(images)
+            save_png(images[-1].to_pil()[0], path)
+    return Images.concatenate(images)
 
 
 def main() -> None:

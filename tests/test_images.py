@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_nft.images import to_pil, to_uint8, with_blanks
+from diffusion_nft.images import Images, to_pil, to_uint8
 from diffusion_nft.tracking.grids import full_captions, image_grid, save_grid, side_by_side
 
 WHITE = (255, 255, 255)
 
 
-def solid(count: int, value: float = 0.0, side: int = 48) -> torch.Tensor:
-    return torch.full((count, 3, side, side), value)
+def solid(count: int, value: float = 0.0, side: int = 48) -> Images:
+    return Images.from_float(torch.full((count, 3, side, side), value))
 
 
 def test_to_uint8_is_the_inverse_of_dividing_by_255():
@@ -34,10 +34,10 @@ def test_values_that_8_bits_would_hide_are_refused_and_shown_as_blanks(value):
     images[1, 2, 3, 5] = value
     with pytest.raises(ValueError, match="NaN or infinite"):
         to_pil(images)
-    sound, blank = with_blanks(images)
+    sound, blank = (rounded := Images.from_float(images)).to_pil()
     assert (sound.mode, blank.mode, blank.size) == ("RGB", "RGBA", (6, 4))
     assert blank.getextrema()[3] == (0, 0)
-    grid = image_grid(images, ["", ""], columns=2, scores=[0.5, torch.nan])
+    grid = image_grid(rounded, ["", ""], columns=2, scores=[0.5, torch.nan])
     half = grid.width // 2
     colors = [
         grid.crop(box).getcolors(1 << 20) for box in ((0, 0, half, 150), (half, 0, 2 * half, 150))
@@ -80,7 +80,7 @@ def test_grid_places_every_picture_aligned_and_enlarged():
 def test_enlarging_by_a_whole_factor_repeats_pixels():
     images = torch.zeros(1, 3, 48, 48)
     images[0, :, ::2, ::2] = 1
-    grid = image_grid(images, [""], columns=1)
+    grid = image_grid(Images.from_float(images), [""], columns=1)
     assert len(grid.getcolors(10_000)) == 3  # black, white and the frame: nothing interpolated
 
 
@@ -178,6 +178,6 @@ def test_wrong_lengths_are_refused():
     with pytest.raises(ValueError, match="2 pictures but 1 captions"):
         image_grid(solid(2), ["a"], columns=2)
     with pytest.raises(ValueError, match="at least one picture"):
-        image_grid(torch.zeros(0, 3, 1, 1), [], columns=2)
+        image_grid(Images.concatenate([]), [], columns=2)
     with pytest.raises(ValueError, match="2 pictures but 1 after"):
         side_by_side(solid(2), solid(1), ["a", "b"])

@@ -10,6 +10,7 @@ import torch
 
 from diffusion_nft.data.prompts import load_prompts
 from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.images import Images
 from diffusion_nft.models.sampling import Sampler, guided_velocity
 from diffusion_nft.randomness import generator
 from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores, build_rewards
@@ -45,7 +46,7 @@ def test_diversity_is_the_rms_distance_of_pairs_averaged_over_groups():
 def test_thumbnails_are_area_averages():
     images = torch.randint(256, (2, 3, 48, 48)) / 255
     expected = images.numpy().reshape(2, 3, 8, 6, 8, 6).mean((3, 5)).reshape(2, -1)
-    np.testing.assert_allclose(thumbnails(images).numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(thumbnails(Images.from_float(images)).numpy(), expected, rtol=1e-5)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def test_every_sample_is_scored_against_its_own_prompt(shapes_model, tmp_path):
     images = shapes_model.decode(rollout.x0)
     # Two lines of four, as near as three prompts come to it.
     assert rollout.shown == [*range(4), *range(4, 7)]
-    assert torch.allclose(rollout.pictures, images[rollout.shown], atol=1e-5)
+    assert torch.equal(rollout.pictures.pixels, images[rollout.shown].pixels)
     assert rollout.x0_rms == pytest.approx(float(rollout.x0.square().mean().sqrt()), rel=1e-5)
     again = rewards(images, [t for t, _ in expected], [m for _, m in expected])
     assert torch.equal(rollout.scores.total, again.total)
@@ -181,7 +182,7 @@ def test_the_summary_by_hand():
         cond=None,  # pyright: ignore[reportArgumentType]
         cond_rows=torch.zeros(0),
         sigmas=torch.zeros(0),
-        pictures=torch.zeros(0),
+        pictures=Images.concatenate([]),
         shown=[],
     )
     values = rollout_metrics(rollout, torch.tensor([0.0, 0.55, 0.58, 1.0]), 2)
@@ -194,13 +195,15 @@ def test_the_summary_by_hand():
 
 
 def test_more_work_is_refused_once_a_call_has_failed():
-    def fail():
+    def fail(images):
         raise OSError("gone")
 
     with ScoringWorker(torch.device("cpu")) as worker:
-        worker.submit(fail)
+        worker.submit(fail, Images.concatenate([]))
         # Each waits for the fourth before it, so the failure is seen within one queue's length.
-        answers = [worker.submit(lambda: 1) for _ in range(2 * QUEUE_LENGTH)]
+        answers = [
+            worker.submit(lambda images: 1, Images.concatenate([])) for _ in range(2 * QUEUE_LENGTH)
+        ]
         assert not answers[-1] and not any(answers[QUEUE_LENGTH:])
         with pytest.raises(OSError, match="gone"):
             worker.results()

@@ -11,6 +11,7 @@ from torch.distributions import Normal
 from diffusion_nft.algorithms import build_algorithm
 from diffusion_nft.data.prompts import shard
 from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.images import Images
 from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.precision import Precision
 from diffusion_nft.rewards.combine import Scores
@@ -108,7 +109,7 @@ def make_rollout(learner: Learner, scale: float, rank: int = 0, world_size: int 
         cond=Conditioning(torch.zeros(max(n, 1), 1, 1), POOLED[mine] if n else torch.zeros(1, 1)),
         cond_rows=torch.arange(n),
         sigmas=LEVELS[:-1] if n else torch.zeros(0),
-        pictures=torch.zeros(0, 3, 1, 1),
+        pictures=Images.concatenate([]),
         shown=[],
         trajectory=Trajectory(xs[:, mine], log_probs[:, mine]) if n else None,
     )

@@ -10,6 +10,7 @@ import torch
 from diffusion_nft.algorithms.nft import NFT
 from diffusion_nft.data.prompts import shard
 from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.images import Images
 from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.precision import FIRST_LOSS_SCALE, Precision
 from diffusion_nft.rewards.combine import Scores
@@ -101,7 +102,7 @@ def make_rollout(rank: int = 0, world_size: int = 1) -> Rollout:
         cond=Conditioning(torch.zeros(max(n, 1), 1, 1), torch.zeros(max(n, 1), 1)),
         cond_rows=torch.arange(n),
         sigmas=torch.tensor([1.0, 0.8, 0.5, 0.2], dtype=torch.float64) if n else torch.zeros(0),
-        pictures=torch.zeros(0, 3, 1, 1),
+        pictures=Images.concatenate([]),
         shown=[],
     )
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_nft.data.prompts import Prompt, draw_lines
@@ -30,16 +29,11 @@ from diffusion_nft.evaluation.results import (
     write_results,
     write_scores,
 )
+from diffusion_nft.images import THUMBNAIL, Images, diversity, thumbnails
 from diffusion_nft.models.sampling import Sampler
 from diffusion_nft.randomness import generator
 from diffusion_nft.rewards.combine import RewardSet, Scores
-from diffusion_nft.rewards.worker import ScoringWorker
-from diffusion_nft.rollout import (
-    THUMBNAIL,
-    diversity,
-    gather_scores,
-    thumbnails,
-)
+from diffusion_nft.rewards.worker import ScoringWorker, gather_scores
 
 _MODEL_BASED = ("imagereward", "pickscore", "aesthetic", "unifiedreward", "clipscore", "hpsv2")
 
@@ -121,7 +115,7 @@ def evaluate(
     row = {text: i for i, text in enumerate(texts)}
     embedded = model.encode_cached(list(row))
 
-    def draw(chunk: range) -> Tensor:
+    def draw(chunk: range) -> Images:
         numbers = [places[i] for i in chunk]
         if folder is not None and chunk in drawn:
             return read_pictures(folder, numbers).to(dist.device)
@@ -225,10 +219,10 @@ def rescore(
 
 def _scorer(
     rewards: RewardSet, prompts: list[Prompt], places: Sequence[int], folder: Path | None
-) -> Callable[[Tensor, range], Scores]:
+) -> Callable[[Images, range], Scores]:
     """Scores a chunk, or remembers from ``folder`` how the same rewards scored it."""
 
-    def score(images: Tensor, lines: range) -> Scores:
+    def score(images: Images, lines: range) -> Scores:
         scores = None if folder is None else read_scores(folder, lines, rewards)
         if scores is None:
             chosen = [prompts[line] for line in lines]
@@ -253,8 +247,8 @@ def _chunks(num_lines: int, size: int, dist: Distributed) -> list[list[range]]:
 
 
 def _collect(
-    pictures_of: Callable[[range], Tensor],
-    score: Callable[[Tensor, range], Scores],
+    pictures_of: Callable[[range], Images],
+    score: Callable[[Images, range], Scores],
     prompts: list[Prompt],
     places: Sequence[int],
     batch_size: int,
@@ -276,7 +270,7 @@ def _collect(
                 break
             thumbs.append(thumbnails(images))
             if chosen := [line for line in chunk if line in shown]:
-                kept.append(images[[line - chunk.start for line in chosen]].cpu())
+                kept.append(images[[line - chunk.start for line in chosen]].to("cpu"))
                 kept_lines += chosen
         no_thumbs = torch.zeros(0, 3 * THUMBNAIL**2)
         scores, all_thumbs = gather_scores(
@@ -288,7 +282,7 @@ def _collect(
         prompts=prompts,
         scores={name: values[order].tolist() for name, values in named.items()},
         diversity=diversity(all_thumbs[order], [prompt.text for prompt in prompts]),
-        pictures=torch.cat(kept) if kept else torch.zeros(0, 3, 1, 1),
+        pictures=Images.concatenate(kept),
         picture_lines=kept_lines,
         lines=places,
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 from diffusion_nft.data.prompts import Prompt
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.evaluation.options import DEFAULTS
-from diffusion_nft.images import save_png, with_blanks
+from diffusion_nft.images import Images, save_png
 from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores
 from diffusion_nft.runs.lock import LOCK_FILE
 from diffusion_nft.runs.run_dir import deciding_options
@@ -42,7 +42,7 @@ class Evaluation:
     prompts: list[Prompt]
     scores: dict[str, list[float]]  # "total", each reward and component -> N numbers
     diversity: float
-    pictures: Tensor  # [<= num_pictures, 3, H, W], of this rank's lines
+    pictures: Images  # up to num_pictures, of this rank's lines
     picture_lines: list[int]  # of which of the N
     lines: Sequence[int]  # where the N stand in the test set, from 0
 
@@ -201,28 +201,21 @@ def has_pictures(folder: Path, lines: Iterable[int]) -> bool:
     return all(picture_path(folder, line).is_file() for line in lines)
 
 
-def save_pictures(images: Tensor, lines: Iterable[int], folder: Path) -> None:
-    """Writes ``images: [B, 3, H, W]`` in [0, 1]; a file is there as a whole or not at all.
-
-    An image with NaN or infinite values is written as fully transparent.
-    """
-    for picture, line in zip(with_blanks(images), lines, strict=True):
+def save_pictures(images: Images, lines: Iterable[int], folder: Path) -> None:
+    """Writes the images of test ``lines``; one that is not finite is written fully transparent."""
+    for picture, line in zip(images.to_pil(), lines, strict=True):
         save_png(picture, picture_path(folder, line))
 
 
-def read_pictures(folder: Path, lines: Iterable[int]) -> Tensor:
-    """The pictures of ``lines`` as float32 ``[B, 3, H, W]`` in [0, 1]: what was scored, exactly.
-
-    A fully transparent one is NaN.
-    Raises FileNotFoundError if one is missing.
-    """
-    pictures = []
+def read_pictures(folder: Path, lines: Iterable[int]) -> Images:
+    """The images that ``save_pictures`` wrote.  Raises FileNotFoundError if one is missing."""
+    pixels, finite = [], []
     for line in lines:
         with Image.open(picture_path(folder, line)) as picture:
-            values = torch.from_numpy(np.array(picture.convert("RGB"))) / 255
+            pixels.append(torch.from_numpy(np.array(picture.convert("RGB"))))
             blank = picture.mode == "RGBA" and picture.getchannel("A").getextrema() == (0, 0)
-            pictures.append(values * math.nan if blank else values)
-    return torch.stack(pictures).permute(0, 3, 1, 2)
+            finite.append(not blank)
+    return Images(torch.stack(pixels).permute(0, 3, 1, 2), torch.tensor(finite))
 
 
 def _progress_path(folder: Path, lines: range) -> Path:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.flow import timestep_from_sigma
+from diffusion_nft.images import Images
 from diffusion_nft.models.embeddings import Conditioning, EmbeddingCache
 from diffusion_nft.models.hub import fetch_pipeline, read_index, weights_variant
 from diffusion_nft.models.precision import Precision
@@ -235,15 +236,12 @@ class SD3Model:
         return v.to(self.precision.trained_dtype)
 
     @torch.no_grad()
-    def decode(self, x0: Tensor) -> Tensor:
-        """Latents ``[B, C, h, w]`` -> pictures ``[B, 3, H, W]`` in [0, 1], in slices.  NaN and
-        infinite values stay as they are: clamped, they would pass for a picture.
-        """
+    def decode(self, x0: Tensor) -> Images:
+        """The images of latents ``x0: [B, C, h, w]``, decoded ``vae_batch_size`` at a time."""
         config = self.vae.config
         latents = x0.to(dtype=self.vae.dtype, memory_format=torch.channels_last)
-        pictures = [
+        parts = [
             self.vae.decode(part / config.scaling_factor + config.shift_factor).sample
             for part in latents.split(self.vae_batch_size)
         ]
-        values = (torch.cat(pictures) / 2 + 0.5).to(torch.float32)
-        return values.clamp(0, 1).where(values.isfinite(), values)
+        return Images.from_float(torch.cat(parts) / 2 + 0.5)

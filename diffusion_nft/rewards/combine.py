@@ -10,13 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from diffusion_nft.images import finite, to_uint8
+from diffusion_nft.images import Images
 from diffusion_nft.rewards import REMOTE_TIMEOUT, Reward, RewardOutput, build_reward
-
-# The value of each of the 256 levels.  Divided on the CPU: CUDA multiplies by 1/255 instead, which
-# is another float for some of them.
-LEVELS = torch.arange(256, dtype=torch.float32) / 255
-
 
 # Their squares are summed in standard deviations and errors.
 LARGEST_SCORE = 1e100
@@ -98,17 +93,6 @@ def build_rewards(
     }
 
 
-def quantized(images: Tensor) -> Tensor:
-    """``images``, clamped to [0, 1] and rounded to 8 bits a channel: the float32 values k/255 that
-    the same pictures have after a PNG, on the same device.  An image with NaN or infinite values
-    becomes NaN as a whole.
-    """
-    valid = finite(images)
-    if valid.all():
-        return LEVELS.to(images.device)[to_uint8(images).int()]
-    return quantized(images.where(valid, 0)).where(valid, math.nan)
-
-
 class RewardSet:
     """The weighted sum of ``rewards``, and the scores of each.
 
@@ -118,9 +102,8 @@ class RewardSet:
     evaluations are recognised by it.  ``max_unscored``: how many images of a call may have no
     score, because they have NaN or infinite values or because a reward fails on them.
 
-    Pictures are rounded to 8 bits a channel before any reward sees them.  What is scored is then
-    what is saved as PNG or sent to a server, and a score does not depend on where or when it is
-    made.
+    Rewards receive the float32 values of 8-bit images, which are also what is saved as PNG or sent
+    to a server: a score does not depend on where or when it is computed.
     """
 
     def __init__(
@@ -153,27 +136,25 @@ class RewardSet:
     @torch.no_grad()
     def __call__(
         self,
-        images: Tensor,
+        images: Images,
         prompts: list[str],
         metadata: list[dict],
         names: Sequence[str] | None = None,
     ) -> Scores:
-        """Scores ``images: [B, 3, H, W]`` in [0, 1], on any device.  ``names``: of the images, for
-        errors.
+        """Scores B ``images`` on any device.  ``names``: of the images, for errors.
 
         Raises RewardError, naming the reward, if one raises or returns anything but B scores and
         components of B numbers within LARGEST_SCORE or NaN; also if the weighted sum is beyond it.
         Raises UnscoredError if more than ``max_unscored`` images have no score.
         """
         names = names or [f"picture {row}" for row in range(len(prompts))]
-        images = quantized(images)
         scores = Scores(torch.zeros(len(prompts), dtype=torch.float64), {})
 
         def leave_out(row: int, why: str) -> None:
             scores.total[row] = math.nan
             scores.reasons.setdefault(row, f"{names[row]} ({prompts[row]!r}): {why}")
 
-        valid = finite(images).flatten().tolist()
+        valid = images.finite.tolist()
         for row in (row for row, sound in enumerate(valid) if not sound):
             leave_out(row, "it has NaN or infinite values")
         scores.check_unscored(self.max_unscored)
@@ -183,11 +164,12 @@ class RewardSet:
             here, lines = [prompts[row] for row in kept], [metadata[row] for row in kept]
         else:
             kept, here, lines = [*range(len(prompts))], prompts, metadata
+        values = images.to_float()
         for name, reward in self._rewards.items() if kept or not prompts else ():
-            output = self._score(name, reward, images, here, lines)
-            for key, values in _checked(name, output, len(kept)).items():
+            output = self._score(name, reward, values, here, lines)
+            for key, column in _checked(name, output, len(kept)).items():
                 scores.parts[key] = torch.full_like(scores.total, math.nan)
-                scores.parts[key][kept] = values
+                scores.parts[key][kept] = column
             scores.total.add_(self.weights[name] * scores.parts[name])
             for i in output.scores.isnan().nonzero().flatten().tolist():
                 leave_out(kept[i], f"reward {name!r} {output.reasons.get(i, 'returned NaN')}")
@@ -197,8 +179,8 @@ class RewardSet:
                 f"the weighted sum of the rewards {self.weights} is {_first(scores.total, wrong)}"
             )
         # An image that one reward could not score is out of the others' statistics, too.
-        for values in scores.parts.values():
-            values[scores.total.isnan()] = math.nan
+        for column in scores.parts.values():
+            column[scores.total.isnan()] = math.nan
         return scores
 
     def _score(

@@ -1,14 +1,18 @@
-"""Background scoring: rewards run on their own thread while the next images are sampled."""
+"""Background scoring: rewards run in their own thread while the next images are sampled."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
+from itertools import islice
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from diffusion_nft.distributed.preemption import Preempted, requested
+from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.images import Images
+from diffusion_nft.rewards.combine import MAX_NAMED, RewardError, Scores, UnscoredError
 
 # Batches of images that may wait for their scores.
 QUEUE_LENGTH = 4
@@ -27,11 +31,10 @@ class ScoringWorker:
         self._pool = ThreadPoolExecutor(1, initializer=_bind, initargs=(device,))
         self._pending: list[Future[Any]] = []
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> bool:
-        """Queues a call; waits first while QUEUE_LENGTH of them are unfinished.
+    def submit(self, score: Callable[..., Scores], images: Images, *arguments: Any) -> bool:
+        """Queues ``score(images, *arguments)``; waits while QUEUE_LENGTH calls are unfinished.
 
-        False if more of them would be in vain: an earlier call has failed, or the run was asked to
-        stop.
+        False if more calls are useless: an earlier one has failed, or the run was asked to stop.
         """
         if len(self._pending) >= QUEUE_LENGTH:
             self._wait([self._pending[-QUEUE_LENGTH]])
@@ -40,11 +43,11 @@ class ScoringWorker:
         drawn = None
         if self._device.type == "cuda":
             drawn = torch.cuda.current_stream(self._device).record_event()
-        self._pending.append(self._pool.submit(_after, drawn, function, *arguments))
+        self._pending.append(self._pool.submit(_after, drawn, score, images, *arguments))
         return not any(future.done() and future.exception() for future in self._pending)
 
-    def results(self) -> list[Any]:
-        """What the calls returned, in order; raises what the first failing one raised, or Preempted
+    def results(self) -> list[Scores]:
+        """The calls' scores in order; raises what the first failing one raised, or Preempted
         without waiting if the run was asked to stop.
         """
         self._wait(self._pending)
@@ -78,12 +81,43 @@ def _bind(device: torch.device) -> None:
         torch.cuda.set_stream(_scoring_stream(device))
 
 
-def _after(event: torch.Event | None, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls ``function`` on this thread's stream, once ``event`` of another one has happened."""
+def _after(
+    event: torch.Event | None, score: Callable[..., Scores], images: Images, *arguments: Any
+) -> Scores:
+    """Calls ``score`` on this thread's stream, once ``event`` of another one has happened."""
     if event is not None:
         stream = torch.cuda.current_stream()
         event.wait(stream)
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                argument.record_stream(stream)  # the other thread may free it before it is used
-    return function(*arguments)
+        for tensor in (images.pixels, images.finite):
+            tensor.record_stream(stream)  # the other thread may free it before it is used
+    return score(images, *arguments)
+
+
+def gather_scores(
+    dist: Distributed, score: Callable[[], list[Scores]], thumbs: Tensor, max_unscored: int = 0
+) -> tuple[Scores, Tensor]:
+    """All ranks' scores and thumbnails in rank order.
+
+    ``score`` waits for this rank's scores.  If it raises RewardError or Preempted on any rank, that
+    is raised on every rank, so that all of them can stop in step and save.  So is UnscoredError if
+    more than ``max_unscored`` images of all ranks have no score.
+    """
+    local, failure = Scores.concatenate([]), None
+    try:
+        local = Scores.concatenate(score())
+    except (RewardError, Preempted) as error:
+        failure = error
+    gathered = dist.gather_objects((local, thumbs, failure))
+    failures = {rank: error for rank, (_, _, error) in enumerate(gathered) if error}
+    kinds = {type(error) for error in failures.values()}
+    if Preempted in kinds:
+        raise Preempted
+    if failures:
+        kind = UnscoredError if kinds == {UnscoredError} else RewardError
+        named = "; ".join(f"{error} (on rank {rank})" for rank, error in failures.items())
+        raise kind(named) from failure
+    scores = Scores.concatenate([scores for scores, *_ in gathered if len(scores.total)])
+    scores.check_unscored(max_unscored)
+    for reason in islice(scores.reasons.values(), MAX_NAMED):
+        dist.print_once(f"left out, without a score: {reason}")
+    return scores, torch.cat([thumbs for _, thumbs, _ in gathered])

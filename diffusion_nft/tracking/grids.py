@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
-from diffusion_nft.images import save_png, with_blanks
+from diffusion_nft.images import Images, save_png
 from diffusion_nft.utils.files import naming, write_atomically
 
 # Pictures smaller than this many pixels on their short side are enlarged by a whole factor.
@@ -65,13 +64,13 @@ class TextLine:
     color: Color = INK
 
 
-def _enlarged(images: Tensor) -> list[Image.Image]:
+def _enlarged(images: Images) -> list[Image.Image]:
     """Pictures, enlarged by a whole factor until they are readable: a tiny one's pixels are
     repeated, so that it shows what the reward saw.
     """
     if len(images) == 0:
         raise ValueError("a grid needs at least one picture")
-    pictures = with_blanks(images)
+    pictures = images.to_pil()
     width, height = pictures[0].size
     factor = math.ceil(READABLE_SIDE / min(width, height))
     size = (width * factor, height * factor)
@@ -193,13 +192,13 @@ def _sheet(cells: list[_Cell], columns: int, font: Font, captions: str) -> Image
 
 
 def image_grid(
-    images: Tensor,
+    images: Images,
     captions: Sequence[str],
     *,
     columns: int,
     scores: Sequence[float] | None = None,
 ) -> Image.Image:
-    """``images: [B, 3, H, W] in [0, 1]`` in rows of ``columns``, each with its caption below.
+    """``images`` in rows of ``columns``, each with its caption below.
 
     ``scores: [B]`` adds a line with the number.  Small pictures are enlarged to at least 144 px.
     A caption that cannot be drawn in full has its number in ``full_captions`` before it.
@@ -221,8 +220,8 @@ def image_grid(
 
 
 def side_by_side(
-    before: Tensor,
-    after: Tensor,
+    before: Images,
+    after: Images,
     captions: Sequence[str],
     before_scores: Sequence[float] | None = None,
     after_scores: Sequence[float] | None = None,
@@ -233,9 +232,8 @@ def side_by_side(
     """Pairs of pictures of the same prompts, ``columns`` pairs a row, labelled, captions below as
     in ``image_grid``.
 
-    ``before, after: [B, 3, H, W] in [0, 1]``; ``before_scores, after_scores: [B]`` follow the
-    labels, the second in green where it is higher, in red where it is lower.  Raises ValueError if
-    there is no picture or a length does not fit.
+    ``before_scores, after_scores: [B]`` follow the labels, the second in green where it is higher,
+    in red where it is lower.  Raises ValueError if there is no image or a length does not fit.
     """
     left, right = _enlarged(before), _enlarged(after)
     _check_lengths(

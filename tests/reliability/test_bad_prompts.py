@@ -11,6 +11,7 @@ import torch
 from ml_collections import ConfigDict
 
 from diffusion_nft.data.prompts import load_prompts
+from diffusion_nft.images import Images
 from diffusion_nft.rewards import check_prompts
 from diffusion_nft.tracking.grids import image_grid
 from diffusion_nft.validation.inputs import load_checked_prompts
@@ -176,7 +177,9 @@ def test_odd_unicode_is_a_prompt_as_any_other(name, tmp_path, shapes_model):
     assert (first.text, second.text) == (ODD[name].strip(), "a cat")
     cond = shapes_model.encode([first.text])
     assert cond.prompt_embeds.isfinite().all() and cond.pooled_prompt_embeds.isfinite().all()
-    assert image_grid(torch.zeros(1, 3, 48, 48), [first.text], columns=1).width > 48
+    assert (
+        image_grid(Images.from_float(torch.zeros(1, 3, 48, 48)), [first.text], columns=1).width > 48
+    )
 
 
 def seconds(run) -> float:
@@ -200,7 +203,10 @@ def test_a_prompt_of_100000_characters_is_truncated_in_linear_time(unit, tmp_pat
     # Eight times the text; 64 times the work if it were quadratic.
     assert seconds(lambda: shapes_model._encode([text])) < 24 * short + 0.2
     # A caption shows four lines of it.
-    assert seconds(lambda: image_grid(torch.zeros(1, 3, 48, 48), [text], columns=1)) < 1
+    assert (
+        seconds(lambda: image_grid(Images.from_float(torch.zeros(1, 3, 48, 48)), [text], columns=1))
+        < 1
+    )
 
 
 def test_the_ocr_reward_names_a_long_prompt_by_its_beginning():

@@ -15,6 +15,7 @@ import torch
 from diffusion_nft.advantages import group_advantages, optimality
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.evaluation.results import RESULTS_FILE
+from diffusion_nft.images import Images
 from diffusion_nft.models.precision import FIRST_LOSS_SCALE
 from diffusion_nft.models.sd3 import SD3Model
 from diffusion_nft.rewards import REWARDS, RewardOutput
@@ -295,8 +296,8 @@ def test_a_run_goes_on_without_the_images_that_have_no_score(tmp_path, monkeypat
     monkeypatch.setattr(SD3Model, "decode", lambda self, x0: broken(real(self, x0)))
 
     def broken(images):
-        images[1, 0, 3, 3] = math.nan  # of each batch the second: sample 1 of 4, line 2 of 2
-        return images
+        finite = torch.arange(len(images)) != 1  # of each batch the second: sample 1 of 4, line 2
+        return Images(images.pixels, finite)
 
     with pytest.raises(UnscoredError, match=r"sample 1 of epoch 0 \('.*'\): it has NaN or inf"):
         run(config)

@@ -15,6 +15,7 @@ import torch
 from diffusion_nft.advantages import optimality
 from diffusion_nft.distributed.preemption import REASON, Preempted, requested, stop_on_signals
 from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.images import Images
 from diffusion_nft.rewards.combine import Scores
 from diffusion_nft.rewards.worker import ScoringWorker
 from diffusion_nft.rollout import gather_scores
@@ -61,9 +62,9 @@ def test_nobody_waits_for_a_slow_reward():
     with stop_on_signals():
         started = time.monotonic()
         with pytest.raises(Preempted), ScoringWorker(CPU) as worker:
-            assert worker.submit(release.wait)
+            assert worker.submit(lambda _: release.wait(), Images.concatenate([]))
             os.kill(os.getpid(), signal.SIGTERM)
-            assert not worker.submit(release.wait)
+            assert not worker.submit(lambda _: release.wait(), Images.concatenate([]))
             worker.results()
         assert time.monotonic() - started < 5
     release.set()

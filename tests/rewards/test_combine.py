@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion_nft.images import Images
 from diffusion_nft.rewards import REWARDS, RewardOutput, build_reward
 from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores, build_rewards
 
@@ -97,6 +98,7 @@ def registry(monkeypatch):
 
 def score(**weights: float) -> Scores:
     images = torch.tensor([0.0, 0.2, 1.0]).reshape(3, 1, 1, 1).expand(3, 3, 4, 4)
+    images = Images.from_float(images)
     metadata = [{"extra": 10}, {"extra": 20}, {"extra": 30}]
     return RewardSet.build(weights, CPU)(images, ["a", "bb", "ccc"], metadata)
 
@@ -136,7 +138,7 @@ def test_sets_of_different_weights_share_rewards_that_are_built_once(monkeypatch
     monkeypatch.setattr(Brightness, "built", 0)
     rewards = build_rewards(["Length", "Brightness", "Length"], CPU)
     assert list(rewards) == ["Length", "Brightness"]
-    picture, line = torch.ones(1, 3, 2, 2), [{"extra": 0}]
+    picture, line = Images.from_float(torch.ones(1, 3, 2, 2)), [{"extra": 0}]
     trained = RewardSet({"Length": 1.0}, rewards)(picture, ["four"], line)
     assert trained.parts.keys() == {"Length"}
     judged = RewardSet({"Length": 1.0, "Brightness": 0.0}, rewards)(picture, ["four"], line)
@@ -154,7 +156,7 @@ def test_rewards_see_the_pictures_that_a_png_holds(dtype, tmp_path):
         dtype
     )
     images[0, 0, 0, :3] = torch.tensor([-1.0, 2.0, -1e4])
-    RewardSet({"Brightness": 1.0}, rewards)(images, ["", ""], [{}, {}])
+    RewardSet({"Brightness": 1.0}, rewards)(Images.from_float(images), ["", ""], [{}, {}])
     (seen,) = rewards["Brightness"].seen
     assert seen.dtype == torch.float32
     for picture, ours in zip(images.double().numpy(), seen, strict=True):

@@ -58,7 +58,7 @@ def exported(run_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(run_dir) -> torch.Tensor:
-    """A picture by the checkpoint's LoRA in this project's own loading and sampling."""
+    """Latents by the checkpoint's LoRA in this project's own loading and sampling."""
     from diffusion_nft.models import build_model
     from diffusion_nft.models.precision import Precision
 
@@ -68,7 +68,7 @@ def ours(run_dir) -> torch.Tensor:
     cond = model.encode([PROMPT])
 
     def draw() -> torch.Tensor:
-        return model.decode(sampler(model, cond, [generator(0, "sample")])[0])
+        return sampler(model, cond, [generator(0, "sample")])[0]
 
     base = draw()
     policy_of_lora(model, load_lora(resolve_checkpoint(run_dir)))
@@ -78,7 +78,7 @@ def ours(run_dir) -> torch.Tensor:
 
 
 def theirs(pipe: StableDiffusion3Pipeline) -> torch.Tensor:
-    """The same picture by diffusers' own sampling."""
+    """The same latents by diffusers' own sampling."""
     pipe.set_progress_bar_config(disable=True)
     noise = normal((4, 12, 12), [generator(0, "sample")])
     return pipe(
@@ -89,7 +89,7 @@ def theirs(pipe: StableDiffusion3Pipeline) -> torch.Tensor:
         height=48,
         width=48,
         max_sequence_length=8,
-        output_type="pt",
+        output_type="latent",
     ).images
 
 

@@ -11,6 +11,7 @@ import torch
 from ml_collections import ConfigDict
 from PIL import Image
 
+from diffusion_nft.images import Images
 from diffusion_nft.runs.environment import write_environment
 from diffusion_nft.tracking.grids import image_grid
 from diffusion_nft.tracking.metrics import Metrics, NullMetrics, Timer, make_metrics, read_metrics
@@ -138,7 +139,7 @@ def test_pictures_are_saved_whole(tmp_path):
 
 
 def foreign_grid() -> Image.Image:
-    return image_grid(torch.zeros(2, 3, 8, 8), ["a circle", "一只猫"], columns=2)
+    return image_grid(Images.from_float(torch.zeros(2, 3, 8, 8)), ["a circle", "一只猫"], columns=2)
 
 
 class FakeRun:

@@ -11,6 +11,7 @@ import torch
 from diffusion_nft.data.prompts import Prompt
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.evaluation.results import Evaluation
+from diffusion_nft.images import Images
 from diffusion_nft.rewards import build_reward
 from diffusion_nft.tracking.monitor import Alarm, Monitor
 from diffusion_nft.trainer import Trainer
@@ -30,7 +31,7 @@ def evaluation(
         "clipscore/part": [part] * 10,
         "picture_statistics": [brightness] * 10,
     }
-    return Evaluation(prompts, scores, diversity, torch.zeros(0, 3, 1, 1), [], [])
+    return Evaluation(prompts, scores, diversity, Images.concatenate([]), [], [])
 
 
 def flags(values: dict[str, float]) -> dict[str, float]:

@@ -21,6 +21,7 @@ import uvicorn
 from PIL import Image
 
 from diffusion_nft.data.prompts import load_prompts
+from diffusion_nft.images import Images
 from diffusion_nft.rewards import RewardOutput, build_reward
 from diffusion_nft.rewards.combine import RewardError, RewardSet, UnscoredError
 from diffusion_nft.rewards.serving import protocol
@@ -141,7 +142,7 @@ def test_served_scores_are_the_local_ones_to_the_last_bit():
     rng = np.random.default_rng(0)
     drawn = torch.from_numpy(render_batch([random_scene(rng) for _ in lines]))
     noise = torch.rand(6, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-    images = torch.lerp(drawn, noise, 0.3)
+    images = Images.from_float(torch.lerp(drawn, noise, 0.3))
     batch = (images, [line.text for line in lines], [line.metadata for line in lines])
     weights = {"shapes": 1.5, "jpeg_compressibility": 0.3}
     with contextlib.ExitStack() as stack:
@@ -404,7 +405,7 @@ def test_a_scoring_error_tells_its_type_and_message_only():
         assert reply.json() == {"detail": "OSError: no such colour"}
         reward = RemoteReward("x", [address], **QUICK)
         with pytest.raises(RewardError, match=r"'x' failed: ConnectionError.*OSError.*no such col"):
-            RewardSet({"x": 1.0}, {"x": reward})(pictures(1), [""], [{}])
+            RewardSet({"x": 1.0}, {"x": reward})(Images.from_float(pictures(1)), [""], [{}])
 
 
 def test_a_reward_that_recovers_is_asked_again():
@@ -429,7 +430,7 @@ def test_an_image_without_a_score_is_told_with_its_reason():
     prompts = ["a", "no score", "fails", "b", "no score"]
     with serving("x", Partly()) as one, serving("x", Partly()) as two:
         remote = RemoteReward("x", [one, two], **QUICK)
-        weights, images = {"x": 1.0}, torch.rand(5, 3, 8, 8)
+        weights, images = {"x": 1.0}, Images.from_float(torch.rand(5, 3, 8, 8))
         found = RewardSet(weights, {"x": remote}, max_unscored=3)(images, prompts, [{}] * 5)
         with pytest.raises(UnscoredError, match=r"3 of 5 .* have no score.*cannot tell"):
             RewardSet(weights, {"x": remote}, max_unscored=2)(images, prompts, [{}] * 5)
