@@ -1,15 +1,178 @@
-"""The largest micro-batch that the device's memory holds, found by trying."""
+"""The training batches of an epoch: which (sample, sigma) pairs each optimizer step trains on, the
+model's inputs for them, and how many of them the device holds.
+"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
+from ml_collections import ConfigDict
+from torch import Tensor
 
-# Share of the device's memory that a trial may take: what is left is for fragments.
+from diffusion_nft.advantages import flat_groups
+from diffusion_nft.algorithms import Algorithm, Batch, Transitions
+from diffusion_nft.flow import add_noise
+from diffusion_nft.models.embeddings import Conditioning
+from diffusion_nft.randomness import generator, normal
+from diffusion_nft.rollout import Rollout
+
+# A row of this rank's share of the samples, and the index of a sigma.
+Pair = tuple[int, int]
+
+# Share of the device's memory that a trial may take: the rest is for fragmentation.
 USABLE_MEMORY = 0.9
-# So many pairs keep any device busy; more only make the search longer.
+# This many pairs keep any device busy; more only make the search longer.
 MAX_MICRO_BATCH = 256
 # On CPUs memory is no limit; 96 pairs of the built-in model are within 13 % of the fastest size.
 CPU_MICRO_BATCH = 96
+
+
+def choose_sigma_indices(available: int, used: int, choice: str, rng: torch.Generator) -> list[int]:
+    """``used`` of the ``available`` sigmas at which a sample is trained.
+
+    random: any.  stratified: one from each of ``used`` equal parts of the sampler's path, by
+    systematic sampling, so that all sigmas are equally likely.  first: the noisiest.
+    """
+    if choice == "random":
+        return torch.randperm(available, generator=rng)[:used].tolist()
+    if choice == "first":
+        return list(range(used))
+    start = float(torch.rand((), generator=rng, dtype=torch.float64))
+    return [int((start + i) * available / used) for i in range(used)]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``, copied without waiting for a GPU."""
+    if device.type == "cuda" and tensor.device != device:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
+
+
+@dataclass(frozen=True)
+class StepPairs:
+    """The pairs of one optimizer step."""
+
+    pairs: list[Pair]  # of this rank
+    total: int  # by which the global sum of their losses is divided
+    key: tuple[int, int]  # epoch and pass over its samples, which the noise depends on
+
+
+class EpochBatches:
+    """The training data of an epoch: ``rollout``, and the algorithm's ``weights: [N]`` of all its
+    samples (NaN leaves a sample out).
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        algorithm: Algorithm,
+        rollout: Rollout,
+        weights: Tensor,
+        *,
+        epoch: int,
+        dtype: torch.dtype,
+    ):
+        self.rollout, self.weights, self.epoch, self.dtype = rollout, weights, epoch, dtype
+        self.train, self.seed = config.train, config.seed
+        self.group_size = config.sample.num_image_per_prompt
+        self.on_trajectories = algorithm.on_trajectories
+        fraction = config.train.timestep_fraction
+        self.sigmas_per_sample = max(1, int(len(rollout.sigmas) * fraction))
+        self._scored = ~weights.isnan()
+        self._trained = self._scored.clone()
+        if config.train.skip_flat_groups:
+            flat = flat_groups(rollout.scores.total, self.group_size)
+            self._trained &= ~flat.repeat_interleave(self.group_size)
+        if algorithm.skips_weightless:
+            self._trained &= weights != 0
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of this rank's samples in one pass."""
+        return len(self.rollout.indices) * self.sigmas_per_sample
+
+    def steps(self) -> Iterator[StepPairs]:
+        """The optimizer steps of the epoch."""
+        for inner in range(self.train.num_inner_epochs):
+            key = (self.epoch, inner)
+            parts = self._split(key)
+            for part in range(self.train.gradient_step_per_epoch):
+                chosen = parts == part
+                # Scored samples count in the mean even if they are skipped because they have no
+                # gradient, so the global number of pairs is known without communication.
+                total = self.sigmas_per_sample * int((chosen & self._scored).sum())
+                yield StepPairs(self._pairs(chosen & self._trained, key), total, key)
+
+    def _split(self, key: tuple[int, int]) -> Tensor:
+        """The optimizer step of each sample ``[N]``; each has an equal share of every group."""
+        steps = torch.empty(len(self.weights) // self.group_size, self.group_size, dtype=torch.long)
+        for group, row in enumerate(steps):
+            rng = generator(self.seed, *key, group, "split")
+            order = torch.randperm(self.group_size, generator=rng)
+            parts = torch.arange(self.group_size) + group
+            row[order] = parts % self.train.gradient_step_per_epoch
+        return steps.reshape(-1)
+
+    def _pairs(self, chosen: Tensor, key: tuple[int, int]) -> list[Pair]:
+        available, used = len(self.rollout.sigmas), self.sigmas_per_sample
+        pairs = []
+        for row, index in enumerate(self.rollout.indices):
+            if chosen[index]:
+                rng = generator(self.seed, *key, self._noise_key(index), "sigmas")
+                indices = choose_sigma_indices(available, used, self.train.sigma_choice, rng)
+                pairs += [(row, sigma_index) for sigma_index in indices]
+        return pairs
+
+    def _noise_key(self, index: int) -> int:
+        """The sample whose number keys the noise and the sigmas of sample ``index``: itself, or
+        the first of its group.
+        """
+        return index - index % (self.group_size if self.train.shared_noise else 1)
+
+    def batch(
+        self, pairs: list[Pair], key: tuple[int, int]
+    ) -> tuple[Batch | Transitions, Conditioning]:
+        """The algorithm's batch of ``pairs``, and their prompts."""
+        rows, sigma_indices = torch.tensor(pairs).T.contiguous()
+        device = self.rollout.x0.device
+        on_device = to_device(rows, device)
+        weight = to_device(self.weights[rows + self.rollout.indices.start], device)
+        cond = self.rollout.cond.select(self.rollout.cond_rows[on_device])
+        if self.on_trajectories:
+            return self._transitions(on_device, sigma_indices, weight), cond
+        return self._noised(pairs, key, on_device, sigma_indices, weight), cond
+
+    def _noised(
+        self,
+        pairs: list[Pair],
+        key: tuple[int, int],
+        rows: Tensor,
+        sigma_indices: Tensor,
+        weight: Tensor,
+    ) -> Batch:
+        """Clean samples with new noise, keyed by (seed, epoch, pass, sample, sigma)."""
+        rollout = self.rollout
+        x0 = rollout.x0[rows]
+        samples = [(self._noise_key(rollout.indices[row]), sigma) for row, sigma in pairs]
+        rngs = [generator(self.seed, *key, index, k, "noise") for index, k in samples]
+        noise = to_device(normal(tuple(x0.shape[1:]), rngs), x0.device).to(self.dtype)
+        sigma = to_device(rollout.sigmas[sigma_indices], x0.device).to(self.dtype)
+        return Batch(x0, noise, add_noise(x0, noise, sigma), sigma, weight)
+
+    def _transitions(self, rows: Tensor, sigma_indices: Tensor, weight: Tensor) -> Transitions:
+        """Steps that the sampler took."""
+        assert self.rollout.trajectory is not None
+        xs, log_probs = self.rollout.trajectory
+        steps = to_device(sigma_indices, rows.device)
+        levels = torch.cat([self.rollout.sigmas, torch.zeros_like(self.rollout.sigmas[:1])])
+        return Transitions(
+            xt=xs[steps, rows],
+            xt_next=xs[steps + 1, rows],
+            sigma=levels[sigma_indices],
+            sigma_next=levels[sigma_indices + 1],
+            log_prob=log_probs[steps, rows],
+            weight=weight,
+        )
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:

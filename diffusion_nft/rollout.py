@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from ml_collections import ConfigDict
@@ -14,6 +13,7 @@ from diffusion_nft.data.prompts import Prompt, shard
 from diffusion_nft.distributed.preemption import requested
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.images import THUMBNAIL, Images, diversity, thumbnails
+from diffusion_nft.models import Model
 from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.sampling import Sampler
 from diffusion_nft.randomness import generator
@@ -77,7 +77,7 @@ def shown_samples(indices: range, group_size: int, number: int) -> list[int]:
 
 
 def generate_rollouts(
-    model: Any,
+    model: Model,
     prompts: list[Prompt],
     rewards: RewardSet,
     config: ConfigDict,
@@ -99,12 +99,7 @@ def generate_rollouts(
     """
     size = config.sample.num_image_per_prompt
     indices = shard(len(prompts) * size, dist.rank, dist.world_size)
-    sampler = Sampler(
-        config.sample.solver,
-        config.sample.num_steps,
-        config.sample.guidance_scale,
-        config.sample.noise_level,
-    )
+    sampler = Sampler.for_rollouts(config)
     first = indices.start // size
     groups_here = slice(first, -(-indices.stop // size) if indices else first)
     cond = model.encode([prompt.text for prompt in prompts[groups_here]])
@@ -141,20 +136,21 @@ def generate_rollouts(
         scores, all_thumbs = gather_scores(
             dist, worker.results, torch.cat([empty, *thumbs]), rewards.max_unscored
         )
-    x0 = torch.cat(latents) if latents else torch.zeros(0, *model.latent_shape)
+    shape = model.latent_shape(sampler.size)
+    x0 = torch.cat(latents) if latents else torch.zeros(0, *shape)
     scored = ~scores.total.isnan()
     if not scored.any():
         raise RewardError(f"none of the {len(scored)} images has a score: {scores.reasons[0]}")
     mine = x0[scored[indices.start : indices.stop].to(x0.device)]
-    squares = dist.gather_objects(float(mine.double().square().sum()))
-    num_values = int(scored.sum()) * math.prod(model.latent_shape)
+    squares = dist.sum_numbers({"x0": mine.double().square().sum()})
+    num_values = int(scored.sum()) * math.prod(shape)
     groups = [i // size for i in range(len(prompts) * size)]
     return Rollout(
         scores=scores,
         diversity=diversity(all_thumbs, groups),
         indices=indices,
         x0=x0,
-        x0_rms=math.sqrt(sum(squares) / num_values),
+        x0_rms=math.sqrt(squares["x0"] / num_values),
         cond=cond,
         cond_rows=cond_rows,
         sigmas=sigmas,

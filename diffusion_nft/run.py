@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from ml_collections import ConfigDict
 
+from diffusion_nft.build import build_trainer
 from diffusion_nft.distributed.preemption import Preempted, requested, stop_on_signals
 from diffusion_nft.distributed.ranks import Distributed, LostContact, check_shared
+from diffusion_nft.runs.checkpoint import Checkpoint
 from diffusion_nft.runs.lock import only_writer
 from diffusion_nft.runs.run_dir import check_run_dir
 from diffusion_nft.runs.state import is_finished, newest_checkpoint, stage_number
@@ -44,13 +46,20 @@ def _run(config: ConfigDict, dist: Distributed) -> None:
     with _start_errors():
         check_run_dir(config)
         stages = stages_of(config)
-        todo = _unfinished(stages, dist)
+        checkpoint = newest_checkpoint(config, dist)
+        todo = _unfinished(stages, checkpoint, dist)
         _check_ahead(todo, dist)
     if not todo:
         dist.print_once("\n".join(result(Path(config.save_dir), stage.number) for stage in stages))
     for stage in todo:
-        _train(config, dist, stage, last=stage is todo[-1])
+        with _start_errors():
+            if stage is not todo[0]:
+                checkpoint = newest_checkpoint(config, dist)
+            trainer = build_trainer(config, dist, stage, checkpoint)
+        checkpoint = None  # frees its tensors
+        _train(trainer, dist, last=stage is todo[-1])
         # Two models would not fit the device; a trainer's parts refer to each other.
+        del trainer
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -67,9 +76,7 @@ def devices(dist: Distributed) -> str:
     return f"{dist.world_size} process(es) on CPUs ({build})"
 
 
-def _train(config: ConfigDict, dist: Distributed, stage: Stage, *, last: bool) -> None:
-    with _start_errors():
-        trainer = Trainer(config, dist, stage)
+def _train(trainer: Trainer, dist: Distributed, *, last: bool) -> None:
     with stop_on_signals():
         trainer.run()
         # One that came too late for this stage must not be forgotten in the next.
@@ -89,9 +96,10 @@ def _start_errors() -> Iterator[None]:
         raise StartError(f"{type(error).__name__}: {error}") from error
 
 
-def _unfinished(stages: list[Stage], dist: Distributed) -> list[Stage]:
-    """The stages that have epochs to make, an evaluation, or pictures to draw."""
-    checkpoint = newest_checkpoint(stages[0].config, dist)
+def _unfinished(
+    stages: list[Stage], checkpoint: Checkpoint | None, dist: Distributed
+) -> list[Stage]:
+    """The stages that have epochs to make, an evaluation, or images to draw."""
 
     def finished(stage: Stage) -> bool:
         pictures = Path(stage.config.save_dir, pictures_file(stage.number))

@@ -33,14 +33,15 @@ from transformers import (
     T5EncoderModel,
 )
 
-from diffusion_nft.algorithms import Algorithm, Batch, build_algorithm
+from diffusion_nft.algorithms import Batch
 from diffusion_nft.benchmarks.models import ARCHITECTURES, CLIP_TOKENS, Setup
 from diffusion_nft.command_line import command, positive, user_path
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.flow import add_noise
+from diffusion_nft.models import image_size
 from diffusion_nft.models.embeddings import Conditioning
-from diffusion_nft.policy import Policy
 from diffusion_nft.tracking.plan import memory
+from diffusion_nft.update import build_learner
 from diffusion_nft.utils.files import write_atomically
 from diffusion_nft.utils.paths import prepare_folder
 
@@ -145,16 +146,10 @@ class Shapes:
         setup = Setup.of(config, Distributed(0, 1, 0, META), arch)
         with META:
             self.model: Any = setup.load()
-            self.policy = Policy(
-                self.model.transformer,
-                targets=self.model.lora_targets,
-                rank=config.train.lora_rank,
-                alpha=config.train.lora_alpha,
-                seed=config.seed,
-                dtype=self.model.precision.trained_dtype,
-            )
-        self.kept = dict(memory(self.model, self.policy, setup.num_samples))
-        self.algorithm: Algorithm = build_algorithm(config)
+            learner = build_learner(config, setup.dist, self.model)
+        self.policy, self.algorithm = learner.policy, learner.algorithm
+        self.latent_shape = self.model.latent_shape(image_size(config))
+        self.kept = dict(memory(self.model, self.policy, setup.num_samples, self.latent_shape))
         for weight in self.policy.parameters():
             weight.grad = torch.zeros_like(weight)
         precision = self.model.precision
@@ -168,7 +163,7 @@ class Shapes:
         with META:
             prompt_embeds = torch.empty(size, length, shape.joint_attention_dim)
             pooled_prompt_embeds = torch.empty(size, shape.pooled_projection_dim)
-            x = torch.empty(size, *self.model.latent_shape, dtype=precision.trained_dtype)
+            x = torch.empty(size, *self.latent_shape, dtype=precision.trained_dtype)
             sigma = torch.empty(size, dtype=precision.trained_dtype)
         dtype = precision.compute_dtype
         return x, sigma, Conditioning(prompt_embeds.to(dtype), pooled_prompt_embeds.to(dtype))

@@ -49,9 +49,9 @@ def parse_flags() -> argparse.Namespace:
     add("--rescore", action="store_true", help="score --output_dir's saved pictures")
     args = parser.parse_args()
     args.options = options = resolve_options(args)
-    if "dataset" not in options.settings:
+    if "dataset" not in options.config:
         parser.error("--dataset is needed without --checkpoint_path")
-    args.dataset = options.settings["dataset"]
+    args.dataset = options.config.dataset
     split_file(args.dataset, "test")
     args.rewards = choose_rewards(args.dataset, args.reward, args.skip_rewards, options.run)
     if idle := named_rewards(args) - args.rewards.keys():
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, dist: Distributed) -> None:
             folder,
             prompts,
             args.rewards,
-            options.settings,
+            options.config,
             record,
             model=lambda: options.model(dist),
             rewards=lambda weights: options.rewards(weights, dist),
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace, dist: Distributed) -> None:
         lines,
         options.rewards(args.rewards, dist),
         folder,
-        batch_size=options.settings["eval.batch_size"],
+        batch_size=options.config.eval.batch_size,
         dist=dist,
     )
     if dist.is_main:

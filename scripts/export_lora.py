@@ -21,6 +21,7 @@ import torch
 from diffusers import AutoModel
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
+from ml_collections import ConfigDict
 from safetensors import SafetensorError
 
 from diffusion_nft.command_line import command, user_path
@@ -97,11 +98,11 @@ def main() -> None:
         lora = load_lora(options.fetch(dist))
     given = getattr(args, "pretrained.model")
     if not (options.run or given) and lora.base_model:
-        options.settings["pretrained.model"] = lora.base_model
-    base = options.settings["pretrained.model"]
+        options.config.pretrained.model = lora.base_model
+    base = options.config.pretrained.model
     if note := base_note(lora, base):
         print(note)
-    merged = merge(options.settings, lora) if args.merge else None
+    merged = merge(options.config, lora) if args.merge else None
     with filling(args.output_dir) as folder:
         if merged:
             write_pipeline(*merged, folder)
@@ -137,10 +138,10 @@ def filling(folder: Path) -> Iterator[Path]:
             folder.rmdir()
 
 
-def merge(settings: dict[str, Any], lora: Lora) -> tuple[Path, Any]:
+def merge(config: ConfigDict, lora: Lora) -> tuple[Path, Any]:
     """The folder of the base pipeline, and its transformer with the LoRA in its weights."""
-    base = fetch_pipeline(settings["pretrained.model"], settings["pretrained.revision"])
-    stored = COMPUTE_DTYPES[settings["mixed_precision"]]
+    base = fetch_pipeline(config.pretrained.model, config.pretrained.revision)
+    stored = COMPUTE_DTYPES[config.mixed_precision]
     # A sum in half precision would lose most of the small change that a LoRA is.
     exact = torch.promote_types(stored, torch.float32)
     transformer: Any = AutoModel.from_pretrained(
@@ -180,7 +181,7 @@ def write_card(
     options: EvalOptions, lora: Lora, folder: Path, *, repo: str | None, merged: bool
 ) -> None:
     """Writes README.md, and beside it the run's before and after where it has left them."""
-    base = public_name(options.settings["pretrained.model"])
+    base = public_name(options.config.pretrained.model)
     head = ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:", "- lora"]
     if "/" in base:
         relation = "finetune" if merged else "adapter"
@@ -203,7 +204,7 @@ def write_card(
         f"A LoRA of `{base}`, rank {lora.rank}. Its trained strength is in the weights: alpha is",
         *("the rank, for every program that reads them.", ""),
         *about,
-        *("## Use", "", *snippet(options.settings, base, repo or ".", folder if merged else None)),
+        *("## Use", "", *snippet(options.config, base, repo or ".", folder if merged else None)),
         "",
         f"The LoRA alone: `{DIFFUSERS_WEIGHTS}` for diffusers (>= {OLDEST_DIFFUSERS}) and ComfyUI,",
         *(f"`{PEFT_FOLDER}/` for PEFT (>= {OLDEST_PEFT}).", ""),
@@ -272,11 +273,11 @@ def shared_json(run: dict[str, Any]) -> str:
     return json.dumps(kept, indent=1)
 
 
-def snippet(settings: dict[str, Any], base: str, where: str, merged: Path | None) -> list[str]:
+def snippet(config: ConfigDict, base: str, where: str, merged: Path | None) -> list[str]:
     """A program that draws an image with plain diffusers; ``merged``: the folder of the pipeline
     that has the LoRA in its weights, if there is one.
     """
-    dtype = COMPUTE_DTYPES[settings["mixed_precision"]]
+    dtype = COMPUTE_DTYPES[config.mixed_precision]
     lines = ["import torch", "from diffusers import StableDiffusion3Pipeline"]
     # JSON's quoting, as the names may be a stranger's.
     source = json.dumps(where if merged else base)
@@ -296,11 +297,11 @@ def snippet(settings: dict[str, Any], base: str, where: str, merged: Path | None
     lines += [
         "image = pipe.to(device)(",
         '    "a red circle above a blue square",',
-        f"    num_inference_steps={settings['eval.num_steps']},",
-        f"    guidance_scale={settings['eval.guidance_scale']},",
-        f"    height={settings['resolution']},",
-        f"    width={settings['resolution']},",
-        f"    max_sequence_length={settings['pretrained.max_sequence_length']},",
+        f"    num_inference_steps={config.eval.num_steps},",
+        f"    guidance_scale={config.eval.guidance_scale},",
+        f"    height={config.resolution},",
+        f"    width={config.resolution},",
+        f"    max_sequence_length={config.pretrained.max_sequence_length},",
         "    generator=torch.Generator().manual_seed(0),",
         ").images[0]",
         'image.save("picture.png")',

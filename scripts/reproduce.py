@@ -150,7 +150,7 @@ def main() -> None:
             reserve_folder(args.model_dir, common, dist)
             unscored = any(task.weights.keys() - scored_by(task.folder) for task in args.tasks)
             # One view for all ranks, as files may be seen at different moments.
-            if dist.gather_objects(unscored)[0]:
+            if dist.broadcast_object(unscored):
                 check_rewards(options, args, dist)
                 if dist.is_main:
                     write_environment(args.model_dir)
@@ -162,7 +162,7 @@ def main() -> None:
                     task.folder,
                     task.prompts,
                     task.weights,
-                    options.settings,
+                    options.config,
                     record,
                     model=model,
                     rewards=lambda weights: options.rewards(weights, dist),

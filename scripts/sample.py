@@ -13,14 +13,13 @@ import argparse
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from diffusion_nft.command_line import command, user_path
 from diffusion_nft.data.prompts import check_text, read_prompts
 from diffusion_nft.distributed.ranks import distributed
 from diffusion_nft.evaluation.options import add_model_flags, resolve_options
 from diffusion_nft.images import Images, save_png
-from diffusion_nft.models import load_model
+from diffusion_nft.models import Model, load_model
 from diffusion_nft.models.sampling import Sampler
 from diffusion_nft.policy import REFERENCE
 from diffusion_nft.randomness import generator
@@ -72,7 +71,7 @@ def file_stem(number: int, prompt: str) -> str:
 
 
 def draw(
-    model: Any,
+    model: Model,
     sampler: Sampler,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -103,16 +102,14 @@ def main() -> None:
     """Parses, tries the folder, loads, draws and writes."""
     args = parse_flags()
     seeds, options = list(dict.fromkeys(args.seeds)), resolve_options(args)
-    settings, prompts = options.settings, args.prompts
+    prompts = args.prompts
     folder = args.output_dir or Path("samples", options.name)
     prepare_folder(folder)
     base = None
     with distributed(timeout_minutes=60) as dist:
-        model = load_model(settings, dist)
+        model = load_model(options.config, dist)
         policy = options.policy(model, dist)
-        sampler = Sampler(
-            settings["eval.solver"], settings["eval.num_steps"], settings["eval.guidance_scale"]
-        )
+        sampler = Sampler.for_evaluation(options.config)
         images = draw(model, sampler, prompts, seeds, folder)
         if args.compare:
             assert policy, "--compare comes with a LoRA"

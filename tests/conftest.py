@@ -37,7 +37,6 @@ def shapes_model():
         "sd3",
         name="shapes",
         max_sequence_length=8,
-        resolution=48,
         dist=Distributed(0, 1, 0, device),
         precision=Precision("no", device),
     )

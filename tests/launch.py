@@ -95,13 +95,26 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def make_trainer(config: ConfigDict, dist: Any, stage: Any = None) -> Any:
+    """The trainer of ``stage`` (by default the first), from wherever the run directory stands."""
+    from diffusion_nft.build import build_trainer
+    from diffusion_nft.runs.run_dir import check_run_dir
+    from diffusion_nft.runs.state import newest_checkpoint
+    from diffusion_nft.validation.stages import stages_of
+
+    check_run_dir(config)
+    stage = stage or stages_of(config)[0]
+    return build_trainer(config, dist, stage, newest_checkpoint(config, dist))
+
+
 def train_here(save_dir: Path, overrides: dict[str, Any] | None = None) -> Any:
     """Trains in this process, to the end; returns the trainer."""
     from diffusion_nft.distributed.ranks import Distributed
-    from diffusion_nft.trainer import Trainer
 
     with one_thread():
-        trainer = Trainer(smoke(save_dir, overrides), Distributed(0, 1, 0, torch.device("cpu")))
+        trainer = make_trainer(
+            smoke(save_dir, overrides), Distributed(0, 1, 0, torch.device("cpu"))
+        )
         trainer.run()
     return trainer
 
@@ -115,11 +128,10 @@ def train_on_ranks(nproc: int, jobs: list[tuple[Path, dict[str, Any]]]) -> None:
 def _train_jobs(text: str) -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "config")]
     from diffusion_nft.distributed.ranks import distributed
-    from diffusion_nft.trainer import Trainer
 
     with distributed(timeout_minutes=3) as dist:
         for save_dir, overrides in json.loads(text):
-            Trainer(smoke(Path(save_dir), overrides), dist).run()
+            make_trainer(smoke(Path(save_dir), overrides), dist).run()
 
 
 if __name__ == "__main__":

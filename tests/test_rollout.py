@@ -134,7 +134,7 @@ def test_every_sample_is_scored_against_its_own_prompt(shapes_model, tmp_path):
 def test_guidance_mixes_two_velocities(shapes_model):
     texts = ["a red circle", "two blue squares"]
     cond, empty = shapes_model.encode(texts), shapes_model.encode(["", ""])
-    x = torch.randn(2, *shapes_model.latent_shape)
+    x = torch.randn(2, *shapes_model.latent_shape((48, 48)))
     sigma = torch.tensor([0.7, 0.3])
     guided = guided_velocity(shapes_model, cond, 3.0)
     plain = guided_velocity(shapes_model, cond, 1.0)
@@ -148,8 +148,8 @@ def test_guidance_mixes_two_velocities(shapes_model):
 
 def test_one_euler_step_is_the_formula(shapes_model):
     cond = shapes_model.encode(["a red circle"])
-    x0, sigmas = Sampler("flow", 1, 1.0)(shapes_model, cond, [generator("k")])
-    start = torch.randn(shapes_model.latent_shape, generator=generator("k"))[None]
+    x0, sigmas = Sampler("flow", 1, 1.0, (48, 48))(shapes_model, cond, [generator("k")])
+    start = torch.randn(shapes_model.latent_shape((48, 48)), generator=generator("k"))[None]
     with torch.no_grad():
         v = shapes_model.velocity(start, torch.ones(1), cond)
     torch.testing.assert_close(x0, start - v, rtol=1e-5, atol=1e-5)

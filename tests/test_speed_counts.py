@@ -16,7 +16,7 @@ from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models.sampling import Sampler
 from diffusion_nft.policy import LoraLinear
 from diffusion_nft.trainer import Trainer
-from tests.launch import one_thread, smoke
+from tests.launch import make_trainer, one_thread, smoke
 
 CPU = torch.device("cpu")
 EPOCHS, STEPS, SAMPLES, SOLVER_STEPS, SIGMAS, EVALUATED = 2, 2, 12, 4, 2, 3
@@ -53,8 +53,8 @@ class Counts:
     merged: Counter = field(default_factory=Counter)
 
 
-def make_trainer(tmp_path, **settings) -> Trainer:
-    return Trainer(smoke(tmp_path, SETTINGS | settings), Counting(0, 1, 0, CPU))
+def counting_trainer(tmp_path, **settings) -> Trainer:
+    return make_trainer(smoke(tmp_path, SETTINGS | settings), Counting(0, 1, 0, CPU))
 
 
 def counted_run(trainer: Trainer, monkeypatch) -> Counts:
@@ -96,7 +96,7 @@ def counted_run(trainer: Trainer, monkeypatch) -> Counts:
 
 @pytest.mark.parametrize("kl_weight", [0.1, 0.0])
 def test_nothing_is_computed_twice(tmp_path, monkeypatch, kl_weight):
-    trainer = make_trainer(tmp_path, **{"nft.kl_weight": kl_weight})
+    trainer = counting_trainer(tmp_path, **{"nft.kl_weight": kl_weight})
     config = trainer.config
     counts = counted_run(trainer, monkeypatch)
     pairs = EPOCHS * SAMPLES * SIGMAS
@@ -115,7 +115,7 @@ def test_nothing_is_computed_twice(tmp_path, monkeypatch, kl_weight):
     assert counts.calls["old"] == EPOCHS * 3 * SOLVER_STEPS + micro_batches
     assert counts.decoded == EPOCHS * SAMPLES + EVALUATED
     # Every text once in the whole run.
-    texts = {prompt.text for prompt in trainer.test_prompts[:EVALUATED]}
+    texts = {prompt.text for prompt in trainer.evaluator.prompts[:EVALUATED]}
     for epoch in range(EPOCHS):
         chosen = epoch_prompts(trainer.train_prompts, 3, seed=config.seed, epoch=epoch)
         texts |= {prompt.text for prompt in chosen}
@@ -132,7 +132,7 @@ def test_nothing_is_computed_twice(tmp_path, monkeypatch, kl_weight):
 def test_the_next_prompts_are_encoded_beside_the_scores_where_both_fit(
     tmp_path, monkeypatch, offload
 ):
-    trainer = make_trainer(tmp_path, **{"perf.offload_text_encoders": offload})
+    trainer = counting_trainer(tmp_path, **{"perf.offload_text_encoders": offload})
     encoded, encode, gather = [], trainer.model.pipe.encode_prompt, rollout.gather_scores
     seen = []
 
@@ -165,7 +165,7 @@ class Reads(TorchDispatchMode):
 
 
 def test_the_host_reads_no_value_in_the_inner_loops(tmp_path):
-    trainer = make_trainer(tmp_path)
+    trainer = counting_trainer(tmp_path)
     with one_thread():
         samples = trainer._sample()
         r = torch.linspace(0.1, 0.9, SAMPLES)
@@ -180,7 +180,7 @@ def test_the_host_reads_no_value_in_the_inner_loops(tmp_path):
         per_solver = []
         for solver in ("dpm2", "flow"):
             for steps in (2, 5):
-                sampler = Sampler(solver, steps, guidance_scale=1.0, noise_level=0.5)
+                sampler = Sampler(solver, steps, 1.0, (48, 48), noise_level=0.5)
                 cond = trainer.model.encode(["a red circle"])
                 with Reads() as reads:
                     sampler(trainer.model, cond, [torch.Generator().manual_seed(0)])

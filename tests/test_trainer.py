@@ -15,8 +15,7 @@ from diffusion_nft.rewards.combine import RewardError
 from diffusion_nft.runs.checkpoint import Checkpointer
 from diffusion_nft.shapes.model import PIPELINE_DIR
 from diffusion_nft.tracking.metrics import read_metrics
-from diffusion_nft.trainer import Trainer
-from tests.launch import one_thread, smoke, train_here
+from tests.launch import make_trainer, one_thread, smoke, train_here
 
 CPU = Distributed(0, 1, 0, torch.device("cpu"))
 # A smaller epoch than the smoke preset's, where nothing but the course of events counts.
@@ -71,7 +70,9 @@ def test_the_exported_lora_is_the_ema_in_diffusers(run_dir, shapes_model):
     folder = run_dir / "checkpoints" / "checkpoint-4"
     pipe = StableDiffusion3Pipeline.from_pretrained(PIPELINE_DIR, dtype=torch.float32)
     pipe.load_lora_weights(str(folder))
-    x = torch.randn(1, *shapes_model.latent_shape, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        1, *shapes_model.latent_shape((48, 48)), generator=torch.Generator().manual_seed(0)
+    )
     cond = shapes_model.encode(["a red circle"])
 
     def predict(transformer):
@@ -84,7 +85,7 @@ def test_the_exported_lora_is_the_ema_in_diffusers(run_dir, shapes_model):
                 return_dict=False,
             )[0]
 
-    trainer = Trainer(smoke(run_dir, {"log.num_images": 4, "checkpoint.keep": 0}), CPU)
+    trainer = make_trainer(smoke(run_dir, {"log.num_images": 4, "checkpoint.keep": 0}), CPU)
     with trainer.policy.use_adapter("ema"):
         ours = predict(trainer.model.transformer)
     with trainer.policy.use_adapter("current"):
@@ -129,16 +130,17 @@ def with_reward(run_dir, overrides):
 def test_a_failing_reward_ends_the_run_and_its_state_is_saved(fails, tmp_path, monkeypatch, where):
     overrides = {"num_epochs": 4, "save_freq": 0, "eval_freq": 0 if where == "sampling" else 2}
     config = with_reward(tmp_path, overrides | {"eval.at_start": False})
-    trainer = Trainer(config, CPU)
+    trainer = make_trainer(config, CPU)
+    owner = trainer if where == "sampling" else trainer.evaluator
     target = "_sample" if where == "sampling" else "evaluate"
-    real = getattr(trainer, target)
+    real = getattr(owner, target)
 
     def then_fail(*args):
         if trainer.state.epoch == 2:
             Fails.failing = True
         return real(*args)
 
-    monkeypatch.setattr(trainer, target, then_fail)
+    monkeypatch.setattr(owner, target, then_fail)
     with one_thread(), pytest.raises(RewardError, match="server went away") as caught:
         trainer.run()
     causes, error = [], caught.value
@@ -152,9 +154,9 @@ def test_a_failing_reward_ends_the_run_and_its_state_is_saved(fails, tmp_path, m
     # Repaired, the same command goes on from there, and ends where a sound run ends.
     Fails.failing = False
     with one_thread():
-        Trainer(config, CPU).run()
+        make_trainer(config, CPU).run()
         sound = with_reward(tmp_path / "sound", overrides | {"eval.at_start": False})
-        Trainer(sound, CPU).run()
+        make_trainer(sound, CPU).run()
     ours, theirs = (Checkpointer(f).load_latest() for f in (tmp_path, tmp_path / "sound"))
     assert ours is not None and theirs is not None and ours.path.name == theirs.path.name
     for key, value in theirs.tensors["current"].items():
@@ -171,7 +173,7 @@ def test_a_reward_that_fails_in_the_first_epoch_leaves_one_first_evaluation(
     fails, tmp_path, monkeypatch
 ):
     config = with_reward(tmp_path, {"num_epochs": 1})
-    trainer = Trainer(config, CPU)
+    trainer = make_trainer(config, CPU)
     real = trainer._sample
 
     def then_fail():
@@ -182,7 +184,7 @@ def test_a_reward_that_fails_in_the_first_epoch_leaves_one_first_evaluation(
     with pytest.raises(RewardError):
         trainer.run()
     Fails.failing = False
-    Trainer(config, CPU).run()
+    make_trainer(config, CPU).run()
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["epoch"] for row in rows if "eval/total" in row] == [0, 1]
 
@@ -190,22 +192,22 @@ def test_a_reward_that_fails_in_the_first_epoch_leaves_one_first_evaluation(
 def test_training_from_a_lora_starts_all_adapters_there_and_keeps_the_reference(
     tmp_path, shapes_model
 ):
-    base = Trainer(smoke(tmp_path / "a", TINY), CPU)
+    base = make_trainer(smoke(tmp_path / "a", TINY), CPU)
     state = {key: torch.full_like(v, 0.01) for key, v in base.policy.state("current").items()}
     base.policy.load("ema", state)
     base.state._export(tmp_path)
     lora = str(tmp_path / "lora")
-    trainer = Trainer(smoke(tmp_path / "b", TINY | {"train.lora_path": lora}), CPU)
+    trainer = make_trainer(smoke(tmp_path / "b", TINY | {"train.lora_path": lora}), CPU)
     for name in ("current", "old", "ema"):
         for key, value in trainer.policy.state(name).items():
             assert torch.equal(value, state[key])
     with trainer.policy.use_adapter("reference"), torch.no_grad():
-        x, sigma = torch.ones(1, *shapes_model.latent_shape), torch.tensor([0.5])
+        x, sigma = torch.ones(1, *shapes_model.latent_shape((48, 48))), torch.tensor([0.5])
         cond = shapes_model.encode(["a red circle"])
         ours = trainer.model.velocity(x, sigma, cond)
         assert torch.equal(ours, shapes_model.velocity(x, sigma, cond))
     # Another alpha changes how B is stored, not the policy.
-    other = Trainer(
+    other = make_trainer(
         smoke(tmp_path / "c", TINY | {"train.lora_path": lora, "train.lora_alpha": 1}), CPU
     )
     factor = base.config.train.lora_alpha
@@ -213,7 +215,7 @@ def test_training_from_a_lora_starts_all_adapters_there_and_keeps_the_reference(
         assert torch.equal(value, state[key] * (factor if ".lora_B." in key else 1))
     wrong = smoke(tmp_path / "d", TINY | {"train.lora_path": lora, "train.lora_rank": 4})
     with pytest.raises(ValueError, match=r"rank 32; --config\.train\.lora_rank=32 trains it"):
-        Trainer(wrong, CPU)
+        make_trainer(wrong, CPU)
 
 
 def test_a_run_trains_the_layers_of_the_lora_it_starts_from_also_when_that_is_gone(
@@ -284,7 +286,7 @@ def test_standardized_rewards_count_deviations_of_their_group(tmp_path, monkeypa
     config.eval.at_start = False
     with config.unlocked(), config.reward_fn.unlocked():
         config.reward_fn.jpeg_compressibility = 2.0
-    trainer = Trainer(config, CPU)
+    trainer = make_trainer(config, CPU)
     seen = {}
     real_sample, real_update = trainer._sample, trainer.learner.train_epoch
     monkeypatch.setattr(trainer, "_sample", lambda: seen.setdefault("samples", real_sample()))

@@ -19,9 +19,8 @@ from diffusion_nft.rollout import Rollout
 from diffusion_nft.runs.checkpoint import load_checkpoint
 from diffusion_nft.solvers import Trajectory, sample_trajectory
 from diffusion_nft.tracking.metrics import read_metrics
-from diffusion_nft.trainer import Trainer
 from diffusion_nft.update import Learner
-from tests.launch import one_thread, smoke, train_here, train_on_ranks
+from tests.launch import make_trainer, one_thread, smoke, train_here, train_on_ranks
 from tests.test_update import CPU, NUM, SHAPE, Counted, LinearPolicy, copies
 
 LEVELS = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0], dtype=torch.float64)
@@ -66,7 +65,7 @@ def make_learner(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> L
             for own, current in zip(policy.weights[name], policy.weights["current"], strict=True):
                 own.copy_(current + 0.1 * own)
     model = SimpleNamespace(
-        latent_shape=SHAPE,
+        precision=Precision("fp64", CPU),
         velocity=lambda xt, s, cond: predict(
             policy.weights[policy.active], xt, s, cond.pooled_prompt_embeds
         ),
@@ -77,7 +76,6 @@ def make_learner(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> L
     return Learner(
         config,
         dist=Counted(rank, world_size, rank, CPU),
-        precision=Precision("fp64", CPU),
         model=model,
         policy=policy,
         algorithm=build_algorithm(config),
@@ -191,7 +189,7 @@ def test_recorded_log_probs_are_the_current_policys_at_equal_weights(tmp_path, s
         "grpo.kl_weight": 0.0,
     }
     with one_thread():
-        trainer = Trainer(smoke(tmp_path, overrides), Distributed(0, 1, 0, CPU))
+        trainer = make_trainer(smoke(tmp_path, overrides), Distributed(0, 1, 0, CPU))
         rollout = trainer._sample()
         weights = torch.ones(8, dtype=torch.float64)
         values = trainer.learner.train_epoch(rollout, weights, epoch=0)

@@ -1,6 +1,7 @@
 """The update on a linear model whose gradient autograd gives in one batch, and its failures."""
 
 import itertools
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from diffusion_nft.algorithms.nft import NFT
+from diffusion_nft.batches import EpochBatches, choose_sigma_indices
 from diffusion_nft.data.prompts import shard
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.images import Images
@@ -15,7 +17,8 @@ from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.precision import FIRST_LOSS_SCALE, Precision
 from diffusion_nft.rewards.combine import Scores
 from diffusion_nft.rollout import Rollout
-from diffusion_nft.update import Learner, choose_sigma_indices
+from diffusion_nft.runs.state import flatten_optimizer, unflatten_optimizer
+from diffusion_nft.update import Learner
 from tests.launch import smoke
 
 CPU = torch.device("cpu")
@@ -126,9 +129,8 @@ def make_learner(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> L
     return Learner(
         config,
         dist=Counted(rank, world_size, rank, CPU),
-        precision=Precision("fp64", CPU),
         model=SimpleNamespace(
-            latent_shape=SHAPE, velocity=velocity, pop_forward_counts=dict, forward_counts={}
+            precision=Precision("fp64", CPU), velocity=velocity, uncounted=nullcontext
         ),
         policy=policy,
         algorithm=Recording(config),
@@ -235,7 +237,10 @@ def test_optimizer_steps_share_every_group_and_reduce_once_each(tmp_path):
     rollout = make_rollout()
     learner.train_epoch(rollout, R, epoch=0)
     assert len(learner.dist.reduced) == learner.step == 4
-    split = learner._split(NUM, (0, 0)).reshape(GROUPS, SIZE)
+    batches = EpochBatches(
+        learner.config, learner.algorithm, rollout, R, epoch=0, dtype=torch.float64
+    )
+    split = batches._split((0, 0)).reshape(GROUPS, SIZE)
     assert (split == 0).sum(1).tolist() == [2, 2, 2]
     batches = learner.algorithm.batches
     assert len(batches) == 2 * NUM * 4
@@ -389,11 +394,12 @@ def test_state_returns_through_json(tmp_path):
 
     learner = make_learner(tmp_path)
     learner.train_epoch(make_rollout(), R, epoch=0)
-    tensors, state = learner.state_dict()
+    state = learner.state_dict()
+    tensors, optimizer = flatten_optimizer(state["optimizer"])
+    tensors = {key: value.clone() for key, value in tensors.items()}
+    state = json.loads(json.dumps(state | {"optimizer": optimizer}))
     other = make_learner(tmp_path)
-    other.load_state_dict(
-        {key: value.clone() for key, value in tensors.items()}, json.loads(json.dumps(state))
-    )
+    other.load_state_dict(state | {"optimizer": unflatten_optimizer(tensors, state["optimizer"])})
     with torch.no_grad():
         for mine, theirs in zip(
             other.policy.parameters(), learner.policy.parameters(), strict=True
@@ -471,7 +477,7 @@ def test_an_automatic_micro_batch_leaves_the_update_as_it_is(tmp_path, capsys):
     chosen, found = make_learner(tmp_path), make_learner(tmp_path, train__batch_size=0)
     for learner in (chosen, found):
         learner.train_epoch(make_rollout(), R, epoch=0)
-    assert "train.batch_size = 0: 24 pairs at once" in capsys.readouterr().out
+    assert "train.batch_size = 0: micro-batches of 24 pairs" in capsys.readouterr().out
     for mine, theirs in zip(chosen.dist.reduced[0], found.dist.reduced[0], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
     # A rank without samples finds its size, too.

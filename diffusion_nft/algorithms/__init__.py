@@ -67,8 +67,11 @@ class Algorithm(Protocol):
     on_trajectories: bool
     # Whether samples of weight 0 are left out: they count in the mean, and cost nothing.
     skips_weightless: bool
-    # Weight of the distance to the reference in the loss; an alarm may raise it.
-    kl_weight: float
+    kl_weight: float  # of the distance to the reference in the loss
+
+    def scale_kl(self, factor: float) -> None:
+        """Multiplies ``kl_weight``: the monitor raises it after an alarm."""
+        ...
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -89,6 +92,16 @@ class Algorithm(Protocol):
     def old_policy_decay(self, step: int) -> float:
         """eta after global optimizer step ``step``: old <- eta old + (1 - eta) current."""
         ...
+
+
+class KLWeighted:
+    """An algorithm's ``kl_weight`` and its scaling."""
+
+    kl_weight: float
+
+    def scale_kl(self, factor: float) -> None:
+        """Multiplies ``kl_weight`` by ``factor``."""
+        self.kl_weight *= factor
 
 
 def algorithm_class(name: str) -> Any:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from diffusion_nft.advantages import shaped
-from diffusion_nft.algorithms import PolicyVelocity, Transitions
+from diffusion_nft.algorithms import KLWeighted, PolicyVelocity, Transitions
 from diffusion_nft.flow import expand
 from diffusion_nft.solvers import log_prob, sde_step
 
@@ -75,7 +75,7 @@ def flow_grpo_loss(
     return policy + kl_weight * kl, metrics
 
 
-class FlowGRPO:
+class FlowGRPO(KLWeighted):
     """``flow_grpo_loss`` on the sampler's own steps; the sampling policy follows at once."""
 
     on_trajectories = True

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from diffusion_nft.advantages import shaped
-from diffusion_nft.algorithms import Batch, PolicyVelocity
+from diffusion_nft.algorithms import Batch, KLWeighted, PolicyVelocity
 from diffusion_nft.algorithms.flow_grpo import clipped_policy_loss
 from diffusion_nft.algorithms.nft import WEIGHTINGS, with_kl
 
@@ -102,7 +102,7 @@ def advantage_matching_loss(
     return with_kl(policy, metrics, v, v_ref, kl_weight)
 
 
-class _Matching:
+class _Matching(KLWeighted):
     """What the three have in common: everything but the weights of samples."""
 
     on_trajectories = False

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from diffusion_nft.advantages import optimality
-from diffusion_nft.algorithms import Batch, PolicyVelocity
+from diffusion_nft.algorithms import Batch, KLWeighted, PolicyVelocity
 from diffusion_nft.flow import x0_from_velocity
 
 # Floor of the adaptive weight's denominator.
@@ -148,7 +148,7 @@ def old_policy_schedule(name: str) -> Callable[[int], float]:
     return _capped_line(float(found[1]), int(found[2]), float(found[3]))
 
 
-class NFT:
+class NFT(KLWeighted):
     """``nft_loss`` and the old policy's schedule, as the config sets them."""
 
     on_trajectories = False

@@ -136,12 +136,7 @@ class Published:
         setup, config, dist = self.setup, self.setup.config, self.setup.dist
         prompts, size = setup.epoch_prompts(epoch), config.sample.num_image_per_prompt
         indices = shard(setup.num_samples, dist.rank, dist.world_size)
-        sampler = Sampler(
-            config.sample.solver,
-            config.sample.num_steps,
-            config.sample.guidance_scale,
-            config.sample.noise_level,
-        )
+        sampler = Sampler.for_rollouts(config)
         latents, conds, futures, sigmas = [], [], [], torch.zeros(0)
         with ThreadPoolExecutor(SCORERS) as scorers, self.use_adapter("old"):
             for start in range(0, len(indices), config.sample.batch_size):

@@ -21,12 +21,10 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from diffusion_nft.advantages import group_advantages, optimality, standardized_total
-from diffusion_nft.algorithms import build_algorithm
 from diffusion_nft.data.prompts import Prompt, epoch_prompts
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models import load_model
 from diffusion_nft.models.embeddings import Conditioning, EmbeddingCache
-from diffusion_nft.policy import Policy
 from diffusion_nft.randomness import generator
 from diffusion_nft.rewards import check_prompts
 from diffusion_nft.rewards.combine import RewardSet
@@ -34,8 +32,7 @@ from diffusion_nft.rewards.worker import ScoringWorker
 from diffusion_nft.rollout import Rollout, generate_rollouts
 from diffusion_nft.runs.state import TrainingState
 from diffusion_nft.tracking.monitor import Monitor
-from diffusion_nft.update import Learner
-from diffusion_nft.validation.flat import flatten
+from diffusion_nft.update import build_learner
 from diffusion_nft.validation.inputs import build_named, load_checked_prompts, reward_weights
 from diffusion_nft.validation.stages import stages_of
 
@@ -147,16 +144,18 @@ class Setup:
 
     def load(self, *, frozen_in_float32: bool = False) -> Any:
         """A model of its own, frozen weights in the compute dtype unless ``frozen_in_float32``."""
-        settings = flatten(self.config) | {"match_published": frozen_in_float32}
+        config = self.config.copy_and_resolve_references()
+        with config.unlocked():
+            config.match_published = frozen_in_float32
         if self.arch not in ARCHITECTURES:
-            model = load_model(settings, self.dist)
+            model = load_model(config, self.dist)
         else:
             build = _random_pipeline(ARCHITECTURES[self.arch], self.dist.device)
             with (
                 mock.patch("diffusion_nft.models.sd3.fetch_pipeline", return_value=Path()),
                 mock.patch("diffusion_nft.models.sd3.load_pipeline", build),
             ):
-                model = load_model(settings, self.dist)
+                model = load_model(config, self.dist)
             budget = self.config.perf.embed_cache_gb * 1e9
             model.encode_cached = EmbeddingCache(_random_embeddings(model), budget)
         # Of the published ways, its whole-number timesteps are not wanted.
@@ -215,22 +214,8 @@ class Product:
     def __init__(self, setup: Setup):
         self.setup, config = setup, setup.config
         self.model = setup.load()
-        self.policy = Policy(
-            self.model.transformer,
-            targets=self.model.lora_targets,
-            rank=config.train.lora_rank,
-            alpha=config.train.lora_alpha,
-            seed=config.seed,
-            dtype=self.model.precision.trained_dtype,
-        )
-        self.learner = Learner(
-            config,
-            dist=setup.dist,
-            precision=self.model.precision,
-            model=self.model,
-            policy=self.policy,
-            algorithm=(algorithm := build_algorithm(config)),
-        )
+        self.learner = build_learner(config, setup.dist, self.model)
+        self.policy = self.learner.policy
         self.optimizer = self.learner.optimizer
         # Where an observer finds what it times.
         self.encoder, self.switch, self.waiting = (
@@ -241,9 +226,8 @@ class Product:
         self.state = TrainingState(
             stages_of(config)[0],
             dist=setup.dist,
-            policy=self.policy,
             learner=self.learner,
-            monitor=Monitor(config, algorithm, setup.dist.print_once),
+            monitor=Monitor(config, self.learner.algorithm, setup.dist.print_once),
             prompts={},
         )
 

@@ -11,7 +11,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +88,7 @@ class Distributed:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that writes shared files and speaks."""
+        """True on the one rank that writes shared files and prints."""
         return self.rank == 0
 
     def print_once(self, text: str) -> None:
@@ -116,6 +116,25 @@ class Distributed:
         with _contact(self.rank, self.world_size):
             dist.all_gather_object(gathered, value)
         return gathered
+
+    def sum_numbers(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """The sum over the ranks of each of ``values`` (numbers or tensors of one element), in rank
+        order; a rank may lack some.
+        """
+        totals: dict[str, float] = {}
+        for own in self.gather_objects({key: float(value) for key, value in values.items()}):
+            for key, value in own.items():
+                totals[key] = totals.get(key, 0.0) + value
+        return totals
+
+    def broadcast_object(self, value: Any) -> Any:
+        """``value`` of rank 0 on every rank (pickled between our own processes)."""
+        if self.world_size == 1:
+            return value
+        sent = [value]
+        with _contact(self.rank, self.world_size):
+            dist.broadcast_object_list(sent)
+        return sent[0]
 
     def barrier(self) -> None:
         """Waits for every rank."""
@@ -206,7 +225,7 @@ def check_shared(
                 clearing.callback(probe.unlink, missing_ok=True)
             except OSError as error:
                 failure = f"{key} = {str(folder)!r} cannot be written: {error.strerror}"
-        name, failure = dist.gather_objects((probe.name, failure))[0]
+        name, failure = dist.broadcast_object((probe.name, failure))
         if failure:
             raise OSError(failure)
         blind = _blind(folder / name, dist, patience_s)

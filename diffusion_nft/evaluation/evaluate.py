@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from diffusion_nft.data.prompts import Prompt, draw_lines
@@ -30,6 +31,7 @@ from diffusion_nft.evaluation.results import (
     write_scores,
 )
 from diffusion_nft.images import THUMBNAIL, Images, diversity, thumbnails
+from diffusion_nft.models import Model
 from diffusion_nft.models.sampling import Sampler
 from diffusion_nft.randomness import generator
 from diffusion_nft.rewards.combine import RewardSet, Scores
@@ -79,10 +81,10 @@ def choose_rewards(
 
 
 def evaluate(
-    model: Any,
+    model: Model,
     prompts: list[Prompt],
     rewards: RewardSet,
-    settings: Mapping[str, Any],
+    config: ConfigDict,
     *,
     dist: Distributed,
     lines: Sequence[int] | None = None,
@@ -91,18 +93,16 @@ def evaluate(
 ) -> Evaluation:
     """Samples and scores every line of ``prompts`` with the model's active adapter.
 
-    ``settings``: a flat configuration; ``seed`` and ``eval.{solver, num_steps, guidance_scale,
+    ``config``: ``seed``, ``resolution`` and ``eval.{solver, num_steps, guidance_scale,
     batch_size}`` are read.  ``lines``: where each prompt stands in its test set, which keys its
     noise (None: as here).  ``num_pictures``: how many of a rank's pictures it returns, of drawn
     lines.  ``folder``: where every picture and the scores of every finished chunk are kept; what an
     interrupted call has left there is not made again (``complete`` sees to it that the settings
     were the same).  Raises RewardError on every rank if a reward fails on any.
     """
-    seed, batch_size = settings["seed"], settings["eval.batch_size"]
+    seed, batch_size = config.seed, config.eval.batch_size
     places = range(len(prompts)) if lines is None else lines
-    sampler = Sampler(
-        settings["eval.solver"], settings["eval.num_steps"], settings["eval.guidance_scale"]
-    )
+    sampler = Sampler.for_evaluation(config)
     mine = _chunks(len(prompts), batch_size, dist)[dist.rank]
     drawn = {
         chunk
@@ -151,10 +151,10 @@ def complete(
     folder: Path,
     prompts: list[Prompt],
     weights: Mapping[str, float],
-    settings: Mapping[str, Any],
+    config: ConfigDict,
     record: Mapping[str, Any],
     *,
-    model: Callable[[], Any],
+    model: Callable[[], Model],
     rewards: Callable[[Mapping[str, float]], RewardSet],
     dist: Distributed,
     lines: Sequence[int],
@@ -170,7 +170,7 @@ def complete(
     reserve_folder(folder, record, dist)
     done, drawn = finished(folder), has_pictures(folder, lines)
     # One view for all ranks: on a network file system they may see different ones for a moment.
-    done, drawn = dist.gather_objects((done, drawn))[0]
+    done, drawn = dist.broadcast_object((done, drawn))
     before = done["settings"] if done else {}
     earlier = before.get("rewards", {})
     missing = {name: weight for name, weight in weights.items() if name not in earlier}
@@ -179,13 +179,13 @@ def complete(
         return
     record = {**record, **merge_settings(before, {**record, "rewards": missing})}
     if drawn:
-        size = settings["eval.batch_size"]
+        size = config.eval.batch_size
         result = rescore(prompts, lines, rewards(missing), folder, batch_size=size, dist=dist)
         if earlier:
             result = merge_scores(result, read_results(folder, prompts)[0], record["rewards"])
     else:
         scorer, kept = rewards(record["rewards"]), folder if keep_pictures else None
-        result = evaluate(model(), prompts, scorer, settings, dist=dist, lines=lines, folder=kept)
+        result = evaluate(model(), prompts, scorer, config, dist=dist, lines=lines, folder=kept)
     if dist.is_main:
         write_results(result, folder, settings=record)
     dist.barrier()

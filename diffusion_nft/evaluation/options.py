@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from diffusion_nft.command_line import natural, path_or_name, positive, user_path
 from diffusion_nft.data.prompts import Prompt, split_file
 from diffusion_nft.distributed.ranks import Distributed
@@ -22,7 +24,7 @@ from diffusion_nft.runs.checkpoint import load_checkpoint, resolve_checkpoint
 from diffusion_nft.shapes import BUILT_IN_LENGTH, BUILT_IN_MODEL, BUILT_IN_RESOLUTION
 from diffusion_nft.utils.files import sha256
 from diffusion_nft.validation.checks import reward_addresses, reward_options
-from diffusion_nft.validation.flat import section, with_defaults
+from diffusion_nft.validation.flat import flatten, unflatten, with_defaults
 from diffusion_nft.validation.schema import validate_settings
 
 # Settings without a checkpoint; with one, those of its run.
@@ -146,24 +148,24 @@ def _reward_option(text: str) -> tuple[str, Any]:
 class EvalOptions:
     """Resolved evaluation options."""
 
-    settings: dict[str, Any]  # flat: DEFAULTS, then ``run``, the script's own, the flags given
+    config: ConfigDict  # DEFAULTS, then ``run``, the script's own settings, the flags given
     run: dict[str, Any]  # flat configuration of the checkpoint's run; empty without a checkpoint
     checkpoint: Path | None
     lora: str  # local path or hub name; empty: the base model
     adapter: str
     name: str  # of the model, for people and file names
-    usual: dict[str, Any]  # what ``settings`` are without run and flags
+    usual: dict[str, Any]  # the settings without run and flags, flat
     served: dict[str, tuple[str, ...]]  # rewards that servers score, and where
 
     def folder_name(self, limit: int) -> str:
         """For an evaluation of ``limit`` lines (0: all) of a test set: the model, guidance and
         seed, and what differs from the usual settings."""
-        parts = [self.name, f"cfg{self.settings['eval.guidance_scale']:g}"]
-        parts.append(f"seed{self.settings['seed']}")
-        parts += ["published"] if self.settings["match_published"] else []
+        settings = flatten(self.config)
+        parts = [self.name, f"cfg{settings['eval.guidance_scale']:g}", f"seed{settings['seed']}"]
+        parts += ["published"] if settings["match_published"] else []
         for key, form in FILE_NAME_PARTS.items():
-            if self.settings[key] != self.usual[key]:
-                parts.append(form.format(self.settings[key]))
+            if settings[key] != self.usual[key]:
+                parts.append(form.format(settings[key]))
         parts += [f"{limit}lines"] if limit else []
         return "-".join(parts)
 
@@ -175,7 +177,8 @@ class EvalOptions:
         limit: int,
     ) -> dict[str, Any]:
         """All that decides the numbers of an evaluation, to be kept with them."""
-        record = {key: self.settings[key] for key in DEFAULTS}
+        settings = flatten(self.config)
+        record = {key: settings[key] for key in DEFAULTS}
         record |= {"dataset": dataset, "dataset_sha256": sha256(split_file(dataset, "test"))}
         record |= {"limit": limit or None, "rewards": dict(weights), "lora": self.lora}
         record["reward_options"] = {
@@ -192,8 +195,8 @@ class EvalOptions:
     @property
     def _options(self) -> dict[str, Any]:
         """Those of a served reward are its server's."""
-        options = section(self.settings, "reward_options")
-        return {name: own for name, own in options.items() if name not in self.served}
+        options = self.config.get("reward_options", {})
+        return {name: dict(own) for name, own in options.items() if name not in self.served}
 
     def check_test_prompts(
         self, names: Iterable[str], prompts: Sequence[Prompt], lines: Sequence[int]
@@ -211,14 +214,14 @@ class EvalOptions:
     def rewards(self, weights: Mapping[str, float], dist: Distributed) -> RewardSet:
         """The rewards of ``weights``.  Raises what ``rewards.build_reward`` raises."""
         # They may score without a model, whose loading would have set it.
-        set_tf32(self.settings["allow_tf32"])
+        set_tf32(self.config.allow_tf32)
         return RewardSet.build(
             weights,
             dist.device,
             options=self._options,
             remote=self.served,
-            timeout=self.settings.get("remote_timeout_seconds", REMOTE_TIMEOUT),
-            max_unscored=self.settings.get("max_unscored", 0),
+            timeout=self.config.get("remote_timeout_seconds", REMOTE_TIMEOUT),
+            max_unscored=self.config.get("max_unscored", 0),
         )
 
     def fetch(self, dist: Distributed) -> Path:
@@ -229,7 +232,7 @@ class EvalOptions:
 
     def model(self, dist: Distributed) -> Any:
         """The base model with the LoRA, if there is one, active.  Raises OSError or ValueError."""
-        model = load_model(self.settings, dist)
+        model = load_model(self.config, dist)
         self.policy(model, dist)
         return model
 
@@ -241,7 +244,7 @@ class EvalOptions:
         """
         if not self.lora:
             return None
-        file, base = self.fetch(dist), self.settings["pretrained.model"]
+        file, base = self.fetch(dist), self.config.pretrained.model
         try:
             lora = load_lora(file)
             policy = policy_of_lora(model, lora)
@@ -272,7 +275,8 @@ def resolve_options(
         args.checkpoint_path = checkpoint = resolve_checkpoint(args.checkpoint_path)
         run = with_defaults(load_checkpoint(checkpoint).state["config"])
         name = _model_name(str(checkpoint))
-    given = {key: value for key, value in vars(args).items() if value is not None}
+    flags = DEFAULTS.keys() | {"dataset", "max_unscored"}
+    given = {key: value for key, value in vars(args).items() if value is not None and key in flags}
     script, family, published = script or {}, {}, {}
     if _join(DEFAULTS, run, script, given)["pretrained.model"] == BUILT_IN_MODEL:
         family = BUILT_IN_SETTINGS
@@ -287,7 +291,7 @@ def resolve_options(
     name += f"-{args.adapter}" if args.adapter != DEFAULT_ADAPTER else ""
     served = {
         name: addresses
-        for name, addresses in (section(run, "remote") | remote).items()
+        for name, addresses in ({**unflatten(run).get("remote", {})} | remote).items()
         if addresses
     }
     if idle := sorted({key.split(".")[1] for key in options} & served.keys()):
@@ -295,7 +299,8 @@ def resolve_options(
             f"--option {idle[0]}...: its options go to its server, {served[idle[0]][0]}; "
             f"--remote {idle[0]}=local scores here"
         )
-    return EvalOptions(settings, run, checkpoint, lora, args.adapter, name, usual, served)
+    config = unflatten(settings)
+    return EvalOptions(config, run, checkpoint, lora, args.adapter, name, usual, served)
 
 
 def _model_name(given: str) -> str:

@@ -164,7 +164,7 @@ def reserve_folder(folder: Path, settings: Mapping[str, Any], dist: Distributed)
         ]
     elif dist.is_main:
         write_json(path, wanted)
-    if lines := dist.gather_objects(lines)[0]:
+    if lines := dist.broadcast_object(lines):
         raise ValueError(
             f"{folder} holds another evaluation:\n  "
             + "\n  ".join(lines)

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
 import torch
+from ml_collections import ConfigDict
 from torch import Tensor
 
+from diffusion_nft.models import Model, Size, image_size
 from diffusion_nft.models.embeddings import Conditioning, stack
 from diffusion_nft.randomness import normal
 from diffusion_nft.solvers import Trajectory, sample_trajectory, solve
@@ -14,16 +16,32 @@ from diffusion_nft.solvers import Trajectory, sample_trajectory, solve
 
 @dataclass(frozen=True)
 class Sampler:
-    """How images are sampled: solver, steps, noise of a stochastic solver, guidance (1 = none)."""
+    """How images are sampled: solver, steps, classifier-free guidance (1: none), ``size`` in
+    pixels, and the noise of a stochastic solver.
+    """
 
     solver: str
     num_steps: int
     guidance_scale: float
+    size: Size
     noise_level: float = 0.0
+
+    @classmethod
+    def for_rollouts(cls, config: ConfigDict) -> Self:
+        """The sampler of training images (``config.sample``)."""
+        own = config.sample
+        size = image_size(config)
+        return cls(own.solver, own.num_steps, own.guidance_scale, size, own.noise_level)
+
+    @classmethod
+    def for_evaluation(cls, config: ConfigDict) -> Self:
+        """The sampler of evaluated images (``config.eval``)."""
+        own = config.eval
+        return cls(own.solver, own.num_steps, own.guidance_scale, image_size(config))
 
     @torch.no_grad()
     def __call__(
-        self, model: Any, cond: Conditioning, generators: list[torch.Generator]
+        self, model: Model, cond: Conditioning, generators: list[torch.Generator]
     ) -> tuple[Tensor, Tensor]:
         """Latents x0 ``[B, C, h, w]`` of B prompts with the model's active adapter, and the
         distinct non-zero sigmas that the solver visited.  Row i depends on row i of ``cond`` and
@@ -33,7 +51,7 @@ class Sampler:
             self.solver,
             guided_velocity(model, cond, self.guidance_scale),
             self._start(model, generators),
-            model.sigmas(self.num_steps),
+            model.sigmas(self.num_steps, self.size),
             noise_level=self.noise_level,
             generator=generators,
             shift=model.shift,
@@ -41,13 +59,13 @@ class Sampler:
 
     @torch.no_grad()
     def trajectory(
-        self, model: Any, cond: Conditioning, generators: list[torch.Generator]
+        self, model: Model, cond: Conditioning, generators: list[torch.Generator]
     ) -> tuple[Trajectory, Tensor]:
         """The same latents with all that led to them, and the sigmas ``[N]`` of the steps.
 
         Raises ValueError if the solver is not a stochastic one.
         """
-        sigmas = model.sigmas(self.num_steps)
+        sigmas = model.sigmas(self.num_steps, self.size)
         trajectory = sample_trajectory(
             self.solver,
             guided_velocity(model, cond, self.guidance_scale),
@@ -58,13 +76,13 @@ class Sampler:
         )
         return trajectory, sigmas[:-1]
 
-    def _start(self, model: Any, generators: list[torch.Generator]) -> Tensor:
-        noise = normal(model.latent_shape, generators)
+    def _start(self, model: Model, generators: list[torch.Generator]) -> Tensor:
+        noise = normal(model.latent_shape(self.size), generators)
         return noise.to(model.device, model.precision.trained_dtype)
 
 
 def guided_velocity(
-    model: Any, cond: Conditioning, scale: float
+    model: Model, cond: Conditioning, scale: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """``velocity(x, sigma)`` of ``model`` at classifier-free guidance ``scale`` (1: none)."""
     if scale == 1:

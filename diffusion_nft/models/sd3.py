@@ -14,6 +14,7 @@ from torch import Tensor
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.flow import timestep_from_sigma
 from diffusion_nft.images import Images
+from diffusion_nft.models import Size
 from diffusion_nft.models.embeddings import Conditioning, EmbeddingCache
 from diffusion_nft.models.hub import fetch_pipeline, read_index, weights_variant
 from diffusion_nft.models.precision import Precision
@@ -112,7 +113,6 @@ class SD3Model:
         *,
         dist: Distributed,
         precision: Precision,
-        resolution: int,
         revision: str = "",
         max_sequence_length: int,
         embed_cache_gb: float = 2.0,
@@ -122,9 +122,7 @@ class SD3Model:
         compile: bool = False,
         match_published: bool = False,
     ):
-        """Raises OSError if there is no such model, ValueError if it is damaged or cannot draw at
-        ``resolution``.
-        """
+        """Raises OSError if there is no such model, ValueError if it is damaged."""
         with dist.main_first():
             folder = fetch_pipeline(name, revision)
         self.device, self.precision = dist.device, precision
@@ -139,8 +137,9 @@ class SD3Model:
         if self.pipe.text_encoder is not None and self.pipe.text_encoder_3 is None:
             dist.print_once(f"{name} has no T5: prompts are encoded by CLIP alone")
         self.pipe.set_progress_bar_config(disable=True)
-        for part in self._parts():
-            part.requires_grad_(False).eval()
+        for networks in self.parts().values():
+            for network in networks:
+                network.requires_grad_(False).eval()
         self.transformer = self.pipe.transformer.to(self.device)
         # Convolutions run faster on it, on CPUs and on tensor cores.
         self.vae = self.pipe.vae.to(self.device, memory_format=torch.channels_last)
@@ -160,19 +159,19 @@ class SD3Model:
                 encoder.to(self.device)
         self.forward_counts = {"cost/forwards": 0, "cost/backwards": 0}
         self.encode_cached = EmbeddingCache(self._encode, embed_cache_gb * 1e9)
-        side = resolution // self.pipe.vae_scale_factor
-        shape = self.transformer.config
-        if side // shape.patch_size > shape.pos_embed_max_size:
-            most = shape.pos_embed_max_size * shape.patch_size * self.pipe.vae_scale_factor
-            raise ValueError(f"resolution = {resolution}: {name} draws at most {most} pixels")
-        self.latent_shape = (self.transformer.config.in_channels, side, side)
+        self.name = name
 
     def _text_encoders(self) -> list[torch.nn.Module]:
         encoders = (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3)
         return [encoder for encoder in encoders if encoder is not None]
 
-    def _parts(self) -> list[torch.nn.Module]:
-        return [self.pipe.transformer, self.pipe.vae, *self._text_encoders()]
+    def parts(self) -> dict[str, list[torch.nn.Module]]:
+        """All networks, by what they are."""
+        return {
+            "transformer": [self.pipe.transformer],
+            "text encoders": self._text_encoders(),
+            "VAE": [self.pipe.vae],
+        }
 
     def _encode(self, texts: list[str]) -> list[Conditioning]:
         if not self.offload_text_encoders:
@@ -197,16 +196,38 @@ class SD3Model:
         return rows
 
     def pop_forward_counts(self) -> dict[str, int]:
-        """Samples that went through the transformer, and back, since it was last asked."""
-        taken, self.forward_counts = self.forward_counts, dict.fromkeys(self.forward_counts, 0)
-        return taken
+        """Samples that went forward and backward through the transformer since the last call."""
+        counts, self.forward_counts = self.forward_counts, dict.fromkeys(self.forward_counts, 0)
+        return counts
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Forwards in this context are not counted."""
+        counts = dict(self.forward_counts)
+        try:
+            yield
+        finally:
+            self.forward_counts = counts
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """``(C, h, w)`` of the latents of an image; ValueError beyond the largest size."""
+        config, factor = self.transformer.config, self.pipe.vae_scale_factor
+        largest = config.pos_embed_max_size * config.patch_size * factor
+        if max(size) // factor // config.patch_size > config.pos_embed_max_size:
+            raise ValueError(
+                f"resolution = {max(size)}: {self.name} draws at most {largest} pixels"
+            )
+        return config.in_channels, size[0] // factor, size[1] // factor
 
     def encode(self, texts: list[str]) -> Conditioning:
         """Embeddings of ``texts`` on the device, one row each; a text is encoded once."""
         return self.encode_cached(texts).to(self.device)
 
-    def sigmas(self, num_steps: int) -> Tensor:
-        """The scheduler's noise levels for ``num_steps`` steps: ``[N + 1]``, from 1 down to 0."""
+    def sigmas(self, num_steps: int, size: Size) -> Tensor:
+        """The scheduler's noise levels for ``num_steps`` steps: ``[N + 1]``, from 1 down to 0; the
+        same for every ``size``.
+        """
+        del size
         self.pipe.scheduler.set_timesteps(num_steps)
         return self.pipe.scheduler.sigmas.to("cpu", torch.float64)
 

@@ -17,7 +17,7 @@ from diffusion_nft.runs.run_dir import CONFIG_FILE
 from diffusion_nft.tracking.metrics import METRICS_FILE, read_metrics
 from diffusion_nft.tracking.summary import comparable, pictures_file
 from diffusion_nft.utils.files import read_lines, read_object
-from diffusion_nft.validation.flat import section
+from diffusion_nft.validation.flat import unflatten
 
 Row = dict[str, Any]
 # Standard errors that a change must exceed to be called one.
@@ -238,7 +238,7 @@ def _read_part(path: Path, config: Row, rows: list[Row], number: int) -> Part:
         for key, value in config.items()
         if key.startswith(f"stages.{number}.")
     }
-    rewards = section(own, "reward_fn") or section(config, "reward_fn")
+    rewards = unflatten(own).get("reward_fn") or unflatten(config).get("reward_fn", {})
     folder = path / "eval" / (f"stage-{number}" if number else "")
     tests = [
         Test(row, folder / f"epoch-{row['epoch']:06d}")

@@ -46,7 +46,7 @@ def only_writer(key: str, folder: Path, dist: Distributed) -> Iterator[None]:
                 "other process writes there"
             )
     try:
-        if in_use := dist.gather_objects(in_use)[0]:
+        if in_use := dist.broadcast_object(in_use):
             raise FolderInUse(in_use)
         yield
     finally:

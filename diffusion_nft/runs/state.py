@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ml_collections import ConfigDict
+from torch import Tensor
 
 from diffusion_nft.data.prompts import PromptHashes, changed_prompts
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models.hub import base_note
 from diffusion_nft.models.lora import Lora, export_lora, load_lora, lora_modules
-from diffusion_nft.policy import ADAPTERS, Policy
+from diffusion_nft.policy import ADAPTERS
 from diffusion_nft.runs.checkpoint import (
     Checkpoint,
     Checkpointer,
@@ -124,21 +125,21 @@ class KeepsBaselines(Protocol):
 
 
 class TrainingState:
-    """The run's counters beside ``policy`` and ``learner``, saved and restored together."""
+    """``learner``, its policy and the run's counters, saved and restored together."""
 
     def __init__(
         self,
         stage: Stage,
         *,
         dist: Distributed,
-        policy: Policy,
         learner: Learner,
         monitor: KeepsBaselines,
         prompts: PromptHashes,
     ):
         self.prompts = prompts  # of this stage and later ones
         self.stage, self.config = stage, stage.config
-        self.dist, self.policy, self.learner, self.monitor = dist, policy, learner, monitor
+        self.dist, self.monitor = dist, monitor
+        self.learner, self.policy = learner, learner.policy
         self.checkpointer = Checkpointer(
             Path(self.config.save_dir), keep=self.config.checkpoint.keep
         )
@@ -174,7 +175,10 @@ class TrainingState:
             )
         self._on_main(partial(self.checkpointer.restore_best, checkpoint))
         self._load_policies(checkpoint)
-        self.learner.load_state_dict(checkpoint.tensors["optimizer"], state["updater"])
+        optimizer = unflatten_optimizer(
+            checkpoint.tensors["optimizer"], state["updater"]["optimizer"]
+        )
+        self.learner.load_state_dict(state["updater"] | {"optimizer": optimizer})
         self.epoch = state["epoch"]
         self.dist.print_once(f"continuing from {checkpoint.path} (epoch {self.epoch})")
         changed = changed_prompts(state.get("prompts", {}), self.prompts)
@@ -212,11 +216,12 @@ class TrainingState:
                 write()
             except CheckpointError as error:
                 failure = str(error)
-        if failure := self.dist.gather_objects(failure)[0]:
+        if failure := self.dist.broadcast_object(failure):
             raise CheckpointError(failure)
 
     def _write(self, best: bool) -> None:
-        tensors, learner = self.learner.state_dict()
+        learner = self.learner.state_dict()
+        tensors, optimizer = flatten_optimizer(learner["optimizer"])
         self.checkpointer.save(
             self.learner.step,
             tensors={name: self.policy.state(name) for name in ADAPTERS} | {"optimizer": tensors},
@@ -225,7 +230,7 @@ class TrainingState:
                 "stage": self.stage.number,
                 "best_score": self.best_score,
                 "evaluated": self.evaluated,
-                "updater": learner,
+                "updater": learner | {"optimizer": optimizer},
                 "monitor": self.monitor.state,
                 "config": flatten(self.config),
                 "prompts": self.prompts,
@@ -237,3 +242,25 @@ class TrainingState:
 
     def _export(self, folder: Path) -> None:
         export_lora(folder, self.policy.lora("ema", self.config.pretrained.model))
+
+
+def flatten_optimizer(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """``state_dict()`` of an Adam as tensors ``"<index>.<name>"`` and the JSON-able rest."""
+    entries = [(i, k, v) for i, entry in state_dict["state"].items() for k, v in entry.items()]
+    tensors = {f"{i}.{k}": v for i, k, v in entries if isinstance(v, Tensor)}
+    values: dict[str, dict[str, Any]] = {str(i): {} for i in state_dict["state"]}
+    for i, k, v in entries:
+        if not isinstance(v, Tensor):
+            values[str(i)][k] = v
+    return tensors, {"param_groups": state_dict["param_groups"], "state": values}
+
+
+def unflatten_optimizer(tensors: dict[str, Tensor], state: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of ``flatten_optimizer``, also after safetensors and JSON: ready to be loaded."""
+    entries = {int(index): dict(values) for index, values in state["state"].items()}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        entries[int(index)][name] = value
+    # JSON knows no tuples; betas is the one that Adam has.
+    groups = [group | {"betas": tuple(group["betas"])} for group in state["param_groups"]]
+    return {"state": entries, "param_groups": groups}

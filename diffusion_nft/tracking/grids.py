@@ -70,11 +70,11 @@ def _enlarged(images: Images) -> list[Image.Image]:
     """
     if len(images) == 0:
         raise ValueError("a grid needs at least one picture")
-    pictures = images.to_pil()
-    width, height = pictures[0].size
+    pil_images = images.to_pil()
+    width, height = pil_images[0].size
     factor = math.ceil(READABLE_SIDE / min(width, height))
     size = (width * factor, height * factor)
-    return [picture.resize(size, Image.Resampling.NEAREST) for picture in pictures]
+    return [image.resize(size, Image.Resampling.NEAREST) for image in pil_images]
 
 
 def _font(cell_width: int) -> Font:

@@ -9,7 +9,7 @@ import math
 import netrc
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from PIL import Image
 
-from diffusion_nft.tracking.grids import full_captions, save_grid
+from diffusion_nft.images import Images
+from diffusion_nft.rollout import GRID_COLUMNS
+from diffusion_nft.tracking.grids import full_captions, image_grid, save_grid
 from diffusion_nft.utils.files import naming, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
@@ -77,7 +78,15 @@ class NullMetrics:
     def log(self, values: Mapping[str, float], *, step: int, epoch: int) -> None:
         """Does nothing."""
 
-    def log_images(self, name: str, grid: Image.Image, epoch: int) -> None:
+    def log_images(
+        self,
+        name: str,
+        images: Images,
+        captions: Sequence[str],
+        scores: Sequence[float],
+        *,
+        epoch: int,
+    ) -> None:
         """Does nothing."""
 
     def truncate(self, step: int, epoch: int | None = None, stage: int | None = None) -> None:
@@ -133,22 +142,33 @@ class Metrics(NullMetrics):
                 self._tensorboard.add_scalar(key, known[key], step)
             self._tensorboard.flush()
 
-    def log_images(self, name: str, grid: Image.Image, epoch: int) -> None:
-        """Saves ``grid`` as ``images/<name>-<epoch>.png`` ("/" in ``name`` becomes "_"), with its
-        ``full_captions``.
+    def log_images(
+        self,
+        name: str,
+        images: Images,
+        captions: Sequence[str],
+        scores: Sequence[float],
+        *,
+        epoch: int,
+    ) -> None:
+        """Saves the grid of ``images`` as ``images/<name>-<epoch>.png`` ("/" in ``name`` becomes
+        "_"), with its ``full_captions``; no images give no file.
         """
+        if not len(images):
+            return
+        grid = image_grid(images, captions, columns=GRID_COLUMNS, scores=scores)
         path = self._run_dir / "images" / f"{name.replace('/', '_')}-{epoch:06d}.png"
         save_grid(grid, path)
-        captions = full_captions(grid)
+        full = full_captions(grid)
         if self._wandb is not None:
             import wandb
 
-            image = wandb.Image(grid, caption=captions or None)
+            image = wandb.Image(grid, caption=full or None)
             self._wandb.log({f"images/{name}": image, "epoch": epoch})
         if self._tensorboard is not None:
             self._tensorboard.add_image(name, np.asarray(grid), epoch, dataformats="HWC")
-            if captions:
-                markdown = captions.replace("\n", "  \n")
+            if full:
+                markdown = full.replace("\n", "  \n")
                 self._tensorboard.add_text(f"{name}/captions", markdown, epoch)
             self._tensorboard.flush()
 

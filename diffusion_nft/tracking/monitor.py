@@ -39,7 +39,8 @@ class Alarm(RuntimeError):
 class Monitor:
     """Compares evaluations and epochs with former ones, and acts on what it finds.
 
-    ``algorithm.kl_weight`` is raised where that is the action; ``print_once`` prints a line once.
+    Where that is the action, an alarm scales ``algorithm``'s KL term; ``print_once`` prints a line
+    once.
     """
 
     def __init__(self, config: ConfigDict, algorithm: Algorithm, print_once: Callable[[str], None]):
@@ -59,7 +60,7 @@ class Monitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a former ``state``."""
         self.state |= state
-        self.algorithm.kl_weight *= self.state["kl_factor"]
+        self.algorithm.scale_kl(self.state["kl_factor"])
 
     def forget_evaluation(self) -> None:
         """The next evaluation is the first: former ones, of other settings, do not compare."""
@@ -125,7 +126,7 @@ class Monitor:
             if self.limits.action == "raise_kl":
                 step = KL_FACTOR if self.state["kl_factor"] < MAX_KL_FACTOR else 1.0
                 self.state["kl_factor"] *= step
-                self.algorithm.kl_weight *= step
+                self.algorithm.scale_kl(step)
                 raised = f"; the weight of the KL term is now {self.algorithm.kl_weight:g}"
             self.print_once(self._alarm + raised)
         sums = {f"monitor/{name}": self.state[name] for name in ("alarms", "kl_factor")}

@@ -1,7 +1,7 @@
 """What a run will need: memory by arithmetic, time per epoch from one measured forward."""
 
+import math
 import time
-from typing import Any
 
 import torch
 from ml_collections import ConfigDict
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffusion_nft.algorithms import build_algorithm
 from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.models import Model, image_size
 from diffusion_nft.policy import ADAPTERS, Policy
 from diffusion_nft.solvers import solve
 from diffusion_nft.validation.stages import Stage
@@ -18,7 +19,7 @@ from diffusion_nft.validation.stages import Stage
 CURRENT_FORWARDS = 3
 
 
-def describe(stage: Stage, model: Any, policy: Policy, dist: Distributed) -> str:
+def describe(stage: Stage, model: Model, policy: Policy, dist: Distributed) -> str:
     """What ``stage`` trains on, the memory plan and the estimated seconds per epoch of this rank,
     as text to print.
     """
@@ -31,7 +32,8 @@ def describe(stage: Stage, model: Any, policy: Policy, dist: Distributed) -> str
     ]
     # A trajectory is kept with its start and its end, and the end once more.
     kept = config.sample.num_steps + 2 if build_algorithm(config).on_trajectories else 1
-    sizes = memory(model, policy, share * kept)
+    latent_shape = model.latent_shape(image_size(config))
+    sizes = memory(model, policy, share * kept, latent_shape)
     lines += [f"  {gigabytes:9.3f} GB  {what}" for what, gigabytes in sizes]
     if dist.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(dist.device)
@@ -79,22 +81,22 @@ def _solver_calls(name: str, num_steps: int) -> tuple[int, int]:
     return calls, len(visited)
 
 
-def memory(model: Any, policy: Policy, num_latents: int) -> list[tuple[str, float]]:
-    """(what, GB) of everything whose size is known before the first step; ``num_latents`` are kept
-    for the training of an epoch.
+def memory(
+    model: Model, policy: Policy, num_latents: int, latent_shape: tuple[int, ...]
+) -> list[tuple[str, float]]:
+    """(what, GB) of everything whose size is known before the first step; ``num_latents`` of
+    ``latent_shape`` are kept for the training of an epoch.
     """
-    pipe = model.pipe
-    encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
+    parts = {what: sum(map(_nbytes, networks)) for what, networks in model.parts().items()}
     lora = sum(p.nbytes for p in policy.parameters())
     adapters = len(ADAPTERS) * lora
-    latents = num_latents * torch.Size(model.latent_shape).numel() * 4
     where = "in host memory" if model.offload_text_encoders else "on the device"
     sizes = [
-        ("frozen transformer", _nbytes(pipe.transformer) - adapters),
-        (f"text encoders, {where}", sum(_nbytes(e) for e in encoders if e is not None)),
-        ("VAE", _nbytes(pipe.vae)),
+        ("frozen transformer", parts["transformer"] - adapters),
+        (f"text encoders, {where}", parts["text encoders"]),
+        ("VAE", parts["VAE"]),
         ("LoRA: current, old, EMA, gradients, two Adam moments", adapters + 3 * lora),
-        ("an epoch's latents", latents),
+        ("an epoch's latents", num_latents * math.prod(latent_shape) * 4),
     ]
     return [(what, size / 1e9) for what, size in sizes]
 
@@ -105,10 +107,10 @@ def _nbytes(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _seconds_per_forward(config: ConfigDict, model: Any, share: int) -> float:
+def _seconds_per_forward(config: ConfigDict, model: Model, share: int) -> float:
     """Seconds per sample of one forward at the sampling micro-batch, after one to warm up."""
     size = min(config.sample.batch_size, share)
-    x = torch.zeros(size, *model.latent_shape, device=model.device)
+    x = torch.zeros(size, *model.latent_shape(image_size(config)), device=model.device)
     x = x.to(model.precision.trained_dtype)
     sigma = torch.full((size,), 0.5, device=model.device, dtype=x.dtype)
     cond = model.encode([""] * size)

@@ -42,14 +42,13 @@ def with_defaults(former: Mapping[str, Any]) -> dict[str, Any]:
     return {**defaults(), **former}
 
 
-def section(flat: dict[str, Any], name: str) -> dict[str, Any]:
-    """The section ``name`` of a flattened configuration as it was before: nested mappings."""
+def unflatten(flat: Mapping[str, Any]) -> ConfigDict:
+    """The configuration whose leaves by dotted key are ``flat``."""
     tree: dict[str, Any] = {}
     for key, value in flat.items():
-        first, *path = key.split(".")
-        if first == name and path:
-            branch = tree
-            for part in path[:-1]:
-                branch = branch.setdefault(part, {})
-            branch[path[-1]] = value
-    return tree
+        *path, name = key.split(".")
+        branch = tree
+        for part in path:
+            branch = branch.setdefault(part, {})
+        branch[name] = value
+    return ConfigDict(tree)

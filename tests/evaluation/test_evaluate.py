@@ -26,16 +26,20 @@ from diffusion_nft.evaluation.results import (
 )
 from diffusion_nft.images import Images
 from diffusion_nft.rewards.combine import RewardError, RewardSet
+from diffusion_nft.validation.flat import unflatten
 
 CPU = torch.device("cpu")
 ONE = Distributed(0, 1, 0, CPU)
-SETTINGS = {
-    "seed": 1,
-    "eval.solver": "flow",
-    "eval.num_steps": 3,
-    "eval.guidance_scale": 1.0,
-    "eval.batch_size": 2,
-}
+SETTINGS = unflatten(
+    {
+        "seed": 1,
+        "resolution": 48,
+        "eval.solver": "flow",
+        "eval.num_steps": 3,
+        "eval.guidance_scale": 1.0,
+        "eval.batch_size": 2,
+    }
+)
 
 
 def test_the_error_is_clustered_by_prompt():

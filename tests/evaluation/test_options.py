@@ -15,7 +15,7 @@ from diffusion_nft.evaluation.options import add_evaluation_flags, add_model_fla
 from tests.launch import train_here
 
 HERE = Distributed(0, 1, 0, torch.device("cpu"))
-LENGTH = "pretrained.max_sequence_length"
+LENGTH = "max_sequence_length"
 
 
 def choose(*flags: object, script: dict | None = None):
@@ -34,20 +34,23 @@ def run_dir(tmp_path_factory) -> Path:
 
 def test_a_flag_wins_then_the_script_then_the_run_then_the_default(run_dir):
     run = ("--checkpoint_path", run_dir)
-    assert choose(*run).settings["seed"] == 5
-    assert choose(*run, "--seed", 6).settings["seed"] == 6
-    assert choose("--pretrained", "shapes").settings["seed"] == 42
+    assert choose(*run).config.seed == 5
+    assert choose(*run, "--seed", 6).config.seed == 6
+    assert choose("--pretrained", "shapes").config.seed == 42
     steps = {"eval.num_steps": 3}
-    assert choose(*run, script=steps).settings["eval.num_steps"] == 3
-    assert choose(*run, "--num_inference_steps", 4, script=steps).settings["eval.num_steps"] == 4
+    assert choose(*run, script=steps).config.eval.num_steps == 3
+    assert choose(*run, "--num_inference_steps", 4, script=steps).config.eval.num_steps == 4
 
 
 def test_the_published_length_is_for_the_published_model():
-    assert choose().settings[LENGTH] == 128
-    assert choose("--match_published").settings[LENGTH] == 256
-    assert choose("--match_published", "--max_sequence_length", 77).settings[LENGTH] == 77
-    assert choose("--match_published", "--pretrained", "shapes").settings[LENGTH] == 8
-    assert choose("--match_published", script={"pretrained.model": "shapes"}).settings[LENGTH] == 8
+    assert choose().config.pretrained[LENGTH] == 128
+    assert choose("--match_published").config.pretrained[LENGTH] == 256
+    assert choose("--match_published", "--max_sequence_length", 77).config.pretrained[LENGTH] == 77
+    assert choose("--match_published", "--pretrained", "shapes").config.pretrained[LENGTH] == 8
+    assert (
+        choose("--match_published", script={"pretrained.model": "shapes"}).config.pretrained[LENGTH]
+        == 8
+    )
 
 
 def test_a_folder_is_named_by_what_is_most_often_varied(run_dir):

@@ -39,7 +39,6 @@ def build(name: str):
         "sd3",
         name="shapes",
         max_sequence_length=8,
-        resolution=48,
         dist=Distributed(0, 1, 0, CPU),
         precision=Precision(name, CPU),
     )
@@ -52,7 +51,7 @@ def test_bf16_stores_frozen_weights_in_bf16_and_trains_in_fp32(shapes_model):
     policy = Policy(
         model.transformer, targets=model.lora_targets, rank=4, alpha=8, seed=0, dtype=torch.float32
     )
-    x = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, *model.latent_shape((48, 48)), generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.9, 0.4])
     texts = ["a red circle", "two blue squares"]
     v = model.velocity(x, sigma, model.encode(texts))
@@ -80,7 +79,7 @@ def lora_gradient(name: str, scale: float) -> torch.Tensor:
         model.transformer, targets=model.lora_targets, rank=4, alpha=8, seed=0, dtype=torch.float32
     )
     x0, noise = torch.randn(
-        2, 4, *model.latent_shape, generator=torch.Generator().manual_seed(0)
+        2, 4, *model.latent_shape((48, 48)), generator=torch.Generator().manual_seed(0)
     ).unbind()
     sigma = torch.tensor([0.95, 0.7, 0.4, 0.15])
     xt = add_noise(x0, noise, sigma)
@@ -114,7 +113,7 @@ def test_the_first_loss_scale_keeps_small_gradients():
 
 def test_fp64_computes_in_fp64(shapes_model):
     model = build("fp64")
-    x = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, *model.latent_shape((48, 48)), generator=torch.Generator().manual_seed(0))
     sigma, texts = torch.tensor([0.6]), ["a red circle"]
     with torch.no_grad():
         v = model.velocity(x.double(), sigma.double(), model.encode(texts))

@@ -11,7 +11,7 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
 from diffusion_nft.distributed.ranks import Distributed
-from diffusion_nft.models import build_model, sd3
+from diffusion_nft.models import build_model, load_model, sd3
 from diffusion_nft.models.hub import fetch_lora, fetch_pipeline
 from diffusion_nft.models.precision import Precision
 from diffusion_nft.models.sampling import Sampler
@@ -34,10 +34,13 @@ def pipe():
 def test_pictures_are_those_of_the_plain_pipeline(shapes_model, pipe):
     cond = shapes_model.encode(TEXTS)
     keys = [generator("same", i) for i in range(3)]
-    x0, _ = Sampler("flow", 6, 1.0)(shapes_model, cond, keys)
+    x0, _ = Sampler("flow", 6, 1.0, (48, 48))(shapes_model, cond, keys)
     ours = shapes_model.decode(x0)
     start = torch.stack(
-        [torch.randn(shapes_model.latent_shape, generator=generator("same", i)) for i in range(3)]
+        [
+            torch.randn(shapes_model.latent_shape((48, 48)), generator=generator("same", i))
+            for i in range(3)
+        ]
     )
     theirs = pipe(
         prompt=TEXTS,
@@ -53,11 +56,11 @@ def test_pictures_are_those_of_the_plain_pipeline(shapes_model, pipe):
 
 
 def test_sigmas_are_the_schedulers_with_its_shift(shapes_model):
-    sigmas = shapes_model.sigmas(5)
+    sigmas = shapes_model.sigmas(5, (48, 48))
     assert sigmas[0] == 1 and sigmas[-1] == 0 and len(sigmas) == 6
     assert bool((sigmas.diff() < 0).all())
     assert shapes_model.shift == shapes_model.pipe.scheduler.config.shift
-    assert torch.equal(shapes_model.sigmas(5), sigmas)
+    assert torch.equal(shapes_model.sigmas(5, (48, 48)), sigmas)
 
 
 def test_a_texts_embedding_does_not_depend_on_its_neighbours(shapes_model):
@@ -71,7 +74,7 @@ def test_a_texts_embedding_does_not_depend_on_its_neighbours(shapes_model):
 
 
 def test_pictures_lie_in_range_and_slices_change_nothing(shapes_model):
-    x0 = 3 * torch.randn(5, *shapes_model.latent_shape)
+    x0 = 3 * torch.randn(5, *shapes_model.latent_shape((48, 48)))
     pictures = shapes_model.decode(x0)
     assert pictures.pixels.shape == (5, 3, 48, 48) and pictures.pixels.dtype == torch.uint8
     each = torch.cat([shapes_model.decode(row[None]).pixels for row in x0])
@@ -83,7 +86,6 @@ def test_offloading_and_checkpointing_give_the_same_numbers(shapes_model, monkey
         "sd3",
         name=str(PIPELINE_DIR),
         max_sequence_length=8,
-        resolution=48,
         dist=Distributed(0, 1, 0, CPU),
         precision=Precision("no", CPU),
         offload_text_encoders=True,
@@ -102,7 +104,7 @@ def test_offloading_and_checkpointing_give_the_same_numbers(shapes_model, monkey
     assert torch.equal(ours.prompt_embeds, theirs.prompt_embeds)
     # All texts in one visit; a model that does not offload has none.
     assert visits == [(other._text_encoders(), CPU)]
-    x, sigma = torch.ones(3, *other.latent_shape), torch.full((3,), 0.3)
+    x, sigma = torch.ones(3, *other.latent_shape((48, 48))), torch.full((3,), 0.3)
     with torch.no_grad():
         assert torch.equal(other.velocity(x, sigma, ours), shapes_model.velocity(x, sigma, theirs))
     assert not any(p.requires_grad for p in other.transformer.parameters())
@@ -141,7 +143,6 @@ def test_the_published_evaluation_truncates_timesteps_and_keeps_the_transformer_
             name="shapes",
             dist=Distributed(0, 1, 0, CPU),
             precision=Precision("bf16", CPU),
-            resolution=48,
             max_sequence_length=8,
             match_published=published,
         )
@@ -154,21 +155,17 @@ def test_the_published_evaluation_truncates_timesteps_and_keeps_the_transformer_
         assert {p.dtype for p in model.transformer.parameters()} == {stored}
         assert model.pipe.text_encoder.dtype == torch.bfloat16
         cond = model.encode(TEXTS[:1])
-        v = model.velocity(torch.zeros(1, *model.latent_shape), torch.tensor([0.96013]), cond)
+        v = model.velocity(
+            torch.zeros(1, *model.latent_shape((48, 48))), torch.tensor([0.96013]), cond
+        )
         assert v.dtype == torch.float32
     assert seen[False] == [pytest.approx(960.13)] and seen[True] == [960.0]
 
 
-def test_a_resolution_beyond_the_position_table_is_refused():
+def test_a_resolution_beyond_the_position_table_is_refused(smoke_config):
+    smoke_config.resolution = 65536
     with pytest.raises(ValueError, match=r"resolution = 65536: shapes draws at most \d+ pixels"):
-        build_model(
-            "sd3",
-            name="shapes",
-            dist=Distributed(0, 1, 0, CPU),
-            precision=Precision("no", CPU),
-            resolution=65536,
-            max_sequence_length=8,
-        )
+        load_model(smoke_config, Distributed(0, 1, 0, CPU))
 
 
 @pytest.fixture
@@ -183,7 +180,6 @@ def load(folder: Path):
         name=str(folder),
         dist=Distributed(0, 1, 0, CPU),
         precision=Precision("no", CPU),
-        resolution=48,
         max_sequence_length=8,
     )
 
@@ -304,7 +300,6 @@ def test_compiled_blocks_predict_the_same_for_every_policy():
             name="shapes",
             dist=Distributed(0, 1, 0, CPU),
             precision=Precision("no", CPU),
-            resolution=48,
             max_sequence_length=8,
             compile=compiled,
         )
@@ -322,7 +317,7 @@ def test_compiled_blocks_predict_the_same_for_every_policy():
                     rng = generator(name, i)
                     weight.copy_(0.05 * torch.randn(weight.shape, generator=rng))
         both.append((model, policy))
-    x, sigma = torch.randn(4, *both[0][0].latent_shape), torch.full((4,), 0.5)
+    x, sigma = torch.randn(4, *both[0][0].latent_shape((48, 48))), torch.full((4,), 0.5)
     torch._dynamo.utils.counters.clear()
     for name in (*ADAPTERS, REFERENCE):
         predicted, gradients = [], []

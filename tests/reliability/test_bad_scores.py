@@ -203,7 +203,7 @@ def test_a_bad_score_ends_a_run_with_its_state_saved(tmp_path, monkeypatch):
     from diffusion_nft.distributed.ranks import Distributed
     from diffusion_nft.rewards import REWARDS
     from diffusion_nft.runs.checkpoint import Checkpointer
-    from diffusion_nft.trainer import Trainer
+    from tests.launch import make_trainer
 
     monkeypatch.setitem(REWARDS, "listing", f"{__name__}:Listing")
     monkeypatch.setattr(Listing, "sound", True)
@@ -220,7 +220,7 @@ def test_a_bad_score_ends_a_run_with_its_state_saved(tmp_path, monkeypatch):
     )
     with config.unlocked():
         config.reward_fn = {"listing": 1.0}
-    trainer = Trainer(config, Distributed(0, 1, 0, CPU))
+    trainer = make_trainer(config, Distributed(0, 1, 0, CPU))
     real = trainer._sample
 
     def sample():

@@ -250,8 +250,8 @@ def test_restarted_ranks_of_two_nodes_find_one_another(monkeypatch, tmp_path):
 
 def test_a_shared_folder_that_rank_0_may_not_write(tmp_path):
     class Two(Distributed):
-        def gather_objects(self, value):
-            return [value, value]
+        def broadcast_object(self, value):
+            return value
 
     (tmp_path / "file").touch()
     dist = Two(0, 2, 0, torch.device("cpu"))

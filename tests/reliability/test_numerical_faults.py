@@ -24,7 +24,7 @@ from diffusion_nft.rollout import Rollout, rollout_metrics
 from diffusion_nft.runs.checkpoint import Checkpointer
 from diffusion_nft.tracking.metrics import read_metrics
 from diffusion_nft.trainer import Trainer
-from tests.launch import one_thread, smoke, train_here
+from tests.launch import make_trainer, one_thread, smoke, train_here
 from tests.test_update import NUM, R, copies, make_fp16_learner, make_learner, make_rollout
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def with_reward(folder, name: str, overrides: dict, monkeypatch):
 
 def run(config) -> Trainer:
     with one_thread():
-        trainer = Trainer(config, ALONE)
+        trainer = make_trainer(config, ALONE)
         trainer.run()
     return trainer
 
@@ -111,7 +111,7 @@ def test_a_reward_without_spread_is_logged_and_survived(
 
 
 def test_a_nan_in_one_samples_latent_costs_that_epoch_alone(tmp_path, monkeypatch):
-    trainer = Trainer(smoke(tmp_path, TINY), ALONE)
+    trainer = make_trainer(smoke(tmp_path, TINY), ALONE)
     real = trainer._sample
 
     def sample() -> Rollout:
@@ -139,7 +139,7 @@ def test_a_nan_in_one_samples_latent_costs_that_epoch_alone(tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_a_nan_drawn_by_the_model_is_a_black_picture_with_a_score(tmp_path, monkeypatch):
-    trainer = Trainer(smoke(tmp_path, TINY | {"num_epochs": 1}), ALONE)
+    trainer = make_trainer(smoke(tmp_path, TINY | {"num_epochs": 1}), ALONE)
     real = trainer.model.decode
 
     def decode(x0):
@@ -156,7 +156,7 @@ def test_a_nan_drawn_by_the_model_is_a_black_picture_with_a_score(tmp_path, monk
 
 def test_too_many_faults_in_a_row_end_the_run_by_name(tmp_path, monkeypatch):
     settings = TINY | {"save_freq": 1, "train.max_skipped_steps": 1}
-    trainer = Trainer(smoke(tmp_path, settings), ALONE)
+    trainer = make_trainer(smoke(tmp_path, settings), ALONE)
     real = trainer._sample
     before = {key: value.clone() for key, value in trainer.policy.state("current").items()}
 
@@ -322,7 +322,7 @@ def test_a_run_goes_on_without_the_images_that_have_no_score(tmp_path, monkeypat
 
 def test_a_reward_that_fails_on_one_prompt_may_be_left_out(tmp_path, monkeypatch):
     config = with_reward(tmp_path, "sometimes", {"num_epochs": 1}, monkeypatch)
-    prompts = Trainer(config, ALONE)._prompts(0)
+    prompts = make_trainer(config, ALONE)._prompts(0)
     monkeypatch.setattr(Sometimes, "bad", (prompts[1].text,))
     with pytest.raises(RewardError, match="ValueError: no objects for"):
         run(config)

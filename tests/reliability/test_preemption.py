@@ -22,7 +22,7 @@ from diffusion_nft.rollout import gather_scores
 from diffusion_nft.run import run
 from diffusion_nft.runs.checkpoint import Checkpointer
 from diffusion_nft.trainer import Trainer
-from tests.launch import one_thread, smoke, train_here
+from tests.launch import make_trainer, one_thread, smoke, train_here
 from tests.reliability.compare import differences
 from tests.reliability.experiments import SETTINGS
 from tests.reliability.faults import Strike, struck
@@ -89,7 +89,7 @@ def test_a_rank_without_a_signal_stops_with_its_peers_in_sampling():
 
 
 def build(run_dir: Path, overrides: dict | None = None) -> Trainer:
-    return Trainer(smoke(run_dir, SETTINGS | (overrides or {})), ALONE)
+    return make_trainer(smoke(run_dir, SETTINGS | (overrides or {})), ALONE)
 
 
 def test_a_rank_without_a_signal_stops_with_its_peers_in_training(tmp_path):

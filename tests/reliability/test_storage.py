@@ -12,7 +12,7 @@ from diffusion_nft.runs.run_dir import RunDirError, check_run_dir
 from diffusion_nft.tracking.metrics import Metrics, read_metrics
 from diffusion_nft.trainer import Trainer
 from diffusion_nft.utils.files import DiskError, append_line, write_atomically
-from tests.launch import run, smoke, train_command, train_here
+from tests.launch import make_trainer, run, smoke, train_command, train_here
 from tests.reliability.compare import differences
 from tests.reliability.experiments import SETTINGS
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def build(run_dir) -> Trainer:
-    return Trainer(smoke(run_dir, SETTINGS), Distributed(0, 1, 0, CPU))
+    return make_trainer(smoke(run_dir, SETTINGS), Distributed(0, 1, 0, CPU))
 
 
 def kilobytes_of_a_run(finished) -> tuple[int, int]:

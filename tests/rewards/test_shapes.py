@@ -20,7 +20,7 @@ def test_blank_pictures_fail_and_components_are_verdicts():
 def test_the_stricter_rule_passes_nothing_that_the_strict_one_fails(shapes_model):
     prompts = load_prompts("shapes", "test")[:8]
     g = torch.Generator().manual_seed(0)
-    latents = torch.randn(8, *shapes_model.latent_shape, generator=g)
+    latents = torch.randn(8, *shapes_model.latent_shape((48, 48)), generator=g)
     images = shapes_model.decode(latents).to_float()
     output = ShapesReward(torch.device("cpu"))(
         images, [p.text for p in prompts], [p.metadata for p in prompts]

@@ -16,7 +16,7 @@ from diffusion_nft.runs.checkpoint import (
     load_checkpoint,
     resolve_checkpoint,
 )
-from diffusion_nft.update import flatten_optimizer, unflatten_optimizer
+from diffusion_nft.runs.state import flatten_optimizer, unflatten_optimizer
 from tests.launch import train_here
 
 

@@ -59,7 +59,7 @@ def test_the_second_writer_is_refused_by_name_until_the_first_is_killed(tmp_path
         # Refused on every rank.
         other = Distributed(1, 2, 1, CPU)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Distributed, "gather_objects", lambda self, value: ["in use", value])
+            patch.setattr(Distributed, "broadcast_object", lambda self, value: "in use")
             with pytest.raises(FolderInUse), only_writer("save_dir", folder, other):
                 pass
 

@@ -17,9 +17,17 @@ from diffusion_nft.runs.checkpoint import Checkpointer
 from diffusion_nft.runs.run_dir import RunDirError
 from diffusion_nft.runs.state import is_finished
 from diffusion_nft.tracking.metrics import read_metrics
-from diffusion_nft.trainer import Trainer
 from diffusion_nft.validation.stages import stages_of
-from tests.launch import ROOT, environment, run, smoke, train, train_command, train_here
+from tests.launch import (
+    ROOT,
+    environment,
+    make_trainer,
+    run,
+    smoke,
+    train,
+    train_command,
+    train_here,
+)
 
 # Three epochs of two optimizer steps.
 SETTINGS = {
@@ -172,7 +180,7 @@ def test_another_run_begins_with_the_policies_that_resume_from_names(finished, t
     changes = {"train.learning_rate": 0.002, "num_epochs": 1, "resume_from": str(finished)}
     theirs = Checkpointer(finished).load_latest()
     config = smoke(tmp_path / "run", SETTINGS | changes)
-    trainer = Trainer(config, CPU)
+    trainer = make_trainer(config, CPU)
     assert theirs is not None
     for adapter in ("current", "old", "ema"):
         for key, value in trainer.policy.state(adapter).items():
@@ -230,7 +238,7 @@ def test_a_run_on_changed_prompts_compares_nothing_with_the_former_ones(tmp_path
     settings["num_epochs"] = 2
     before = (run_dir / "metrics.jsonl").read_bytes()
     with pytest.raises(RunDirError, match=r"train_metadata(?s:.*)test_metadata.jsonl: SHA-256"):
-        Trainer(smoke(run_dir, settings), CPU)
+        make_trainer(smoke(run_dir, settings), CPU)
     assert (run_dir / "metrics.jsonl").read_bytes() == before
     allowed = train_here(run_dir, settings | {"allow_changed_prompts": True})
     rows = read_metrics(run_dir / "metrics.jsonl")
@@ -241,7 +249,7 @@ def test_a_run_on_changed_prompts_compares_nothing_with_the_former_ones(tmp_path
     assert last["monitor/alarms"] == 0
     assert allowed.monitor.state["x0_rms"] == rows[-2]["reward/x0_rms"]
     # From here on the new files are the run's.
-    again = Trainer(smoke(run_dir, settings), CPU)
+    again = make_trainer(smoke(run_dir, settings), CPU)
     assert again.state.test_set == 1 and again.state.best_score == allowed.state.best_score
 
 
@@ -279,4 +287,4 @@ def test_a_checkpoint_of_an_earlier_version_is_continued(tmp_path, monkeypatch):
 def test_policies_that_would_mean_something_else_are_refused(finished, tmp_path, change, words):
     config = smoke(tmp_path / "run", SETTINGS | change | {"resume_from": str(finished)})
     with pytest.raises(ValueError, match=words):
-        Trainer(config, CPU)
+        make_trainer(config, CPU)

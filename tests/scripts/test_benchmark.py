@@ -55,7 +55,7 @@ def test_flops_by_formula_are_those_that_torch_counts(benchmark, tmp_path, arch,
     model = make_setup(benchmark, tmp_path, arch, f"resolution={resolution}").load()
     transformer, count = model.transformer, 3
     transformer.add_adapter(LoraConfig(r=RANK, target_modules=list(model.lora_targets)))
-    x, sigma = torch.randn(count, *model.latent_shape), torch.full((count,), 0.5)
+    x, sigma = torch.randn(count, *model.latent_shape((48, 48))), torch.full((count,), 0.5)
     cond = model.encode(["a", "b", "c"])
     shape = (transformer.config, x.shape[-1], cond.prompt_embeds.shape[1])
 
@@ -113,7 +113,7 @@ def test_both_ways_have_the_same_loss_and_gradient(benchmark, tmp_path):
         ours.policy.load(name, state, others=False)
         for weight, value in zip(theirs.weights[name], state.values(), strict=True):
             weight.data.copy_(value)
-    x0, noise = (torch.randn(5, *ours.model.latent_shape, generator=g) for _ in range(2))
+    x0, noise = (torch.randn(5, *ours.model.latent_shape((48, 48)), generator=g) for _ in range(2))
     sigma, r = torch.rand(5, generator=g), torch.rand(5, generator=g)
     batch = Batch(x0, noise, add_noise(x0, noise, sigma), sigma, r)
     texts = [prompt.text for prompt in setup.prompts[:4]]

@@ -83,7 +83,7 @@ def test_a_forward_and_backward_allocates_what_is_said(module, shapes, tmp_path)
     for weight in policy.parameters():
         weight.grad = torch.zeros_like(weight)
     size = 3
-    x, sigma = torch.randn(size, *model.latent_shape), torch.full((size,), 0.5)
+    x, sigma = torch.randn(size, *model.latent_shape((48, 48))), torch.full((size,), 0.5)
     cond = model.encode(["a", "b", "c"])
 
     def real():

@@ -399,7 +399,7 @@ def test_the_flops_are_of_the_models_own_sizes(tiny, runner, shapes_model):
 
     config = made_run(runner, tiny).config
     transformer, side, text = results.model_shape(config)
-    assert (transformer["in_channels"], side, side) == shapes_model.latent_shape
+    assert (transformer["in_channels"], side, side) == shapes_model.latent_shape((48, 48))
     assert text == shapes_model.encode(["a red circle"]).prompt_embeds.shape[1]
     config.pretrained.model = "owner/name"
     with pytest.raises(ValueError, match="owner/name"):

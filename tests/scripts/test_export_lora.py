@@ -62,9 +62,9 @@ def ours(run_dir) -> torch.Tensor:
     from diffusion_nft.models import build_model
     from diffusion_nft.models.precision import Precision
 
-    about = {"name": "shapes", "max_sequence_length": 8, "resolution": 48}
+    about = {"name": "shapes", "max_sequence_length": 8}
     model = build_model("sd3", **about, dist=CPU, precision=Precision("no", CPU.device))
-    sampler = Sampler("flow", STEPS, guidance_scale=1.0)
+    sampler = Sampler("flow", STEPS, 1.0, (48, 48))
     cond = model.encode([PROMPT])
 
     def draw() -> torch.Tensor:

@@ -13,8 +13,9 @@ from PIL import Image
 
 from diffusion_nft.images import Images
 from diffusion_nft.runs.environment import write_environment
-from diffusion_nft.tracking.grids import image_grid
 from diffusion_nft.tracking.metrics import Metrics, NullMetrics, Timer, make_metrics, read_metrics
+
+FOREIGN, CAPTIONS = Images.from_float(torch.zeros(2, 3, 8, 8)), ["a circle", "一只猫"]
 
 
 def config(**log) -> ConfigDict:
@@ -125,21 +126,18 @@ def test_other_ranks_write_nothing(tmp_path):
     assert type(metrics) is NullMetrics
     with metrics:
         metrics.log({"a": 1.0}, step=1, epoch=1)
-        metrics.log_images("train", Image.new("RGB", (4, 4)), epoch=1)
+        metrics.log_images("train", FOREIGN, CAPTIONS, [0.0, 1.0], epoch=1)
         metrics.truncate(0)
     assert not (tmp_path / "run").exists()
 
 
 def test_pictures_are_saved_whole(tmp_path):
     with Metrics(config(), tmp_path) as metrics:
-        metrics.log_images("eval/ocr", Image.new("RGB", (4, 4), "red"), epoch=12)
-    (path,) = (tmp_path / "images").iterdir()
+        metrics.log_images("eval/ocr", FOREIGN, CAPTIONS, [0.0, 1.0], epoch=12)
+        metrics.log_images("eval/ocr", Images.concatenate([]), [], [], epoch=13)
+    (path,) = (tmp_path / "images").glob("*.png")
     assert path.name == "eval_ocr-000012.png"
-    assert Image.open(path).getpixel((0, 0)) == (255, 0, 0)
-
-
-def foreign_grid() -> Image.Image:
-    return image_grid(Images.from_float(torch.zeros(2, 3, 8, 8)), ["a circle", "一只猫"], columns=2)
+    assert Image.open(path).getpixel((100, 100)) == (0, 0, 0)
 
 
 class FakeRun:
@@ -211,7 +209,7 @@ def test_wandb_resumes_the_same_run_and_gets_the_values(wandb, tmp_path):
 def test_captions_that_a_grid_cannot_show_go_with_it(wandb, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with Metrics(config(wandb="offline"), Path(".")) as metrics:
-        metrics.log_images("train", foreign_grid(), epoch=1)
+        metrics.log_images("train", FOREIGN, CAPTIONS, [0.0, 1.0], epoch=1)
     (run,) = wandb.runs
     assert run.arguments["name"] == tmp_path.name
     assert run.logged[0]["images/train"]._caption == "1: a circle\n2: 一只猫"
@@ -245,7 +243,7 @@ def test_tensorboard_gets_finite_scalars_and_pictures(tmp_path):
     with Metrics(config(tensorboard=True), tmp_path) as metrics:
         for step in (1, 2, 3):
             metrics.log({"reward/mean": step / 2, "reward/tag": math.nan}, step=step, epoch=step)
-        metrics.log_images("train", foreign_grid(), epoch=1)
+        metrics.log_images("train", FOREIGN, CAPTIONS, [0.0, 1.0], epoch=1)
     with Metrics(config(tensorboard=True), tmp_path) as metrics:
         metrics.truncate(2)
         metrics.log({"reward/mean": 9.0}, step=3, epoch=3)

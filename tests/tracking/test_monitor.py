@@ -3,21 +3,26 @@
 import json
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from diffusion_nft.algorithms import KLWeighted
 from diffusion_nft.data.prompts import Prompt
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.evaluation.results import Evaluation
 from diffusion_nft.images import Images
 from diffusion_nft.rewards import build_reward
 from diffusion_nft.tracking.monitor import Alarm, Monitor
-from diffusion_nft.trainer import Trainer
-from tests.launch import one_thread, smoke
+from tests.launch import make_trainer, one_thread, smoke
 
 CPU = torch.device("cpu")
+
+
+def weighted(kl_weight: float) -> KLWeighted:
+    algorithm = KLWeighted()
+    algorithm.kl_weight = kl_weight
+    return algorithm
 
 
 def evaluation(
@@ -44,7 +49,7 @@ def make_monitor(tmp_path, **limits) -> tuple[Monitor, list[str]]:
     settings = {f"monitor.{key}": value for key, value in limits.items()}
     config = smoke(tmp_path, settings)
     said: list[str] = []
-    return Monitor(config, SimpleNamespace(kl_weight=0.1), said.append), said  # pyright: ignore
+    return Monitor(config, weighted(0.1), said.append), said  # pyright: ignore
 
 
 # The error of the held-out mean is sqrt(10/9 * 82.5) / 10 = 0.957, that of a difference 1.354.
@@ -212,7 +217,7 @@ def test_a_run_stops_after_saving_and_its_log_tells_why(tmp_path, capsys):
     settings = {"num_epochs": 3, "monitor.max_kl": 1e-12, "monitor.pictures": True}
     with one_thread(), pytest.raises(Alarm):
         config = smoke(tmp_path, settings | {"monitor.action": "stop"})
-        Trainer(config, Distributed(0, 1, 0, CPU)).run()
+        make_trainer(config, Distributed(0, 1, 0, CPU)).run()
     out = capsys.readouterr().out
     assert "alarm: loss/kl" in out and "an alarm; the state of epoch 1 is being saved" in out
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -221,7 +226,7 @@ def test_a_run_stops_after_saving_and_its_log_tells_why(tmp_path, capsys):
     # The same run goes on, once it may.
     with one_thread():
         config = smoke(tmp_path, settings | {"monitor.action": "warn"})
-        trainer = Trainer(config, Distributed(0, 1, 0, CPU))
+        trainer = make_trainer(config, Distributed(0, 1, 0, CPU))
         assert trainer.state.epoch == 1 and trainer.monitor.state["alarms"] == 1
         trainer.run()
     assert trainer.monitor.state["alarms"] == 3

@@ -52,7 +52,6 @@ def test_memory_is_the_bytes_of_the_parameters():
         "sd3",
         name="shapes",
         max_sequence_length=8,
-        resolution=48,
         dist=Distributed(0, 1, 0, device),
         precision=Precision("no", device),
     )
@@ -64,9 +63,9 @@ def test_memory_is_the_bytes_of_the_parameters():
         model.transformer, targets=LORA_TARGETS, rank=4, alpha=4, seed=0, dtype=torch.float32
     )
     one = sum(p.numel() * 4 for p in policy.parameters())
-    plan = dict(memory(model, policy, 10))
+    c, h, w = model.latent_shape((48, 48))
+    plan = dict(memory(model, policy, 10, (c, h, w)))
     assert plan["frozen transformer"] * 1e9 == pytest.approx(frozen)
     (lora,) = (value for what, value in plan.items() if what.startswith("LoRA"))
     assert lora * 1e9 == pytest.approx(6 * one)
-    c, h, w = model.latent_shape
     assert plan["an epoch's latents"] * 1e9 == pytest.approx(10 * c * h * w * 4)

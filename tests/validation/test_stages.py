@@ -10,19 +10,22 @@ import pytest
 import torch
 from ml_collections import ConfigDict
 
+from diffusion_nft import run as run_module
+from diffusion_nft.build import build_trainer
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.rewards import REWARDS
 from diffusion_nft.rewards.combine import RewardError
 from diffusion_nft.run import StartError, run
 from diffusion_nft.runs.checkpoint import Checkpointer, load_checkpoint
 from diffusion_nft.runs.run_dir import RunDirError, check_run_dir, write_config
+from diffusion_nft.tracking.evaluator import Evaluator
 from diffusion_nft.tracking.metrics import read_metrics
 from diffusion_nft.tracking.plan import outline
 from diffusion_nft.trainer import Trainer
 from diffusion_nft.validation.flat import flatten
 from diffusion_nft.validation.schema import ConfigError, validate
 from diffusion_nft.validation.stages import stage_problems, stages_of
-from tests.launch import one_thread, smoke
+from tests.launch import make_trainer, one_thread, smoke
 from tests.runs.test_resume import assert_same_log, assert_same_state
 
 CPU = Distributed(0, 1, 0, torch.device("cpu"))
@@ -80,15 +83,15 @@ def watched(tmp_path_factory) -> tuple[Path, list[list[bool]]]:
     folder = tmp_path_factory.mktemp("stages") / "run"
     models: list[weakref.ref] = []
     alive: list[list[bool]] = []
-    real = Trainer.__init__
 
-    def build(trainer, *args):
+    def build(*args):
         alive.append([model() is not None for model in models])
-        real(trainer, *args)
+        trainer = build_trainer(*args)
         models.append(weakref.ref(trainer.model.pipe.transformer))
+        return trainer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "__init__", build)
+        patch.setattr("diffusion_nft.run.build_trainer", build)
         train(staged(folder, {"stages": TWO}))
     return folder, alive
 
@@ -328,7 +331,7 @@ def test_stages_are_one_run_continued_under_other_configs(finished, tmp_path):
         alone.eval.at_start = False
         (tmp_path / "config.json").unlink(missing_ok=True)
         with one_thread():
-            Trainer(alone, CPU).run()
+            make_trainer(alone, CPU).run()
     ours, theirs = (Checkpointer(folder).load_latest() for folder in (finished, tmp_path))
     assert ours is not None and theirs is not None and ours.path.name == theirs.path.name
     for group, tensors in theirs.tensors.items():
@@ -345,28 +348,29 @@ def kill(*args, **kwargs):
 
 
 def when(condition, method, error=Kill):
-    """``method``, which an ``error`` comes before while ``condition(trainer)``."""
+    """``method``, preceded by an ``error`` while ``condition`` of its first argument holds."""
 
-    def wrapped(trainer, *args, **kwargs):
-        if condition(trainer):
+    def wrapped(first, *args, **kwargs):
+        if condition(first):
             raise error
-        return method(trainer, *args, **kwargs)
+        return method(first, *args, **kwargs)
 
     return wrapped
 
 
 def test_a_run_killed_anywhere_ends_as_the_uninterrupted_one(finished, tmp_path, monkeypatch):
     config = staged(tmp_path / "run", {"stages": TWO})
+    drawn = tmp_path / "run" / "before_after_stage1.png"
     moments = (
-        ("_run_epoch", lambda t: t.state.epoch == 1),  # in the midst of a stage
-        ("_report", lambda t: t.stage.number == 1),  # its end is saved, its pictures not drawn
-        ("__init__", lambda t: (tmp_path / "run" / "before_after_stage1.png").exists()),  # between
-        ("evaluate", lambda t: t.stage.number == 2),  # in the next one's first evaluation
-        ("_run_epoch", lambda t: t.stage.number == 2),  # after it
+        (Trainer, "_run_epoch", lambda t: t.state.epoch == 1),  # in the midst of a stage
+        (Evaluator, "finish", lambda e: e.stage.number == 1),  # its end is saved, no images drawn
+        (run_module, "build_trainer", lambda _: drawn.exists()),  # between the stages
+        (Evaluator, "evaluate", lambda e: e.stage.number == 2),  # the next one's first evaluation
+        (Trainer, "_run_epoch", lambda t: t.stage.number == 2),  # after it
     )
-    for name, condition in moments:
+    for owner, name, condition in moments:
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, name, when(condition, getattr(Trainer, name)))
+            patch.setattr(owner, name, when(condition, getattr(owner, name)))
             with pytest.raises(Kill):
                 train(config)
     # A reward that fails there has the first evaluation saved, as one of the second stage.
@@ -392,7 +396,7 @@ def test_a_damaged_end_of_a_stage_takes_the_run_back_into_it(finished, copy):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(OSError, match="is of epoch 1; stage 2 of 2 begins after epoch 2"):
-            Trainer(config, CPU, stages_of(config)[1])
+            make_trainer(config, CPU, stages_of(config)[1])
         train(config)
     assert_same_state(copy, finished)
     assert_same_log(copy, finished)
@@ -401,7 +405,7 @@ def test_a_damaged_end_of_a_stage_takes_the_run_back_into_it(finished, copy):
 def test_a_finished_run_tells_the_gain_of_each_stage_and_loads_no_model(
     finished, monkeypatch, capsys
 ):
-    monkeypatch.setattr(Trainer, "__init__", kill)
+    monkeypatch.setattr("diffusion_nft.run.build_trainer", kill)
     before = (finished / "metrics.jsonl").read_bytes()
     train(staged(finished, {"stages": TWO}))
     told = capsys.readouterr().out
