@@ -73,13 +73,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.reward_fn = ml_collections.ConfigDict({}, allow_dotted_keys=True)
     # Reward name -> addresses of its servers (scripts/reward_server.py), which share the load; a
     # reward without addresses is scored here.  In a preset, as for the options below:
-    #     with config.remote.unlocked():
-    #         config.remote.geneval = ("http://gpu7:8000", "http://gpu8:8000")
-    # On the command line: --config.remote="{'geneval': ('http://gpu7:8000',)}".  The environment
-    # variable REWARD_SERVER_TOKEN holds the servers' token.
-    config.remote = ml_collections.ConfigDict({}, allow_dotted_keys=True)
+    #     with config.reward_servers.unlocked():
+    #         config.reward_servers.geneval = ("http://gpu7:8000", "http://gpu8:8000")
+    # On the command line: --config.reward_servers="{'geneval': ('http://gpu7:8000',)}".  The
+    # environment variable REWARD_SERVER_TOKEN holds the servers' token.
+    config.reward_servers = ml_collections.ConfigDict({}, allow_dotted_keys=True)
     # Seconds that a server may take for a batch, waiting for its turn included.
-    config.remote_timeout_seconds = 300.0
+    config.reward_server_timeout_seconds = 300.0
     # Reward name -> arguments of its class, such as {"ocr": {"backend": "paddleocr"}}.  "device"
     # ("cpu", "cuda:1") moves the reward there; "dtype" is fp32, fp16 or bf16.
     config.reward_options = ml_collections.ConfigDict({}, allow_dotted_keys=True)
@@ -128,7 +128,7 @@ def get_config() -> ml_collections.ConfigDict:
     train.shared_noise = False
     # Leave out prompts whose images all scored the same: their advantages are zero.  What else the
     # loss asks of them, such as the KL term, goes too.
-    train.skip_flat_groups = False
+    train.filter_zero_std_groups = False
     train.learning_rate = 3e-4
     # Epochs in which the learning rate halves, again and again; 0: it is constant.
     train.lr_half_life = 0.0
@@ -190,7 +190,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.eval = evaluation = ml_collections.ConfigDict()
     # Rewards that are only evaluated, never trained on: held-out judges of what is gained.
-    evaluation.rewards = ()
+    evaluation.held_out_rewards = ()
     # Lines of the test set to use, drawn once and for all; 0: all.
     evaluation.num_prompts = 0
     evaluation.num_steps = 40
@@ -201,20 +201,20 @@ def get_config() -> ml_collections.ConfigDict:
     # Evaluate before the first epoch.
     evaluation.at_start = True
 
-    # Alarms: signs that the reward rises at the cost of the pictures (tracking/monitor.py).
+    # Alarms: signs that the reward rises at the cost of the images (tracking/monitor.py).
     config.monitor = monitor = ml_collections.ConfigDict()
     # off | warn | stop (after saving; the same command goes on to the next alarm) | raise_kl (an
     # alarm doubles the weight of the KL term, up to 64 times; that stays for the run or its stage).
     monitor.action = "warn"
-    # Also evaluate brightness, saturation and edges, as the held-out reward picture_statistics.
-    monitor.pictures = False
+    # Also evaluate brightness, saturation and edges, as the held-out reward image_statistics.
+    monitor.image_statistics = False
     # Alarming: an evaluated reward, or a component of one, lower than its best evaluation so far by
     # more than so many standard errors, over all lines or those of a tag,
     monitor.max_drop = 3.0
     # a diversity lower than at first by more than this share,
     monitor.max_diversity_drop = 0.3
     # a size of the latents, brightness, saturation or edges changed by more than this share,
-    monitor.max_picture_change = 0.3
+    monitor.max_image_change = 0.3
     # and a distance to the reference, loss/kl, above this (0: any may be).
     monitor.max_kl = 0.0
 
@@ -240,7 +240,7 @@ def get_config() -> ml_collections.ConfigDict:
     log.wandb = "online"
     log.wandb_project = "diffusion-nft"
     log.tensorboard = False
-    # Pictures per image grid, at most the main rank's, and epochs between grids of training samples
+    # Images per image grid, at most the main rank's, and epochs between grids of training samples
     # (0: none).
     log.num_images = 16
     log.image_freq = 10

@@ -1,7 +1,8 @@
 """Named experiments: what ``scripts/experiments.py NAME`` runs, and what its plots compare.
 
-An experiment asks one question of several arms, each a preset with changes, over the same seeds.
-To add one: an entry in ``EXPERIMENTS``.  Names of experiments and arms become names of files.
+An experiment asks one question of several variants, each a preset with changes, over the same
+seeds.  To add one: an entry in ``EXPERIMENTS``.  Names of experiments and variants become names of
+files.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ SEEDS = (42, 43, 44, 45, 46)
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """The preset of a configuration file, and what is changed in it by dotted key."""
 
     preset: str
@@ -22,24 +23,25 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """``baseline``: the arm that the others are tested against.  ``common``: changes of every arm,
-    such as how often it is evaluated; an arm may have its own.  ``watched``: metrics that are drawn
-    beside strict accuracy; none: reward, distance to the reference, stricter accuracy, diversity.
+    """``baseline``: the variant that the others are tested against.  ``common``: changes of every
+    variant, such as how often it is evaluated; a variant may have its own.  ``watched``: metrics
+    that are drawn beside strict accuracy; none: reward, distance to the reference, stricter
+    accuracy, diversity.
     """
 
     question: str
-    arms: Mapping[str, Arm]
+    variants: Mapping[str, Variant]
     baseline: str
     common: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = SEEDS
     watched: tuple[str, ...] = ()
 
-    def changes(self, arm: str) -> dict[str, Any]:
-        """What ``arm`` changes in its preset, by dotted key."""
-        return {**self.common, **self.arms[arm].changes}
+    def changes(self, variant: str) -> dict[str, Any]:
+        """What ``variant`` changes in its preset, by dotted key."""
+        return {**self.common, **self.variants[variant].changes}
 
 
-# Five points a curve in the 24 epochs of shapes_demo; pictures are for looking, not for counting.
+# Five points a curve in the 24 epochs of shapes_demo; images are for looking, not for counting.
 DEMO_CURVE = {"eval_freq": 6, "log.num_images": 0}
 # Other algorithms in the epochs of shapes_demo; as many of them as cost the same.
 DEMO_SIZE = {"sample.num_groups": 8, "train.lr_half_life": 0.0}
@@ -48,13 +50,13 @@ GRPO_FILE, BASELINES_FILE = "config/grpo.py", "config/baselines.py"
 FAST = {
     "train.sigma_choice": "stratified",
     "train.timestep_fraction": 0.2,
-    "train.skip_flat_groups": True,
+    "train.filter_zero_std_groups": True,
 }
 CHEAP = {
     "sample.num_steps": 5,
     "train.timestep_fraction": 0.4,
     "train.sigma_choice": "stratified",
-    "train.skip_flat_groups": True,
+    "train.filter_zero_std_groups": True,
 }
 
 
@@ -63,18 +65,18 @@ def dotted(changes: Mapping[str, Any]) -> dict[str, Any]:
     return {name.replace("__", "."): value for name, value in changes.items()}
 
 
-def demo(**changes: Any) -> Arm:
+def demo(**changes: Any) -> Variant:
     """shapes_demo with ``changes``."""
-    return Arm("shapes_demo", dotted(changes))
+    return Variant("shapes_demo", dotted(changes))
 
 
-def grpo(**changes: Any) -> Arm:
+def grpo(**changes: Any) -> Variant:
     """Flow-GRPO without guidance, 14 epochs."""
     own = {**DEMO_SIZE, "num_epochs": 14}
-    return Arm("shapes_grpo", {**own, **dotted(changes)}, GRPO_FILE)
+    return Variant("shapes_grpo", {**own, **dotted(changes)}, GRPO_FILE)
 
 
-def grpo_3_steps(**changes: Any) -> Arm:
+def grpo_3_steps(**changes: Any) -> Variant:
     """Flow-GRPO without guidance that trains at 3 of its 10 steps, drawn anew for each sample, as
     shapes_demo does at 3 of 10 sigmas; 28 epochs.
     """
@@ -87,44 +89,44 @@ def grpo_3_steps(**changes: Any) -> Arm:
     )
 
 
-def grpo_cfg(**changes: Any) -> Arm:
+def grpo_cfg(**changes: Any) -> Variant:
     """Flow-GRPO with guidance 2 in rollout, training and evaluation: half of the epochs, since
     every step passes through the transformer twice.
     """
     own = {**DEMO_SIZE, "num_epochs": 7, "eval_freq": 3}
-    return Arm("shapes_grpo_cfg", {**own, **dotted(changes)}, GRPO_FILE)
+    return Variant("shapes_grpo_cfg", {**own, **dotted(changes)}, GRPO_FILE)
 
 
-def baseline(preset: str, **changes: Any) -> Arm:
+def baseline(preset: str, **changes: Any) -> Variant:
     """A preset of weighted matching, its epochs and KL weight those of shapes_demo."""
     own = {**DEMO_SIZE, "matching.kl_weight": 1e-4, "num_epochs": 24}
-    return Arm(preset, {**own, **dotted(changes)}, BASELINES_FILE)
+    return Variant(preset, {**own, **dotted(changes)}, BASELINES_FILE)
 
 
 EXPERIMENTS = {
     "fast": Experiment(
         question="Which cheaper epochs gain as much as those of shapes_demo?",
-        arms={
+        variants={
             "faithful": demo(),
             # As the presets of SD3.5: all sigmas but one, drawn anew for each sample.
             "9-sigmas": demo(train__timestep_fraction=0.99, num_epochs=12),
             "stratified": demo(train__sigma_choice="stratified"),
             "2-stratified": demo(train__sigma_choice="stratified", train__timestep_fraction=0.2),
             # The preset shapes_fast.
-            "2-stratified-skip": Arm("shapes_demo", FAST),
+            "2-stratified-skip": Variant("shapes_demo", FAST),
             "1-sigma": demo(train__timestep_fraction=0.1),
             "shared-noise": demo(train__shared_noise=True),
-            "skip-flat": demo(train__skip_flat_groups=True),
+            "skip-flat": demo(train__filter_zero_std_groups=True),
             # All that makes an epoch cheaper, and as many epochs more.
-            "cheap": Arm("shapes_demo", {**CHEAP, "num_epochs": 42}),
+            "cheap": Variant("shapes_demo", {**CHEAP, "num_epochs": 42}),
         },
         baseline="faithful",
         common=DEMO_CURVE,
         seeds=(42, 43, 44),
     ),
     "grpo_tuning": Experiment(
-        question="Which settings serve Flow-GRPO best on the embedded model?",
-        arms={
+        question="Which settings serve Flow-GRPO best on the built-in model?",
+        variants={
             "published": grpo(train__learning_rate=3e-4),
             "lr-1e-3": grpo(),
             "lr-3e-3": grpo(train__learning_rate=3e-3),
@@ -155,8 +157,8 @@ EXPERIMENTS = {
         seeds=(42,),
     ),
     "matching_tuning": Experiment(
-        question="Which settings serve the weighted baselines best on the embedded model?",
-        arms={
+        question="Which settings serve the weighted baselines best on the built-in model?",
+        variants={
             "awm": baseline("shapes_awm"),
             "awm-lr-3e-4": baseline("shapes_awm", train__learning_rate=3e-4),
             "awm-kl-01": baseline("shapes_awm", matching__kl_weight=0.1),
@@ -186,7 +188,7 @@ EXPERIMENTS = {
     ),
     "algorithms": Experiment(
         question="Does NFT learn more from the same compute than Flow-GRPO?",
-        arms={
+        variants={
             "nft": demo(),
             # The best of grpo_tuning with the KL term, without it, and with guidance.
             "flow-grpo": grpo(train__learning_rate=3e-3, grpo__clip_range=1e-3),
@@ -203,7 +205,7 @@ EXPERIMENTS = {
     ),
     "matching": Experiment(
         question="Does NFT learn more from the same compute than weighted matching?",
-        arms={
+        variants={
             "nft": demo(),
             # The best of matching_tuning.
             "awm": baseline("shapes_awm", matching__kl_weight=0.1),
@@ -215,7 +217,7 @@ EXPERIMENTS = {
     ),
     "negatives": Experiment(
         question="What does the negative branch do?",
-        arms={
+        variants={
             "nft": demo(),
             "no-negative-branch": demo(nft__negative_branch=False),
             "positive-only": demo(train__adv_mode="positive_only"),
@@ -225,7 +227,7 @@ EXPERIMENTS = {
     ),
     "solvers": Experiment(
         question="Which solver should draw the training samples, in how many steps?",
-        arms={
+        variants={
             "dpm2-10": demo(),
             "dpm1-10": demo(sample__solver="dpm1"),
             "sde-10": demo(sample__solver="flow"),
@@ -238,7 +240,7 @@ EXPERIMENTS = {
     ),
     "old_policy": Experiment(
         question="How fast should the sampling policy follow the trained one?",
-        arms={
+        variants={
             "linear-to-half": demo(),
             "on-policy": demo(nft__old_policy_decay="on_policy"),
             "constant-09": demo(nft__old_policy_decay="constant_09"),
@@ -255,7 +257,7 @@ EXPERIMENTS = {
     ),
     "beta_weighting": Experiment(
         question="How do the strength beta and the weighting of the loss matter?",
-        arms={
+        variants={
             # The old policy is nearly the trained one in these runs.  Where they are equal, as at
             # the first of an epoch's two steps, the gradient is that of advantage-weighted matching
             # whatever beta is; at the second beta pulls back.
@@ -277,7 +279,7 @@ EXPERIMENTS = {
     ),
     "kl_groups": Experiment(
         question="What do KL weight, deviation of the advantage, group size and guidance do?",
-        arms={
+        variants={
             # 8 groups of 24, the deviation of the epoch, no guidance.
             "kl-1e-4": demo(),
             # No pass of the reference: as many epochs as cost the same.
@@ -299,7 +301,7 @@ EXPERIMENTS = {
     ),
     "guided": Experiment(
         question="Evaluated with guidance, what do NFT without it and Flow-GRPO with it learn?",
-        arms={
+        variants={
             "flow-grpo-cfg": grpo_cfg(train__learning_rate=3e-3, grpo__clip_range=1e-3),
             "nft": demo(eval__guidance_scale=2.0),
         },
@@ -307,21 +309,21 @@ EXPERIMENTS = {
         common=DEMO_CURVE,
     ),
     "hacking": Experiment(
-        question="What does training on a lenient verifier do to the pictures, and what shows it?",
-        arms={
+        question="What does training on a lenient verifier do to the images, and what shows it?",
+        variants={
             "standard": demo(num_epochs=48),
             "lenient": demo(num_epochs=48, reward_options={"shapes": {"rule": "lenient"}}),
         },
         baseline="standard",
-        common={**DEMO_CURVE, "monitor.pictures": True, "monitor.max_kl": 0.1},
+        common={**DEMO_CURVE, "monitor.image_statistics": True, "monitor.max_kl": 0.1},
         watched=(
             "reward/mean",
             "eval/shapes/strict",
             "eval/shapes/stricter",
             "eval/diversity",
-            "eval/picture_statistics",
-            "eval/picture_statistics/saturation",
-            "eval/picture_statistics/edges",
+            "eval/image_statistics",
+            "eval/image_statistics/saturation",
+            "eval/image_statistics/edges",
             "loss/kl",
         ),
     ),

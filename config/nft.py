@@ -152,7 +152,7 @@ def _fast(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.save_dir += "_fast"
     config.train.timestep_fraction = 0.2
     config.train.sigma_choice = "stratified"
-    config.train.skip_flat_groups = True
+    config.train.filter_zero_std_groups = True
     return config
 
 
@@ -243,7 +243,7 @@ def shapes_stages() -> ml_collections.ConfigDict:
     """
     config = shapes_demo()
     config.save_dir = "logs/nft/shapes/stages"
-    config.eval.rewards = ("jpeg_compressibility",)
+    config.eval.held_out_rewards = ("jpeg_compressibility",)
     config.stages = (
         {"num_epochs": 16},
         {
@@ -251,7 +251,7 @@ def shapes_stages() -> ml_collections.ConfigDict:
             "reward_fn": {"shapes": 1.0, "jpeg_compressibility": 0.5},
             # The sizes of JPEGs vary by thousandths, the other reward by tenths.
             "sample.standardize_rewards": True,
-            "eval.rewards": (),
+            "eval.held_out_rewards": (),
         },
     )
     return config

@@ -30,10 +30,10 @@ class GroupStatistics:
 
     mean: float
     std: float
-    zero_std_groups: float  # share of groups whose images all scored the same: no signal in them
+    frac_zero_std: float  # share of groups whose images all scored the same: no signal in them
 
 
-def flat_groups(rewards: Tensor, group_size: int) -> Tensor:
+def zero_std_groups(rewards: Tensor, group_size: int) -> Tensor:
     """``[num_groups]``, True where all scored samples of a group have the same reward."""
     grouped = rewards.reshape(-1, group_size)
     return grouped.nan_to_num(-math.inf).amax(1) == grouped.nan_to_num(math.inf).amin(1)
@@ -49,7 +49,7 @@ def group_advantages(rewards: Tensor, group_size: int, *, global_std: bool) -> T
     grouped = rewards.to(torch.float64).reshape(-1, group_size)
     centred = grouped - grouped.nanmean(dim=1, keepdim=True)
     # The mean of equal numbers may differ from them in the last bit, of which a mode makes a sign.
-    centred[flat_groups(rewards, group_size)] *= 0
+    centred[zero_std_groups(rewards, group_size)] *= 0
     if global_std:
         std = grouped[~grouped.isnan()].std(correction=0)
     else:
@@ -97,5 +97,5 @@ def statistics(rewards: Tensor, group_size: int) -> GroupStatistics:
     return GroupStatistics(
         mean=float(scored.mean()),
         std=float(scored.std(correction=0)),
-        zero_std_groups=float(flat_groups(rewards, group_size).to(torch.float64).mean()),
+        frac_zero_std=float(zero_std_groups(rewards, group_size).to(torch.float64).mean()),
     )

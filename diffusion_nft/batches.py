@@ -9,7 +9,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from diffusion_nft.advantages import flat_groups
+from diffusion_nft.advantages import zero_std_groups
 from diffusion_nft.algorithms import Algorithm, Batch, Transitions
 from diffusion_nft.flow import add_noise
 from diffusion_nft.models.embeddings import Conditioning
@@ -80,9 +80,9 @@ class EpochBatches:
         self.sigmas_per_sample = max(1, int(len(rollout.sigmas) * fraction))
         self._scored = ~weights.isnan()
         self._trained = self._scored.clone()
-        if config.train.skip_flat_groups:
-            flat = flat_groups(rollout.scores.total, self.group_size)
-            self._trained &= ~flat.repeat_interleave(self.group_size)
+        if config.train.filter_zero_std_groups:
+            zero_std = zero_std_groups(rollout.scores.total, self.group_size)
+            self._trained &= ~zero_std.repeat_interleave(self.group_size)
         if algorithm.skips_weightless:
             self._trained &= weights != 0
 

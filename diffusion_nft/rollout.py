@@ -1,4 +1,4 @@
-"""Prompts -> latents, pictures and scores, with the old policy and any black-box solver."""
+"""Prompts -> latents, images and scores, with the old policy and any black-box solver."""
 
 import math
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Rollout:
     cond_rows: Tensor  # [n]: the row of ``cond`` of each sample
     x0_rms: float  # root mean square of all scored latents
     sigmas: Tensor  # [N]: distinct non-zero noise levels that the solver visited; empty if n is 0
-    pictures: Images  # up to num_pictures, of this rank
+    images: Images  # up to num_images, of this rank
     shown: list[int]  # which of the N samples those are
     trajectory: Trajectory | None = None  # of n samples, xs [N + 1, n, C, h, w]; if asked for
 
@@ -50,7 +50,7 @@ def rollout_metrics(rollout: Rollout, r: Tensor, group_size: int) -> dict[str, f
     values = {
         "reward/mean": stats.mean,
         "reward/std": stats.std,
-        "reward/zero_std_groups": stats.zero_std_groups,
+        "reward/frac_zero_std": stats.frac_zero_std,
         "reward/diversity": rollout.diversity,
         "reward/x0_rms": rollout.x0_rms,
     }
@@ -84,11 +84,11 @@ def generate_rollouts(
     *,
     epoch: int,
     dist: Distributed,
-    num_pictures: int,
+    num_images: int,
     trajectories: bool = False,
     ahead: Sequence[Prompt] = (),
 ) -> Rollout:
-    """Samples ``num_image_per_prompt`` pictures of each prompt with the model's active adapter.
+    """Samples ``num_image_per_prompt`` images of each prompt with the model's active adapter.
 
     Sample i of the epoch belongs to group ``i // num_image_per_prompt``; its noise is keyed by
     (seed, epoch, i).  Ranks take contiguous near-equal shares.  Scoring runs in the background of
@@ -104,7 +104,7 @@ def generate_rollouts(
     groups_here = slice(first, -(-indices.stop // size) if indices else first)
     cond = model.encode([prompt.text for prompt in prompts[groups_here]])
     cond_rows = torch.tensor([i // size - first for i in indices], device=model.device).long()
-    shown = shown_samples(indices, size, num_pictures)
+    shown = shown_samples(indices, size, num_images)
     latents, chains, thumbs, kept, sigmas = [], [], [], [], torch.zeros(0)
     with ScoringWorker(dist.device) as worker:
         for start in range(0, len(indices), config.sample.batch_size):
@@ -154,7 +154,7 @@ def generate_rollouts(
         cond=cond,
         cond_rows=cond_rows,
         sigmas=sigmas,
-        pictures=Images.concatenate(kept),
+        images=Images.concatenate(kept),
         shown=shown,
         trajectory=Trajectory(*(torch.cat(parts, dim=1) for parts in zip(*chains, strict=True)))
         if chains

@@ -15,7 +15,7 @@ from diffusion_nft.runs.checkpoint import Checkpoint
 from diffusion_nft.runs.lock import only_writer
 from diffusion_nft.runs.run_dir import check_run_dir
 from diffusion_nft.runs.state import is_finished, newest_checkpoint, stage_number
-from diffusion_nft.tracking.summary import pictures_file, result
+from diffusion_nft.tracking.summary import images_file, result
 from diffusion_nft.trainer import Trainer
 from diffusion_nft.validation.inputs import build_named, load_checked_prompts, reward_weights
 from diffusion_nft.validation.stages import Stage, stages_of
@@ -102,10 +102,10 @@ def _unfinished(
     """The stages that have epochs to make, an evaluation, or images to draw."""
 
     def finished(stage: Stage) -> bool:
-        pictures = Path(stage.config.save_dir, pictures_file(stage.number))
+        images = Path(stage.config.save_dir, images_file(stage.number))
         # What a stage drew can only be drawn while its own state is the newest.
         passed = checkpoint is not None and stage_number(checkpoint) > stage.number
-        drawn = passed or not stage.config.log.num_images or pictures.exists()
+        drawn = passed or not stage.config.log.num_images or images.exists()
         return all(dist.gather_objects(drawn and is_finished(stage, checkpoint)))
 
     return [stage for stage in stages if not finished(stage)]

@@ -125,7 +125,7 @@ class Trainer:
                 config,
                 epoch=epoch,
                 dist=self.dist,
-                num_pictures=config.log.num_images,
+                num_images=config.log.num_images,
                 trajectories=self.algorithm.on_trajectories,
                 ahead=self._prompts(epoch + 1) if epoch + 1 < config.num_epochs else (),
             )
@@ -148,7 +148,7 @@ class Trainer:
             captions = [self.epoch_prompts[i // size].text for i in rollout.shown]
             scores = rollout.scores.total[rollout.shown].tolist()
             self.metrics.log_images(
-                "train", rollout.pictures, captions, scores, epoch=self.state.epoch
+                "train", rollout.images, captions, scores, epoch=self.state.epoch
             )
 
     def _epoch_metrics(

@@ -233,7 +233,8 @@ class Learner:
         except Preempted:
             with torch.no_grad():
                 for name in names:
-                    torch._foreach_copy_(self.policy.parameters(name), weights[name])
+                    own = [weight.detach() for weight in self.policy.parameters(name)]
+                    torch._foreach_copy_(own, weights[name])
             if state is not None:
                 self.load_state_dict(state)
             raise

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from diffusion_nft.benchmarks.baseline import Published
 from diffusion_nft.benchmarks.models import ARCHITECTURES, Product, Setup
-from diffusion_nft.benchmarks.phases import Observer, Peaks, report, synchronize
+from diffusion_nft.benchmarks.phases import Observer, Peaks, judged_phases, synchronize
 from diffusion_nft.command_line import command, positive, user_path
 from diffusion_nft.distributed.ranks import Distributed, distributed
 from diffusion_nft.rewards import parse_option
@@ -201,7 +201,7 @@ def _summary(
         "pairs_per_epoch": pairs,
         "flops_per_epoch": flops,
         "mfu": flops / statistics.median(seconds) / peaks["others"].flops,
-        "phases": report(phases, peaks),
+        "phases": judged_phases(phases, peaks),
     }
 
 

@@ -4,8 +4,8 @@
     python scripts/check_rewards.py --reward geneval,ocr --device cuda
     python scripts/check_rewards.py --config config/nft.py:sd3_multi_reward
 
-Builds each reward as training does and lets it score two drawn pictures, twice.  Prints a table of
-what holds, the time per picture of the second call and the memory that the loaded reward takes, and
+Builds each reward as training does and lets it score two drawn images, twice.  Prints a table of
+what holds, the time per image of the second call and the memory that the loaded reward takes, and
 for each failure the command that mends it.  With --config, the rewards of that preset, of all of
 its stages, with its options and servers.  Exits with 1 if anything failed.
 """
@@ -68,7 +68,7 @@ class Finding:
         )
 
 
-def pictures(name: str) -> tuple[Images, list[str], list[dict]]:
+def example_batch(name: str) -> tuple[Images, list[str], list[dict]]:
     """Two images with prompts and metadata that ``name`` can score."""
     if name == "shapes":
         from diffusion_nft.shapes.captions import metadata_lines, sample_scene
@@ -91,15 +91,15 @@ def pictures(name: str) -> tuple[Images, list[str], list[dict]]:
 
 
 def check(
-    name: str, device: torch.device, options: Mapping[str, Any], remote: Sequence[str]
+    name: str, device: torch.device, options: Mapping[str, Any], addresses: Sequence[str]
 ) -> Finding:
     """Builds the reward ``name`` and lets it score; never raises."""
     finding = Finding(name)
     before = memory(device)
     try:
-        rewards = {name: build_reward(name, device, options, remote)}
+        rewards = {name: build_reward(name, device, options, addresses)}
         finding.passed = STAGES.index("scores")
-        images, prompts, metadata = pictures(name)
+        images, prompts, metadata = example_batch(name)
         images = images.to(device)
         score = RewardSet({name: 1.0}, rewards)
         for _ in range(2):
@@ -114,7 +114,7 @@ def check(
             finding.passed = 0 if isinstance(error, ImportError) else 1
             finding.passed += not isinstance(error, (ImportError, OSError))
         finding.problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        finding.remedy = remedy(name, error, remote)
+        finding.remedy = remedy(name, error, addresses)
     gc.collect()
     return finding
 
@@ -126,12 +126,14 @@ def memory(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / 1e9
 
 
-def remedy(name: str, error: Exception, remote: Sequence[str]) -> str:
+def remedy(name: str, error: Exception, addresses: Sequence[str]) -> str:
     """The command that mends ``error``; empty where there is no single one."""
-    if remote:
+    if addresses:
         if not isinstance(error, ConnectionError):
             return ""
-        return f"python scripts/reward_server.py --reward {name} --port {urlsplit(remote[0]).port}"
+        return (
+            f"python scripts/reward_server.py --reward {name} --port {urlsplit(addresses[0]).port}"
+        )
     if isinstance(error, ImportError):
         extra = EXTRAS.get(name, name)
         return f'pip install -e ".[{extra}]"' if extra else "pip install -e ."
@@ -155,7 +157,7 @@ def wanted(args: argparse.Namespace) -> tuple[list[str], Mapping[str, Any], Mapp
     config = load_file(path).get_config(preset)
     stages = merged_configs(config)
     names = dict.fromkeys(name for stage in stages for name in reward_weights(stage)[1])
-    return list(names), config.reward_options.to_dict(), config.remote.to_dict()
+    return list(names), config.reward_options.to_dict(), config.reward_servers.to_dict()
 
 
 def main() -> int:
@@ -171,13 +173,13 @@ def main() -> int:
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=device, default=usual)
     args = parser.parse_args()
-    names, options, remote = wanted(args)
+    names, options, servers = wanted(args)
     set_tf32(True)  # as in runs, unless they have allow_tf32 = False
     findings = []
     for name in names:
         print(f"checking {name} ...", file=sys.stderr, flush=True)
-        findings.append(check(name, args.device, options.get(name, {}), remote.get(name, ())))
-    header = ("reward", *STAGES, "s/picture", "GB", "scores of the two pictures")
+        findings.append(check(name, args.device, options.get(name, {}), servers.get(name, ())))
+    header = ("reward", *STAGES, "s/image", "GB", "scores of the two images")
     print("\n".join(aligned([header, *(finding.row() for finding in findings)])))
     failed = [finding for finding in findings if finding.problem]
     for finding in failed:

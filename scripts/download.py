@@ -26,7 +26,7 @@ from diffusion_nft.rewards.weights import (
 )
 from diffusion_nft.tracking.summary import aligned
 
-EVERYTHING = ("rewards", "all")
+GROUP_NAMES = ("rewards", "all")
 NAMES = sorted({*WEIGHT_FILES, *HUB_MODELS, *NOTHING_TO_FETCH})
 
 
@@ -75,7 +75,7 @@ def print_table() -> None:
 
 def main() -> int:
     """The exit status: 1 if something could not be fetched or is not what it should be."""
-    choices = [*EVERYTHING, *NAMES]
+    choices = [*GROUP_NAMES, *NAMES]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,7 +89,7 @@ def main() -> int:
     if unknown or not args.name:
         parser.error(f"{', '.join(unknown) or 'nothing'} named; choose from {', '.join(choices)}")
     status = 0
-    for name in NAMES if set(EVERYTHING) & set(args.name) else args.name:
+    for name in NAMES if set(GROUP_NAMES) & set(args.name) else args.name:
         needed = items(name)
         if not needed:
             print(f"{name}: nothing to fetch, {NOTHING_TO_FETCH[name]}")

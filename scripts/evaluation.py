@@ -45,8 +45,8 @@ def parse_flags() -> argparse.Namespace:
     add = parser.add_argument
     add("--dataset", help="a name under dataset/, or a folder")
     add("--reward", default="", help="comma-separated; default: the usual ones of the data set")
-    add("--save_images", action="store_true", help="keep every picture; makes a start resumable")
-    add("--rescore", action="store_true", help="score --output_dir's saved pictures")
+    add("--save_images", action="store_true", help="keep every image; makes a start resumable")
+    add("--rescore", action="store_true", help="score --output_dir's saved images")
     args = parser.parse_args()
     args.options = options = resolve_options(args)
     if "dataset" not in options.config:
@@ -63,8 +63,8 @@ def parse_flags() -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace, dist: Distributed) -> None:
-    """Does what is not yet there, or scores the pictures that are there, and writes the results."""
+def evaluate_sets(args: argparse.Namespace, dist: Distributed) -> None:
+    """Does what is not yet there, or scores the images that are there, and writes the results."""
     options, folder = args.options, args.output_dir
     prompts, lines = evaluated_lines(args.dataset, args.limit)
     options.check_test_prompts(args.rewards, prompts, lines)
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, dist: Distributed) -> None:
             rewards=lambda weights: options.rewards(weights, dist),
             dist=dist,
             lines=lines,
-            keep_pictures=args.save_images,
+            keep_images=args.save_images,
         )
         return
     scores, before = read_results(folder, prompts)
@@ -103,7 +103,7 @@ def main() -> None:
     with distributed(timeout_minutes=60) as dist:
         check_shared("--output_dir", args.output_dir, dist)
         with only_writer("--output_dir", args.output_dir, dist):
-            run(args, dist)
+            evaluate_sets(args, dist)
         if dist.is_main:
             print(json.dumps(finished(args.output_dir), indent=2))
             print(f"results: {args.output_dir}")

@@ -1,14 +1,13 @@
-"""Runs experiments of config/experiments.py: every arm with every seed, by the training script.
+"""Runs experiments of config/experiments.py: every variant with every seed, by the training script.
 
     python scripts/experiments.py --list
     python scripts/experiments.py negatives solvers --jobs 2
-    python scripts/experiments.py fast --seeds 42 43 --arms faithful 9-sigmas --jobs 2
+    python scripts/experiments.py fast --seeds 42 43 --variants faithful 9-sigmas --jobs 2
 
 A run is a process of its own; its directory and log lie in --runs, its numbers in
---results/EXPERIMENT/ARM-seedSEED.jsonl.  The same command goes on where it was stopped.  What has
-finished is not run again, in another experiment neither if the arm is the
-same there; results of an arm that has changed since are refused.  scripts/experiments_plot.py draws
-them.
+--results/EXPERIMENT/VARIANT-seedSEED.jsonl.  The same command goes on where it was stopped.  What
+has finished is not run again, in another experiment neither if the variant is the same there;
+results of a variant that has changed since are refused.  scripts/experiments_plot.py draws them.
 """
 
 import argparse
@@ -49,7 +48,7 @@ def parse_flags(experiments: dict[str, Any]) -> argparse.Namespace:
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="of config/experiments.py, one after another")
     add("--seeds", type=int, nargs="+", help="default: the experiment's")
-    add("--arms", nargs="+", help="of one experiment; default: all")
+    add("--variants", nargs="+", help="of one experiment; default: all")
     add("--jobs", type=positive, default=1, help="runs at once; they share the cores")
     add("--results", type=user_path, default=Path("docs/results"))
     add("--runs", type=user_path, default=Path("logs", "experiments"))
@@ -59,12 +58,12 @@ def parse_flags(experiments: dict[str, Any]) -> argparse.Namespace:
         parser.error("name an experiment, or give --list")
     if unknown := [name for name in args.names if name not in experiments]:
         parser.error(f"invalid choice: {unknown[0]!r} (choose from {', '.join(experiments)})")
-    if args.arms and len(args.names) != 1:
-        parser.error("--arms are those of one experiment: name it alone")
-    if args.arms:
-        arms = experiments[args.names[0]].arms
-        if unknown := [arm for arm in args.arms if arm not in arms]:
-            parser.error(f"--arms {unknown[0]}: choose from {', '.join(arms)}")
+    if args.variants and len(args.names) != 1:
+        parser.error("--variants are those of one experiment: name it alone")
+    if args.variants:
+        variants = experiments[args.names[0]].variants
+        if unknown := [variant for variant in args.variants if variant not in variants]:
+            parser.error(f"--variants {unknown[0]}: choose from {', '.join(variants)}")
     return args
 
 
@@ -103,7 +102,7 @@ def _last_line(path: Path) -> str:
 
 
 def taken_over(run: PlannedRun) -> bool:
-    """Whether another arm or experiment has run the same, whose result is that of ``run`` then."""
+    """Whether another variant or experiment has run the same; its result is that of ``run``."""
     source = same_elsewhere(run)
     if source:
         take_over(run, source)
@@ -150,16 +149,16 @@ def _end(processes: Iterator[subprocess.Popen[bytes]]) -> None:
 
 
 def show(experiments: dict[str, Any], args: argparse.Namespace) -> None:
-    """Prints the experiments, or those named, with their arms and finished seeds."""
+    """Prints the experiments, or those named, with their variants and finished seeds."""
     for name in args.names or experiments:
         experiment = experiments[name]
         print(f"{name}: {experiment.question} (seeds {', '.join(map(str, experiment.seeds))})")
-        for arm, chosen in experiment.arms.items():
-            found = args.results.joinpath(name).glob(f"{arm}-seed*.jsonl")
+        for variant, chosen in experiment.variants.items():
+            found = args.results.joinpath(name).glob(f"{variant}-seed*.jsonl")
             seeds = sorted(int(path.stem.rpartition("seed")[2]) for path in found)
             finished = f"finished: {', '.join(map(str, seeds))}" if seeds else "not run yet"
             changes = " ".join(f"{key}={value}" for key, value in chosen.changes.items())
-            print(f"  {arm}: {chosen.preset} {changes}".rstrip() + f"; {finished}")
+            print(f"  {variant}: {chosen.preset} {changes}".rstrip() + f"; {finished}")
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ from diffusion_nft.experiments.comparison import (
     mean_and_half_width,
     read,
 )
-from diffusion_nft.experiments.tables import report, watched
-from diffusion_nft.rewards import PICTURE_STATISTICS
+from diffusion_nft.experiments.tables import experiment_page, watched
+from diffusion_nft.rewards import IMAGE_STATISTICS
 from diffusion_nft.utils.files import write_atomically
 from diffusion_nft.utils.paths import prepare_folder
 
@@ -34,7 +34,7 @@ AXES = {COST: "training compute, thousands of forward-equivalents", SECONDS: "tr
 # Okabe and Ito's colours, which the colour-blind can tell apart; markers tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
-MANY_ARMS = 3  # Beside so many the lines of single runs can be told apart.
+MANY_VARIANTS = 3  # Beside so many the lines of single runs can be told apart.
 LINES = ("-", "--", ":")  # one for each round through the colours
 
 
@@ -53,13 +53,13 @@ def curve(results: dict[int, Result], key: str) -> tuple[list[float], list[float
 
 
 def draw(results: Results, path: Path) -> None:
-    """Two panels with the curves of all arms.  Raises ImportError without matplotlib."""
+    """Two panels with the curves of all variants.  Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 3.8), layout="constrained")
     panels = figure.subplots(1, len(AXES), sharey=True)
     for panel, (key, label) in zip(panels, AXES.items(), strict=True):
-        for number, (arm, seeds) in enumerate(results.items()):
+        for number, (variant, seeds) in enumerate(results.items()):
             colour = COLOURS[number % len(COLOURS)]
             x, means, halves = curve(seeds, key)
             x = [value / 1e3 for value in x] if key == COST else x
@@ -67,7 +67,7 @@ def draw(results: Results, path: Path) -> None:
             high = [min(mean + half, 1) for mean, half in zip(means, halves, strict=True)]
             panel.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
             marker = MARKERS[number % len(MARKERS)]
-            text = f"{arm} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})"
+            text = f"{variant} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})"
             line = LINES[number // len(COLOURS) % len(LINES)]
             panel.plot(x, means, line, color=colour, marker=marker, markersize=5, label=text)
         panel.set_xlabel(label)
@@ -80,8 +80,8 @@ def draw(results: Results, path: Path) -> None:
 
 
 def draw_watched(results: Results, path: Path) -> None:
-    """A panel a watched metric, against compute: the mean over seeds, and beside few arms each run
-    as a thin line.  Raises ImportError without matplotlib.
+    """A panel a watched metric, against compute: the mean over seeds, and beside few variants each
+    run as a thin line.  Raises ImportError without matplotlib.
     """
     from matplotlib.figure import Figure
 
@@ -92,13 +92,13 @@ def draw_watched(results: Results, path: Path) -> None:
     for panel in panels[len(names) :]:
         panel.remove()
     for name, panel in zip(names, panels, strict=False):
-        for number, (arm, seeds) in enumerate(results.items()):
+        for number, (variant, seeds) in enumerate(results.items()):
             colour = COLOURS[number % len(COLOURS)]
             by_epoch: dict[int, list[tuple[float, float]]] = {}
             for result in seeds.values():
                 rows = [row for row in result.rows if row.get(name) is not None]
                 points = [(row[COST] / 1e3, row[name]) for row in rows]
-                if points and len(results) <= MANY_ARMS:
+                if points and len(results) <= MANY_VARIANTS:
                     panel.plot(*zip(*points, strict=True), color=colour, alpha=0.35, linewidth=0.7)
                 for row, point in zip(rows, points, strict=True):
                     by_epoch.setdefault(row["epoch"], []).append(point)
@@ -108,9 +108,9 @@ def draw_watched(results: Results, path: Path) -> None:
             ]
             x, y = zip(*means, strict=True) if means else ((), ())
             line = LINES[number // len(COLOURS) % len(LINES)]
-            panel.plot(x, y, line, color=colour, linewidth=1.6, label=arm)
+            panel.plot(x, y, line, color=colour, linewidth=1.6, label=variant)
         panel.set_title(
-            f"{name} (brightness)" if name == f"eval/{PICTURE_STATISTICS}" else name, fontsize=9
+            f"{name} (brightness)" if name == f"eval/{IMAGE_STATISTICS}" else name, fontsize=9
         )
         panel.set_xlabel("forward-equivalents, thousands", fontsize=8)
         panel.grid(alpha=0.3)
@@ -141,7 +141,7 @@ def main() -> None:
     prepare_folder(args.output)
     for name, results in found.items():
         try:
-            text = report(name, results, args)
+            text = experiment_page(name, results, args)
             draw(results, args.output / f"{name}.png")
             draw_watched(results, args.output / f"{name}-watched.png")
         except ImportError as error:

@@ -43,7 +43,7 @@ from diffusion_nft.models.sd3 import T5, T5_TOKENIZER
 from diffusion_nft.runs.checkpoint import STATE, read_json
 from diffusion_nft.shapes import BUILT_IN_MODEL
 from diffusion_nft.tracking.metrics import METRICS_FILE
-from diffusion_nft.tracking.summary import comparable, pictures_file, stage_evaluations
+from diffusion_nft.tracking.summary import comparable, images_file, stage_evaluations
 from diffusion_nft.utils.files import DiskError, read_object
 
 TRANSFORMER = "transformer"
@@ -59,8 +59,8 @@ UNSHARED_KEYS = (
     "resume_from",
     "train.lora_path",
     "reward_options.",
-    "remote.",
-    "remote_timeout_seconds",
+    "reward_servers.",
+    "reward_server_timeout_seconds",
     "checkpoint.",
     "perf.",
     "log.",
@@ -193,10 +193,10 @@ def write_card(
         about = training(options.run, state)
         stage = state.get("stage", 0)
         results = evaluations(run_dir / METRICS_FILE, state["epoch"], stage)
-        pictures = run_dir / pictures_file(stage)
-        # Of an earlier checkpoint than the stage's last, the pictures would show other weights.
-        if state["epoch"] >= options.run["num_epochs"] and pictures.is_file():
-            shutil.copyfile(pictures, folder / SAMPLES)
+        images = run_dir / images_file(stage)
+        # Of an earlier checkpoint than the stage's last, the images would show other weights.
+        if state["epoch"] >= options.run["num_epochs"] and images.is_file():
+            shutil.copyfile(images, folder / SAMPLES)
             results += [f"![Test prompts before and after training, with scores]({SAMPLES})", ""]
         results += ["## Configuration", "", "```json", shared_json(options.run), "```", ""]
     lines = [
@@ -304,7 +304,7 @@ def snippet(config: ConfigDict, base: str, where: str, merged: Path | None) -> l
         f"    max_sequence_length={config.pretrained.max_sequence_length},",
         "    generator=torch.Generator().manual_seed(0),",
         ").images[0]",
-        'image.save("picture.png")',
+        'image.save("image.png")',
     ]
     here = [] if where != "." else ["In this folder:", ""]
     return [*here, "```python", *lines, "```"]

@@ -10,7 +10,7 @@ the phases can be repeated alone with --phase. `--minutes` shortens each phase t
 with the same schedule (the result then depends on the machine).
 
 The captions are noisy, as captions from the web are: with a probability that depends on the tag,
-the picture shows something else than its caption says. A model trained on them draws clean shapes
+the image shows something else than its caption says. A model trained on them draws clean shapes
 but follows its prompt only part of the time, and leaves something to learn by reinforcement.
 Held-out captions are not used here at all.
 
@@ -25,7 +25,7 @@ over all, 0.055 for a tag), as printed at its end:
     stricter        .637  .762      .400    .512      .225        .450   .498
 
 With the noise that evaluation draws for seeds 42, 43 and 44 it is .485, .444 and .463: .478 on
-average of the four draws, position .184. Real pictures pass both rules on all 480 lines, their
+average of the four draws, position .184. Real images pass both rules on all 480 lines, their
 reconstructions the standard one on all and the stricter one on .998.
 """
 
@@ -66,7 +66,7 @@ VAE_BATCH_SIZE = 16
 VAE_LEARNING_RATE = 2e-3
 KL_WEIGHT = 6e-4
 
-NUM_PICTURES = 24_000
+NUM_IMAGES = 24_000
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
 CAPTION_DROPOUT = 0.05
@@ -74,7 +74,7 @@ EMA_DECAY = 0.997
 SHIFT = 3.0
 SAVE_EVERY = 500
 
-# How often a tag is drawn, and how often its picture does not fit the caption.
+# How often a tag is drawn, and how often its image does not fit the caption.
 TAG_WEIGHTS = {
     "single_object": 1.0,
     "two_object": 1.5,
@@ -125,7 +125,7 @@ def train_vae(steps: int, minutes: float, device: torch.device) -> AutoencoderKL
         vae.parameters(), lr=VAE_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0
     )
     for bar in training_steps("vae", steps, minutes, optimizer):
-        # Up to nine objects: a full grid teaches more per pixel than a mostly empty picture.
+        # Up to nine objects: a full grid teaches more per pixel than a mostly empty image.
         scenes = [random_scene(rng, max_objects=NUM_CELLS) for _ in range(VAE_BATCH_SIZE)]
         images = torch.from_numpy(render_batch(scenes)).to(device)
         posterior = vae.encode(2 * images - 1).latent_dist
@@ -185,16 +185,16 @@ def embed_prompts(
 def noisy_pairs(
     vae: AutoencoderKL, captions: list[dict], rng: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents [NUM_PICTURES, 4, 12, 12] and, for each, the index of its caption."""
+    """Latents [NUM_IMAGES, 4, 12, 12] and, for each, the index of its caption."""
     by_tag = {
         tag: [index for index, caption in enumerate(captions) if caption["tag"] == tag]
         for tag in grammar.TAGS
     }
     weights = np.array([TAG_WEIGHTS[tag] for tag in grammar.TAGS])
     latents, indices = [], []
-    for start in tqdm(range(0, NUM_PICTURES, 1000), desc="pictures"):
+    for start in tqdm(range(0, NUM_IMAGES, 1000), desc="images"):
         scenes = []
-        for _ in range(min(1000, NUM_PICTURES - start)):
+        for _ in range(min(1000, NUM_IMAGES - start)):
             tag = rng.choice(grammar.TAGS, p=weights / weights.sum())
             index = int(rng.choice(by_tag[tag]))
             shown = captions[index]
@@ -313,7 +313,7 @@ def generate(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> torch.Te
 
 
 def print_scores(pipeline: StableDiffusion3Pipeline) -> None:
-    """Strict scores on the held-out prompts, by tag and rule; and those of real pictures."""
+    """Strict scores on the held-out prompts, by tag and rule; and those of real images."""
     metadata = grammar.metadata_lines("test")
     tags = np.array([line["tag"] for line in metadata])
     rng = np.random.default_rng(SEED + 1)
@@ -323,7 +323,7 @@ def print_scores(pipeline: StableDiffusion3Pipeline) -> None:
         "reconstructed": reconstruct(pipeline.vae, real),
         "real": torch.from_numpy(real),
     }
-    print(f"{'rule':10s}{'pictures':15s}" + "".join(f"{tag:>15s}" for tag in grammar.TAGS), end="")
+    print(f"{'rule':10s}{'images':15s}" + "".join(f"{tag:>15s}" for tag in grammar.TAGS), end="")
     print(f"{'all':>8s}{'graded':>8s}")
     for rule in RULES:
         for name, images in columns.items():
@@ -351,7 +351,7 @@ def main() -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the transformer in --work_dir, with fresh pictures and a new schedule",
+        help="go on from the transformer in --work_dir, with fresh images and a new schedule",
     )
     parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--work_dir", type=user_path, default=Path("runs/pretrain_shapes"))

@@ -5,7 +5,7 @@
     python scripts/reproduce.py --suite shapes --checkpoint_path logs/nft/shapes/demo
 
 The suite "paper" is GenEval, OCR, and six reward models on DrawBench, at 512 pixels with 40 steps;
-"shapes" is the built-in world's. On any number of processes.  Every picture is kept; the same
+"shapes" is the built-in world's. On any number of processes.  Every image is kept; the same
 command continues an interrupted call and makes nothing twice.  table.md and table.json in
 --output_dir hold every model that was evaluated into it, with all settings and versions.
 """
@@ -27,8 +27,8 @@ from diffusion_nft.evaluation.options import (
     resolve_options,
 )
 from diffusion_nft.evaluation.results import (
-    PER_REWARD,
-    read_pictures,
+    PER_REWARD_SETTINGS,
+    read_images,
     read_results,
     reserve_folder,
     scored_by,
@@ -41,9 +41,9 @@ from diffusion_nft.shapes import BUILT_IN_MODEL
 from diffusion_nft.tracking.grids import image_grid, save_grid
 from diffusion_nft.utils.files import write_atomically
 
-NUM_PICTURES = 16
+NUM_IMAGES = 16
 # Settings that a model's test sets do not have in common.
-TEST_SET_KEYS = ("dataset", "dataset_sha256", *PER_REWARD)
+TEST_SET_KEYS = ("dataset", "dataset_sha256", *PER_REWARD_SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,12 @@ def check_rewards(options: EvalOptions, args: argparse.Namespace, dist: Distribu
 
 
 def draw_grid(task: Task) -> None:
-    """A look at some pictures of a finished test set."""
-    shown = draw_lines(task.prompts, NUM_PICTURES)
+    """A look at some images of a finished test set."""
+    shown = draw_lines(task.prompts, NUM_IMAGES)
     reward = next(iter(task.weights))
     scores, _ = read_results(task.folder, task.prompts)
     grid = image_grid(
-        read_pictures(task.folder, [task.lines[i] for i in shown]),
+        read_images(task.folder, [task.lines[i] for i in shown]),
         [task.prompts[i].text for i in shown],
         columns=4,
         scores=[scores[reward][i] for i in shown],
@@ -168,7 +168,7 @@ def main() -> None:
                     rewards=lambda weights: options.rewards(weights, dist),
                     dist=dist,
                     lines=task.lines,
-                    keep_pictures=True,
+                    keep_images=True,
                 )
                 if dist.is_main:
                     draw_grid(task)
@@ -178,7 +178,7 @@ def main() -> None:
             write_json(args.output_dir / "table.json", as_json(suite, rows))
             write_atomically(args.output_dir / "table.md", as_markdown(suite, rows).encode())
             print(result_table(suite, rows))
-            print(f"pictures and scores: {args.model_dir}")
+            print(f"images and scores: {args.model_dir}")
             print(f"with settings and versions: {args.output_dir}/table.md and table.json")
 
 

@@ -3,10 +3,10 @@
     python scripts/reward_server.py --reward geneval --port 8000
     python scripts/reward_server.py --reward ocr --port 8001 --option backend=paddleocr
 
-A run uses it by --config.remote="{'geneval': ('http://HOST:8000',)}".  Without a token only this
-machine is served; REWARD_SERVER_TOKEN in the environment of server and run is the token.  Beside
-the reward's own packages the environment needs numpy, pillow, torch, fastapi and uvicorn, and
-this project: pip install --no-deps -e .
+A run uses it by --config.reward_servers="{'geneval': ('http://HOST:8000',)}".  Without a token only
+this machine is served; REWARD_SERVER_TOKEN in the environment of server and run is the token.
+Beside the reward's own packages the environment needs numpy, pillow, torch, fastapi and uvicorn,
+and this project: pip install --no-deps -e .
 """
 
 import argparse

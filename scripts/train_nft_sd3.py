@@ -23,19 +23,19 @@ PRESET = "a preset is named as config/nft.py:PRESET"
 # Keys that hold a mapping of rewards, and how one is written.
 MAPPINGS = {
     "reward_fn": "{'ocr': 1.0}",
-    "remote": "{'ocr': ('http://host:8000',)}",
+    "reward_servers": "{'ocr': ('http://host:8000',)}",
     "reward_options": "{'ocr': {'backend': 'paddleocr'}}",
 }
 # All of them may differ when a run continues.
-OUT_OF_MEMORY = (
+OUT_OF_MEMORY_HINT = (
     "on a GPU without room lower train.batch_size, sample.batch_size, eval.batch_size or "
     "perf.vae_batch_size, or turn on perf.gradient_checkpointing or perf.offload_text_encoders"
 )
-LEAVE_OUT = (
+LEAVE_OUT_HINT = (
     "again: --config.max_unscored=N leaves up to N images of an epoch, or of an evaluation, out of "
     "everything and counts them"
 )
-FIX_REWARD = (
+FIX_REWARD_HINT = (
     "once the cause is fixed (or with --config.max_unscored=N, if the reward fails on single "
     "images, to leave up to N of them out)"
 )
@@ -117,11 +117,13 @@ def main(argv: list[str]) -> None:
             except Alarm as error:
                 refuse(f"{error}; the state is saved, {go_on}")
             except UnscoredError as error:
-                refuse(f"{error}; the state is saved; starting again would meet them {LEAVE_OUT}")
+                refuse(
+                    f"{error}; the state is saved; starting again would meet them {LEAVE_OUT_HINT}"
+                )
             except RewardError as error:
-                refuse(f"{error}; the state is saved; {FIX_REWARD}, {go_on}")
+                refuse(f"{error}; the state is saved; {FIX_REWARD_HINT}, {go_on}")
             except OutOfMemoryError as error:
-                sys.exit(f"{str(error).splitlines()[0]}\n{OUT_OF_MEMORY}; {go_on}")
+                sys.exit(f"{str(error).splitlines()[0]}\n{OUT_OF_MEMORY_HINT}; {go_on}")
             except Preempted as stop:
                 dist.print_once(f"{stop}; {go_on}")
     except LaunchError as error:

@@ -74,7 +74,7 @@ def train(save_dir: Path, *overrides: str, nproc: int = 1) -> subprocess.Complet
 
 
 def smoke(save_dir: Path, overrides: dict[str, Any] | None = None) -> ConfigDict:
-    """The smoke preset with dotted ``overrides``, without pictures."""
+    """The smoke preset with dotted ``overrides``, without images."""
     import nft
 
     config = nft.shapes_smoke()

@@ -34,7 +34,7 @@ def test_samples_without_a_score_are_as_if_they_were_not_there(global_std):
             np.testing.assert_allclose(row[: len(values)].numpy(), expected, rtol=1e-12)
     found = statistics(padded.reshape(-1), 3)
     assert (found.mean, found.std) == pytest.approx((every.mean(), every.std()))
-    assert found.zero_std_groups == 1 / 4  # the group of one
+    assert found.frac_zero_std == 1 / 4  # the group of one
 
 
 @pytest.mark.parametrize("mode", ["all", "positive_only", "negative_only", "one_only", "binary"])
@@ -46,7 +46,7 @@ def test_no_mode_makes_a_number_of_a_missing_score(mode):
 def test_a_group_without_spread_has_no_advantage():
     ours = group_advantages(torch.from_numpy(REWARDS), 3, global_std=False)
     assert ours[6:].tolist() == [0.0, 0.0, 0.0]
-    assert statistics(torch.from_numpy(REWARDS), 3).zero_std_groups == pytest.approx(1 / 3)
+    assert statistics(torch.from_numpy(REWARDS), 3).frac_zero_std == pytest.approx(1 / 3)
 
 
 def test_the_standardized_total_equals_numpy():

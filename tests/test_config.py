@@ -82,7 +82,11 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value; a mapping by reward is one value."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        inner = isinstance(value, dict) and name not in ("reward_fn", "remote", "reward_options")
+        inner = isinstance(value, dict) and name not in (
+            "reward_fn",
+            "reward_servers",
+            "reward_options",
+        )
         flat |= leaves(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
     return flat
 
@@ -163,7 +167,7 @@ def test_values_shared_by_the_published_presets(name: str) -> None:
         "sample.solver": "dpm2",
         "sample.noise_level": 0.7,
         "sample.guidance_scale": 1.0,
-        "remote": {},
+        "reward_servers": {},
         "reward_options": {},
         "sample.global_std": True,
         "sample.standardize_rewards": False,
@@ -184,7 +188,7 @@ def test_values_shared_by_the_published_presets(name: str) -> None:
         "nft.kl_weight": 1e-4,
         "nft.weighting": "adaptive",
         "nft.negative_branch": True,
-        "eval.rewards": (),
+        "eval.held_out_rewards": (),
         "eval.num_prompts": 0,
         "eval.num_steps": 40,
         "eval.solver": "flow",
@@ -300,15 +304,15 @@ def test_base_config_lacks_only_what_a_preset_gives() -> None:
 def test_a_preset_serves_rewards_gives_options_and_holds_out() -> None:
     config = PRESETS.get_config("sd3_geneval")
     # As config/base.py tells.
-    with config.remote.unlocked():
-        config.remote.geneval = ("http://gpu7:8000", "http://gpu8:8000")
+    with config.reward_servers.unlocked():
+        config.reward_servers.geneval = ("http://gpu7:8000", "http://gpu8:8000")
     with config.reward_options.unlocked():
         config.reward_options.aesthetic = {"device": "cuda:1", "dtype": "bf16", "batch_size": 8}
-    config.eval.rewards = ("aesthetic",)
-    assert config.is_locked and config.remote.is_locked
+    config.eval.held_out_rewards = ("aesthetic",)
+    assert config.is_locked and config.reward_servers.is_locked
     validate(config)
     flat = flatten(config)
-    assert flat["remote.geneval"] == ["http://gpu7:8000", "http://gpu8:8000"]
+    assert flat["reward_servers.geneval"] == ["http://gpu7:8000", "http://gpu8:8000"]
     assert flat["reward_options.aesthetic.dtype"] == "bf16"
     assert json.loads(json.dumps(flat)) == flat
 
@@ -317,9 +321,9 @@ def test_the_command_line_sets_what_is_given_by_reward(monkeypatch: pytest.Monke
     command = [
         "train_nft_sd3.py",
         f"--config={ROOT}/config/nft.py:shapes_smoke",
-        "--config.remote={'shapes': ('http://gpu7:8000',)}",
+        "--config.reward_servers={'shapes': ('http://gpu7:8000',)}",
         "--config.reward_options={'ocr': {'backend': 'paddleocr'}}",
-        "--config.eval.rewards=('ocr',)",
+        "--config.eval.held_out_rewards=('ocr',)",
         "--config.stages=({'num_epochs': 3, 'nft.beta': 0.5}, {'num_epochs': 4})",
     ]
     # ml_collections looks for the overrides there.
@@ -328,8 +332,8 @@ def test_the_command_line_sets_what_is_given_by_reward(monkeypatch: pytest.Monke
     holder = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
     values(command)
     config = holder.value
-    assert config.remote.to_dict() == {"shapes": ("http://gpu7:8000",)}
+    assert config.reward_servers.to_dict() == {"shapes": ("http://gpu7:8000",)}
     assert config.reward_options.to_dict() == {"ocr": {"backend": "paddleocr"}}
-    assert config.eval.rewards == ("ocr",)
+    assert config.eval.held_out_rewards == ("ocr",)
     assert config.stages == ({"num_epochs": 3, "nft.beta": 0.5}, {"num_epochs": 4})
     validate(config)

@@ -55,7 +55,7 @@ def test_to_pil_keeps_orientation_and_channels():
     assert np.asarray(first).max() == 0
 
 
-def picture_boxes(grid: Image.Image, color: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+def image_boxes(grid: Image.Image, color: tuple[int, int, int]) -> list[tuple[int, int, int]]:
     """(x, y, side) of every square of exactly ``color``, by scanning for their top left corners."""
     hit = (np.asarray(grid) == color).all(-1)
     padded = np.pad(hit, ((1, 0), (1, 0)))
@@ -68,9 +68,9 @@ def picture_boxes(grid: Image.Image, color: tuple[int, int, int]) -> list[tuple[
     return boxes
 
 
-def test_grid_places_every_picture_aligned_and_enlarged():
+def test_grid_places_every_image_aligned_and_enlarged():
     grid = image_grid(solid(5), ["a red circle", "long " * 30, "x", "y", "z"], columns=3)
-    boxes = picture_boxes(grid, (0, 0, 0))
+    boxes = image_boxes(grid, (0, 0, 0))
     assert [side for _, _, side in boxes] == [144] * 5
     assert len({y for _, y, _ in boxes}) == 2 and len({x for x, _, _ in boxes}) == 3
     assert grid.getpixel((0, 0)) == WHITE
@@ -138,18 +138,18 @@ def test_a_caption_that_is_not_shown_in_full_has_its_number():
     assert full_captions(image_grid(solid(2), ["x", "“cafe” – here"], columns=2)) == ""
 
 
-def test_large_pictures_stay_as_they_are():
+def test_large_images_stay_as_they_are():
     large = image_grid(solid(1, side=256), ["a"], columns=1)
-    assert picture_boxes(large, (0, 0, 0))[0][2] == 256
+    assert image_boxes(large, (0, 0, 0))[0][2] == 256
 
 
-def test_side_by_side_shows_both_pictures_and_colours_the_change():
+def test_side_by_side_shows_both_images_and_colours_the_change():
     green, red = (24, 128, 56), (190, 40, 35)
 
     def colors(before: float, after: float) -> set:
         sheet = side_by_side(solid(1), solid(1, 0.2), ["a"], [before], [after])
-        assert len(picture_boxes(sheet, (0, 0, 0))) == 1
-        assert len(picture_boxes(sheet, (51, 51, 51))) == 1
+        assert len(image_boxes(sheet, (0, 0, 0))) == 1
+        assert len(image_boxes(sheet, (51, 51, 51))) == 1
         return {color for _, color in sheet.getcolors(100_000)}
 
     up, down, same = colors(0.1, 0.9), colors(0.9, 0.1), colors(0.5, 0.501)
@@ -159,7 +159,7 @@ def test_side_by_side_shows_both_pictures_and_colours_the_change():
     assert not {red, green} & colors(0.5, float("nan"))
 
 
-def test_a_label_wider_than_its_picture_takes_two_lines():
+def test_a_label_wider_than_its_image_takes_two_lines():
     heights = [
         side_by_side(solid(1), solid(1), ["a"], labels=("base", label)).height
         for label in ("run", "a run of a rather long name")
@@ -175,9 +175,9 @@ def test_side_by_side_without_scores():
 
 
 def test_wrong_lengths_are_refused():
-    with pytest.raises(ValueError, match="2 pictures but 1 captions"):
+    with pytest.raises(ValueError, match="2 images but 1 captions"):
         image_grid(solid(2), ["a"], columns=2)
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         image_grid(Images.concatenate([]), [], columns=2)
-    with pytest.raises(ValueError, match="2 pictures but 1 after"):
+    with pytest.raises(ValueError, match="2 images but 1 after"):
         side_by_side(solid(2), solid(1), ["a", "b"])

@@ -110,7 +110,7 @@ def test_every_sample_is_scored_against_its_own_prompt(shapes_model, tmp_path):
         config,
         epoch=0,
         dist=Distributed(0, 1, 0, CPU),
-        num_pictures=7,
+        num_images=7,
     )
     expected = [(p.text, p.metadata) for p in prompts for _ in range(4)]
     assert rewards.asked == expected
@@ -118,11 +118,11 @@ def test_every_sample_is_scored_against_its_own_prompt(shapes_model, tmp_path):
     alone = shapes_model.encode([p.text for p in prompts])
     assert torch.equal(rollout.cond.prompt_embeds, alone.prompt_embeds)
     assert rollout.cond_rows.tolist() == [i // 4 for i in range(12)]
-    assert len(rollout.pictures) == 7
+    assert len(rollout.images) == 7
     images = shapes_model.decode(rollout.x0)
     # Two lines of four, as near as three prompts come to it.
     assert rollout.shown == [*range(4), *range(4, 7)]
-    assert torch.equal(rollout.pictures.pixels, images[rollout.shown].pixels)
+    assert torch.equal(rollout.images.pixels, images[rollout.shown].pixels)
     assert rollout.x0_rms == pytest.approx(float(rollout.x0.square().mean().sqrt()), rel=1e-5)
     again = rewards(images, [t for t, _ in expected], [m for _, m in expected])
     assert torch.equal(rollout.scores.total, again.total)
@@ -156,7 +156,7 @@ def test_one_euler_step_is_the_formula(shapes_model):
     assert sigmas.tolist() == [1.0]
 
 
-def test_pictures_to_show_are_of_many_prompts():
+def test_images_to_show_are_of_many_prompts():
     def groups(indices: range, number: int) -> list[int]:
         shown = shown_samples(indices, 24, number)
         assert len(shown) == len(set(shown)) and set(shown) <= set(indices)
@@ -182,13 +182,13 @@ def test_the_summary_by_hand():
         cond=None,  # pyright: ignore[reportArgumentType]
         cond_rows=torch.zeros(0),
         sigmas=torch.zeros(0),
-        pictures=Images.concatenate([]),
+        images=Images.concatenate([]),
         shown=[],
     )
     values = rollout_metrics(rollout, torch.tensor([0.0, 0.55, 0.58, 1.0]), 2)
     assert values["reward/mean"] == values["reward/a"] == 1.25
     assert values["reward/std"] == pytest.approx(np.std([0, 1, 2, 2]))
-    assert values["reward/zero_std_groups"] == 0.5
+    assert values["reward/frac_zero_std"] == 0.5
     assert values["reward/a/part"] == 2
     assert values["reward/optimality_0.0"] == values["reward/optimality_0.9"] == 0.25
     assert values["reward/optimality_0.5"] == 0.5
@@ -229,5 +229,5 @@ def test_sampling_ends_soon_after_a_reward_has_failed(shapes_model, tmp_path):
     dist = Distributed(0, 1, 0, torch.device("cpu"))
     rewards = RewardSet({"fails": 1.0}, {"fails": Fails()})
     with pytest.raises(RewardError, match="gone"):
-        generate_rollouts(Counting(), prompts, rewards, config, epoch=0, dist=dist, num_pictures=0)
+        generate_rollouts(Counting(), prompts, rewards, config, epoch=0, dist=dist, num_images=0)
     assert len(drawn) <= QUEUE_LENGTH + 1 < 30

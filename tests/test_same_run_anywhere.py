@@ -136,7 +136,7 @@ class Alone(Distributed):
 
 
 @pytest.mark.parametrize("solver", ["dpm2", "flow"])
-def test_pictures_do_not_depend_on_ranks_and_micro_batches(solver, shapes_model, tmp_path):
+def test_images_do_not_depend_on_ranks_and_micro_batches(solver, shapes_model, tmp_path):
     config = smoke(tmp_path, {"sample.solver": solver, "sample.noise_level": 0.7})
     prompts = load_prompts("shapes", "train")[:3]
     rewards = RewardSet.build({"shapes": 1.0}, torch.device("cpu"))
@@ -151,7 +151,7 @@ def test_pictures_do_not_depend_on_ranks_and_micro_batches(solver, shapes_model,
                 config,
                 epoch=1,
                 dist=Alone(rank, world_size, rank, torch.device("cpu")),
-                num_pictures=12,
+                num_images=12,
             )
             for rank in range(world_size)
         ]
@@ -159,19 +159,19 @@ def test_pictures_do_not_depend_on_ranks_and_micro_batches(solver, shapes_model,
         scores = torch.cat(
             [part.scores.total[part.indices.start : part.indices.stop] for part in parts]
         )
-        pictures = Images.concatenate([part.pictures for part in parts if len(part.pictures)])
+        images = Images.concatenate([part.images for part in parts if len(part.images)])
         sigmas = {tuple(part.sigmas.tolist()) for part in parts if len(part.indices)}
         assert len(sigmas) == 1
-        return torch.cat([part.x0 for part in parts]), pictures, scores
+        return torch.cat([part.x0 for part in parts]), images, scores
 
-    x0, pictures, scores = epoch(1, 5)
-    # Samples of one prompt are different pictures, and so are epochs.
+    x0, images, scores = epoch(1, 5)
+    # Samples of one prompt are different images, and so are epochs.
     assert min(float((x0[i] - x0[j]).abs().max()) for i in range(12) for j in range(i)) > 0.01
     for world_size, batch_size in ((1, 12), (2, 5), (3, 4), (13, 1)):
         ours = epoch(world_size, batch_size)
-        # Latents are no pictures: they reach beyond 3, and single values stray further than 1e-5.
+        # Latents are no images: they reach beyond 3, and single values stray further than 1e-5.
         assert float((ours[0] - x0).norm() / x0.norm()) <= 1e-5
-        assert int((ours[1].pixels.int() - pictures.pixels.int()).abs().max()) <= 1
+        assert int((ours[1].pixels.int() - images.pixels.int()).abs().max()) <= 1
         assert torch.equal(ours[2], scores)
 
 
@@ -186,7 +186,7 @@ def test_another_epoch_or_seed_draws_other_noise(shapes_model, tmp_path):
         dist = Distributed(0, 1, 0, torch.device("cpu"))
         epoch = changes.get("epoch", 0)
         drawn = generate_rollouts(
-            shapes_model, prompts, rewards, config, epoch=epoch, dist=dist, num_pictures=0
+            shapes_model, prompts, rewards, config, epoch=epoch, dist=dist, num_images=0
         )
         return drawn.x0
 

@@ -48,7 +48,7 @@ def test_the_log_names_every_promised_metric(run_dir):
     trained = [row for row in rows if "loss/total" in row]
     assert [(row["step"], row["epoch"]) for row in trained] == [(2, 1), (4, 2)]
     promised = {
-        "reward/mean", "reward/std", "reward/zero_std_groups", "reward/diversity",
+        "reward/mean", "reward/std", "reward/frac_zero_std", "reward/diversity",
         "reward/optimality_0.0", "reward/optimality_0.9", "reward/x0_rms", "reward/shapes",
         "reward/shapes/strict", "loss/policy", "loss/kl", "loss/old_distance",
         "optim/grad_norm", "optim/learning_rate", "optim/old_policy_decay",
@@ -270,7 +270,7 @@ def test_a_held_out_reward_is_evaluated_and_never_trained_on(tmp_path):
     # An alarm needs an error, and that two prompts.
     overrides = TINY | {"num_epochs": 1, "eval.num_prompts": 3}
     train_here(tmp_path / "without", overrides)
-    train_here(tmp_path / "with", overrides | {"eval.rewards": ("jpeg_compressibility",)})
+    train_here(tmp_path / "with", overrides | {"eval.held_out_rewards": ("jpeg_compressibility",)})
     ours, theirs = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("with", "without"))
     for mine, expected in zip(ours, theirs, strict=True):
         new = mine.keys() - expected.keys()

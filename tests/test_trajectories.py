@@ -107,7 +107,7 @@ def make_rollout(learner: Learner, scale: float, rank: int = 0, world_size: int 
         cond=Conditioning(torch.zeros(max(n, 1), 1, 1), POOLED[mine] if n else torch.zeros(1, 1)),
         cond_rows=torch.arange(n),
         sigmas=LEVELS[:-1] if n else torch.zeros(0),
-        pictures=Images.concatenate([]),
+        images=Images.concatenate([]),
         shown=[],
         trajectory=Trajectory(xs[:, mine], log_probs[:, mine]) if n else None,
     )
@@ -195,7 +195,7 @@ def test_recorded_log_probs_are_the_current_policys_at_equal_weights(tmp_path, s
         values = trainer.learner.train_epoch(rollout, weights, epoch=0)
     assert values["loss/ratio"] == pytest.approx(1, abs=1e-6)
     # Half the mean square: no pair strays further than the root of twice its 8 * 9 fold.
-    assert (2 * 8 * 9 * values["loss/approx_kl"]) ** 0.5 < 1e-5
+    assert (2 * 8 * 9 * values["loss/approx_kl_k2"]) ** 0.5 < 1e-5
     assert values["loss/clip_fraction"] == 0
 
 
@@ -208,7 +208,7 @@ TINY = {
     "sample.num_groups": 1,
 }
 METRICS = {
-    "flow_grpo": {"loss/ratio", "loss/clip_fraction", "loss/approx_kl", "loss/kl"},
+    "flow_grpo": {"loss/ratio", "loss/clip_fraction", "loss/approx_kl_k2", "loss/kl"},
     "reward_weighted": {"loss/error", "loss/kl"},
     "advantage_weighted": {"loss/error", "loss/ratio", "loss/clip_fraction", "loss/kl"},
     "best_of_n": {"loss/error", "loss/kl"},

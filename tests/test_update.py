@@ -105,7 +105,7 @@ def make_rollout(rank: int = 0, world_size: int = 1) -> Rollout:
         cond=Conditioning(torch.zeros(max(n, 1), 1, 1), torch.zeros(max(n, 1), 1)),
         cond_rows=torch.arange(n),
         sigmas=torch.tensor([1.0, 0.8, 0.5, 0.2], dtype=torch.float64) if n else torch.zeros(0),
-        pictures=Images.concatenate([]),
+        images=Images.concatenate([]),
         shown=[],
     )
 
@@ -444,12 +444,12 @@ def test_images_of_a_prompt_can_share_noise_and_sigmas(tmp_path):
     assert len(noise) == NUM * 2 and len(pairs) == NUM // size * 2
 
 
-def test_flat_groups_are_skipped_and_still_count_in_the_mean(tmp_path):
+def test_zero_std_groups_are_filtered_and_still_count_in_the_mean(tmp_path):
     size = smoke(tmp_path).sample.num_image_per_prompt
     weights, totals = R.clone(), R.clone()
     weights[size : 2 * size] = totals[size : 2 * size] = 0.5
     everything, skipping = (
-        make_learner(tmp_path, train__skip_flat_groups=skip) for skip in (False, True)
+        make_learner(tmp_path, train__filter_zero_std_groups=skip) for skip in (False, True)
     )
     rollout = replace(make_rollout(), scores=Scores(totals, {}))
     for learner in (everything, skipping):
@@ -467,7 +467,7 @@ def test_flat_groups_are_skipped_and_still_count_in_the_mean(tmp_path):
     skipping.train_epoch(flat, torch.full((NUM,), 0.5), epoch=1)
     assert all(not gradient.any() for gradient in skipping.dist.reduced[1])
     # The scaler of fp16 has not scaled anything by then.
-    half = make_learner(tmp_path, train__skip_flat_groups=True)
+    half = make_learner(tmp_path, train__filter_zero_std_groups=True)
     half.precision.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     half.train_epoch(flat, torch.full((NUM,), 0.5), epoch=0)
     assert half.step == 1

@@ -33,7 +33,7 @@ def clipped_policy_loss(
         "loss/policy": policy.detach(),
         "loss/ratio": ratio.detach(),
         "loss/clip_fraction": outside.to(torch.float64),
-        "loss/approx_kl": 0.5 * log_ratio.detach().square(),
+        "loss/approx_kl_k2": 0.5 * log_ratio.detach().square(),
     }
 
 

@@ -1,7 +1,7 @@
 """The published algorithm, run the way its published implementation runs it; written anew.
 
 What that way is: frozen weights in float32 under autocast; adapters beside their layers at every
-forward, of the old policy too; every picture's prompt encoded with its picture; three forwards for
+forward, of the old policy too; every image's prompt encoded with its image; three forwards for
 every (sample, sigma) pair, one sigma a micro-batch; gradients synchronised at every backward pass;
 all of it eager.  Where the published code does anything slower than that (it walks all parameters
 to switch an adapter, decides the noise of a sample step by step in Python), this does not.  The
@@ -31,7 +31,7 @@ from diffusion_nft.models.sampling import Sampler
 from diffusion_nft.randomness import generator
 from diffusion_nft.rewards.combine import Scores
 
-# Threads that score pictures while others are drawn.
+# Threads that score images while others are drawn.
 SCORERS = 8
 
 

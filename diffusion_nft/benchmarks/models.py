@@ -242,7 +242,7 @@ class Product:
                 setup.config,
                 epoch=epoch,
                 dist=setup.dist,
-                num_pictures=0,
+                num_images=0,
             )
         total = rollout.scores.total
         if setup.config.sample.standardize_rewards:

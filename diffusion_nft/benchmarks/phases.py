@@ -24,14 +24,14 @@ OVERHEAD_FACTOR = 3.0
 # AdamW reads weight, gradient and two moments, and writes all but the gradient.
 ADAM_PASSES = 7
 # What bounds a phase that has no formula.
-WITHOUT_FORMULA = {
+BOUNDS_WITHOUT_FORMULA = {
     "encode": "the text encoders' work, uncounted, or the lookup of cached embeddings",
     "reward": "the rewards' own work, in the background of sampling",
-    "reward wait": "rewards that are not ready when the last picture is",
+    "reward wait": "rewards that are not ready when the last image is",
     "policy switch": "overhead: a walk over the adapted layers, or merging their weights",
     "collectives": "the network, and waiting for the slowest rank",
     "checkpoint": "the disk, and hashing",
-    "sample: rest": "overhead: noise, the solver's element-wise steps, 8-bit pictures",
+    "sample: rest": "overhead: noise, the solver's element-wise steps, 8-bit images",
     "train: rest": "overhead: noise drawn on the CPU, the loss, EMA, the gradient's norm",
 }
 
@@ -287,7 +287,7 @@ class Observer:
 def verdict(name: str, phase: Phase, peaks: Peaks) -> dict[str, Any]:
     """The roofline of a phase: FLOP per byte, share of the roof, what bounds it, in a sentence."""
     if not phase.bytes or not phase.seconds:
-        return {"bound": None, "sentence": f"no formula; bound by {WITHOUT_FORMULA[name]}"}
+        return {"bound": None, "sentence": f"no formula; bound by {BOUNDS_WITHOUT_FORMULA[name]}"}
     compute, memory = phase.flops / peaks.flops, phase.bytes / peaks.bandwidth
     intensity, ridge = phase.flops / phase.bytes, peaks.flops / peaks.bandwidth
     roof, share = max(compute, memory), max(compute, memory) / phase.seconds
@@ -308,7 +308,7 @@ def verdict(name: str, phase: Phase, peaks: Peaks) -> dict[str, Any]:
     }
 
 
-def report(phases: dict[str, Phase], peaks: dict[str, Peaks]) -> dict[str, dict[str, Any]]:
+def judged_phases(phases: dict[str, Phase], peaks: dict[str, Peaks]) -> dict[str, dict[str, Any]]:
     """Each phase with its verdict; ``peaks``: of the phase "decode", and of the "others"."""
     rows = {}
     for name, phase in phases.items():

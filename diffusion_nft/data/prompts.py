@@ -186,7 +186,7 @@ def draw_lines(prompts: Sequence[Prompt], number: int, together: int = 1) -> lis
 
     They are drawn, since files tend to be sorted, and equally of each tag where there are tags.
     ``together``: so many lines of a prompt stay together where they can, for what is measured
-    between pictures of one prompt.
+    between images of one prompt.
     """
     if number >= len(prompts):
         return list(range(len(prompts)))

@@ -1,6 +1,6 @@
 """Evaluation: every line of a test set is one sample; the same numbers on any number of ranks.
 
-Test lines are cut into fixed chunks by line number and the chunks dealt to the ranks, so a picture
+Test lines are cut into fixed chunks by line number and the chunks dealt to the ranks, so an image
 is always made beside the same neighbours; its noise is keyed by (seed, line number).  Means are
 taken in float64 in line order.
 """
@@ -19,14 +19,14 @@ from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.evaluation.results import (
     Evaluation,
     finished,
-    has_pictures,
+    has_images,
     merge_scores,
     merge_settings,
-    read_pictures,
+    read_images,
     read_results,
     read_scores,
     reserve_folder,
-    save_pictures,
+    save_images,
     write_results,
     write_scores,
 )
@@ -59,7 +59,7 @@ def choose_rewards(
     for what it held out), so that "total" is what training logged, else 1.  Raises ValueError if
     nothing is left or a skipped one is not there.
     """
-    held_out = run.get("eval.rewards", ())
+    held_out = run.get("eval.held_out_rewards", ())
     trained = [key.removeprefix("reward_fn.") for key in run if key.startswith("reward_fn.")]
     usual = DEFAULT_REWARDS.get(Path(dataset).name, (*trained, *held_out))
     names = chosen.split(",") if chosen else usual
@@ -88,15 +88,15 @@ def evaluate(
     *,
     dist: Distributed,
     lines: Sequence[int] | None = None,
-    num_pictures: int = 0,
+    num_images: int = 0,
     folder: Path | None = None,
 ) -> Evaluation:
     """Samples and scores every line of ``prompts`` with the model's active adapter.
 
     ``config``: ``seed``, ``resolution`` and ``eval.{solver, num_steps, guidance_scale,
     batch_size}`` are read.  ``lines``: where each prompt stands in its test set, which keys its
-    noise (None: as here).  ``num_pictures``: how many of a rank's pictures it returns, of drawn
-    lines.  ``folder``: where every picture and the scores of every finished chunk are kept; what an
+    noise (None: as here).  ``num_images``: how many of a rank's images it returns, of drawn
+    lines.  ``folder``: where every image and the scores of every finished chunk are kept; what an
     interrupted call has left there is not made again (``complete`` sees to it that the settings
     were the same).  Raises RewardError on every rank if a reward fails on any.
     """
@@ -107,7 +107,7 @@ def evaluate(
     drawn = {
         chunk
         for chunk in mine
-        if folder is not None and has_pictures(folder, [places[i] for i in chunk])
+        if folder is not None and has_images(folder, [places[i] for i in chunk])
     }
     undrawn = [i for chunk in mine if chunk not in drawn for i in chunk]
     # All at once, kept on the host: offloaded text encoders come to the device only once.
@@ -118,17 +118,17 @@ def evaluate(
     def draw(chunk: range) -> Images:
         numbers = [places[i] for i in chunk]
         if folder is not None and chunk in drawn:
-            return read_pictures(folder, numbers).to(dist.device)
+            return read_images(folder, numbers).to(dist.device)
         generators = [generator(seed, "eval", number) for number in numbers]
         rows = torch.tensor([row[prompts[i].text] for i in chunk])
         cond = embedded.select(rows).to(model.device)
         images = model.decode(sampler(model, cond, generators)[0])
         if folder is not None:
-            saved.append(saver.submit(save_pictures, images, numbers, folder))
+            saved.append(saver.submit(save_images, images, numbers, folder))
         return images
 
     saved: list[Future[None]] = []
-    # Pictures are saved by a thread of their own: those that wait for their scores are not lost.
+    # Images are saved by a thread of their own: those that wait for their scores are not lost.
     with ThreadPoolExecutor(1) as saver:
         result = _collect(
             draw,
@@ -137,13 +137,13 @@ def evaluate(
             places,
             batch_size,
             dist,
-            num_pictures,
+            num_images,
             rewards.max_unscored,
         )
     for future in saved:
         future.result()
     if folder is not None:
-        dist.barrier()  # all pictures are there, or an error ended the evaluation
+        dist.barrier()  # all images are there, or an error ended the evaluation
     return result
 
 
@@ -158,23 +158,23 @@ def complete(
     rewards: Callable[[Mapping[str, float]], RewardSet],
     dist: Distributed,
     lines: Sequence[int],
-    keep_pictures: bool,
+    keep_images: bool,
 ) -> None:
     """Does what the evaluation of ``prompts`` in ``folder`` still lacks, and writes its results.
 
-    ``lines`` as in ``evaluate``.  ``record``: all that decides the pictures, and ``PER_REWARD``.
-    ``model`` and ``rewards`` are called only where pictures or scores are missing; scores of
-    earlier rewards stay.  Raises ValueError if ``folder`` holds other pictures, and what
-    ``evaluate`` raises.
+    ``lines`` as in ``evaluate``.  ``record``: all that decides the images, and
+    ``PER_REWARD_SETTINGS``.  ``model`` and ``rewards`` are called only where images or scores are
+    missing; scores of earlier rewards stay.  Raises ValueError if ``folder`` holds other images,
+    and what ``evaluate`` raises.
     """
     reserve_folder(folder, record, dist)
-    done, drawn = finished(folder), has_pictures(folder, lines)
+    done, drawn = finished(folder), has_images(folder, lines)
     # One view for all ranks: on a network file system they may see different ones for a moment.
     done, drawn = dist.broadcast_object((done, drawn))
     before = done["settings"] if done else {}
     earlier = before.get("rewards", {})
     missing = {name: weight for name, weight in weights.items() if name not in earlier}
-    if not missing and (drawn or not keep_pictures):
+    if not missing and (drawn or not keep_images):
         dist.print_once(f"already finished: {folder}")
         return
     record = {**record, **merge_settings(before, {**record, "rewards": missing})}
@@ -184,7 +184,7 @@ def complete(
         if earlier:
             result = merge_scores(result, read_results(folder, prompts)[0], record["rewards"])
     else:
-        scorer, kept = rewards(record["rewards"]), folder if keep_pictures else None
+        scorer, kept = rewards(record["rewards"]), folder if keep_images else None
         result = evaluate(model(), prompts, scorer, config, dist=dist, lines=lines, folder=kept)
     if dist.is_main:
         write_results(result, folder, settings=record)
@@ -200,19 +200,19 @@ def rescore(
     batch_size: int,
     dist: Distributed,
 ) -> Evaluation:
-    """Scores the pictures that an earlier ``evaluate`` of the same ``lines`` kept in ``folder``,
+    """Scores the images that an earlier ``evaluate`` of the same ``lines`` kept in ``folder``,
     where the scores of finished chunks are kept as well until ``write_results``.
 
-    Raises FileNotFoundError if the picture of a line is missing.
+    Raises FileNotFoundError if the image of a line is missing.
     """
     return _collect(
-        lambda chunk: read_pictures(folder, [lines[i] for i in chunk]).to(dist.device),
+        lambda chunk: read_images(folder, [lines[i] for i in chunk]).to(dist.device),
         _scorer(rewards, prompts, lines, folder),
         prompts,
         lines,
         batch_size,
         dist,
-        num_pictures=0,
+        num_images=0,
         max_unscored=rewards.max_unscored,
     )
 
@@ -247,25 +247,25 @@ def _chunks(num_lines: int, size: int, dist: Distributed) -> list[list[range]]:
 
 
 def _collect(
-    pictures_of: Callable[[range], Images],
+    images_of: Callable[[range], Images],
     score: Callable[[Images, range], Scores],
     prompts: list[Prompt],
     places: Sequence[int],
     batch_size: int,
     dist: Distributed,
-    num_pictures: int,
+    num_images: int,
     max_unscored: int,
 ) -> Evaluation:
     """Deals fixed chunks of lines to the ranks, scores in the background, restores the order."""
     by_rank = _chunks(len(prompts), batch_size, dist)
     mine = [line for chunk in by_rank[dist.rank] for line in chunk]
-    shown = {mine[i] for i in draw_lines([prompts[line] for line in mine], num_pictures)}
+    shown = {mine[i] for i in draw_lines([prompts[line] for line in mine], num_images)}
     thumbs, kept, kept_lines = [], [], []
     with ScoringWorker(dist.device) as worker:
         for chunk in tqdm(
             by_rank[dist.rank], desc="evaluate", disable=not dist.is_main, leave=False
         ):
-            images = pictures_of(chunk)
+            images = images_of(chunk)
             if not worker.submit(score, images, chunk):
                 break
             thumbs.append(thumbnails(images))
@@ -282,7 +282,7 @@ def _collect(
         prompts=prompts,
         scores={name: values[order].tolist() for name, values in named.items()},
         diversity=diversity(all_thumbs[order], [prompt.text for prompt in prompts]),
-        pictures=Images.concatenate(kept),
-        picture_lines=kept_lines,
+        images=Images.concatenate(kept),
+        image_lines=kept_lines,
         lines=places,
     )

@@ -18,7 +18,7 @@ from diffusion_nft.models.hub import base_note, fetch_lora
 from diffusion_nft.models.lora import DEFAULT_ADAPTER, load_lora, lora_file
 from diffusion_nft.models.precision import COMPUTE_DTYPES, set_tf32
 from diffusion_nft.policy import Policy, policy_of_lora, unusual_modules
-from diffusion_nft.rewards import REMOTE_TIMEOUT, check_prompts, parse_option
+from diffusion_nft.rewards import REWARD_SERVER_TIMEOUT, check_prompts, parse_option
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.runs.checkpoint import load_checkpoint, resolve_checkpoint
 from diffusion_nft.shapes import BUILT_IN_LENGTH, BUILT_IN_MODEL, BUILT_IN_RESOLUTION
@@ -102,13 +102,13 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output_dir", type=user_path)
     add("--seed", type=int, help="of the noise")
-    add("--batch_size", dest="eval.batch_size", type=positive, help="pictures at once")
+    add("--batch_size", dest="eval.batch_size", type=positive, help="images at once")
     add("--limit", type=positive, default=0, help="only so many lines of a test set, drawn")
     add("--skip_rewards", default="", help="comma-separated")
     add("--max_unscored", type=natural, help="images that may have no score; others: an error")
     for flag, kind, form, text in (
         (
-            "--remote",
+            "--reward_servers",
             _served,
             "NAME=URL",
             "served rewards; NAME=local: scored here after all",
@@ -119,8 +119,8 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def named_rewards(args: argparse.Namespace) -> set[str]:
-    """The rewards that --remote and --option name."""
-    return {name for name, _ in args.remote} | {key.split(".")[1] for key, _ in args.option}
+    """The rewards that --reward_servers and --option name."""
+    return {name for name, _ in args.reward_servers} | {key.split(".")[1] for key, _ in args.option}
 
 
 def _served(text: str) -> tuple[str, tuple[str, ...]]:
@@ -186,7 +186,7 @@ class EvalOptions:
             for name, options in self._options.items()
             if name in weights
         }
-        record["remote"] = {name: at for name, at in self.served.items() if name in weights}
+        record["reward_servers"] = {name: at for name, at in self.served.items() if name in weights}
         if self.lora:
             record["adapter"] = self.adapter
             record["lora_sha256"] = sha256(self.fetch(dist))
@@ -207,7 +207,7 @@ class EvalOptions:
             [prompt.text for prompt in prompts],
             [prompt.metadata for prompt in prompts],
             options=self._options,
-            remote=self.served,
+            reward_servers=self.served,
             lines=lines,
         )
 
@@ -219,8 +219,8 @@ class EvalOptions:
             weights,
             dist.device,
             options=self._options,
-            remote=self.served,
-            timeout=self.config.get("remote_timeout_seconds", REMOTE_TIMEOUT),
+            reward_servers=self.served,
+            timeout=self.config.get("reward_server_timeout_seconds", REWARD_SERVER_TIMEOUT),
             max_unscored=self.config.get("max_unscored", 0),
         )
 
@@ -284,20 +284,20 @@ def resolve_options(
         published = {"pretrained.max_sequence_length": PUBLISHED_LENGTH}
     usual = _join(DEFAULTS, family, script, published)
     # Flags that only scripts which evaluate have.
-    options, remote = (dict(getattr(args, flag, ())) for flag in ("option", "remote"))
+    options, servers = (dict(getattr(args, flag, ())) for flag in ("option", "reward_servers"))
     settings = _join(DEFAULTS, family, run, script, published, given, options)
     validate_settings({key: settings[key] for key in DEFAULTS})
     lora = str(checkpoint or args.lora_hf_path or "")
     name += f"-{args.adapter}" if args.adapter != DEFAULT_ADAPTER else ""
     served = {
         name: addresses
-        for name, addresses in ({**unflatten(run).get("remote", {})} | remote).items()
+        for name, addresses in ({**unflatten(run).get("reward_servers", {})} | servers).items()
         if addresses
     }
     if idle := sorted({key.split(".")[1] for key in options} & served.keys()):
         raise ValueError(
             f"--option {idle[0]}...: its options go to its server, {served[idle[0]][0]}; "
-            f"--remote {idle[0]}=local scores here"
+            f"--reward_servers {idle[0]}=local scores here"
         )
     config = unflatten(settings)
     return EvalOptions(config, run, checkpoint, lora, args.adapter, name, usual, served)

@@ -1,6 +1,6 @@
 """What an evaluation came to: in memory, with its statistics, and in a folder.
 
-A folder of results holds ``settings.json``, written first, which says what its pictures are drawn
+A folder of results holds ``settings.json``, written first, which says what its images are drawn
 with; ``images/<line>.png``, if they are kept; ``progress/``, the scores of each chunk of lines as
 they come, until all are there; and last ``evaluation_results.jsonl`` and ``average_scores.json``.
 """
@@ -29,21 +29,21 @@ from diffusion_nft.utils.files import naming, read_lines, read_object, write_ato
 
 # The metric that tells how many lines an evaluation had.
 NUM_SAMPLES = "eval/num_samples"
-# Settings that say something of each reward by name, and so may grow where pictures are kept.
-PER_REWARD = ("rewards", "reward_options", "remote")
-SETTINGS_FILE, PICTURES, PROGRESS = "settings.json", "images", "progress"
+# Settings that say something of each reward by name, and so may grow where images are kept.
+PER_REWARD_SETTINGS = ("rewards", "reward_options", "reward_servers")
+SETTINGS_FILE, IMAGES, PROGRESS = "settings.json", "images", "progress"
 RESULTS_FILE, AVERAGES_FILE = "evaluation_results.jsonl", "average_scores.json"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of N test lines, in line order, and a few pictures."""
+    """Scores of N test lines, in line order, and a few images."""
 
     prompts: list[Prompt]
     scores: dict[str, list[float]]  # "total", each reward and component -> N numbers
     diversity: float
-    pictures: Images  # up to num_pictures, of this rank's lines
-    picture_lines: list[int]  # of which of the N
+    images: Images  # up to num_images, of this rank's lines
+    image_lines: list[int]  # of which of the N
     lines: Sequence[int]  # where the N stand in the test set, from 0
 
     @property
@@ -132,7 +132,7 @@ def _mean_over_tags(tags: list[dict[str, float]]) -> dict[str, float]:
 def reserve_folder(folder: Path, settings: Mapping[str, Any], dist: Distributed) -> None:
     """Makes ``folder`` the place of the evaluation with these ``settings``, finished or not.
 
-    Raises ValueError, naming the differing ones, if it holds other pictures or scores, or if the
+    Raises ValueError, naming the differing ones, if it holds other images or scores, or if the
     ranks differ.  Where the LoRA lies ("lora") may differ if its content ("lora_sha256") does not,
     and where and how fast a reward computes; rewards may be added.
     """
@@ -154,7 +154,7 @@ def reserve_folder(folder: Path, settings: Mapping[str, Any], dist: Distributed)
         lines = [
             f"{key}: {found.get(key)!r} -> {wanted.get(key)!r}"
             for key in sorted(found.keys() | wanted.keys())
-            if key not in ("lora", *PER_REWARD) and found.get(key) != wanted.get(key)
+            if key not in ("lora", *PER_REWARD_SETTINGS) and found.get(key) != wanted.get(key)
         ]
         old, new = _options(found), _options(wanted)
         lines += [
@@ -174,8 +174,8 @@ def reserve_folder(folder: Path, settings: Mapping[str, Any], dist: Distributed)
 
 def _options(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Of each reward in ``settings`` the options that decide its scores; none of a served one."""
-    options, remote = settings.get("reward_options", {}), settings.get("remote", {})
-    own = [name for name in settings.get("rewards", {}) if name not in remote]
+    options, reward_servers = settings.get("reward_options", {}), settings.get("reward_servers", {})
+    own = [name for name in settings.get("rewards", {}) if name not in reward_servers]
     return deciding_options({name: options.get(name, {}) for name in own})
 
 
@@ -191,29 +191,29 @@ def scored_by(folder: Path) -> dict[str, float]:
     return averages["settings"].get("rewards", {}) if averages else {}
 
 
-def picture_path(folder: Path, line: int) -> Path:
-    """The picture of test line ``line``."""
-    return folder / PICTURES / f"{line:06d}.png"
+def image_path(folder: Path, line: int) -> Path:
+    """The image of test line ``line``."""
+    return folder / IMAGES / f"{line:06d}.png"
 
 
-def has_pictures(folder: Path, lines: Iterable[int]) -> bool:
-    """Whether the picture of every one of ``lines`` is there."""
-    return all(picture_path(folder, line).is_file() for line in lines)
+def has_images(folder: Path, lines: Iterable[int]) -> bool:
+    """Whether the image of every one of ``lines`` is there."""
+    return all(image_path(folder, line).is_file() for line in lines)
 
 
-def save_pictures(images: Images, lines: Iterable[int], folder: Path) -> None:
+def save_images(images: Images, lines: Iterable[int], folder: Path) -> None:
     """Writes the images of test ``lines``; one that is not finite is written fully transparent."""
-    for picture, line in zip(images.to_pil(), lines, strict=True):
-        save_png(picture, picture_path(folder, line))
+    for image, line in zip(images.to_pil(), lines, strict=True):
+        save_png(image, image_path(folder, line))
 
 
-def read_pictures(folder: Path, lines: Iterable[int]) -> Images:
-    """The images that ``save_pictures`` wrote.  Raises FileNotFoundError if one is missing."""
+def read_images(folder: Path, lines: Iterable[int]) -> Images:
+    """The images that ``save_images`` wrote.  Raises FileNotFoundError if one is missing."""
     pixels, finite = [], []
     for line in lines:
-        with Image.open(picture_path(folder, line)) as picture:
-            pixels.append(torch.from_numpy(np.array(picture.convert("RGB"))))
-            blank = picture.mode == "RGBA" and picture.getchannel("A").getextrema() == (0, 0)
+        with Image.open(image_path(folder, line)) as image:
+            pixels.append(torch.from_numpy(np.array(image.convert("RGB"))))
+            blank = image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
             finite.append(not blank)
     return Images(torch.stack(pixels).permute(0, 3, 1, 2), torch.tensor(finite))
 
@@ -280,7 +280,7 @@ def read_results(
 def merge_scores(
     new: Evaluation, scores: dict[str, list[float]], weights: Mapping[str, float]
 ) -> Evaluation:
-    """``new`` joined with the earlier ``scores`` of the same pictures; the total is by ``weights``,
+    """``new`` joined with the earlier ``scores`` of the same images; the total is by ``weights``,
     of all rewards.
     """
     joined = scores | new.scores
@@ -295,7 +295,7 @@ def merge_settings(before: Mapping[str, Any], record: Mapping[str, Any]) -> dict
     return {
         key: {name: value for name, value in before.get(key, {}).items() if name not in scored}
         | {name: value for name, value in record[key].items() if name in scored}
-        for key in PER_REWARD
+        for key in PER_REWARD_SETTINGS
     }
 
 
@@ -306,7 +306,7 @@ def write_results(evaluation: Evaluation, folder: Path, *, settings: Mapping[str
     rows = []
     for i, (line, prompt) in enumerate(zip(evaluation.lines, evaluation.prompts, strict=True)):
         values = {name: numbers[i] for name, numbers in evaluation.scores.items()}
-        path = picture_path(folder, line)
+        path = image_path(folder, line)
         row = {
             "sample_id": line,
             "prompt": prompt.text,

@@ -111,7 +111,7 @@ class Row:
         settings = [averages.get("settings", {}) for averages in self.averages.values()]
         return {
             f"{name}: {title}": value
-            for title, key in (("options", "reward_options"), ("servers", "remote"))
+            for title, key in (("options", "reward_options"), ("servers", "reward_servers"))
             for one in settings
             for name, value in one.get(key, {}).items()
         }

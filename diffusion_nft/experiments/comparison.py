@@ -22,7 +22,7 @@ from diffusion_nft.utils.files import read_lines
 
 ACCURACY = "eval/shapes/strict"
 COST, SECONDS = "forward_equivalents", "seconds"
-NEVER = sys.maxsize
+NO_ALARM_EPOCH = sys.maxsize
 CONFIDENCE = 0.95
 # Fewer pairs than this say next to nothing about their spread.
 MIN_PAIRS = 3
@@ -42,14 +42,14 @@ class Result:
 
     def first_alarms(self) -> dict[str, int]:
         """The epoch at which each alarm of the monitor is first on, earliest first; and those that
-        never are, at NEVER.
+        never are, at NO_ALARM_EPOCH.
         """
         first: dict[str, int] = {}
         for row in self.rows:
             for key, on in row.items():
                 if key.startswith(ALARM):
-                    epoch = row["epoch"] if on else NEVER
-                    first[key] = min(first.get(key, NEVER), epoch)
+                    epoch = row["epoch"] if on else NO_ALARM_EPOCH
+                    first[key] = min(first.get(key, NO_ALARM_EPOCH), epoch)
         return {
             key.removeprefix(ALARM): epoch
             for key, epoch in sorted(first.items(), key=lambda item: item[1])
@@ -89,14 +89,14 @@ class Result:
         return math.inf
 
 
-# arm -> seed -> result; the baseline comes first.
+# variant -> seed -> result; the baseline comes first.
 Results = dict[str, dict[int, Result]]
 
 
 def read(folder: Path) -> Results:
     """The results of an experiment.
 
-    Raises ValueError if there are none, or if the seeds of an arm ran with different settings.
+    Raises ValueError if there are none, or if the seeds of a variant ran with different settings.
     """
     found: Results = {}
     baseline = ""
@@ -105,14 +105,14 @@ def read(folder: Path) -> Results:
         raise ValueError(f"{folder} holds no results: python scripts/experiments.py {folder.name}")
     for path in paths:
         about, *rows = read_lines(path) or [{}]
-        if missing := {"arm", "seed", "baseline", "preset", "changes"} - about.keys():
+        if missing := {"variant", "seed", "baseline", "preset", "changes"} - about.keys():
             raise ValueError(f"{path} is no result: its first line lacks {', '.join(missing)}")
         result = Result(about, rows)
         if len(result.evaluations) < 2 or ACCURACY not in result.evaluations[0]:
             raise ValueError(f"{path} must hold two evaluations or more, with {ACCURACY}")
-        found.setdefault(about["arm"], {})[about["seed"]] = result
+        found.setdefault(about["variant"], {})[about["seed"]] = result
         baseline = about["baseline"]
-    for arm, results in found.items():
+    for variant, results in found.items():
         kinds = {
             (
                 result.about["preset"],
@@ -122,8 +122,8 @@ def read(folder: Path) -> Results:
             for result in results.values()
         }
         if len(kinds) > 1:
-            raise ValueError(f"{folder}: the seeds of {arm} differ in {sorted(kinds)}")
-    return {arm: found[arm] for arm in sorted(found, key=lambda arm: (arm != baseline, arm))}
+            raise ValueError(f"{folder}: the seeds of {variant} differ in {sorted(kinds)}")
+    return {name: found[name] for name in sorted(found, key=lambda name: (name != baseline, name))}
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
@@ -138,7 +138,7 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
 
 
 class Comparison(NamedTuple):
-    """Of an arm with the baseline, after each has spent as much; ``p`` is NaN where nothing was
+    """Of a variant with the baseline, after each has spent as much; ``p`` is NaN where nothing was
     tested.
     """
 
@@ -147,16 +147,18 @@ class Comparison(NamedTuple):
     p: float = math.nan
 
 
-def paired_test(arm: dict[int, Result], baseline: dict[int, Result], key: str = COST) -> Comparison:
+def paired_test(
+    variant: dict[int, Result], baseline: dict[int, Result], key: str = COST
+) -> Comparison:
     """The difference of the strict accuracies with its interval, at equal ``key``, and the p of a
     paired t-test, over common seeds; fewer than three are not tested.  It is taken at the most that
-    every run of both arms has spent.
+    every run of both variants has spent.
     """
     from scipy import stats
 
-    spent = min(result.last(key) for runs in (arm, baseline) for result in runs.values())
-    seeds = sorted(arm.keys() & baseline.keys())
-    ours, theirs = ([results[s].at(spent, key) for s in seeds] for results in (arm, baseline))
+    spent = min(result.last(key) for runs in (variant, baseline) for result in runs.values())
+    seeds = sorted(variant.keys() & baseline.keys())
+    ours, theirs = ([results[s].at(spent, key) for s in seeds] for results in (variant, baseline))
     if not seeds:
         return Comparison("no common seed", spent)
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
@@ -173,23 +175,23 @@ def paired_test(arm: dict[int, Result], baseline: dict[int, Result], key: str = 
 
 def holm(ps: dict[str, float]) -> dict[str, float]:
     """``ps`` adjusted for how many there are that are not NaN (Holm 1979, step-down).  Who takes
-    every arm with an adjusted p of ``alpha`` or less for different errs about any of them with a
-    probability of ``alpha`` at most.
+    every variant with an adjusted p of ``alpha`` or less for different errs about any of them with
+    a probability of ``alpha`` at most.
     """
-    tested = sorted((p, arm) for arm, p in ps.items() if not math.isnan(p))
+    tested = sorted((p, variant) for variant, p in ps.items() if not math.isnan(p))
     steps = ((len(tested) - step) * p for step, (p, _) in enumerate(tested))
     adjusted = itertools.accumulate(steps, max)
-    return ps | {arm: min(p, 1.0) for (_, arm), p in zip(tested, adjusted, strict=True)}
+    return ps | {variant: min(p, 1.0) for (_, variant), p in zip(tested, adjusted, strict=True)}
 
 
-def head_start(arm: dict[int, Result], baseline: dict[int, Result]) -> str:
-    """The share of an arm's compute after which the baseline is where the arm ends, mean and range
-    over common seeds, and in how many it gets there.  A dash if the arm only lost.
+def head_start(variant: dict[int, Result], baseline: dict[int, Result]) -> str:
+    """The share of a variant's compute after which the baseline is where the variant ends, mean and
+    range over common seeds, and in how many it gets there.  A dash if the variant only lost.
     """
-    seeds = sorted(arm.keys() & baseline.keys())
-    if all(arm[s].gain < 0 for s in seeds):
+    seeds = sorted(variant.keys() & baseline.keys())
+    if all(variant[s].gain < 0 for s in seeds):
         return "–"
-    needed = [baseline[s].reaches(arm[s].last(ACCURACY)) / arm[s].last(COST) for s in seeds]
+    needed = [baseline[s].reaches(variant[s].last(ACCURACY)) / variant[s].last(COST) for s in seeds]
     there = [value for value in needed if math.isfinite(value)]
     if not there:
         return f"0 of {len(seeds)}"

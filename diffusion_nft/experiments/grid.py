@@ -1,4 +1,4 @@
-"""What an experiment runs: a configuration for every arm and seed, and what is left to do."""
+"""What an experiment runs: a configuration for every variant and seed, and what is left to do."""
 
 import argparse
 import json
@@ -27,13 +27,13 @@ IRRELEVANT_KEYS = ("run_name", "save_dir", "save_freq", "checkpoint.", "log.", "
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One arm with one seed."""
+    """One variant with one seed."""
 
     experiment: str
     question: str
     baseline: str
     watched: tuple[str, ...]
-    arm: str
+    variant: str
     seed: int
     preset: str  # file:name
     changes: dict[str, Any]
@@ -53,7 +53,7 @@ class PlannedRun:
     @property
     def title(self) -> str:
         """As messages name it."""
-        return f"{self.experiment} {self.arm} seed {self.seed}"
+        return f"{self.experiment} {self.variant} seed {self.seed}"
 
     @property
     def prompts(self) -> PromptHashes:
@@ -71,26 +71,26 @@ class PlannedRun:
 
 
 def plan(name: str, experiment: Any, args: argparse.Namespace) -> list[PlannedRun]:
-    """The runs asked for, a seed of every arm before the next seed.
+    """The runs asked for, a seed of every variant before the next seed.
 
-    Raises ValueError for an arm whose configuration cannot run.
+    Raises ValueError for a variant whose configuration cannot run.
     """
     return [
-        make_run(name, experiment, arm, seed, args)
+        make_run(name, experiment, variant, seed, args)
         for seed in dict.fromkeys(args.seeds or experiment.seeds)
-        for arm in dict.fromkeys(args.arms or experiment.arms)
+        for variant in dict.fromkeys(args.variants or experiment.variants)
     ]
 
 
 def make_run(
-    name: str, experiment: Any, arm: str, seed: int, args: argparse.Namespace
+    name: str, experiment: Any, variant: str, seed: int, args: argparse.Namespace
 ) -> PlannedRun:
     """One run of the experiment ``name``, its configuration checked."""
-    chosen, changes = experiment.arms[arm], experiment.changes(arm)
-    stem = f"{arm}-seed{seed}"
+    chosen, changes = experiment.variants[variant], experiment.changes(variant)
+    stem = f"{variant}-seed{seed}"
     for key in changes:
         if key not in SCHEMA and not key.startswith("reward_fn."):
-            raise ValueError(f"{name}, arm {arm}: {key} {unknown_key(key)}")
+            raise ValueError(f"{name}, variant {variant}: {key} {unknown_key(key)}")
     try:
         config = load_file(ROOT / chosen.file).get_config(chosen.preset)
         config.update_from_flattened_dict(changes)
@@ -98,13 +98,13 @@ def make_run(
         validate(config)
         expand_paths(config)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{name}, arm {arm}: {error}") from error
+        raise ValueError(f"{name}, variant {variant}: {error}") from error
     return PlannedRun(
         experiment=name,
         question=experiment.question,
         baseline=experiment.baseline,
         watched=experiment.watched,
-        arm=arm,
+        variant=variant,
         seed=seed,
         preset=f"{os.path.relpath(ROOT / chosen.file)}:{chosen.preset}",
         changes=changes,
@@ -119,15 +119,15 @@ def differences(
     """One line a key whose value in the flat configuration ``former`` was another.
 
     A key that only one of them knows is of another version of the program, and stands for what it
-    did then, unless the arm sets it.
+    did then, unless the variant sets it.
     """
-    now, set_by_arm = flatten(run.config), {*run.changes, *former_changes}
+    now, set_by_variant = flatten(run.config), {*run.changes, *former_changes}
     lines = []
     for key in sorted(former.keys() | now.keys()):
         known = key in former and key in now
         free = any(key == k or (k.endswith(".") and key.startswith(k)) for k in IRRELEVANT_KEYS)
         before, after = former.get(key, "(absent)"), now.get(key, "(absent)")
-        if not free and before != after and (known or key in set_by_arm):
+        if not free and before != after and (known or key in set_by_variant):
             lines.append(f"{key}: {before!r} -> {after!r}")
     return lines
 
@@ -167,5 +167,6 @@ def refuse(run: PlannedRun, path: Path, lines: list[str]) -> None:
         raise ValueError(
             f"{run.title} has changed since {path}:\n  "
             + "\n  ".join(lines)
-            + f"\nto run it anew, remove {run.result} and {run.folder}; or give the new arm a name"
+            + f"\nto run it anew, remove {run.result} and {run.folder}; "
+            "or give the new variant a name"
         )

@@ -85,7 +85,7 @@ def place(run: PlannedRun) -> dict[str, Any]:
         "question": run.question,
         "baseline": run.baseline,
         "watched": run.watched,
-        "arm": run.arm,
+        "variant": run.variant,
     }
 
 
@@ -185,8 +185,8 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 
 def same_elsewhere(run: PlannedRun) -> Path | None:
-    """The newest result of another arm or experiment that ran what ``run`` would, from a committed
-    version of the program.  Results that were taken over themselves do not count.
+    """The newest result of another variant or experiment that ran what ``run`` would, from a
+    committed version of the program.  Results that were taken over themselves do not count.
 
     Raises ValueError for a file among the results that is none.
     """
@@ -206,7 +206,7 @@ def take_over(run: PlannedRun, source: Path) -> None:
     """Writes the numbers at ``source`` as the result of ``run``; the header says whose they are."""
     first, _, rest = source.read_text(encoding="utf-8").partition("\n")
     about = json.loads(first)
-    ran_as = f"{about['experiment']} {about['arm']}"
+    ran_as = f"{about['experiment']} {about['variant']}"
     run.result.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(
         run.result, f"{_json(about | place(run) | {'ran_as': ran_as})}\n{rest}".encode()

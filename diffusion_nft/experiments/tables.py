@@ -1,4 +1,4 @@
-"""What results of experiments say in tables, by arm, tag and alarm; and their page."""
+"""What results of experiments say in tables, by variant, tag and alarm; and their page."""
 
 import argparse
 import math
@@ -11,7 +11,7 @@ from typing import Any
 from diffusion_nft.experiments.comparison import (
     ACCURACY,
     COST,
-    NEVER,
+    NO_ALARM_EPOCH,
     SECONDS,
     Result,
     Results,
@@ -29,7 +29,7 @@ REWARD, KL = "reward/mean", "loss/kl"
 # Of so many epochs the reward is averaged.
 WINDOW = 3
 COLUMNS = (
-    "arm",
+    "variant",
     "seeds",
     "strict",
     "gain ± 95 %",
@@ -45,33 +45,35 @@ COLUMNS = (
 )
 
 
-def by_arm(results: Results, baseline: str) -> list[list[str]]:
-    """The head, and a row an arm: means over its seeds, and how it compares with the baseline."""
+def by_variant(results: Results, baseline: str) -> list[list[str]]:
+    """The head, and a row per variant: means over its seeds, compared with the baseline's."""
     base = results.get(baseline, {})
     tests = {
-        arm: paired_test(runs, base) for arm, runs in results.items() if base and arm != baseline
+        variant: paired_test(runs, base)
+        for variant, runs in results.items()
+        if base and variant != baseline
     }
-    adjusted = holm({arm: test.p for arm, test in tests.items()})
+    adjusted = holm({variant: test.p for variant, test in tests.items()})
     rows = [[column.format(baseline=baseline) for column in COLUMNS]]
-    for arm, runs in results.items():
+    for variant, runs in results.items():
         against = ["–" if base else "no results of it", "–", "–", "–", "–"]
-        if arm in tests:
-            difference, spent, p = tests[arm]
-            ps = (probability(p), probability(adjusted[arm]))
+        if variant in tests:
+            difference, spent, p = tests[variant]
+            ps = (probability(p), probability(adjusted[variant]))
             against = [difference, f"{spent / 1e3:.1f}", *ps, head_start(runs, base)]
-        rows.append([*alone(arm, runs), *against])
+        rows.append([*alone(variant, runs), *against])
     return rows
 
 
-def alone(arm: str, results: dict[int, Result]) -> list[str]:
-    """What a row says of ``arm`` without the baseline."""
+def alone(variant: str, results: dict[int, Result]) -> list[str]:
+    """What a row says of ``variant`` without the baseline."""
 
     def mean(key: str) -> float:
         return statistics.fmean(result.last(key) for result in results.values())
 
     gain, half = mean_and_half_width([result.gain for result in results.values()])
     return [
-        arm,
+        variant,
         str(len(results)),
         start_and_end(results, ACCURACY),
         f"{share(gain, '+')} ± {share(half)}",
@@ -83,8 +85,8 @@ def alone(arm: str, results: dict[int, Result]) -> list[str]:
 
 
 def in_training(results: Results, baseline: str) -> list[list[str]]:
-    """A row an arm: rewards of the training samples, the distance to the reference, accuracy by
-    epoch, and the comparison at equal time.
+    """A row per variant: rewards of the training samples, the distance to the reference, accuracy
+    by epoch, and the comparison at equal time.
     """
     rows = [
         [
@@ -96,7 +98,7 @@ def in_training(results: Results, baseline: str) -> list[list[str]]:
         ]
     ]
     base = results.get(baseline, {})
-    for arm, runs in results.items():
+    for variant, runs in results.items():
         first, last = (
             statistics.fmean(row[REWARD] for run in runs.values() for row in run.epochs[part])
             for part in (slice(WINDOW), slice(-WINDOW, None))
@@ -109,11 +111,11 @@ def in_training(results: Results, baseline: str) -> list[list[str]]:
         )
         rows.append(
             [
-                arm,
+                variant,
                 f"{share(first)} → {share(last)}",
                 share(statistics.fmean(math.nan if d is None else d for d in distances)),
                 ", ".join(accuracies),
-                "–" if arm == baseline or not base else _at_equal_time(runs, base),
+                "–" if variant == baseline or not base else _at_equal_time(runs, base),
             ]
         )
     return rows
@@ -131,31 +133,31 @@ def start_and_end(results: dict[int, Result], key: str) -> str:
 
 
 def by_tag(results: Results) -> list[list[str]]:
-    """Strict accuracy of each tag, a row an arm."""
+    """Strict accuracy of each tag, a row per variant."""
     runs = [result for seeds in results.values() for result in seeds.values()]
     keys = set.intersection(*(set(row) for result in runs for row in result.evaluations))
     tags = {found[1]: key for key in sorted(keys) if (found := TAG_STRICT.fullmatch(key))}
     if not tags:
         return []
     rows = [["strict by tag", *tags]]
-    for arm, seeds in results.items():
-        rows.append([arm, *(start_and_end(seeds, key) for key in tags.values())])
+    for variant, seeds in results.items():
+        rows.append([variant, *(start_and_end(seeds, key) for key in tags.values())])
     return rows
 
 
 def commands(name: str, results: Results, jobs: int) -> list[str]:
-    """What ran the experiment: a command for each choice of seeds, with the arms that had it."""
-    arms: dict[tuple[int, ...], list[str]] = {}
-    for arm, runs in results.items():
-        arms.setdefault(tuple(sorted(runs)), []).append(arm)
-    start = ["python", "scripts/experiments.py", name, "--arms"]
+    """What ran the experiment: a command per choice of seeds, with the variants that had it."""
+    variants: dict[tuple[int, ...], list[str]] = {}
+    for variant, runs in results.items():
+        variants.setdefault(tuple(sorted(runs)), []).append(variant)
+    start = ["python", "scripts/experiments.py", name, "--variants"]
     return [
         shlex.join([*start, *names, "--seeds", *map(str, seeds), "--jobs", str(jobs)])
-        for seeds, names in arms.items()
+        for seeds, names in variants.items()
     ]
 
 
-def report(name: str, results: Results, args: argparse.Namespace) -> str:
+def experiment_page(name: str, results: Results, args: argparse.Namespace) -> str:
     """The experiment's page: question, figure, table, how to read it, how to remake it."""
     abouts = [result.about for seeds in results.values() for result in seeds.values()]
     about = abouts[-1]
@@ -167,7 +169,7 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
             f"# {name}\n",
             f"{about['question']}\n",
             f"![Strict accuracy against compute and time]({name}.png)\n",
-            *table(by_arm(results, about["baseline"])),
+            *table(by_variant(results, about["baseline"])),
             *table(by_tag(results)),
             *table(in_training(results, about["baseline"])),
             *watched_lines(name, results),
@@ -176,12 +178,12 @@ def report(name: str, results: Results, args: argparse.Namespace) -> str:
             "intervals are not adjusted. Evaluations count in neither seconds nor "
             "forward-equivalents; seconds grow with what else the machine did. A "
             "forward-equivalent is a sample's pass through the transformer; a backward pass is "
-            f"{', '.join(f'{ratio:.3f}' for ratio in ratios)} of them by FLOPs. Two arms are "
+            f"{', '.join(f'{ratio:.3f}' for ratio in ratios)} of them by FLOPs. Two variants are "
             "compared where the cheapest run of both ended; between evaluations curves are lines, "
             "which lie below a curve that flattens, the more so the dearer its epochs. The "
-            "first table's last column is the share of an arm's compute that the baseline needs "
-            "for the accuracy with which the arm ends, mean (range), where it gets there. Bands "
-            f"are of the gain over the start. Machine: {machines(abouts)}.\n",
+            "first table's last column is the share of a variant's compute that the baseline "
+            "needs for the accuracy with which the variant ends, mean (range), where it gets "
+            f"there. Bands are of the gain over the start. Machine: {machines(abouts)}.\n",
             f"    {shlex.join(again)}\n",
             "remakes figures and tables from the results, which came from (with another --results, "
             "since what is there is not run again)\n",
@@ -221,14 +223,16 @@ def watched_lines(name: str, results: Results) -> list[str]:
 
 
 def alarms(results: Results) -> list[list[str]]:
-    """A row an arm, a column an alarm that was ever on, the earliest first; and one of what was
-    first in a run.  A dash: no run of the arm watched it.
+    """A row per variant, a column an alarm that was ever on, the earliest first; and one of what
+    was first in a run.  A dash: no run of the variant watched it.
     """
-    firsts = {arm: [run.first_alarms() for run in runs.values()] for arm, runs in results.items()}
+    firsts = {
+        variant: [run.first_alarms() for run in runs.values()] for variant, runs in results.items()
+    }
     every = [item for runs in firsts.values() for run in runs for item in run.items()]
     if not every:
         return []
-    on = sorted((epoch, name) for name, epoch in every if epoch < NEVER)
+    on = sorted((epoch, name) for name, epoch in every if epoch < NO_ALARM_EPOCH)
     columns = [["first epochs of alarms", *firsts]]
     for name in dict.fromkeys(name for _, name in on):
         seen = ([run[name] for run in runs if name in run] for runs in firsts.values())
@@ -238,7 +242,7 @@ def alarms(results: Results) -> list[list[str]]:
 
 
 def _first_epochs(seen: list[int]) -> str:
-    epochs = sorted(epoch for epoch in seen if epoch < NEVER)
+    epochs = sorted(epoch for epoch in seen if epoch < NO_ALARM_EPOCH)
     if not epochs:
         return f"0 of {len(seen)}" if seen else "–"
     span = f"{statistics.median(epochs):g} ({epochs[0]} to {epochs[-1]})"
@@ -249,8 +253,8 @@ def _first_of_all(runs: list[dict[str, int]]) -> str:
     """``"loss/kl 4, eval/diversity 1"``; alarms of the same epoch are named together."""
     names = []
     for run in runs:
-        epoch = min(run.values(), default=NEVER)
-        if epoch < NEVER:
+        epoch = min(run.values(), default=NO_ALARM_EPOCH)
+        if epoch < NO_ALARM_EPOCH:
             names.append(" + ".join(name for name, when in run.items() if when == epoch))
     counts = ", ".join(f"{name} {count}" for name, count in Counter(names).most_common())
     return counts or ("none" if any(runs) else "–")
@@ -275,7 +279,9 @@ def revisions(abouts: list[dict[str, Any]]) -> str:
 
 
 def elsewhere(abouts: list[dict[str, Any]]) -> str:
-    """Which results are those of the same arm in another experiment."""
-    taken = Counter((about["arm"], about["ran_as"]) for about in abouts if "ran_as" in about)
-    texts = (f"{arm} (seeds: {count}) ran as {ran_as}" for (arm, ran_as), count in taken.items())
+    """Which results are those of the same variant in another experiment."""
+    taken = Counter((about["variant"], about["ran_as"]) for about in abouts if "ran_as" in about)
+    texts = (
+        f"{variant} (seeds: {count}) ran as {ran_as}" for (variant, ran_as), count in taken.items()
+    )
     return f" Taken from other experiments: {'; '.join(texts)}." if taken else ""

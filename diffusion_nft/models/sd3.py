@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: loading, prompts to embeddings, velocities, latents to pictures."""
+"""Stable Diffusion 3 and 3.5: loading, prompts to embeddings, velocities, latents to images."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

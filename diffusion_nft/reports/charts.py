@@ -8,12 +8,12 @@ from dataclasses import dataclass
 # Kept of a longer curve, as means of equal stretches: more than the pixels of a chart can show.
 MAX_POINTS = 400
 # The y axis spans at least this share of its largest value.
-LEAST_RANGE = 0.2
+MIN_RELATIVE_RANGE = 0.2
 WIDTH, HEIGHT = 420.0, 230.0
 LEFT, RIGHT, TOP, BOTTOM = 54.0, 14.0, 10.0, 34.0
 # In bars: the tag's name above, then a bar for each series.
-BAR, NAME, GAP = 13.0, 18.0, 10.0
-VALUE = 64.0  # right of the bars, for the number
+BAR_HEIGHT, NAME_HEIGHT, GAP = 13.0, 18.0, 10.0
+VALUE_WIDTH = 64.0  # right of the bars, for the number
 
 # (x, y, standard error of y); no y is a gap.
 Point = tuple[float, float | None, float | None]
@@ -131,7 +131,7 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     if 0 <= low < high / 2:
         return 0.0, high * 1.05
-    narrowest = LEAST_RANGE * max(abs(low), abs(high)) or 1.0
+    narrowest = MIN_RELATIVE_RANGE * max(abs(low), abs(high)) or 1.0
     room = max((high - low) * 0.08, (narrowest - (high - low)) / 2)
     return low - room, high + room
 
@@ -235,10 +235,10 @@ def bars(
     known = [(v, error or 0.0) for _, _, pairs in series for v, error in pairs if v is not None]
     ends = [v + side * error for v, error in known for side in (-1, 1)]
     low, high = min([0.0, *ends]), max([0.0, *ends])
-    scale = (WIDTH - VALUE) / ((high - low) or 1.0)
+    scale = (WIDTH - VALUE_WIDTH) / ((high - low) or 1.0)
     drawn, y = [], 0.0
     for i, group in enumerate(groups):
-        baseline, y = y + NAME - 5, y + NAME
+        baseline, y = y + NAME_HEIGHT - 5, y + NAME_HEIGHT
         members = []
         for colour, name, pairs in series:
             value, error = pairs[i]
@@ -248,7 +248,7 @@ def bars(
             if value is not None and error:
                 whisker = ((value - error - low) * scale, (value + error - low) * scale)
             members.append(Bar(colour, name, start, y, width, number(value), whisker))
-            y += BAR
+            y += BAR_HEIGHT
         drawn.append((group, baseline, members))
         y += GAP
     said = (

@@ -10,18 +10,18 @@ from diffusion_nft.evaluation.results import NUM_SAMPLES
 from diffusion_nft.reports.charts import number
 from diffusion_nft.reports.runs import Part, Row, Run
 from diffusion_nft.runs.run_dir import differences
-from diffusion_nft.tracking.monitor import ALARM, is_picture_statistic
+from diffusion_nft.tracking.monitor import ALARM, is_image_statistic
 
 # Means over this many epochs at the start and at the end are compared.
 WINDOW = 5
 # From these on a number is worth a warning.
-FLAT_GROUPS = 0.5
-LOST_DIVERSITY = 0.2
+MAX_FRAC_ZERO_STD = 0.5
+MAX_DIVERSITY_LOSS = 0.2
 # Of a number with a standard error; smaller errors are written with an exponent.
-MOST_DECIMALS = 5
+MAX_DECIMALS = 5
 # A null here is a number that was not finite; elsewhere it may mean "does not apply".
-MUST_BE_FINITE = ("loss/", "reward/mean", "reward/std", "reward/x0_rms", "eval/total")
-NOT_PHASES = ("time/epoch", "time/eval", "time/images_per_second", "time/peak_memory_gb")
+FINITE_METRICS = ("loss/", "reward/mean", "reward/std", "reward/x0_rms", "eval/total")
+NON_PHASE_METRICS = ("time/epoch", "time/eval", "time/images_per_second", "time/peak_memory_gb")
 # Where a run lies and what it is called is no setting to compare.
 NAMES = ("save_dir", "run_name")
 
@@ -63,10 +63,10 @@ def summary(run: Run) -> list[tuple[str, str]]:
 
 def show(value: object) -> str:
     """A configuration value as JSON; a dash for an absent key."""
-    return "–" if value is ABSENT else json.dumps(value, ensure_ascii=False)
+    return "–" if value is MISSING_VALUE else json.dumps(value, ensure_ascii=False)
 
 
-ABSENT = object()
+MISSING_VALUE = object()
 
 
 def config_table(run: Run) -> list[tuple[str, str]]:
@@ -79,7 +79,7 @@ def config_differences(runs: list[Run]) -> list[tuple[str, bool, list[str]]]:
     keys = sorted(set().union(*(run.config for run in runs)) - set(NAMES))
     rows = []
     for key in keys:
-        values = [show(run.config.get(key, ABSENT)) for run in runs]
+        values = [show(run.config.get(key, MISSING_VALUE)) for run in runs]
         if len(set(values)) > 1:
             rows.append((key, bool(differences({key: 0}, {key: 1})), values))
     return sorted(rows, key=lambda row: not row[1])
@@ -90,7 +90,7 @@ def with_error(value: float | None, error: float | None, sign: str = "") -> str:
     if value is None or not error or not math.isfinite(error):
         return number(value, sign)
     decimals = max(0, 1 - math.floor(math.log10(error)))
-    if decimals > MOST_DECIMALS:
+    if decimals > MAX_DECIMALS:
         return f"{number(value, sign)} ± {error:.2g}"
     return f"{value:{sign}.{decimals}f} ± {error:.{decimals}f}"
 
@@ -152,13 +152,13 @@ def timing(runs: list[Run]) -> Table:
     rows = [
         (key.removeprefix("time/").capitalize(), seconds(key))
         for key in phases
-        if key not in NOT_PHASES
+        if key not in NON_PHASE_METRICS
     ]
     rows += [
         ("All epochs", seconds("time/epoch")),
         ("Evaluations, not in the epochs", seconds("time/eval")),
         ("One epoch, median", pick("time/epoch", statistics.median, " s")),
-        ("Pictures per second, median", pick("time/images_per_second", statistics.median)),
+        ("Images per second, median", pick("time/images_per_second", statistics.median)),
         ("Forward passes (cost/forwards)", sums("cost/forwards")),
         ("Backward passes (cost/backwards)", sums("cost/backwards")),
         ("Most GPU memory", pick("time/peak_memory_gb", max, " GB")),
@@ -168,7 +168,7 @@ def timing(runs: list[Run]) -> Table:
 
 def notices(run: Run) -> list[Notice]:
     """What deserves a second look; warnings first."""
-    warnings = [*_alarms(run), *_skipped(run), *_non_finite(run), *_flat_groups(run)]
+    warnings = [*_alarms(run), *_skipped(run), *_non_finite(run), *_zero_std_groups(run)]
     warnings += _diversity(run)
     warnings += [text for part in run.parts for text in _evaluations(part)]
     notes = [*_unfinished(run), *_restarts(run)]
@@ -204,7 +204,7 @@ def _non_finite(run: Run) -> list[str]:
     found: dict[str, list[int]] = {}
     for row in run.rows:
         for key, value in row.items():
-            if value is None and key.startswith(MUST_BE_FINITE):
+            if value is None and key.startswith(FINITE_METRICS):
                 found.setdefault(key, []).append(row["epoch"])
     return [
         f"{key} was not finite in {len(epochs)} epoch{'s' * (len(epochs) > 1)}, first {epochs[0]}."
@@ -220,22 +220,22 @@ def _ends(run: Run, key: str) -> tuple[float, float] | None:
     return statistics.fmean(values[:WINDOW]), statistics.fmean(values[-WINDOW:])
 
 
-def _flat_groups(run: Run) -> list[str]:
-    ends = _ends(run, "reward/zero_std_groups")
-    if ends is None or ends[1] < FLAT_GROUPS:
+def _zero_std_groups(run: Run) -> list[str]:
+    ends = _ends(run, "reward/frac_zero_std")
+    if ends is None or ends[1] < MAX_FRAC_ZERO_STD:
         return []
     return [
-        f"In the last {WINDOW} epochs all pictures of a prompt scored the same for {ends[1]:.0%} "
-        "of the prompts (reward/zero_std_groups): those teach nothing."
+        f"In the last {WINDOW} epochs all images of a prompt scored the same for {ends[1]:.0%} "
+        "of the prompts (reward/frac_zero_std): those teach nothing."
     ]
 
 
 def _diversity(run: Run) -> list[str]:
     ends = _ends(run, "reward/diversity")
-    if ends is None or ends[1] >= (1 - LOST_DIVERSITY) * ends[0]:
+    if ends is None or ends[1] >= (1 - MAX_DIVERSITY_LOSS) * ends[0]:
         return []
     return [
-        f"Pictures of a prompt became alike: reward/diversity fell from {number(ends[0])} to "
+        f"Images of a prompt became alike: reward/diversity fell from {number(ends[0])} to "
         f"{number(ends[1])} (means of {WINDOW} epochs)."
     ]
 
@@ -261,7 +261,7 @@ def _evaluations(part: Part) -> list[str]:
     texts = []
     for name in part.names:
         change = part.change(name)
-        if change.direction == "down" and not is_picture_statistic(name):
+        if change.direction == "down" and not is_image_statistic(name):
             kind = "held-out " if part.is_held_out(name) else ""
             gain = with_error(change.gain, change.gain_error)
             texts.append(f"{where}{kind}eval/{name} fell by training: {gain}.")

@@ -19,13 +19,13 @@ from diffusion_nft.reports.runs import Part, Run
 
 HERE = Path(__file__).resolve().parent
 TEMPLATE, STYLE, SCRIPT = "page.html", "page.css", "page.js"
-# Pictures of more bytes are encoded again as WebP, no wider than this many pixels, nor higher than
+# Images of more bytes are encoded again as WebP, no wider than this many pixels, nor higher than
 # WebP can hold.
-LARGE, WIDEST, HIGHEST, QUALITY = 200_000, 1600, 16_000, 82
+MAX_BYTES, MAX_WIDTH, MAX_HEIGHT, QUALITY = 200_000, 1600, 16_000, 82
 # Prompts that are listed at either end, and at most in all.
 ENDS, MOST_PROMPTS = 10, 300
 # The colour of what was before training, among bars of after.
-BEFORE = -1
+BEFORE_COLOUR = -1
 # Curves that a reader looks at first, with what they mean; all others are folded away.
 TRAINING = {
     "reward/mean": "of the epoch's samples",
@@ -33,7 +33,7 @@ TRAINING = {
     "loss/kl": "squared distance to the base model",
     "optim/grad_norm": "before clipping",
     "reward/diversity": "0: all look the same",
-    "reward/zero_std_groups": "of prompts: no signal",
+    "reward/frac_zero_std": "of prompts: no signal",
     "optim/learning_rate": "",
     "optim/old_policy_decay": "0: follows at once",
 }
@@ -44,15 +44,15 @@ COST = {
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture inside the page."""
+class Figure:
+    """An image inside the page."""
 
     heading: str
     alt: str
     source: str  # a data: address
     width: int
     height: int
-    captions: list[str]  # those that the picture does not show in full, and all others with them
+    captions: list[str]  # those that the image does not show in full, and all others with them
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ class Card:
     direction: str  # as Change.direction
 
 
-def picture(path: Path, heading: str, alt: str) -> Picture:
-    """The picture in ``path``, encoded again if it is large, and the captions beside it."""
+def figure(path: Path, heading: str, alt: str) -> Figure:
+    """The image in ``path``, encoded again if it is large, and the captions beside it."""
     data, kind = path.read_bytes(), "png"
     with Image.open(io.BytesIO(data)) as image:
         size = image.size
-        if len(data) > LARGE:
-            scale = min(1.0, WIDEST / image.width, HIGHEST / image.height)
+        if len(data) > MAX_BYTES:
+            scale = min(1.0, MAX_WIDTH / image.width, MAX_HEIGHT / image.height)
             size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
             smaller = io.BytesIO()
             image.convert("RGB").resize(size).save(smaller, format="WEBP", quality=QUALITY)
@@ -81,7 +81,7 @@ def picture(path: Path, heading: str, alt: str) -> Picture:
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     beside = path.with_suffix(".txt")
     captions = beside.read_text("utf-8", "replace").splitlines() if beside.is_file() else []
-    return Picture(heading, alt, source, *size, captions)
+    return Figure(heading, alt, source, *size, captions)
 
 
 def cards(part: Part) -> list[Card]:
@@ -202,7 +202,7 @@ def tag_bars(runs: list[Run]) -> list[tuple[str, list[Bars]]]:
         for part in runs[0].parts:
             sides = [(0, "after", part.tests[-1:])]
             if len(part.tests) > 1:
-                sides.insert(0, (BEFORE, "before", part.tests[:1]))
+                sides.insert(0, (BEFORE_COLOUR, "before", part.tests[:1]))
             found.append((part.title, _bars(part.names, part.tags, sides)))
         return [(heading, charts) for heading, charts in found if charts]
     last = [run.parts[-1] for run in runs]
@@ -227,20 +227,20 @@ def _bars(names: list[str], tags: list[str], sides: list[tuple[int, str, list]])
     return found
 
 
-def _before_after(run: Run) -> list[Picture]:
+def _before_after(run: Run) -> list[Figure]:
     alt = (
         "Test prompts drawn by the base model and by the trained model from the same noise, side "
         "by side, each pair with its two scores and its prompt"
     )
-    return [picture(part.picture, part.title, alt) for part in run.parts if part.picture.is_file()]
+    return [figure(part.image, part.title, alt) for part in run.parts if part.image.is_file()]
 
 
-def _samples(run: Run) -> list[Picture]:
+def _samples(run: Run) -> list[Figure]:
     found = []
-    for path in run.training_pictures:
+    for path in run.training_images:
         epoch = int(path.stem.removeprefix("train-"))
         alt = f"Samples that epoch {epoch} was trained on, each with its score and its prompt"
-        found.append(picture(path, f"Epoch {epoch}", alt))
+        found.append(figure(path, f"Epoch {epoch}", alt))
     return found
 
 
@@ -288,7 +288,7 @@ def page(runs: list[Run]) -> str:
     """The report on one or several runs as HTML that needs nothing else.
 
     Everything from the runs is escaped, and the page's policy lets the browser load nothing and run
-    no other script than its own.  Raises OSError if a picture cannot be read.
+    no other script than its own.  Raises OSError if an image cannot be read.
     """
     environment = Environment(
         loader=FileSystemLoader(HERE),
@@ -308,7 +308,7 @@ def page(runs: list[Run]) -> str:
         script=Markup(script),
         runs=[_view(run, i) for i, run in enumerate(runs)],
         several=len(runs) > 1,
-        before=BEFORE,
+        before=BEFORE_COLOUR,
         differences=facts.config_differences(runs),
         warnings=facts.comparison_notices(runs),
         finals=facts.finals(runs),

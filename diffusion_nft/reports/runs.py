@@ -11,17 +11,17 @@ from diffusion_nft.evaluation.results import (
     RESULTS_FILE,
     mean_and_error,
 )
-from diffusion_nft.rewards import PICTURE_STATISTICS
+from diffusion_nft.rewards import IMAGE_STATISTICS
 from diffusion_nft.runs.environment import ENVIRONMENTS_FILE
 from diffusion_nft.runs.run_dir import CONFIG_FILE
 from diffusion_nft.tracking.metrics import METRICS_FILE, read_metrics
-from diffusion_nft.tracking.summary import comparable, pictures_file
+from diffusion_nft.tracking.summary import comparable, images_file
 from diffusion_nft.utils.files import read_lines, read_object
 from diffusion_nft.validation.flat import unflatten
 
 Row = dict[str, Any]
 # Standard errors that a change must exceed to be called one.
-ERRORS = 2.0
+MIN_STANDARD_ERRORS = 2.0
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,10 @@ class Change:
     def direction(self) -> str:
         """``"up"`` or ``"down"`` where the gain is larger than two standard errors, else
         ``"level"``, also where the error is not known."""
-        if self.gain is None or not self.gain_error or abs(self.gain) <= ERRORS * self.gain_error:
+        gain, error = self.gain, self.gain_error
+        if gain is None or not error or abs(gain) <= MIN_STANDARD_ERRORS * error:
             return "level"
-        return "up" if self.gain > 0 else "down"
+        return "up" if gain > 0 else "down"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Part:
     rewards: dict[str, float]
     held_out: list[str]
     tests: list[Test]  # those that compare with the last one
-    picture: Path
+    image: Path
 
     @property
     def title(self) -> str:
@@ -189,7 +190,7 @@ class Run:
         return self.config["pretrained.model"]
 
     @cached_property
-    def training_pictures(self) -> list[Path]:
+    def training_images(self) -> list[Path]:
         """The first, a middle and the last grid of training samples that were saved."""
         found = sorted((self.path / "images").glob(f"train-{'[0-9]' * 6}.png"))
         chosen = sorted({0, len(found) // 2, len(found) - 1}) if found else []
@@ -247,14 +248,18 @@ def _read_part(path: Path, config: Row, rows: list[Row], number: int) -> Part:
         )
     ]
     merged = config | own
-    watched = [PICTURE_STATISTICS] if config.get("monitor.pictures") else []
+    watched = [IMAGE_STATISTICS] if config.get("monitor.image_statistics") else []
     return Part(
         number,
         merged.get("dataset", ""),
         rewards,
-        [name for name in (*merged.get("eval.rewards", []), *watched) if name not in rewards],
+        [
+            name
+            for name in (*merged.get("eval.held_out_rewards", []), *watched)
+            if name not in rewards
+        ],
         tests,
-        path / pictures_file(number),
+        path / images_file(number),
     )
 
 

@@ -45,11 +45,11 @@ REWARDS: dict[str, str] = {
     "shapes": "diffusion_nft.rewards.shapes:ShapesReward",
     "jpeg_compressibility": "diffusion_nft.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "diffusion_nft.rewards.jpeg:JpegIncompressibility",
-    "picture_statistics": "diffusion_nft.rewards.picture_statistics:PictureStatistics",
+    "image_statistics": "diffusion_nft.rewards.image_statistics:ImageStatistics",
 }
 
-# The reward whose score and components ``monitor.pictures`` watches.
-PICTURE_STATISTICS = "picture_statistics"
+# The reward whose score and components ``monitor.image_statistics`` watches.
+IMAGE_STATISTICS = "image_statistics"
 # Rewards that cannot score every prompt -> "module:function" of a text, its metadata and the
 # reward's options (None: it is served, and its server has them), which raises ValueError for one
 # that it cannot score.
@@ -74,7 +74,7 @@ class RewardOutput:
 
 
 class Reward(Protocol):
-    """Anything that scores a batch of pictures."""
+    """Anything that scores a batch of images."""
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
         """Scores of ``images: [B, 3, H, W]`` in [0, 1]."""
@@ -96,18 +96,18 @@ JSON_TYPES: dict[Any, tuple[type, ...]] = {
 # Lines of a prompt set that an error shows, and characters of the numbers of further ones.
 MAX_SHOWN, MAX_NUMBERS = 3, 800
 # Seconds that a served reward may take for one request, waiting for its turn included.
-REMOTE_TIMEOUT = 300.0
+REWARD_SERVER_TIMEOUT = 300.0
 
 
 def build_reward(
     name: str,
     device: torch.device,
     options: Mapping[str, Any] | None = None,
-    remote: Sequence[str] = (),
+    addresses: Sequence[str] = (),
     *,
-    timeout: float = REMOTE_TIMEOUT,
+    timeout: float = REWARD_SERVER_TIMEOUT,
 ) -> Reward:
-    """The reward ``name``, ready to score: in this process, or at the addresses ``remote``.
+    """The reward ``name``, ready to score: in this process, or at the server ``addresses``.
 
     ``options``: keyword arguments of its class as plain values (``check_options``); a served reward
     takes none, its server has them.  ``timeout``: seconds a request of a served one.  Raises
@@ -116,12 +116,12 @@ def build_reward(
     """
     options = dict(options or {})
     check_options(name, options)
-    if remote:
+    if addresses:
         if options:
             raise ValueError(f"reward {name!r} is served: its options belong to its server")
         from diffusion_nft.rewards.serving.remote import RemoteReward
 
-        return RemoteReward(name, remote, timeout=timeout)
+        return RemoteReward(name, addresses, timeout=timeout)
     cls = reward_class(name)
     if "device" in options:
         device = torch.device(options.pop("device"))
@@ -207,22 +207,22 @@ def check_prompts(
     metadata: Sequence[Mapping[str, Any]],
     *,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    remote: Mapping[str, Sequence[str]] | None = None,
+    reward_servers: Mapping[str, Sequence[str]] | None = None,
     lines: Sequence[int] | None = None,
 ) -> None:
     """Raises ValueError if one of the rewards ``names`` cannot score every one of ``prompts``, with
     the line numbers of those that it cannot.
 
-    ``options`` and ``remote``: by name, as of ``combine.build_rewards``.  ``lines``: where each
-    prompt stands in its file, from 0 (None: as here).  Raises ImportError if a package that a
+    ``options`` and ``reward_servers``: by name, as of ``combine.build_rewards``.  ``lines``: where
+    each prompt stands in its file, from 0 (None: as here).  Raises ImportError if a package that a
     reward needs for this is missing.
     """
-    options, remote = options or {}, remote or {}
+    options, reward_servers = options or {}, reward_servers or {}
     for name in names:
         if name not in PROMPT_CHECKS:
             continue
         check = _named(PROMPT_CHECKS[name])
-        own = None if remote.get(name) else options.get(name, {})
+        own = None if reward_servers.get(name) else options.get(name, {})
         wrong: dict[int, str] = {}
         for i, (prompt, line) in enumerate(zip(prompts, metadata, strict=True)):
             try:

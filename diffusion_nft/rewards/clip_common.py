@@ -24,7 +24,7 @@ class Clip:
         from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
         self.device, self.dtype = device, dtype
-        clip = _load_model(model)
+        clip = _load_clip(model)
         # Read before the cast: bfloat16 would move the scale by a per cent.
         self.logit_scale = clip.logit_scale.detach().exp().item()
         self.model = clip.to(device=device, dtype=dtype).eval().requires_grad_(False)
@@ -41,7 +41,7 @@ class Clip:
     def pixels(self, images: Tensor) -> Tensor:
         """Model input ``[B, 3, h, w]`` of ``images: [B, 3, H, W]`` in [0, 1].
 
-        Pictures of 8 bits, short side resized by Pillow (bicubic), centre crop, normalised.
+        Images of 8 bits, short side resized by Pillow (bicubic), centre crop, normalised.
         """
         return self.image_processor(images=to_pil(images), return_tensors="pt")["pixel_values"]
 
@@ -59,7 +59,7 @@ class Clip:
         return F.normalize(output.pooler_output.float(), dim=-1)
 
     def cosine(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        """Cosine ``[B]`` in [-1, 1] of each picture and its own prompt."""
+        """Cosine ``[B]`` in [-1, 1] of each image and its own prompt."""
         return (self.image_features(pixels) * self.text_features(prompts)).sum(-1)
 
 
@@ -81,7 +81,7 @@ def _from_pretrained(cls: Any, name: str, **options: Any) -> Any:
         ) from error
 
 
-def _load_model(name: str) -> Any:
+def _load_clip(name: str) -> Any:
     """A CLIPModel with exactly the weights of ``name``: none missing, none left over."""
     from transformers import CLIPModel
 
@@ -100,15 +100,15 @@ def score_in_batches(
     prompts: list[str],
     batch_size: int,
 ) -> Tensor:
-    """Scores ``[B]`` on the CPU, ``batch_size`` pictures at a time.
+    """Scores ``[B]`` on the CPU, ``batch_size`` images at a time.
 
-    ``score``: pictures ``[b, 3, H, W]`` and their prompts -> ``[b]``.  Raises ValueError for
-    pictures of another shape than ``[B, 3, H, W]`` or another number of prompts than B.
+    ``score``: images ``[b, 3, H, W]`` and their prompts -> ``[b]``.  Raises ValueError for
+    images of another shape than ``[B, 3, H, W]`` or another number of prompts than B.
     """
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"pictures must be [B, 3, H, W], not {list(images.shape)}")
+        raise ValueError(f"images must be [B, 3, H, W], not {list(images.shape)}")
     if len(images) != len(prompts):
-        raise ValueError(f"{len(images)} pictures but {len(prompts)} prompts")
+        raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
     parts = [
         score(images[start : start + batch_size], prompts[start : start + batch_size]).cpu()
         for start in range(0, len(images), batch_size)

@@ -1,4 +1,4 @@
-"""CLIPScore: how well a picture fits its prompt, by OpenAI's CLIP (arXiv 2104.08718)."""
+"""CLIPScore: how well an image fits its prompt, by OpenAI's CLIP (arXiv 2104.08718)."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ class ClipScoreReward:
     """logits_per_image[i, i] / 100 = exp(logit_scale) cos(text, image) / 100 with CLIP ViT-L/14.
 
     The scale is 100 in OpenAI's weights, so this is the cosine, about 0.15 to 0.35 in practice.
-    As published the float pictures are resized bilinearly, without a detour by 8 bits and
+    As published the float images are resized bilinearly, without a detour by 8 bits and
     Pillow's bicubic.  ``model``: a hub name or a local folder.  Raises OSError if it cannot be had
     and ValueError if the weights do not fit.
     """

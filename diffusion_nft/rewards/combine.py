@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from diffusion_nft.images import Images
-from diffusion_nft.rewards import REMOTE_TIMEOUT, Reward, RewardOutput, build_reward
+from diffusion_nft.rewards import REWARD_SERVER_TIMEOUT, Reward, RewardOutput, build_reward
 
 # Their squares are summed in standard deviations and errors.
-LARGEST_SCORE = 1e100
+MAX_SCORE_MAGNITUDE = 1e100
 
 
 # Failures of a reward's surroundings, which say nothing of single images.
@@ -33,7 +33,7 @@ class UnscoredError(RewardError):
 
 @dataclass(frozen=True)
 class Scores:
-    """Of B pictures: ``total: [B]``, the weighted sum, and ``parts``: every reward's scores and
+    """Of B images: ``total: [B]``, the weighted sum, and ``parts``: every reward's scores and
     components (``name`` and ``name/component``) ``[B]``; float64 on the CPU.
 
     A total of NaN: the image has no score; ``reasons`` says why, by row.
@@ -80,15 +80,18 @@ def build_rewards(
     device: torch.device,
     *,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    remote: Mapping[str, Sequence[str]] | None = None,
-    timeout: float = REMOTE_TIMEOUT,
+    reward_servers: Mapping[str, Sequence[str]] | None = None,
+    timeout: float = REWARD_SERVER_TIMEOUT,
 ) -> dict[str, Reward]:
-    """The rewards ``names``, each built once, by name: served where ``remote`` has addresses for
-    it, else in this process with its ``options``.  Raises what ``build_reward`` raises.
+    """The rewards ``names``, each built once, by name: served where ``reward_servers`` has
+    addresses for it, else in this process with its ``options``.  Raises what ``build_reward``
+    raises.
     """
-    options, remote = options or {}, remote or {}
+    options, reward_servers = options or {}, reward_servers or {}
     return {
-        name: build_reward(name, device, options.get(name), remote.get(name, ()), timeout=timeout)
+        name: build_reward(
+            name, device, options.get(name), reward_servers.get(name, ()), timeout=timeout
+        )
         for name in dict.fromkeys(names)
     }
 
@@ -124,13 +127,19 @@ class RewardSet:
         device: torch.device,
         *,
         options: Mapping[str, Mapping[str, Any]] | None = None,
-        remote: Mapping[str, Sequence[str]] | None = None,
-        timeout: float = REMOTE_TIMEOUT,
+        reward_servers: Mapping[str, Sequence[str]] | None = None,
+        timeout: float = REWARD_SERVER_TIMEOUT,
         max_unscored: int = 0,
     ) -> Self:
         """A set of its own rewards; the other arguments are those of ``build_rewards``."""
-        rewards = build_rewards(weights, device, options=options, remote=remote, timeout=timeout)
-        own = {k: v for k, v in (options or {}).items() if k in weights and k not in (remote or {})}
+        rewards = build_rewards(
+            weights, device, options=options, reward_servers=reward_servers, timeout=timeout
+        )
+        own = {
+            k: v
+            for k, v in (options or {}).items()
+            if k in weights and k not in (reward_servers or {})
+        }
         return cls(weights, rewards, own, max_unscored)
 
     @torch.no_grad()
@@ -144,10 +153,10 @@ class RewardSet:
         """Scores B ``images`` on any device.  ``names``: of the images, for errors.
 
         Raises RewardError, naming the reward, if one raises or returns anything but B scores and
-        components of B numbers within LARGEST_SCORE or NaN; also if the weighted sum is beyond it.
-        Raises UnscoredError if more than ``max_unscored`` images have no score.
+        components of B numbers within MAX_SCORE_MAGNITUDE or NaN; also if the weighted sum is
+        beyond it.  Raises UnscoredError if more than ``max_unscored`` images have no score.
         """
-        names = names or [f"picture {row}" for row in range(len(prompts))]
+        names = names or [f"image {row}" for row in range(len(prompts))]
         scores = Scores(torch.zeros(len(prompts), dtype=torch.float64), {})
 
         def leave_out(row: int, why: str) -> None:
@@ -174,7 +183,7 @@ class RewardSet:
             for i in output.scores.isnan().nonzero().flatten().tolist():
                 leave_out(kept[i], f"reward {name!r} {output.reasons.get(i, 'returned NaN')}")
             scores.check_unscored(self.max_unscored)
-        if (wrong := scores.total.abs() > LARGEST_SCORE).any():
+        if (wrong := scores.total.abs() > MAX_SCORE_MAGNITUDE).any():
             raise RewardError(
                 f"the weighted sum of the rewards {self.weights} is {_first(scores.total, wrong)}"
             )
@@ -227,13 +236,13 @@ def _first(values: Tensor, wrong: Tensor) -> str:
     """The first of ``values: [B]`` where ``wrong: [B]`` holds, in words."""
     row = int(wrong.nonzero()[0])
     value = float(values[row])
-    complaint = f"beyond ±{LARGEST_SCORE:g}" if math.isfinite(value) else "not finite"
-    return f"{value} for picture {row}, which is {complaint}"
+    complaint = f"beyond ±{MAX_SCORE_MAGNITUDE:g}" if math.isfinite(value) else "not finite"
+    return f"{value} for image {row}, which is {complaint}"
 
 
 def _checked(name: str, output: object, count: int) -> dict[str, Tensor]:
     """Scores and components of ``output``, which the reward ``name`` returned for ``count``
-    pictures, as ``Scores.parts`` holds them.
+    images, as ``Scores.parts`` holds them.
     """
     if not isinstance(output, RewardOutput):
         raise RewardError(f"reward {name!r} returned {type(output).__name__}, no RewardOutput")
@@ -252,9 +261,9 @@ def _checked(name: str, output: object, count: int) -> dict[str, Tensor]:
             raise RewardError(f"reward {key!r} returned {kind}, no tensor of real numbers")
         if value.shape != (count,):
             raise RewardError(
-                f"reward {key!r} returned shape {tuple(value.shape)} for {count} pictures"
+                f"reward {key!r} returned shape {tuple(value.shape)} for {count} images"
             )
         checked[key] = value.detach().to("cpu", torch.float64)
-        if (wrong := checked[key].abs() > LARGEST_SCORE).any():
+        if (wrong := checked[key].abs() > MAX_SCORE_MAGNITUDE).any():
             raise RewardError(f"reward {key!r} returned {_first(checked[key], wrong)}")
     return checked

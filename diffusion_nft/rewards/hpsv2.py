@@ -22,7 +22,7 @@ BACKENDS = ("open_clip", "hpsv2x")
 class HPSv2Reward:
     """cos(image, text) with no scale; about 0.2 to 0.35 in practice.
 
-    Pictures of 8 bits; as published, their values in [0, 1] are resized to a long side of 224 in
+    Images of 8 bits; as published, their values in [0, 1] are resized to a long side of 224 in
     floating point (bicubic, antialiased, neither rounded nor clamped), padded with black and
     normalised by OpenAI's mean and std.  The published code computes in float16 autocast; float32
     here moves scores by rounding only.
@@ -69,7 +69,7 @@ class HPSv2Reward:
         return (image.float() * text.float()).sum(-1)
 
 
-# A model, its tokenizer, and what makes its input of pictures [B, 3, H, W] in [0, 1].
+# A model, its tokenizer, and what makes its input of images [B, 3, H, W] in [0, 1].
 _Parts = tuple["CLIP", Callable[[list[str]], Tensor], Callable[[Tensor], Tensor]]
 
 
@@ -111,6 +111,6 @@ def _hpsv2x(model_name: str) -> _Parts:
     model, _, transform = open_clip.create_model_and_transforms(model_name, light_augmentation=True)
 
     def preprocess(images: Tensor) -> Tensor:
-        return torch.stack([transform(picture) for picture in to_pil(images)])
+        return torch.stack([transform(image) for image in to_pil(images)])
 
     return model, open_clip.get_tokenizer(model_name), preprocess

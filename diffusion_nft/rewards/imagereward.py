@@ -22,7 +22,7 @@ BACKENDS = ("transformers", "image-reward")
 MAX_TOKENS = 35
 # Mean and standard deviation of the MLP's output, as the image-reward package has them.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-# Normalisation of the pictures (OpenAI's).
+# Normalisation of the images (OpenAI's).
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 _VIT = "blip.visual_encoder."
@@ -80,7 +80,7 @@ def published_config() -> "BlipConfig":
 
 
 class ImageRewardModel(nn.Module):
-    """BLIP's text encoder looking at the picture, and an MLP without activations on its CLS token.
+    """BLIP's text encoder looking at the image, and an MLP without activations on its CLS token.
 
     ``config``: the two towers; ``published_config()`` is ImageReward-v1.0's.
     """
@@ -135,9 +135,9 @@ def _file_name(name: str) -> str:
 
 
 class ImageRewardReward:
-    """ImageReward-v1.0's score, roughly of mean 0 and deviation 1 over its authors' pictures.
+    """ImageReward-v1.0's score, roughly of mean 0 and deviation 1 over its authors' images.
 
-    Pictures of 8 bits, short side resized to 224 (Pillow, bicubic), centre crop, OpenAI's mean and
+    Images of 8 bits, short side resized to 224 (Pillow, bicubic), centre crop, OpenAI's mean and
     std.  ``backend``: "transformers", or "image-reward" for the package itself, which needs an
     environment of its own and has float32 alone.  ``weights``: the published ImageReward.pt, None
     for the one in reward_ckpts (the package: for its own download; it wants med_config.json
@@ -179,7 +179,7 @@ class ImageRewardReward:
 
 
 class _Blip:
-    """(pictures ``[B, 3, H, W]``, B prompts) -> scores ``[B]``, by transformers' BLIP."""
+    """(images ``[B, 3, H, W]``, B prompts) -> scores ``[B]``, by transformers' BLIP."""
 
     def __init__(
         self,
@@ -207,7 +207,7 @@ class _Blip:
         self.preprocess = _preprocess(cast("Any", config.vision_config).image_size)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        pixels = torch.stack([self.preprocess(picture) for picture in to_pil(images)])
+        pixels = torch.stack([self.preprocess(image) for image in to_pil(images)])
         tokens = tokenize(self.tokenizer, prompts, MAX_TOKENS).to(self.device)
         return self.model(
             pixels.to(self.device, self.dtype), tokens["input_ids"], tokens["attention_mask"]
@@ -225,7 +225,7 @@ def _load_tokenizer(name: str) -> Any:
 
 
 def _preprocess(size: int) -> "Callable[[Image], Tensor]":
-    """RGB picture -> ``[3, size, size]``: short side resized (bicubic), centre crop, normalised."""
+    """RGB image -> ``[3, size, size]``: short side resized (bicubic), centre crop, normalised."""
     from torchvision import transforms
 
     return transforms.Compose(
@@ -239,7 +239,7 @@ def _preprocess(size: int) -> "Callable[[Image], Tensor]":
 
 
 class _Package:
-    """(pictures ``[B, 3, H, W]``, B prompts) -> scores ``[B]``, by the image-reward package."""
+    """(images ``[B, 3, H, W]``, B prompts) -> scores ``[B]``, by the image-reward package."""
 
     def __init__(self, device: torch.device, weights: Path | None):
         try:
@@ -257,4 +257,4 @@ class _Package:
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         pairs = zip(prompts, to_pil(images), strict=True)
-        return torch.tensor([self.model.score(prompt, picture) for prompt, picture in pairs])
+        return torch.tensor([self.model.score(prompt, image) for prompt, image in pairs])

@@ -15,15 +15,15 @@ KILOBYTES_PER_POINT = 500.0
 def jpeg_kilobytes(images: Tensor) -> Tensor:
     """Size ``[B]`` in kB (1000 bytes) of ``images: [B, 3, H, W]`` in [0, 1] at quality 95."""
     sizes = []
-    for picture in to_pil(images):
+    for image in to_pil(images):
         buffer = io.BytesIO()
-        picture.save(buffer, format="JPEG", quality=JPEG_QUALITY)
+        image.save(buffer, format="JPEG", quality=JPEG_QUALITY)
         sizes.append(buffer.tell() / 1000)
     return torch.tensor(sizes, dtype=torch.float64)
 
 
 class JpegCompressibility:
-    """-kB / 500: rewards pictures that compress well (DDPO, arXiv 2305.13301)."""
+    """-kB / 500: rewards images that compress well (DDPO, arXiv 2305.13301)."""
 
     sign = -1.0
 

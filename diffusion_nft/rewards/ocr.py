@@ -136,7 +136,7 @@ class OcrReward:
         """
         del metadata
         if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} pictures but {len(prompts)} prompts")
+            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
         targets = [target_text(prompt, self.letters) for prompt in prompts]
         scores = [
             text_score("".join(self.read(image)), target)
@@ -156,7 +156,7 @@ def engine_letters(backend: str) -> Set[str] | None:
 def _rapidocr_engine(threads: int) -> "RapidOCR":
     """RapidOCR's defaults without the angle classifier; lines below confidence 0.5 are dropped."""
     try:
-        import onnxruntime  # noqa: F401  (RapidOCR imports it only when it reads its first picture)
+        import onnxruntime  # noqa: F401  (RapidOCR imports it only when it reads its first image)
         from rapidocr import RapidOCR
     except ImportError as error:
         raise ImportError('the ocr reward needs: pip install -e ".[ocr]"') from error
@@ -172,8 +172,8 @@ def _rapidocr_engine(threads: int) -> "RapidOCR":
 def _rapidocr(threads: int) -> Reader:
     engine = _rapidocr_engine(threads)
 
-    def read(picture: Image.Image) -> list[str]:
-        return list(cast("RapidOCROutput", engine(picture)).txts or ())
+    def read(image: Image.Image) -> list[str]:
+        return list(cast("RapidOCROutput", engine(image)).txts or ())
 
     return read
 
@@ -204,8 +204,8 @@ def _paddleocr(threads: int) -> Reader:
             use_angle_cls=False, lang="en", use_gpu=False, show_log=False, cpu_threads=threads
         )
 
-        def read(picture: Image.Image) -> list[str]:
-            (lines,) = engine.ocr(np.array(picture), cls=False)
+        def read(image: Image.Image) -> list[str]:
+            (lines,) = engine.ocr(np.array(image), cls=False)
             return [text for _, (text, confidence) in lines or () if confidence > 0]
 
     else:
@@ -218,8 +218,8 @@ def _paddleocr(threads: int) -> Reader:
             use_textline_orientation=False,
         )
 
-        def read(picture: Image.Image) -> list[str]:
-            (page,) = engine.predict(np.array(picture))
+        def read(image: Image.Image) -> list[str]:
+            (page,) = engine.predict(np.array(image))
             found = zip(page["rec_texts"], page["rec_scores"], strict=True)
             return [text for text, confidence in found if confidence > 0]
 

@@ -1,4 +1,4 @@
-"""PickScore: human preference between pictures of one prompt (arXiv 2305.01569)."""
+"""PickScore: human preference between images of one prompt (arXiv 2305.01569)."""
 
 import torch
 from torch import Tensor

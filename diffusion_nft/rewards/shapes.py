@@ -1,4 +1,4 @@
-"""The built-in world's reward: does the picture show what its caption asks for?"""
+"""The built-in world's reward: does the image show what its caption asks for?"""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -38,12 +38,12 @@ class ShapesReward:
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
         """Scores ``[B]`` of ``images: [B, 3, 48, 48]`` in [0, 1] against their captions.
 
-        Raises ValueError for pictures of another size.
+        Raises ValueError for images of another size.
         """
         del prompts
         if images.shape[1:] != (3, SIDE, SIDE):
             raise ValueError(
-                f"the shapes reward needs pictures [B, 3, {SIDE}, {SIDE}], not {list(images.shape)}"
+                f"the shapes reward needs images [B, 3, {SIDE}, {SIDE}], not {list(images.shape)}"
             )
         found = detect(images.cpu())
         graded, strict = verdicts(found, metadata, "standard")

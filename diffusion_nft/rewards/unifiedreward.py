@@ -1,4 +1,4 @@
-"""UnifiedReward: a vision-language model marks pictures from 1 to 5 (arXiv 2503.05236).
+"""UnifiedReward: a vision-language model marks images from 1 to 5 (arXiv 2503.05236).
 
 The model runs behind a server with OpenAI's API, such as sglang or vLLM, which every rank asks.
 """
@@ -69,14 +69,14 @@ def score_of(answer: str) -> float | None:
 
 
 class UnifiedRewardReward:
-    """The mark that UnifiedReward gives a picture for its prompt, divided by 5.
+    """The mark that UnifiedReward gives an image for its prompt, divided by 5.
 
     ``base_url``, ``api_key``, ``model``: of the server; else the environment variables
     UNIFIEDREWARD_BASE_URL, UNIFIEDREWARD_API_KEY and UNIFIEDREWARD_MODEL, else the published
     set-up's.  ``model`` may be the end of a listed path: sglang lists the path it was started with.
     At most ``concurrency`` requests are in flight during a call.  ``timeout``: seconds a try.
     Time-outs, lost connections, 408, 409, 429 and 5xx are tried again up to ``max_retries`` times,
-    after a pause that doubles from 0.5 to 8 s or that the server asks for.  A picture has no score
+    after a pause that doubles from 0.5 to 8 s or that the server asks for.  An image has no score
     after ``max_unparsable`` answers without a mark.
 
     Raises ImportError without openai, ConnectionError if the server cannot be reached, ValueError
@@ -127,7 +127,7 @@ class UnifiedRewardReward:
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
         """Scores ``[B]`` in [0.2, 1], float64 on the CPU, of ``images: [B, 3, H, W]`` in [0, 1].
 
-        NaN for a picture that gets no mark.
+        NaN for an image that gets no mark.
         Raises ConnectionError if the server fails, ValueError if it refuses a request or for
         another number of prompts than B.
         """
@@ -135,13 +135,13 @@ class UnifiedRewardReward:
 
         del metadata
         if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} pictures but {len(prompts)} prompts")
-        pictures = to_pil(images)
+            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+        pil_images = to_pil(images)
         # Threads and connections end with the call.  The client is safe to share among threads.
         with self._client(self.timeout) as client, ThreadPoolExecutor(self.concurrency) as pool:
             # The first error ends ``map``, which then cancels what has not begun.
             marks = pool.map(
-                lambda pair: self._mark(client, *pair), zip(pictures, prompts, strict=True)
+                lambda pair: self._mark(client, *pair), zip(pil_images, prompts, strict=True)
             )
             bar = tqdm(
                 marks,
@@ -156,10 +156,10 @@ class UnifiedRewardReward:
         reasons = {row: reason for row, (_, reason) in enumerate(answers) if reason}
         return RewardOutput(marks / MAX_SCORE, reasons=reasons)
 
-    def _mark(self, client: "OpenAI", picture: Image.Image, prompt: str) -> tuple[float, str]:
-        """The mark in [1, 5] of one picture, or NaN and why there is none."""
+    def _mark(self, client: "OpenAI", image: Image.Image, prompt: str) -> tuple[float, str]:
+        """The mark in [1, 5] of one image, or NaN and why there is none."""
         png = io.BytesIO()
-        picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(png, format="PNG")
+        image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(png, format="PNG")
         url = f"data:image;base64,{base64.b64encode(png.getvalue()).decode('ascii')}"
         answer = ""
         for _ in range(self.max_unparsable):

@@ -87,7 +87,7 @@ NOTHING_TO_FETCH: dict[str, str] = {
     "shapes": "reads pixels, no model",
     "jpeg_compressibility": "no model",
     "jpeg_incompressibility": "no model",
-    "picture_statistics": "no model",
+    "image_statistics": "no model",
     "unifiedreward": "a server that you start has the model",
 }
 

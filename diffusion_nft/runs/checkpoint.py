@@ -23,7 +23,7 @@ from diffusion_nft.utils.files import DiskError, sha256, sync, write_atomically
 
 FOLDER, STATE, MANIFEST, BEST = "checkpoints", "state.json", "manifest.json", "best.json"
 # A checkpoint that is being written or deleted, and one that waits to be replaced by its successor.
-TEMPORARY, REPLACED = ".tmp-", ".replaced-"
+TEMPORARY_PREFIX, REPLACED_PREFIX = ".tmp-", ".replaced-"
 
 
 class CheckpointError(DiskError):
@@ -64,7 +64,7 @@ class Checkpointer:
         CheckpointError naming the path; the former checkpoints are then untouched.
         """
         final = self._folder / f"checkpoint-{step}"
-        temporary = self._folder / f"{TEMPORARY}{final.name}"
+        temporary = self._folder / f"{TEMPORARY_PREFIX}{final.name}"
         with _disk_errors(f"checkpoint {final} could not be written"):
             self._folder.mkdir(parents=True, exist_ok=True)
             sync(self._folder.parent)
@@ -154,7 +154,7 @@ class Checkpointer:
     def _found(self) -> dict[int, Path]:
         """Step -> folder.  A folder set aside counts while its successor is not in place."""
         found = {}
-        for prefix in (REPLACED, ""):
+        for prefix in (REPLACED_PREFIX, ""):
             for path in self._folder.glob(f"{prefix}checkpoint-*"):
                 match = re.fullmatch(re.escape(prefix) + r"checkpoint-(0|[1-9]\d*)", path.name)
                 if match and path.is_dir():
@@ -163,7 +163,7 @@ class Checkpointer:
 
     def _put_in_place(self, temporary: Path, final: Path) -> None:
         """Renames; a folder cannot replace a folder, so the former one steps aside for a moment."""
-        aside = final.with_name(f"{REPLACED}{final.name}")
+        aside = final.with_name(f"{REPLACED_PREFIX}{final.name}")
         if final.exists():
             os.replace(final, aside)
         try:
@@ -177,13 +177,13 @@ class Checkpointer:
 
     def _clean_up(self) -> None:
         """Removes what a crash or a busy file system left, and puts back what was set aside."""
-        for aside in self._folder.glob(f"{REPLACED}checkpoint-*"):
-            final = aside.with_name(aside.name.removeprefix(REPLACED))
+        for aside in self._folder.glob(f"{REPLACED_PREFIX}checkpoint-*"):
+            final = aside.with_name(aside.name.removeprefix(REPLACED_PREFIX))
             if final.exists():
                 shutil.rmtree(aside, ignore_errors=True)
             else:
                 os.replace(aside, final)
-        for path in self._folder.glob(f"{TEMPORARY}checkpoint-*"):
+        for path in self._folder.glob(f"{TEMPORARY_PREFIX}checkpoint-*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self, step: int, best: str | None) -> None:
@@ -197,7 +197,7 @@ class Checkpointer:
         for s in older[self._keep :] if self._keep else []:
             if found[s].name != best:
                 # Renamed first, so that a kill leaves no half checkpoint under a valid name.
-                doomed = found[s].with_name(f"{TEMPORARY}{found[s].name}")
+                doomed = found[s].with_name(f"{TEMPORARY_PREFIX}{found[s].name}")
                 os.replace(found[s], doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
 

@@ -15,7 +15,7 @@ from diffusion_nft.validation.flat import defaults, flatten, with_defaults
 
 CONFIG_FILE = "config.json"
 # Sections whose keys are names that users choose.
-OPEN_SECTIONS = ("reward_fn.", "remote.", "reward_options.", "stages.")
+OPEN_SECTIONS = ("reward_fn.", "reward_servers.", "reward_options.", "stages.")
 
 # Options of every reward that say where it computes, how fast and how often it tries, and move
 # scores by rounding at most: a reward that ran out of memory, or gave no score, can go on.
@@ -41,8 +41,8 @@ CHANGEABLE_KEYS = (
     "eval_freq",
     "resume_from",
     "train.lora_path",
-    "remote.*",
-    "remote_timeout_seconds",
+    "reward_servers.*",
+    "reward_server_timeout_seconds",
     "max_unscored",
     "sample.batch_size",
     "train.batch_size",

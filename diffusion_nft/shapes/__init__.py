@@ -1,4 +1,4 @@
-"""The built-in world: pictures of shapes, their captions, a verifier and a tiny SD3 pipeline.
+"""The built-in world: images of shapes, their captions, a verifier and a tiny SD3 pipeline.
 
 Everything that runs on Stable Diffusion 3.5 runs here unchanged, in minutes on a CPU and with
 nothing to download.

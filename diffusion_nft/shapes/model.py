@@ -44,7 +44,7 @@ PAD_TOKEN, UNKNOWN_TOKEN, START_TOKEN, END_TOKEN = "<pad>", "<unk>", "<start>", 
 SPECIAL_TOKENS = (PAD_TOKEN, UNKNOWN_TOKEN, START_TOKEN, END_TOKEN)
 
 
-def load_pipeline(torch_dtype: torch.dtype = torch.float32) -> StableDiffusion3Pipeline:
+def load_shapes_pipeline(torch_dtype: torch.dtype = torch.float32) -> StableDiffusion3Pipeline:
     """The pretrained pipeline shipped with the package, on the CPU."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(PIPELINE_DIR, dtype=torch_dtype)
     pipeline.set_progress_bar_config(disable=True)

@@ -45,7 +45,7 @@ class Object:
 
     @property
     def center(self) -> tuple[float, float]:
-        """(x, y) in pixels, from the top left corner of the picture."""
+        """(x, y) in pixels, from the top left corner of the image."""
         row, column = divmod(self.cell, GRID_SIZE)
         return (column + 0.5) * CELL_SIZE + self.dx, (row + 0.5) * CELL_SIZE + self.dy
 

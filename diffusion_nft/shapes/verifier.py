@@ -1,4 +1,4 @@
-"""Does a picture show what its caption says? A verifier on pixels, fast and deterministic.
+"""Does an image show what its caption says? A verifier on pixels, fast and deterministic.
 
 Every cell of the grid that is not empty is compared with a bank of templates (shape, size, offset)
 and with the palette. The comparison is the Tanimoto coefficient a.t / (|a|^2 + |t|^2 - a.t) of the
@@ -87,7 +87,7 @@ def _templates() -> tuple[torch.Tensor, list[tuple[str, float, float]]]:
 
 
 def detect(images: torch.Tensor) -> list[list[Detection]]:
-    """Reads pictures.
+    """Reads images.
 
     images: float [B, 3, 48, 48] in [0, 1]. Returns, for each, one detection for every cell that is
     not empty, clear or not.
@@ -192,7 +192,7 @@ def judge(detections: Sequence[Detection], caption: dict, rule: Thresholds) -> t
 def verify(
     images: torch.Tensor, metadata: Sequence[dict], rule: str = "standard"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores pictures against their captions.
+    """Scores images against their captions.
 
     images: float [B, 3, 48, 48] in [0, 1]; metadata: B captions; rule: one of RULES.
     Returns graded scores, float32 [B] in [0, 1], and strict verdicts, bool [B].
@@ -203,7 +203,7 @@ def verify(
 def verdicts(
     detections: Sequence[list[Detection]], metadata: Sequence[dict], rule: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `verify`, of pictures in which `detect` found ``detections``."""
+    """As `verify`, of images in which `detect` found ``detections``."""
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is unknown; choose from {sorted(RULES)}")
     found = [

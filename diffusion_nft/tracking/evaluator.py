@@ -11,7 +11,7 @@ from diffusion_nft.runs.state import TrainingState
 from diffusion_nft.tracking.grids import save_grid
 from diffusion_nft.tracking.metrics import NullMetrics, Timer
 from diffusion_nft.tracking.monitor import Monitor
-from diffusion_nft.tracking.summary import TEST_SET, compare_pictures, pictures_file, result
+from diffusion_nft.tracking.summary import TEST_SET, compare_images, images_file, result
 
 
 def is_due(epoch: int, every: int) -> bool:
@@ -41,7 +41,7 @@ class Evaluator:
         self.rewards, self.prompts, self.lines = rewards, prompts, lines
         self.dist, self.metrics, self.monitor, self.timer = dist, metrics, monitor, timer
         self.run_dir = Path(self.config.save_dir)
-        self.before_after = self.run_dir / pictures_file(self.stage.number)
+        self.before_after = self.run_dir / images_file(self.stage.number)
 
     def evaluate(self, number: int | None = None) -> Evaluation:
         """``number`` test lines, or all, under the evaluation settings, with the active policy."""
@@ -54,7 +54,7 @@ class Evaluator:
             self.config,
             dist=self.dist,
             lines=[self.lines[i] for i in chosen],
-            num_pictures=self.config.log.num_images,
+            num_images=self.config.log.num_images,
         )
 
     def evaluate_if_due(self) -> bool | None:
@@ -88,10 +88,10 @@ class Evaluator:
         if self.dist.is_main:
             folder = self.run_dir / "eval" / self.stage.folder / f"epoch-{epoch:06d}"
             write_results(evaluation, folder, settings={"epoch": epoch} | column)
-        lines, totals = evaluation.picture_lines, evaluation.scores["total"]
+        lines, totals = evaluation.image_lines, evaluation.scores["total"]
         self.metrics.log_images(
             "/".join(filter(None, ("eval", self.stage.folder))),
-            evaluation.pictures,
+            evaluation.images,
             [evaluation.prompts[line].text for line in lines],
             [totals[line] for line in lines],
             epoch=epoch,
@@ -117,5 +117,5 @@ class Evaluator:
             with self.policy.use_adapter("ema"):
                 after = self.evaluate(count)
             if self.dist.is_main:
-                save_grid(compare_pictures(before, after), self.before_after)
+                save_grid(compare_images(before, after), self.before_after)
         self.dist.print_once(result(self.run_dir, self.stage.number))

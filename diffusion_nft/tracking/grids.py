@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from diffusion_nft.images import Images, save_png
 from diffusion_nft.utils.files import naming, write_atomically
 
-# Pictures smaller than this many pixels on their short side are enlarged by a whole factor.
+# Images smaller than this many pixels on their short side are enlarged by a whole factor.
 READABLE_SIDE = 144
 MARGIN = 12
 LINE_SPACING = 1.3
@@ -21,7 +21,7 @@ MAX_CAPTION_LINES = 4
 MAX_CAPTION = 2000
 
 # Pillow's bundled font has ASCII and little else; these are spelt out.
-SPELT_OUT = str.maketrans(
+ASCII_SPELLINGS = str.maketrans(
     {"→": "->", "·": "-", "–": "-", "—": "-", "“": '"', "”": '"', "‘": "'", "’": "'"}
 )
 
@@ -58,18 +58,18 @@ def full_captions(grid: Image.Image) -> str:
 
 @dataclass(frozen=True)
 class TextLine:
-    """One line of text under a picture."""
+    """One line of text under an image."""
 
     text: str
     color: Color = INK
 
 
 def _enlarged(images: Images) -> list[Image.Image]:
-    """Pictures, enlarged by a whole factor until they are readable: a tiny one's pixels are
+    """Images, enlarged by a whole factor until they are readable: a tiny one's pixels are
     repeated, so that it shows what the reward saw.
     """
     if len(images) == 0:
-        raise ValueError("a grid needs at least one picture")
+        raise ValueError("a grid needs at least one image")
     pil_images = images.to_pil()
     width, height = pil_images[0].size
     factor = math.ceil(READABLE_SIDE / min(width, height))
@@ -84,7 +84,7 @@ def _font(cell_width: int) -> Font:
 
 def _drawable(text: str) -> str:
     """``text`` as the font can draw it: accents dropped, BOX for each run of other characters."""
-    plain = unicodedata.normalize("NFKD", text.translate(SPELT_OUT))
+    plain = unicodedata.normalize("NFKD", text.translate(ASCII_SPELLINGS))
     plain = "".join(char for char in plain if not unicodedata.combining(char))
     return re.sub(r"[^\s!-~]+(\s+[^\s!-~]+)*", BOX, plain)
 
@@ -128,7 +128,7 @@ def _captions(texts: Sequence[str], width: float, font: Font) -> tuple[list[list
     drawn, incomplete = [], False
     for number, text in enumerate(texts, start=1):
         lines = _wrapped(text, width, font)
-        if "".join(lines).replace(" ", "") != text.translate(SPELT_OUT).replace(" ", ""):
+        if "".join(lines).replace(" ", "") != text.translate(ASCII_SPELLINGS).replace(" ", ""):
             incomplete = True
             lines = _wrapped(f"{number}: {text}", width, font)
         drawn.append(lines)
@@ -138,33 +138,33 @@ def _captions(texts: Sequence[str], width: float, font: Font) -> tuple[list[list
 
 @dataclass(frozen=True)
 class _Cell:
-    """Pictures side by side, each with lines of its own, and a caption below all of them."""
+    """Images side by side, each with lines of its own, and a caption below all of them."""
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     under: list[list[TextLine]]
     caption: list[str]
 
     @property
     def width(self) -> int:
-        return sum(p.width for p in self.pictures) + MARGIN // 2 * (len(self.pictures) - 1)
+        return sum(p.width for p in self.images) + MARGIN // 2 * (len(self.images) - 1)
 
     def height(self, line: int) -> int:
-        """Pixels from the top of the pictures to the end of the text; ``line``: pixels a line."""
+        """Pixels from the top of the images to the end of the text; ``line``: pixels a line."""
         lines = max(len(lines) for lines in self.under) + len(self.caption)
-        return self.pictures[0].height + (MARGIN // 2 + lines * line if lines else 0)
+        return self.images[0].height + (MARGIN // 2 + lines * line if lines else 0)
 
     def draw(self, sheet: Image.Image, x: int, y: int, font: Font) -> None:
         """Draws the cell with its top left corner at (x, y)."""
         pen, line = ImageDraw.Draw(sheet), _line_height(font)
-        left, text_top = x, y + self.pictures[0].height + MARGIN // 2
-        for picture, lines in zip(self.pictures, self.under, strict=True):
-            box = (left - 1, y - 1, left + picture.width, y + picture.height)
+        left, text_top = x, y + self.images[0].height + MARGIN // 2
+        for image, lines in zip(self.images, self.under, strict=True):
+            box = (left - 1, y - 1, left + image.width, y + image.height)
             pen.rectangle(box, outline=FRAME)
-            sheet.paste(picture, (left, y), picture if picture.mode == "RGBA" else None)
+            sheet.paste(image, (left, y), image if image.mode == "RGBA" else None)
             for i, entry in enumerate(lines):
-                middle = left + picture.width // 2
+                middle = left + image.width // 2
                 pen.text((middle, text_top + i * line), entry.text, entry.color, font, anchor="ma")
-            left += picture.width + MARGIN // 2
+            left += image.width + MARGIN // 2
         below = text_top + max(len(lines) for lines in self.under) * line
         for i, text in enumerate(self.caption):
             middle = x + self.width // 2
@@ -200,21 +200,21 @@ def image_grid(
 ) -> Image.Image:
     """``images`` in rows of ``columns``, each with its caption below.
 
-    ``scores: [B]`` adds a line with the number.  Small pictures are enlarged to at least 144 px.
+    ``scores: [B]`` adds a line with the number.  Small images are enlarged to at least 144 px.
     A caption that cannot be drawn in full has its number in ``full_captions`` before it.
-    Raises ValueError if there is no picture or a length differs.
+    Raises ValueError if there is no image or a length differs.
     """
-    pictures = _enlarged(images)
-    _check_lengths(len(pictures), captions=captions, scores=scores)
-    font = _font(pictures[0].width)
-    drawn, full = _captions(captions, pictures[0].width, font)
+    pil_images = _enlarged(images)
+    _check_lengths(len(pil_images), captions=captions, scores=scores)
+    font = _font(pil_images[0].width)
+    drawn, full = _captions(captions, pil_images[0].width, font)
     cells = [
         _Cell(
-            pictures=[picture],
+            images=[image],
             under=[[TextLine(_number(scores[i], 3), GREY)] if scores is not None else []],
             caption=drawn[i],
         )
-        for i, picture in enumerate(pictures)
+        for i, image in enumerate(pil_images)
     ]
     return _sheet(cells, columns, font, full)
 
@@ -229,7 +229,7 @@ def side_by_side(
     columns: int = 2,
     labels: tuple[str, str] = ("before", "after"),
 ) -> Image.Image:
-    """Pairs of pictures of the same prompts, ``columns`` pairs a row, labelled, captions below as
+    """Pairs of images of the same prompts, ``columns`` pairs a row, labelled, captions below as
     in ``image_grid``.
 
     ``before_scores, after_scores: [B]`` follow the labels, the second in green where it is higher,
@@ -255,7 +255,7 @@ def side_by_side(
         )
         cells.append(
             _Cell(
-                pictures=list(pair),
+                images=list(pair),
                 under=[
                     [TextLine(part, color) for part in _wrapped(text, pair[0].width, font)]
                     for text, color in texts
@@ -284,4 +284,4 @@ def _change_color(old: float | None, new: float | None) -> Color:
 def _check_lengths(count: int, **sequences: Sequence | None) -> None:
     for name, sequence in sequences.items():
         if sequence is not None and len(sequence) != count:
-            raise ValueError(f"{count} pictures but {len(sequence)} {name}")
+            raise ValueError(f"{count} images but {len(sequence)} {name}")

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl always, wandb and tensorboard if wanted, pictures, times.
+"""What a run writes down: metrics.jsonl always, wandb and tensorboard if wanted, images, times.
 
 One JSON object a line with ``step`` (optimizer steps), ``epoch`` and keys ``reward/*, loss/*,
 optim/*, time/*, eval/*``.  Only the main rank writes; the others hold a NullMetrics.

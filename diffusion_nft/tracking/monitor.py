@@ -2,9 +2,9 @@
 
 All evaluated rewards and their components are compared with the best that they have been, over all
 lines and by tag: what is lost is often what was gained before, and in one tag only.  The diversity
-of pictures, brightness, saturation and edges (with ``monitor.pictures``) are compared with the
-first evaluation, the size of clean latents with the first epoch; the distance to the reference has
-a limit of its own.  The limits are ``monitor.*`` of the configuration.
+of images, brightness, saturation and edges (with ``monitor.image_statistics``) are compared with
+the first evaluation, the size of clean latents with the first epoch; the distance to the reference
+has a limit of its own.  The limits are ``monitor.*`` of the configuration.
 """
 
 import math
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from diffusion_nft.algorithms import Algorithm
 from diffusion_nft.evaluation.results import Evaluation
-from diffusion_nft.rewards import PICTURE_STATISTICS
+from diffusion_nft.rewards import IMAGE_STATISTICS
 
 # Metrics of this start are 1 where what they name is beyond its limit, else 0.
 ALARM = "monitor/alarm/"
@@ -27,9 +27,9 @@ MAX_NAMED = 4
 KL_FACTOR, MAX_KL_FACTOR = 2.0, 64.0
 
 
-def is_picture_statistic(name: str) -> bool:
+def is_image_statistic(name: str) -> bool:
     """Of brightness and the like, neither more nor less is better."""
-    return name.partition("/")[0] == PICTURE_STATISTICS
+    return name.partition("/")[0] == IMAGE_STATISTICS
 
 
 class Alarm(RuntimeError):
@@ -100,7 +100,7 @@ class Monitor:
             key = f"eval/{name}"
             if name == "diversity":
                 checks[key] = self._narrowed(value[0], before[0])
-            elif is_picture_statistic(name):
+            elif is_image_statistic(name):
                 checks[key] = self._changed(key, value[0], before[0])
             else:
                 text = self._dropped(key, value, before)
@@ -157,7 +157,7 @@ class Monitor:
         return ""
 
     def _changed(self, name: str, now: float, first: float) -> str:
-        if abs(now - first) <= self.limits.max_picture_change * abs(first):
+        if abs(now - first) <= self.limits.max_image_change * abs(first):
             return ""
         return f"{name} went from {first:.4g} to {now:.4g}"
 
@@ -175,12 +175,12 @@ def _watched(evaluation: Evaluation) -> dict[str, tuple[float, float | None]]:
             for name, value in scores.items()
             if value["count"] >= MIN_LINES_OF_TAG
             and name != "total"
-            and not is_picture_statistic(name)
+            and not is_image_statistic(name)
         }
     watched = {
         name: (value["mean"], value["stderr"])
         for name, value in means.items()
-        if value["stderr"] is not None or is_picture_statistic(name)
+        if value["stderr"] is not None or is_image_statistic(name)
     }
     if not math.isnan(evaluation.diversity):
         watched["diversity"] = (evaluation.diversity, None)

@@ -1,4 +1,4 @@
-"""What a run gained: a table of its first and last evaluation, and the pictures side by side."""
+"""What a run gained: a table of its first and last evaluation, and the images side by side."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +14,8 @@ from diffusion_nft.tracking.metrics import METRICS_FILE, read_metrics
 TEST_SET = "test_set"
 
 
-def pictures_file(stage: int) -> str:
-    """The name of the pictures that end ``stage``; 0: a run without stages."""
+def images_file(stage: int) -> str:
+    """The name of the images that end ``stage``; 0: a run without stages."""
     return f"before_after_stage{stage}.png" if stage else "before_after.png"
 
 
@@ -66,9 +66,9 @@ def result_table(run_dir: Path, stage: int = 0) -> str:
 
 
 def result(run_dir: Path, stage: int = 0) -> str:
-    """What ``stage`` gained, as text to print: its table, and where its pictures are."""
-    pictures = run_dir / pictures_file(stage)
-    drawn = [f"before/after pictures: {pictures}"] if pictures.exists() else []
+    """What ``stage`` gained, as text to print: its table, and where its images are."""
+    images = run_dir / images_file(stage)
+    drawn = [f"before/after images: {images}"] if images.exists() else []
     return "\n".join([result_table(run_dir, stage), *drawn])
 
 
@@ -83,12 +83,12 @@ def aligned(
     ]
 
 
-def compare_pictures(before: Evaluation, after: Evaluation) -> Image:
+def compare_images(before: Evaluation, after: Evaluation) -> Image:
     """The same test lines by two policies, each pair with its scores."""
-    lines = before.picture_lines
+    lines = before.image_lines
     return side_by_side(
-        before.pictures,
-        after.pictures,
+        before.images,
+        after.images,
         [before.prompts[line].text for line in lines],
         [before.scores["total"][line] for line in lines],
         [after.scores["total"][line] for line in lines],

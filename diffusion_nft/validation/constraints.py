@@ -117,11 +117,11 @@ def _in_use(
     chosen: Collection[str], reward_fn: Collection[str], rewards: Collection[str]
 ) -> str | None:
     idle = [name for name in chosen if name not in reward_fn and name not in rewards]
-    return f"{idle[0]!r} is neither in reward_fn nor in eval.rewards" if idle else None
+    return f"{idle[0]!r} is neither in reward_fn nor in eval.held_out_rewards" if idle else None
 
 
-def _options_are_local(options: Collection[str], remote: Collection[str]) -> str | None:
-    served = [name for name in options if name in remote]
+def _options_are_local(options: Collection[str], reward_servers: Collection[str]) -> str | None:
+    served = [name for name in options if name in reward_servers]
     return f"{served[0]!r} is served: its options go to its server" if served else None
 
 
@@ -171,9 +171,9 @@ COMBINATIONS = (
     ),
     Combination(("train.batch_size", "perf.compile"), _sizes_are_few),
     Combination(("reward_fn", "dataset"), partial(_metadata_is_there, SPLITS)),
-    Combination(("eval.rewards", "dataset"), partial(_metadata_is_there, ("test",))),
-    Combination(("reward_fn", "eval.rewards"), _held_out),
-    Combination(("remote", "reward_fn", "eval.rewards"), _in_use),
-    Combination(("reward_options", "reward_fn", "eval.rewards"), _in_use),
-    Combination(("reward_options", "remote"), _options_are_local),
+    Combination(("eval.held_out_rewards", "dataset"), partial(_metadata_is_there, ("test",))),
+    Combination(("reward_fn", "eval.held_out_rewards"), _held_out),
+    Combination(("reward_servers", "reward_fn", "eval.held_out_rewards"), _in_use),
+    Combination(("reward_options", "reward_fn", "eval.held_out_rewards"), _in_use),
+    Combination(("reward_options", "reward_servers"), _options_are_local),
 )

@@ -13,17 +13,17 @@ from diffusion_nft.data.prompts import (
     split_file,
 )
 from diffusion_nft.distributed.ranks import Distributed
-from diffusion_nft.rewards import PICTURE_STATISTICS, Reward, check_prompts
+from diffusion_nft.rewards import IMAGE_STATISTICS, Reward, check_prompts
 from diffusion_nft.rewards.combine import build_rewards
 
 
 def reward_weights(config: ConfigDict) -> tuple[dict[str, float], dict[str, float]]:
     """Reward -> weight of what ``config`` trains on, and of what it evaluates: those held out and
-    those that ``monitor.pictures`` watches, too, at 0.
+    those that ``monitor.image_statistics`` watches, too, at 0.
     """
     trained = config.reward_fn.to_dict()
-    watched = (PICTURE_STATISTICS,) if config.monitor.pictures else ()
-    held_out = [name for name in (*config.eval.rewards, *watched) if name not in trained]
+    watched = (IMAGE_STATISTICS,) if config.monitor.image_statistics else ()
+    held_out = [name for name in (*config.eval.held_out_rewards, *watched) if name not in trained]
     return trained, trained | dict.fromkeys(held_out, 0.0)
 
 
@@ -47,7 +47,7 @@ def load_checked_prompts(config: ConfigDict) -> tuple[list[Prompt], list[Prompt]
                 [prompt.text for prompt in prompts],
                 [prompt.metadata for prompt in prompts],
                 options=config.reward_options.to_dict(),
-                remote=config.remote.to_dict(),
+                reward_servers=config.reward_servers.to_dict(),
                 lines=places,
             )
         except ValueError as error:
@@ -81,6 +81,6 @@ def build_named(config: ConfigDict, names: Iterable[str], dist: Distributed) -> 
         names,
         dist.device,
         options=config.reward_options.to_dict(),
-        remote=config.remote.to_dict(),
-        timeout=config.remote_timeout_seconds,
+        reward_servers=config.reward_servers.to_dict(),
+        timeout=config.reward_server_timeout_seconds,
     )

@@ -77,8 +77,8 @@ def merged_configs(config: ConfigDict) -> list[ConfigDict]:
     """A complete configuration for each of ``config.stages``, or ``config`` itself without any.
 
     ``num_epochs`` is the epoch at which the stage ends, whatever ``config.num_epochs`` is.  Of
-    ``remote`` and ``reward_options``, which hold for the whole run, a stage has what its rewards
-    need.  ``stage_problems`` must have found none; values are taken as they are.
+    ``reward_servers`` and ``reward_options``, which hold for the whole run, a stage has what its
+    rewards need.  ``stage_problems`` must have found none; values are taken as they are.
     """
     if not config.stages:
         return [config]
@@ -86,10 +86,10 @@ def merged_configs(config: ConfigDict) -> list[ConfigDict]:
     for stage in config.stages:
         epochs += stage["num_epochs"]
         merged.append(_merge(config, {**stage, "num_epochs": epochs}))
-    used = [_names(one.reward_fn) | _names(one.eval.rewards) for one in merged]
+    used = [_names(one.reward_fn) | _names(one.eval.held_out_rewards) for one in merged]
     elsewhere = set().union(*used)
     for one, own in zip(merged, used, strict=True):
-        for options in (one.remote, one.reward_options):
+        for options in (one.reward_servers, one.reward_options):
             with options.unlocked():
                 for name in _names(options) & elsewhere - own:
                     del options[name]

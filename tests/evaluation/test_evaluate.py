@@ -1,4 +1,4 @@
-"""Evaluation: standard errors by hand, line order, padding-free chunks, saved pictures."""
+"""Evaluation: standard errors by hand, line order, padding-free chunks, saved images."""
 
 import contextlib
 import json
@@ -16,12 +16,12 @@ from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.evaluation.evaluate import complete, evaluate, rescore
 from diffusion_nft.evaluation.results import (
     Evaluation,
+    image_path,
     mean_and_error,
     merge_settings,
-    picture_path,
-    read_pictures,
+    read_images,
     reserve_folder,
-    save_pictures,
+    save_images,
     write_results,
 )
 from diffusion_nft.images import Images
@@ -121,14 +121,14 @@ def prompts() -> list[Prompt]:
 
 @pytest.fixture(scope="module")
 def whole(shapes_model, prompts, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     result = evaluate(
         shapes_model,
         prompts,
         rewards(),
         SETTINGS,
         dist=ONE,
-        num_pictures=3,
+        num_images=3,
         folder=folder,
     )
     return result, folder
@@ -140,9 +140,7 @@ def test_some_lines_are_the_samples_that_they_are_among_all(whole, prompts, shap
     result = evaluate(
         shapes_model, some, rewards(), SETTINGS, dist=ONE, lines=chosen, folder=tmp_path
     )
-    difference = (
-        read_pictures(tmp_path, chosen).to_float() - read_pictures(whole[1], chosen).to_float()
-    )
+    difference = read_images(tmp_path, chosen).to_float() - read_images(whole[1], chosen).to_float()
     assert float(difference.abs().max()) <= 1 / 255 + 1e-6
     assert result.scores["shapes"] == [whole[0].scores["shapes"][line] for line in chosen]
     write_results(result, tmp_path, settings={})
@@ -155,16 +153,16 @@ def test_some_lines_are_the_samples_that_they_are_among_all(whole, prompts, shap
 def test_every_line_is_a_sample_with_its_own_noise(whole, prompts):
     result, folder = whole
     assert all(len(values) == 7 for values in result.scores.values())
-    pictures = read_pictures(folder, range(7))
+    images = read_images(folder, range(7))
     assert len(list((folder / "images").iterdir())) == 7
-    # Lines 0 and 2 share a prompt, not a picture.
-    assert float((pictures.to_float()[0] - pictures.to_float()[2]).abs().max()) > 0.05
-    assert result.picture_lines == draw_lines(prompts, 3) != [0, 1, 2]
-    assert torch.equal(result.pictures.pixels, pictures[result.picture_lines].pixels)
+    # Lines 0 and 2 share a prompt, not an image.
+    assert float((images.to_float()[0] - images.to_float()[2]).abs().max()) > 0.05
+    assert result.image_lines == draw_lines(prompts, 3) != [0, 1, 2]
+    assert torch.equal(result.images.pixels, images[result.image_lines].pixels)
     for line, prompt in enumerate(prompts):
-        alone = rewards()(pictures[[line]], [prompt.text], [prompt.metadata])
+        alone = rewards()(images[[line]], [prompt.text], [prompt.metadata])
         ours = {name: values[line] for name, values in result.scores.items()}
-        # The picture was scored as it was saved, in 8 bits a channel.
+        # The image was scored as it was saved, in 8 bits a channel.
         assert ours["jpeg_compressibility"] == float(alone.parts["jpeg_compressibility"])
         assert ours["total"] == ours["jpeg_compressibility"] + 2 * ours["shapes"]
 
@@ -199,7 +197,7 @@ def test_any_number_of_ranks_gives_the_same_numbers(whole, shapes_model, prompts
     assert json.dumps(result.averages()) == json.dumps(whole[0].averages())
 
 
-def test_rescoring_saved_pictures_needs_no_model(whole, prompts):
+def test_rescoring_saved_images_needs_no_model(whole, prompts):
     result, folder = whole
     again = rescore(prompts, range(7), rewards(), folder, batch_size=3, dist=ONE)
     # As text, where NaN equals NaN.
@@ -211,7 +209,7 @@ def test_rescoring_saved_pictures_needs_no_model(whole, prompts):
 
 def test_results_on_disk(whole, prompts, tmp_path):
     result, _ = whole
-    save_pictures(Images.from_float(torch.rand(7, 3, 4, 4)), range(7), tmp_path)
+    save_images(Images.from_float(torch.rand(7, 3, 4, 4)), range(7), tmp_path)
     write_results(result, tmp_path, settings={"seed": 1})
     lines = (tmp_path / "evaluation_results.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
@@ -226,24 +224,24 @@ def test_results_on_disk(whole, prompts, tmp_path):
     assert averages["mean"]["total"]["mean"] == mean
 
 
-def test_saved_pictures_return_as_they_were(tmp_path):
+def test_saved_images_return_as_they_were(tmp_path):
     values = torch.rand(3, 3, 5, 6)
     values[1, 0, 2, 2] = math.nan
     images = Images.from_float(values)
-    save_pictures(images, [3, 4, 9], tmp_path)
-    back = read_pictures(tmp_path, [3, 4, 9])
+    save_images(images, [3, 4, 9], tmp_path)
+    back = read_images(tmp_path, [3, 4, 9])
     assert torch.equal(back.pixels, images.pixels)
     assert back.finite.tolist() == images.finite.tolist() == [True, False, True]
 
 
-def test_an_interrupted_evaluation_repeats_no_finished_picture(
+def test_an_interrupted_evaluation_repeats_no_finished_image(
     whole, shapes_model, prompts, tmp_path
 ):
     """Stopped at several moments: the same numbers, and only what was missing is made."""
     drawn, scored = [], []
 
     class Counting:
-        """The model, telling how many pictures it decodes."""
+        """The model, telling how many images it decodes."""
 
         def __getattr__(self, name):
             return getattr(shapes_model, name)
@@ -273,24 +271,24 @@ def test_an_interrupted_evaluation_repeats_no_finished_picture(
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
     made, judged, fails_at = len(before), sum(scored), None
     assert made == sum(drawn) >= 6 and 4 <= judged <= 5
-    # A picture of the second chunk is lost: both of its lines are made anew, beside each other.
-    picture_path(tmp_path, 3).unlink()
-    (tmp_path / "images" / ".tmp-000006.png").write_bytes(b"half a picture")
+    # An image of the second chunk is lost: both of its lines are made anew, beside each other.
+    image_path(tmp_path, 3).unlink()
+    (tmp_path / "images" / ".tmp-000006.png").write_bytes(b"half an image")
     result = again()
     assert sum(drawn) == 7 - made + 2 and sum(scored) == 7 - judged
     assert json.dumps(result.scores) == json.dumps(whole[0].scores)
     assert result.diversity == whole[0].diversity
     for path, stamp in before.items():
         assert path.stat().st_mtime_ns == stamp or path in (
-            picture_path(tmp_path, 2),
-            picture_path(tmp_path, 3),
+            image_path(tmp_path, 2),
+            image_path(tmp_path, 3),
         )
     again()
     assert not drawn and not scored
 
 
-def test_pictures_do_not_wait_for_their_scores(shapes_model, prompts, tmp_path):
-    """A reward that takes so long that a kill finds all pictures drawn and none scored."""
+def test_images_do_not_wait_for_their_scores(shapes_model, prompts, tmp_path):
+    """A reward that takes so long that a kill finds all images drawn and none scored."""
     found = []
 
     class Slow(RewardSet):
@@ -306,7 +304,7 @@ def test_pictures_do_not_wait_for_their_scores(shapes_model, prompts, tmp_path):
     assert found == [7] * 4
 
 
-def test_rewards_that_are_added_score_each_picture_once(shapes_model, prompts, tmp_path):
+def test_rewards_that_are_added_score_each_image_once(shapes_model, prompts, tmp_path):
     calls = []
 
     class Counting(RewardSet):
@@ -323,12 +321,12 @@ def test_rewards_that_are_added_score_each_picture_once(shapes_model, prompts, t
             prompts,
             weights,
             SETTINGS,
-            {"seed": 1, "rewards": weights, "reward_options": {}, "remote": {}},
+            {"seed": 1, "rewards": weights, "reward_options": {}, "reward_servers": {}},
             model=lambda: models.pop(),
             rewards=lambda chosen: Counting.build(chosen, CPU),
             dist=ONE,
             lines=range(len(prompts)),
-            keep_pictures=True,
+            keep_images=True,
         )
         return json.loads((tmp_path / "average_scores.json").read_text())
 
@@ -346,7 +344,7 @@ def test_rewards_that_are_added_score_each_picture_once(shapes_model, prompts, t
     assert both["settings"]["rewards"] == {"shapes": 1.0, "jpeg_compressibility": 1.0}
     assert json.loads((tmp_path / "settings.json").read_text()) == both["settings"]
     assert ask("jpeg_compressibility") == both and len(calls) == 8
-    # Without results, the pictures are scored anew, still without a model.
+    # Without results, the images are scored anew, still without a model.
     (tmp_path / "average_scores.json").unlink()
     assert ask("shapes")["mean"]["shapes"] == first["mean"]["shapes"]
 
@@ -372,16 +370,16 @@ def test_a_setting_that_an_older_evaluation_lacks_is_at_its_default(tmp_path):
 
 
 def test_a_folder_keeps_to_the_options_of_its_rewards(tmp_path):
-    def record(*names: str, remote=(), **options: object) -> dict:
-        served = dict.fromkeys(remote, ("http://gpu7:8000",))
+    def record(*names: str, reward_servers=(), **options: object) -> dict:
+        served = dict.fromkeys(reward_servers, ("http://gpu7:8000",))
         weights = dict.fromkeys(names, 1.0)
-        return {"rewards": weights, "reward_options": {"a": options}, "remote": served}
+        return {"rewards": weights, "reward_options": {"a": options}, "reward_servers": served}
 
     reserve_folder(tmp_path, record("a", dtype="fp16"), ONE)
     (tmp_path / "progress").mkdir()
     reserve_folder(tmp_path, record("a", dtype="fp16", batch_size=2, device="cuda:1"), ONE)
     reserve_folder(tmp_path, record("b", dtype="bf16"), ONE)
-    reserve_folder(tmp_path, record("a", remote=("a",)), ONE)
+    reserve_folder(tmp_path, record("a", reward_servers=("a",)), ONE)
     with pytest.raises(ValueError, match=r"reward_options.a: \{'dtype': 'fp16'\} -> \{\}"):
         reserve_folder(tmp_path, record("a"), ONE)
 
@@ -408,7 +406,7 @@ def test_scores_of_other_options_are_not_taken_for_these(whole, prompts, tmp_pat
     shutil.copytree(whole[1] / "images", tmp_path / "images")
 
     def again(**options: object) -> int:
-        """How many pictures are scored."""
+        """How many images are scored."""
         asked.clear()
         weights = {"jpeg_compressibility": 1.0}
         scorer = Counting.build(weights, CPU)
@@ -426,11 +424,11 @@ def test_settings_say_of_each_reward_how_it_was_scored_last():
     before = {
         "rewards": {"a": 1.0, "b": 1.0},
         "reward_options": {"a": {"x": 1}, "b": {"x": 1}},
-        "remote": {"b": ("http://gpu7:8000",)},
+        "reward_servers": {"b": ("http://gpu7:8000",)},
     }
-    new = {"rewards": {"b": 2.0, "c": 3.0}, "reward_options": {"a": {"x": 2}}, "remote": {}}
+    new = {"rewards": {"b": 2.0, "c": 3.0}, "reward_options": {"a": {"x": 2}}, "reward_servers": {}}
     assert merge_settings(before, new) == {
         "rewards": {"a": 1.0, "b": 2.0, "c": 3.0},
         "reward_options": {"a": {"x": 1}},
-        "remote": {},
+        "reward_servers": {},
     }

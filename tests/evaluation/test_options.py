@@ -95,8 +95,8 @@ def test_every_path_is_expanded(run_dir, monkeypatch):
 def test_the_record_tells_what_the_numbers_rest_on(run_dir, tmp_path):
     test = tmp_path / "test_metadata.jsonl"
     test.write_text('{"prompt": "a red circle"}\n')
-    remote = ("--remote", "shapes=http://127.0.0.1:9", "ocr=http://127.0.0.1:8")
-    choice = choose("--checkpoint_path", run_dir, *remote)
+    servers = ("--reward_servers", "shapes=http://127.0.0.1:9", "ocr=http://127.0.0.1:8")
+    choice = choose("--checkpoint_path", run_dir, *servers)
     record = choice.record(HERE, str(tmp_path), {"shapes": 1.0}, 3)
     json.dumps(record)
     digest = hashlib.sha256(test.read_bytes()).hexdigest()
@@ -107,13 +107,14 @@ def test_the_record_tells_what_the_numbers_rest_on(run_dir, tmp_path):
     # Neither where results go nor how many processes make them.
     assert not {"output_dir", "world_size"} & record.keys()
     assert (
-        record["remote"] == {"shapes": ("http://127.0.0.1:9",)} and record["adapter"] == "default"
+        record["reward_servers"] == {"shapes": ("http://127.0.0.1:9",)}
+        and record["adapter"] == "default"
     )
 
 
 def test_flags_go_before_the_options_and_servers_of_the_run(run_dir, tmp_path, monkeypatch):
     (tmp_path / "test_metadata.jsonl").write_text('{"prompt": "a red circle"}\n')
-    own = {"reward_options.shapes.rule": "lenient", "remote.shapes": ["http://127.0.0.1:9"]}
+    own = {"reward_options.shapes.rule": "lenient", "reward_servers.shapes": ["http://127.0.0.1:9"]}
     real = settings.load_checkpoint
 
     def loaded(path):
@@ -124,17 +125,20 @@ def test_flags_go_before_the_options_and_servers_of_the_run(run_dir, tmp_path, m
     monkeypatch.setattr(settings, "load_checkpoint", loaded)
     run = ("--checkpoint_path", run_dir)
     assert choose(*run).served == {"shapes": ["http://127.0.0.1:9"]}
-    here = choose(*run, "--remote", "shapes=local")
+    here = choose(*run, "--reward_servers", "shapes=local")
     assert here.served == {}
     assert here.rewards({"shapes": 1.0}, HERE)._rewards["shapes"].rule == "lenient"
-    other = choose(*run, "--remote", "shapes=local", "--option", "shapes.rule=standard")
+    other = choose(*run, "--reward_servers", "shapes=local", "--option", "shapes.rule=standard")
     assert other.rewards({"shapes": 1.0}, HERE)._rewards["shapes"].rule == "standard"
     record = other.record(HERE, str(tmp_path), {"shapes": 1.0}, 0)
-    assert record["reward_options"] == {"shapes": {"rule": "standard"}} and record["remote"] == {}
+    assert (
+        record["reward_options"] == {"shapes": {"rule": "standard"}}
+        and record["reward_servers"] == {}
+    )
     # A server has options of its own, and keys are nobody's business.
     record = choose(*run).record(HERE, str(tmp_path), {"shapes": 1.0}, 0)
     assert record["reward_options"] == {}
-    with pytest.raises(ValueError, match=r"go to its server, .*:9; --remote shapes=local"):
+    with pytest.raises(ValueError, match=r"go to its server, .*:9; --reward_servers shapes=local"):
         choose(*run, "--option", "shapes.rule=standard")
     own.update({"reward_options.unifiedreward.api_key": "s3cret"})
     record = choose(*run).record(HERE, str(tmp_path), {"unifiedreward": 1.0}, 0)

@@ -93,7 +93,7 @@ def test_judges_that_differ_stand_below_the_table(folder):
     assert "judges" not in as_markdown(PAPER, rows)
     path = folder / "lora" / "geneval" / "average_scores.json"
     result = json.loads(path.read_text())
-    result["settings"] = {"reward_options": {"geneval": {"dtype": "fp16"}}, "remote": {}}
+    result["settings"] = {"reward_options": {"geneval": {"dtype": "fp16"}}, "reward_servers": {}}
     path.write_text(json.dumps(result))
     lines = as_markdown(PAPER, read_rows(folder, PAPER)).splitlines()
     (line,) = (line for line in lines if "geneval: options" in line)

@@ -1,6 +1,6 @@
 """Records what hpsv2x itself scores with a small random CLIP, for tests of the hpsv2 reward.
 
-Writes hpsv2x.safetensors (weights and pictures) and hpsv2x.json (versions, architecture, prompts,
+Writes hpsv2x.safetensors (weights and images) and hpsv2x.json (versions, architecture, prompts,
 tokens, scores, and the state dict's shapes in the published size) beside this file.  It runs in an
 environment of its own, of Python 3.11:
 
@@ -49,7 +49,7 @@ def small_config():
 
 
 def randomize(model, token_ids, generator):
-    """Random weights, rounded to float16, large enough to tell pictures and prompts apart."""
+    """Random weights, rounded to float16, large enough to tell images and prompts apart."""
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if name == "logit_scale":
@@ -66,8 +66,8 @@ def randomize(model, token_ids, generator):
     model.token_embedding.weight.data[unused] = 0
 
 
-def picture(size, generator):
-    """A random picture ``[H, W, 3]`` of 8 bits with coarse and fine detail."""
+def image(size, generator):
+    """A random image ``[H, W, 3]`` of 8 bits with coarse and fine detail."""
     coarse = torch.rand(1, 3, 5, 5, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size, mode="bicubic")
     noisy = smooth + 0.1 * torch.randn(smooth.shape, generator=generator)
@@ -93,13 +93,13 @@ def main():
         checkpoint = Path(name) / "HPS_v2.1_compressed.pt"
         torch.save({"state_dict": weights}, checkpoint)
         img_score.model_dict.update(model=model, preprocess_val=preprocess)
-        pictures = [picture(size, generator) for size in SIZES]
+        images = [image(size, generator) for size in SIZES]
         scores = [
             [
                 float(img_score.score(Image.fromarray(pixels.numpy()), prompt, str(checkpoint))[0])
                 for prompt in PROMPTS
             ]
-            for pixels in pictures
+            for pixels in images
         ]
 
     tensors = {
@@ -107,7 +107,7 @@ def main():
     }
     tensors["token_ids"] = used
     tensors["token_rows"] = weights["token_embedding.weight"][used].half()
-    tensors |= {f"pictures/{i}": pixels.contiguous() for i, pixels in enumerate(pictures)}
+    tensors |= {f"pictures/{i}": pixels.contiguous() for i, pixels in enumerate(images)}
     save_file(tensors, HERE / "hpsv2x.safetensors")
     record = {
         "versions": {name: version(name) for name in ("hpsv2x", "torch", "torchvision", "pillow")},

@@ -1,6 +1,6 @@
 """Records what the image-reward package scores with a small random model, for tests of the reward.
 
-Writes imagereward.safetensors (weights and pictures) and imagereward.json (versions, architecture,
+Writes imagereward.safetensors (weights and images) and imagereward.json (versions, architecture,
 vocabulary, prompts, tokens, scores, and the state dict's shapes in the published size) beside this
 file.  It runs in an environment of its own, of Python 3.11:
 
@@ -69,7 +69,7 @@ TEXT = {
     "vocab_size": len(VOCABULARY) + 2,  # [DEC] and [ENC]
 }
 VISION = {"embed_dim": 48, "depth": 2, "num_heads": 3}
-# Height and width of two pictures each: resized up and down, with odd and even margins to crop.
+# Height and width of two images each: resized up and down, with odd and even margins to crop.
 SIZES = [(224, 224), (48, 48), (33, 32), (60, 97), (256, 310)]
 PROMPTS = [
     "a cat",
@@ -90,7 +90,7 @@ def small_vision(vit, image_size, use_grad_checkpointing, ckpt_layer, drop_path_
 
 
 def randomize(model, generator):
-    """Random weights, rounded to float16, large enough to tell pictures and prompts apart."""
+    """Random weights, rounded to float16, large enough to tell images and prompts apart."""
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim < 2:
@@ -111,8 +111,8 @@ def names_and_shapes(text, folder):
     return {name: list(tensor.shape) for name, tensor in state.items()}
 
 
-def picture(size, generator):
-    """A random picture ``[H, W, 3]`` of 8 bits with coarse and fine detail."""
+def image(size, generator):
+    """A random image ``[H, W, 3]`` of 8 bits with coarse and fine detail."""
     coarse = torch.rand(1, 3, 5, 5, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size, mode="bicubic")
     noisy = smooth + 0.1 * torch.randn(smooth.shape, generator=generator)
@@ -140,11 +140,11 @@ def main():
         torch.save(model.state_dict(), folder / "ImageReward.pt")
         model = RM.load(str(folder / "ImageReward.pt"), device="cpu", med_config=str(config))
 
-        pictures = [picture(size, generator) for size in SIZES for _ in range(2)]
+        images = [image(size, generator) for size in SIZES for _ in range(2)]
         with torch.no_grad():
             scores = [
                 [model.score(prompt, Image.fromarray(pixels.numpy())) for prompt in PROMPTS]
-                for pixels in pictures
+                for pixels in images
             ]
         tokens = model.blip.tokenizer(
             PROMPTS, padding="max_length", truncation=True, max_length=35
@@ -154,7 +154,7 @@ def main():
         f"weights/{name}": tensor.half() if tensor.is_floating_point() else tensor.contiguous()
         for name, tensor in model.state_dict().items()
     }
-    tensors |= {f"pictures/{i}": pixels.contiguous() for i, pixels in enumerate(pictures)}
+    tensors |= {f"pictures/{i}": pixels.contiguous() for i, pixels in enumerate(images)}
     save_file(tensors, HERE / "imagereward.safetensors")
     record = {
         "versions": {

@@ -1,6 +1,6 @@
 """Records what mmdet itself finds with a small random Mask2Former, for tests of GenEval's detector.
 
-Writes mmdet.safetensors (weights under mmdet's names, pictures, masks, a corner of each network
+Writes mmdet.safetensors (weights under mmdet's names, images, masks, a corner of each network
 input) and mmdet.json (versions, sizes, boxes and scores) beside this file.  It runs in an
 environment of its own, of Python 3.11:
 
@@ -31,10 +31,10 @@ CONFIG = "mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.py"
 EMBED, DEPTHS, HEADS = 8, [2, 1, 2, 1], [1, 2, 2, 4]
 WIDTH, ATTENTION_HEADS, FFN, QUERIES = 64, 4, 96, 12
 PIXEL_LAYERS, LAYERS = 2, 3
-# Of each picture its height and width, what its short and long side may become at most (None: as
+# Of each image its height and width, what its short and long side may become at most (None: as
 # published), and whether mmdet gets RGB, although it takes arrays for BGR.  The first keeps its
 # size; the second is not padded; of the third the long side rules.
-PICTURES = [
+IMAGES = [
     ((90, 120), (90, 120), True),
     ((100, 100), None, False),
     ((150, 60), None, True),
@@ -90,13 +90,13 @@ def randomise(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def centre_masks(model: nn.Module, find: Any, pictures: list[np.ndarray]) -> None:
-    """Shifts the mask features to mean 0, so that masks end inside the pictures."""
+def centre_masks(model: nn.Module, find: Any, images: list[np.ndarray]) -> None:
+    """Shifts the mask features to mean 0, so that masks end inside the images."""
     features: list[Tensor] = []
     layer = model.panoptic_head.pixel_decoder.mask_feature
     hook = layer.register_forward_hook(lambda _, args, output: features.append(output))
-    for picture in pictures:
-        find(model, picture)
+    for image in images:
+        find(model, image)
     hook.remove()
     layer.bias -= torch.stack([feature.mean((0, 2, 3)) for feature in features]).mean(0)
 
@@ -105,14 +105,14 @@ def draw(height: int, width: int, random: np.random.Generator) -> np.ndarray:
     """``uint8 [height, width, 3]``: a gradient with soft blobs, in another colour each."""
     y, x = np.mgrid[0:height, 0:width].astype(float)
     down, across = random.normal(size=(2, 3))
-    picture = y[..., None] / height * down + x[..., None] / width * across
+    image = y[..., None] / height * down + x[..., None] / width * across
     for _ in range(4):
         centre, color = random.uniform(size=2) * (height, width), random.normal(size=3)
         radius = random.uniform(0.1, 0.3) * min(height, width)
         distance = ((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / radius**2
-        picture += 2 * color * np.exp(-distance)[..., None]
-    low, high = picture.min((0, 1)), picture.max((0, 1))
-    return ((picture - low) / (high - low) * 255).round().astype(np.uint8)
+        image += 2 * color * np.exp(-distance)[..., None]
+    low, high = image.min((0, 1)), image.max((0, 1))
+    return ((image - low) / (high - low) * 255).round().astype(np.uint8)
 
 
 def main() -> None:
@@ -126,25 +126,25 @@ def main() -> None:
     model = init_detector(config, device="cpu")
     randomise(model)
     random = np.random.default_rng(0)
-    pictures = [draw(*size, random) for size, _, _ in PICTURES]
-    centre_masks(model, inference_detector, pictures)
+    images = [draw(*size, random) for size, _, _ in IMAGES]
+    centre_masks(model, inference_detector, images)
 
     tensors = {f"weights/{name}": tensor for name, tensor in model.state_dict().items()}
     inputs: list[Tensor] = []
     model.backbone.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
     found: list[dict] = []
     published = config.data.test.pipeline[1].img_scale
-    for i, (picture, (_, sides, swapped)) in enumerate(zip(pictures, PICTURES, strict=True)):
+    for i, (image, (_, sides, swapped)) in enumerate(zip(images, IMAGES, strict=True)):
         sides = sides or sorted(published)
         model.cfg.data.test.pipeline[1].img_scale = tuple(sides)
-        boxes, masks = inference_detector(model, picture if swapped else picture[..., ::-1])
+        boxes, masks = inference_detector(model, image if swapped else image[..., ::-1])
         objects = [
             (label, box, mask)
             for label in range(len(boxes))
             for box, mask in zip(boxes[label], masks[label], strict=True)
             if box[4] > MIN_SCORE
         ]
-        tensors[f"picture/{i}"] = torch.from_numpy(picture)
+        tensors[f"picture/{i}"] = torch.from_numpy(image)
         tensors[f"masks/{i}"] = torch.from_numpy(
             np.stack([np.packbits(mask) for _, _, mask in objects])
         )
@@ -164,7 +164,7 @@ def main() -> None:
         "versions": {module.__name__: module.__version__ for module in (mmdet, mmcv, torch)},
         "config": CONFIG,
         "min_score": MIN_SCORE,
-        "pictures": found,
+        "images": found,
     }
     (HERE / "mmdet.json").write_text(json.dumps(record, indent=1) + "\n")
 

@@ -31,7 +31,7 @@ def pipe():
     return pipe
 
 
-def test_pictures_are_those_of_the_plain_pipeline(shapes_model, pipe):
+def test_images_are_those_of_the_plain_pipeline(shapes_model, pipe):
     cond = shapes_model.encode(TEXTS)
     keys = [generator("same", i) for i in range(3)]
     x0, _ = Sampler("flow", 6, 1.0, (48, 48))(shapes_model, cond, keys)
@@ -73,12 +73,12 @@ def test_a_texts_embedding_does_not_depend_on_its_neighbours(shapes_model):
     assert not torch.allclose(together.pooled_prompt_embeds[0], together.pooled_prompt_embeds[1])
 
 
-def test_pictures_lie_in_range_and_slices_change_nothing(shapes_model):
+def test_images_lie_in_range_and_slices_change_nothing(shapes_model):
     x0 = 3 * torch.randn(5, *shapes_model.latent_shape((48, 48)))
-    pictures = shapes_model.decode(x0)
-    assert pictures.pixels.shape == (5, 3, 48, 48) and pictures.pixels.dtype == torch.uint8
+    images = shapes_model.decode(x0)
+    assert images.pixels.shape == (5, 3, 48, 48) and images.pixels.dtype == torch.uint8
     each = torch.cat([shapes_model.decode(row[None]).pixels for row in x0])
-    assert int((pictures.pixels.int() - each.int()).abs().max()) <= 1
+    assert int((images.pixels.int() - each.int()).abs().max()) <= 1
 
 
 def test_offloading_and_checkpointing_give_the_same_numbers(shapes_model, monkeypatch):

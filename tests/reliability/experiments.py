@@ -17,7 +17,7 @@ from tests.launch import ROOT, environment, torchrun, train_command
 from tests.reliability.compare import differences
 from tests.reliability.faults import PHASES, Strike, children
 
-# Two epochs of two updates, with pictures at the end: every phase comes in several calls.
+# Two epochs of two updates, with images at the end: every phase comes in several calls.
 SETTINGS = {
     "num_epochs": 2,
     "train.learning_rate": 0.0005,

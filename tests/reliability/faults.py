@@ -25,7 +25,7 @@ SCRIPT = ROOT / "scripts" / "train_nft_sd3.py"
 
 # Phase -> the function whose calls count; each is called at least once an epoch on some rank.
 PHASES = {
-    "sampling": "diffusion_nft.rollout:thumbnails",  # a batch of pictures is there
+    "sampling": "diffusion_nft.rollout:thumbnails",  # a batch of images is there
     "scoring": "diffusion_nft.rewards.combine:RewardSet.__call__",  # in the background thread
     "training": "diffusion_nft.update:Learner._loss",  # before each micro-batch
     "update": "diffusion_nft.policy:Policy.ema_update",  # weights changed, but not yet ema or old

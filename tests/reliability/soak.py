@@ -43,7 +43,7 @@ def look(process: psutil.Process, run_dir: Path) -> dict[str, float]:
         "threads": process.num_threads(),
         "open_files": process.num_fds(),
         "checkpoints": len(list(run_dir.glob("checkpoints/checkpoint-*"))),
-        "pictures_and_results": len(list(run_dir.glob("images/*")) + list(run_dir.glob("eval/*"))),
+        "images_and_results": len(list(run_dir.glob("images/*")) + list(run_dir.glob("eval/*"))),
     }
 
 

@@ -15,7 +15,7 @@ ONE = (*BUILT_IN, "--prompt", "a red circle")
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "file").write_text("x")
     (tmp_path / "latin").write_bytes("café".encode("latin-1"))
-    (tmp_path / "picture").write_bytes(b"\x89PNG\r\n\x1a\n\0")
+    (tmp_path / "image").write_bytes(b"\x89PNG\r\n\x1a\n\0")
     (tmp_path / "nul").write_bytes(b"a\0cat")
     (tmp_path / "x.jsonl").write_text('{"prompt": "a red circle"}\na red circle\n')
     (tmp_path / "pickle").mkdir()
@@ -49,9 +49,9 @@ SAMPLE: dict[str, tuple[str, tuple[object, ...]]] = {
         "latin, line 1: not UTF-8 (byte 4)",
         (*BUILT_IN, "--prompts_file", "latin"),
     ),
-    "prompts of a picture": (
+    "prompts of an image": (
         "line 1: not UTF-8 (byte 1)",
-        (*BUILT_IN, "--prompts_file", "picture"),
+        (*BUILT_IN, "--prompts_file", "image"),
     ),
     "prompts with NUL": ("nul, line 1: a NUL", (*BUILT_IN, "--prompts_file", "nul")),
     "prompts of no JSON": ("x.jsonl, line 2: not JSON", (*BUILT_IN, "--prompts_file", "x.jsonl")),
@@ -121,7 +121,7 @@ SERVER: dict[str, tuple[str, tuple[object, ...]]] = {
     "a deep option": ("shapes has no option 'x'", (*SHAPES, "--option", "x=" + "[" * 9999)),
     "an unknown device": ("", (*SHAPES, "--device", "gpu")),
     "an absent device": ("is not here", (*SHAPES, "--option", "device=hpu:9")),
-    "no pictures": ("must be at least 1, not 0", (*SHAPES, "--max_images", 0)),
+    "no images": ("must be at least 1, not 0", (*SHAPES, "--max_images", 0)),
     "no megabytes": ("must be a positive number", (*SHAPES, "--max_megabytes", "nan")),
     "infinite megabytes": ("must be a positive number", (*SHAPES, "--max_megabytes", "inf")),
     "a host of NUL": ("", (*SHAPES, "--host", "a\0b")),

@@ -25,7 +25,7 @@ from tests.reliability.bad_inputs import (
 
 def _defaults() -> dict[str, object]:
     """Dotted key -> default, from config/base.py."""
-    mappings = {"reward_fn", "remote", "reward_options"}
+    mappings = {"reward_fn", "reward_servers", "reward_options"}
     found = {}
     for name, value in load_file(ROOT / "config" / "base.py").get_config().to_dict().items():
         if isinstance(value, dict) and name not in mappings:
@@ -64,7 +64,7 @@ SPECIAL = [
     ("num_epochs", 10**30, "an integer >= 1 and <= 9223372036854775807"),
     ("seed", 2**63, "an integer >= 0 and <= 9223372036854775807"),
     ("pretrained.max_sequence_length", 10**30, "an integer from 1 to 512"),
-    ("remote_timeout_seconds", 1e308, "in (0, 1e6]"),
+    ("reward_server_timeout_seconds", 1e308, "in (0, 1e6]"),
     ("distributed.timeout_minutes", 1e9, "in (0, 1e6]"),
     ("train.timestep_fraction", -0.0, "in (0, 1]"),
     ("train.adam_beta1", 1, "in [0, 1)"),
@@ -90,18 +90,18 @@ SPECIAL = [
     ("reward_fn", {"os:system": 1.0}, "'os:system' is unknown"),
     ("reward_fn", {"\u202eshapes": 1.0}, "is unknown (did you mean 'shapes'?)"),
     ("reward_fn", {}, "needs at least one reward"),
-    ("eval.rewards", ("ocr", "ocr"), "a name comes twice"),
-    ("eval.rewards", ("../ocr",), "'../ocr' is unknown"),
-    ("remote", {"shapes": ("http://a\0b:1",)}, "is no address"),
-    ("remote", {"shapes": ("http://\ud800:1",)}, "is no address"),
-    ("remote", {"shapes": ("http://" + "a" * 300 + ".:\u0661",)}, "is no address"),
-    ("remote", {"shapes": ("http://host:99999999999",)}, "is no address"),
-    ("remote", {"shapes": ("file:///etc/passwd",)}, "is no address"),
-    ("remote", {"shapes": ("http://host:1/../x",)}, "is no address"),
-    ("remote", {"shapes": ("http://xn--\u00fc:1",)}, "is no address"),
-    ("remote", {"shapes": [[]]}, "is no address"),
+    ("eval.held_out_rewards", ("ocr", "ocr"), "a name comes twice"),
+    ("eval.held_out_rewards", ("../ocr",), "'../ocr' is unknown"),
+    ("reward_servers", {"shapes": ("http://a\0b:1",)}, "is no address"),
+    ("reward_servers", {"shapes": ("http://\ud800:1",)}, "is no address"),
+    ("reward_servers", {"shapes": ("http://" + "a" * 300 + ".:\u0661",)}, "is no address"),
+    ("reward_servers", {"shapes": ("http://host:99999999999",)}, "is no address"),
+    ("reward_servers", {"shapes": ("file:///etc/passwd",)}, "is no address"),
+    ("reward_servers", {"shapes": ("http://host:1/../x",)}, "is no address"),
+    ("reward_servers", {"shapes": ("http://xn--\u00fc:1",)}, "is no address"),
+    ("reward_servers", {"shapes": [[]]}, "is no address"),
     ("reward_options", {"shapes": {"os.system": 1}}, "no option 'os.system'"),
-    ("eval.rewards", ("\ud800",), "is unknown; choose from"),
+    ("eval.held_out_rewards", ("\ud800",), "is unknown; choose from"),
     ("reward_options", {"shapes": {"device": "gpu\0"}}, "such as 'cpu' or 'cuda:1'"),
     ("reward_options", {"ocr": {"threads": "many"}}, "the threads of ocr must be of the type"),
     ("reward_options", {"ocr": {"threads": True}}, "the threads of ocr must be of the type"),
@@ -186,21 +186,28 @@ FLAGS = [
     Case("unknown key", "flags", "is an unknown key; did you mean seed", ["--config.sead=3"]),
     Case("key of a surrogate", "flags", "is an unknown key", ["--config.\udcff=3"]),
     Case("section", "flags", "is a section, not a value", ["--config.sample=3"]),
-    Case("unfinished mapping", "flags", "Failed to parse", ['--config.remote={"a":']),
-    Case("unfinished tuple", "flags", "as tuple", ['--config.eval.rewards=("a",']),
+    Case("unfinished mapping", "flags", "Failed to parse", ['--config.reward_servers={"a":']),
+    Case("unfinished tuple", "flags", "as tuple", ['--config.eval.held_out_rewards=("a",']),
     Case("text for a flag", "flags", "Non-boolean argument", ["--config.allow_tf32=maybe"]),
     Case("text for a count", "flags", "invalid literal for int", ["--config.seed=many"]),
     Case("NaN for a count", "flags", "invalid literal for int", ["--config.seed=nan"]),
     Case("nothing for a count", "flags", "invalid literal for int", ["--config.seed="]),
     Case("text for a number", "flags", "could not convert", ["--config.nft.beta=x"]),
     Case("5000 digits", "flags", "Exceeds the limit", ["--config.seed=" + "9" * 5000]),
-    Case("code for a mapping", "flags", "Failed to parse", ["--config.remote=__import__('os')"]),
+    Case(
+        "code for a mapping",
+        "flags",
+        "Failed to parse",
+        ["--config.reward_servers=__import__('os')"],
+    ),
     Case("unknown flag", "flags", "Unknown command line flag", ["--nonsense"]),
     Case("an absent preset file", "flags", "no such file", ["--config=../../etc/nft.py:x"]),
     Case("a folder as preset", "flags", "no such file", ["--config=/:x"]),
     Case("a NUL in the preset", "flags", "a control character", ["--config=a\0b:x"]),
     Case("another reward", "flags", "does not hold 'ocr'", ["--config.reward_fn.ocr=1"]),
-    Case("a server alone", "flags", "give the whole mapping", ["--config.remote.ocr=('x',)"]),
+    Case(
+        "a server alone", "flags", "give the whole mapping", ["--config.reward_servers.ocr=('x',)"]
+    ),
 ]
 
 

@@ -38,7 +38,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "the file is empty"),
     "BOM alone": (b"\xef\xbb\xbf", "the file is empty"),
     "line ends alone": (b"\r\n\n \n", "the file is empty"),
-    "a picture": (PNG, "line 1: not UTF-8 (byte 1)"),
+    "an image": (PNG, "line 1: not UTF-8 (byte 1)"),
     "UTF-16": (GOOD.decode().encode("utf-16"), "line 1: not UTF-8 (byte 1)"),
     "UTF-16 without BOM": (GOOD.decode().encode("utf-16-le"), "line 1: not JSON"),
     "gzip": (b"\x1f\x8b\x08\0\0\0\0\0", "line 1: not UTF-8 (byte 2)"),
@@ -129,14 +129,14 @@ def test_a_text_that_the_engine_cannot_read_is_refused_with_file_and_line(tmp_pa
     config.reward_options = ConfigDict({"ocr": {"backend": "paddleocr"}})
     load_checked_prompts(config)
     config.reward_options = ConfigDict()
-    config.remote = ConfigDict({"ocr": ("http://127.0.0.1:1",)})
+    config.reward_servers = ConfigDict({"ocr": ("http://127.0.0.1:1",)})
     load_checked_prompts(config)
 
 
 TEXTS: dict[str, tuple[bytes, str]] = {
     "NUL": (b"a cat\na\0cat\n", "line 2: a NUL (character 2): this is no text in UTF-8"),
     "UTF-16 without BOM": ("a cat".encode("utf-16-le"), "line 1: a NUL (character 2)"),
-    "a picture": (PNG, "line 1: not UTF-8"),
+    "an image": (PNG, "line 1: not UTF-8"),
     "zeros": (b"\0" * 100, "line 1: a NUL (character 1)"),
     "Latin-1": ("café".encode("latin-1"), "line 1: not UTF-8 (byte 4)"),
 }

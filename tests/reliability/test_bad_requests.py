@@ -15,14 +15,14 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from diffusion_nft.rewards import RewardOutput
-from diffusion_nft.rewards.serving.protocol import PROTOCOL, encode_batch, encode_pictures
+from diffusion_nft.rewards.serving.protocol import PROTOCOL, encode_batch, encode_images
 from diffusion_nft.rewards.serving.remote import RemoteReward
 from diffusion_nft.rewards.serving.server import create_app
 from tests.reliability.bad_inputs import CPU, Case, parametrized, pickles
 
 SECRET = "s3cret"
-PICTURES = encode_pictures(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
-GOOD = encode_batch("shapes", PICTURES, ["a", "b"], [{}, {}], {})
+IMAGES = encode_images(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+GOOD = encode_batch("shapes", IMAGES, ["a", "b"], [{}, {}], {})
 
 
 class Counting:
@@ -68,14 +68,14 @@ def with_(**changes: object) -> bytes:
     return json.dumps(GOOD | changes).encode()
 
 
-def picture(text: object) -> bytes:
-    return with_(pictures=[text, PICTURES[1]])
+def image(text: object) -> bytes:
+    return with_(images=[text, IMAGES[1]])
 
 
 # name -> (body, status, words of the answer)
 REQUESTS: dict[str, tuple[bytes, int, str]] = {
     "nothing": (b"", 422, "Expecting value"),
-    "no JSON": (b"pictures=1", 422, "Expecting value"),
+    "no JSON": (b"images=1", 422, "Expecting value"),
     "a pickle": (b"\x80\x04\x95", 422, "utf-8"),
     "depth 10^5": (b"[" * 100_000, 422, "recursion"),
     "a list": (b"[]", 422, "a JSON object is needed, not list"),
@@ -88,42 +88,42 @@ REQUESTS: dict[str, tuple[bytes, int, str]] = {
     "half a pair as reward": (with_(reward="\ud800"), 422, "is asked for"),
     "a long reward": (with_(reward="x" * 100_000), 422, "reward 'xxx"),
     "other options": (with_(options={"device": "cuda"}), 422, "their scores would be mixed"),
-    "no pictures": (with_(pictures=[], prompts=[], metadata=[]), 422, "at least one"),
-    "pictures of text": (with_(pictures="abc"), 422, "'pictures' must be a list of texts"),
-    "pictures of numbers": (with_(pictures=[1, 2]), 422, "'pictures' must be a list of texts"),
+    "no images": (with_(images=[], prompts=[], metadata=[]), 422, "at least one"),
+    "images of text": (with_(images="abc"), 422, "'images' must be a list of texts"),
+    "images of numbers": (with_(images=[1, 2]), 422, "'images' must be a list of texts"),
     "prompts of null": (with_(prompts=None), 422, "'prompts' must be a list of texts"),
     "prompts of numbers": (with_(prompts=[1, 2]), 422, "'prompts' must be a list of texts"),
     "metadata of text": (with_(metadata=["a", "b"]), 422, "'metadata' must be a list of objects"),
-    "a prompt too few": (with_(prompts=["a"]), 422, "2 pictures, 1 prompts and 2 metadata"),
+    "a prompt too few": (with_(prompts=["a"]), 422, "2 images, 1 prompts and 2 metadata"),
     "metadata too many": (with_(metadata=[{}] * 9), 422, "as many of each are needed"),
     "a prompt with NUL": (with_(prompts=["a", "\0"]), 422, "prompt 1 holds a NUL"),
     "half a pair": (with_(prompts=["\udc00", "b"]), 422, "prompt 0 holds half a surrogate"),
     "too many": (
-        with_(pictures=PICTURES * 2, prompts=["a"] * 4, metadata=[{}] * 4),
+        with_(images=IMAGES * 2, prompts=["a"] * 4, metadata=[{}] * 4),
         413,
-        "4 pictures in one request; this server takes 3",
+        "4 images in one request; this server takes 3",
     ),
     "too large": (with_(padding="x" * 600_000), 413, "takes 0.5 MB in one request"),
-    "a path as picture": (picture("/etc/passwd"), 422, "picture 0 is no base64 PNG"),
-    "an address as picture": (picture("http://127.0.0.1/x.png"), 422, "picture 0 is no base64 PNG"),
-    "an empty picture": (picture(""), 422, "picture 0 is no base64 PNG"),
-    "not ASCII": (picture("é"), 422, "picture 0 is no base64 PNG"),
-    "half a pair as picture": (picture("\ud800"), 422, "picture 0 is no base64 PNG"),
-    "cut off": (picture(PICTURES[0][:80]), 422, "picture 0 is no base64 PNG"),
-    "a JPEG": (picture(other_format("JPEG")), 422, "picture 0 is no base64 PNG"),
-    "a GIF": (picture(other_format("GIF")), 422, "picture 0 is no base64 PNG"),
-    "a TIFF": (picture(other_format("TIFF")), 422, "picture 0 is no base64 PNG"),
-    "no width": (picture(png(0, 8)), 422, "picture 0 is no base64 PNG"),
-    "no height": (picture(png(8, 0)), 422, "picture 0 is no base64 PNG"),
-    "grey": (picture(png(8, 8, color=0)), 422, "its mode is L, not RGB"),
-    "with alpha": (picture(png(8, 8, color=6)), 422, "its mode is RGBA, not RGB"),
-    "3 bits": (picture(png(8, 8, bits=3)), 422, "picture 0 is no base64 PNG"),
-    "no pixels for its size": (picture(png(8, 8, data=b"\0")), 422, "picture 0 is no base64 PNG"),
-    "a bomb": (picture(png(2**31 - 1, 2**31 - 1)), 413, "could be decompression bomb"),
-    "a large one": (picture(png(12_000, 12_000)), 413, "picture 0 has more than"),
-    "two sizes": (picture(png(4, 4, data=b"\0" * 52)), 422, "the pictures differ in size"),
+    "a path as image": (image("/etc/passwd"), 422, "image 0 is no base64 PNG"),
+    "an address as image": (image("http://127.0.0.1/x.png"), 422, "image 0 is no base64 PNG"),
+    "an empty image": (image(""), 422, "image 0 is no base64 PNG"),
+    "not ASCII": (image("é"), 422, "image 0 is no base64 PNG"),
+    "half a pair as image": (image("\ud800"), 422, "image 0 is no base64 PNG"),
+    "cut off": (image(IMAGES[0][:80]), 422, "image 0 is no base64 PNG"),
+    "a JPEG": (image(other_format("JPEG")), 422, "image 0 is no base64 PNG"),
+    "a GIF": (image(other_format("GIF")), 422, "image 0 is no base64 PNG"),
+    "a TIFF": (image(other_format("TIFF")), 422, "image 0 is no base64 PNG"),
+    "no width": (image(png(0, 8)), 422, "image 0 is no base64 PNG"),
+    "no height": (image(png(8, 0)), 422, "image 0 is no base64 PNG"),
+    "grey": (image(png(8, 8, color=0)), 422, "its mode is L, not RGB"),
+    "with alpha": (image(png(8, 8, color=6)), 422, "its mode is RGBA, not RGB"),
+    "3 bits": (image(png(8, 8, bits=3)), 422, "image 0 is no base64 PNG"),
+    "no pixels for its size": (image(png(8, 8, data=b"\0")), 422, "image 0 is no base64 PNG"),
+    "a bomb": (image(png(2**31 - 1, 2**31 - 1)), 413, "could be decompression bomb"),
+    "a large one": (image(png(12_000, 12_000)), 413, "image 0 has more than"),
+    "two sizes": (image(png(4, 4, data=b"\0" * 52)), 422, "the images differ in size"),
     "a reward that fails": (
-        with_(pictures=PICTURES[:1], prompts=["fail"], metadata=[{"why": "\ud800" + "x" * 9000}]),
+        with_(images=IMAGES[:1], prompts=["fail"], metadata=[{"why": "\ud800" + "x" * 9000}]),
         500,
         "OSError: ",
     ),
@@ -146,7 +146,7 @@ def test_a_bad_request_is_answered_by_name_and_reaches_no_reward(case, server):
 @pytest.mark.parametrize("wrapping", ["protocol 0", "protocol 4", "zip", "legacy"])
 def test_a_pickle_in_a_request_never_runs(wrapping, server, tmp_path):
     data = pickles(tmp_path / "marker")[wrapping]
-    for body in (data, picture(base64.b64encode(data).decode())):
+    for body in (data, image(base64.b64encode(data).decode())):
         assert server.post("/score", content=body).status_code == 422
     assert not (tmp_path / "marker").exists()
 
@@ -189,8 +189,8 @@ ANSWERS: dict[str, tuple[bytes, str]] = {
     "components of a list": (answer(components=[]), "holds no scores and components"),
     "no scores": (b'{"components": {}}', "scores are no list"),
     "scores of text": (answer(scores="12"), "scores are no list"),
-    "one for two": (answer(scores=[1]), "scores are 1 of them, for 2 pictures"),
-    "three for two": (answer(scores=[1, 2, 3]), "scores are 3 of them, for 2 pictures"),
+    "one for two": (answer(scores=[1]), "scores are 1 of them, for 2 images"),
+    "three for two": (answer(scores=[1, 2, 3]), "scores are 3 of them, for 2 images"),
     "texts": (answer(scores=["1", "2"]), "scores are not all numbers"),
     "truths": (answer(scores=[True, False]), "scores are not all numbers"),
     "lists": (answer(scores=[[1], [2]]), "scores are not all numbers"),

@@ -1,4 +1,4 @@
-"""What a reward may not return, and pictures that it cannot take: named at the first score."""
+"""What a reward may not return, and images that it cannot take: named at the first score."""
 
 import math
 from collections.abc import Callable
@@ -43,21 +43,21 @@ RETURNED: dict[str, tuple[Answer, str]] = {
     "text": (lambda *a: RewardOutput("0.5"), "returned str, no tensor"),
     "one number": (lambda *a: RewardOutput(0.5), "returned float, no tensor"),
     "complex numbers": (lambda *a: RewardOutput(ZEROS + 1j), "returned torch.complex64"),
-    "a scalar": (lambda *a: RewardOutput(torch.tensor(0.5)), "shape () for 3 pictures"),
-    "none for three": (lambda *a: RewardOutput(torch.zeros(0)), "shape (0,) for 3 pictures"),
-    "two for three": (lambda *a: RewardOutput(torch.zeros(2)), "shape (2,) for 3 pictures"),
-    "four for three": (lambda *a: RewardOutput(torch.zeros(4)), "shape (4,) for 3 pictures"),
-    "a column": (lambda *a: RewardOutput(torch.zeros(3, 1)), "shape (3, 1) for 3 pictures"),
-    "a picture": (lambda i, *a: RewardOutput(i), "shape (3, 3, 48, 48) for 3 pictures"),
+    "a scalar": (lambda *a: RewardOutput(torch.tensor(0.5)), "shape () for 3 images"),
+    "none for three": (lambda *a: RewardOutput(torch.zeros(0)), "shape (0,) for 3 images"),
+    "two for three": (lambda *a: RewardOutput(torch.zeros(2)), "shape (2,) for 3 images"),
+    "four for three": (lambda *a: RewardOutput(torch.zeros(4)), "shape (4,) for 3 images"),
+    "a column": (lambda *a: RewardOutput(torch.zeros(3, 1)), "shape (3, 1) for 3 images"),
+    "an image": (lambda i, *a: RewardOutput(i), "shape (3, 3, 48, 48) for 3 images"),
     "NaN": (
         lambda *a: RewardOutput(torch.tensor([0, math.nan, 0])),
-        "1 of 3 images have no score, more than max_unscored = 0: picture 1",
+        "1 of 3 images have no score, more than max_unscored = 0: image 1",
     ),
-    "inf": (lambda *a: RewardOutput(torch.tensor([0, 0, math.inf])), "inf for picture 2"),
-    "-inf": (lambda *a: RewardOutput(torch.tensor([-math.inf, 0, 0])), "-inf for picture 0"),
+    "inf": (lambda *a: RewardOutput(torch.tensor([0, 0, math.inf])), "inf for image 2"),
+    "-inf": (lambda *a: RewardOutput(torch.tensor([-math.inf, 0, 0])), "-inf for image 0"),
     "fp16 overflow": (
         lambda *a: RewardOutput(torch.full((3,), 6e4, dtype=torch.float16) * 2),
-        "inf for picture 0",
+        "inf for image 0",
     ),
     "all NaN": (lambda *a: RewardOutput(ZEROS * math.nan), "3 of 3 images have no score"),
     "reasons of None": (lambda *a: RewardOutput(ZEROS, reasons=None), "reasons as NoneType"),
@@ -68,7 +68,7 @@ RETURNED: dict[str, tuple[Answer, str]] = {
     "a short component": (lambda *a: RewardOutput(ZEROS, {"x": ZEROS[:1]}), "'bad/x' returned sh"),
     "an infinite component": (
         lambda *a: RewardOutput(ZEROS, {"x": ZEROS - math.inf}),
-        "'bad/x' returned -inf for picture 0",
+        "'bad/x' returned -inf for image 0",
     ),
     "an exception": (fail, "failed: ZeroDivisionError: line one"),
 }
@@ -102,7 +102,7 @@ def test_a_score_may_carry_a_graph_and_a_component_nan():
 
 
 def test_a_sum_beyond_all_numbers_is_named_with_the_weights():
-    with pytest.raises(RewardError, match=r"weighted sum of the .*1e\+308.* is inf for pic"):
+    with pytest.raises(RewardError, match=r"weighted sum of the .*1e\+308.* is inf for image"):
         score(lambda *a: RewardOutput(torch.full((3,), 1e9)), weight=1e308)
 
 
@@ -155,7 +155,7 @@ def test_a_reward_may_fail_on_as_many_images_as_are_allowed():
     assert found.total.nan_to_num(-1).tolist() == [2, -1, 2] and calls == [3, 1, 1, 1]
     assert found.parts["fails/x"].nan_to_num(-1).tolist() == [1, -1, 1]
     assert found.reasons == {
-        1: "picture 1 ('bad'): reward 'fails' failed: ZeroDivisionError: no objects"
+        1: "image 1 ('bad'): reward 'fails' failed: ZeroDivisionError: no objects"
     }
     alone = ask("bad", allowed=1)
     assert Scores.concatenate([alone, found]).parts["fails/x"].nan_to_num(-1).tolist() == [
@@ -193,7 +193,7 @@ def test_an_outage_is_no_fault_of_an_image():
     assert calls == [3]
 
 
-def test_no_picture_at_all_has_no_score():
+def test_no_image_at_all_has_no_score():
     found = score(lambda *a: RewardOutput(torch.zeros(0)), count=0)
     assert found.total.shape == (0,)
 

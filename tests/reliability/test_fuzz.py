@@ -26,7 +26,7 @@ from diffusion_nft.rewards.serving.protocol import (
     decode_batch,
     decode_output,
     encode_batch,
-    encode_pictures,
+    encode_images,
 )
 from diffusion_nft.rewards.serving.server import create_app
 from diffusion_nft.runs.checkpoint import MANIFEST, STATE, CheckpointError, load_checkpoint
@@ -124,9 +124,9 @@ COMBINED = {
     "sample.solver",
     "sample.noise_level",
     "reward_fn",
-    "eval.rewards",
+    "eval.held_out_rewards",
     "dataset",
-    "remote",
+    "reward_servers",
     "reward_options",
     "stages",
 }
@@ -189,7 +189,7 @@ def test_any_caption_can_be_judged_or_is_refused(caption):
             assert 0 <= score <= 1
 
 
-PICTURE = encode_pictures(torch.zeros(1, 3, 4, 4))[0]
+IMAGE = encode_images(torch.zeros(1, 3, 4, 4))[0]
 
 
 def mutated(data: bytes) -> st.SearchStrategy[bytes]:
@@ -205,10 +205,10 @@ def mutated(data: bytes) -> st.SearchStrategy[bytes]:
     return st.builds(apply, st.lists(change, max_size=4), st.integers(1, len(data)))
 
 
-PICTURES = st.one_of(
+IMAGES = st.one_of(
     TEXT,
-    st.just(PICTURE),
-    mutated(base64.b64decode(PICTURE)).map(lambda data: base64.b64encode(data).decode()),
+    st.just(IMAGE),
+    mutated(base64.b64decode(IMAGE)).map(lambda data: base64.b64encode(data).decode()),
 )
 REQUESTS = st.one_of(
     JSON,
@@ -216,7 +216,7 @@ REQUESTS = st.one_of(
         encode_batch("shapes", [], [], [], {})
         | {"protocol": st.just(1), "reward": st.just("shapes"), "options": st.just({})}
         | {
-            "pictures": st.lists(PICTURES, max_size=2),
+            "images": st.lists(IMAGES, max_size=2),
             "prompts": st.one_of(st.lists(TEXT, max_size=2), JSON),
             "metadata": st.one_of(st.lists(st.dictionaries(TEXT, JSON), max_size=2), JSON),
         }

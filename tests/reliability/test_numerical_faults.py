@@ -51,7 +51,7 @@ def rows_of_epochs(folder) -> list[dict]:
 
 
 class Constant:
-    """Gives every picture the same score."""
+    """Gives every image the same score."""
 
     value = 0.5
 
@@ -102,7 +102,7 @@ def test_a_reward_without_spread_is_logged_and_survived(
     assert row["reward/mean"] == pytest.approx(0.5) and row["optim/skipped_steps"] == 0
     assert row["reward/std"] == pytest.approx(0, abs=1e-15)
     if name == "constant":
-        assert row["reward/zero_std_groups"] == 1
+        assert row["reward/frac_zero_std"] == 1
     # Every sample is as good as the others: r = 1/2, in the upper middle bin.
     assert row["reward/optimality_0.5"] + row["reward/optimality_0.4"] == 1
     assert all(math.isfinite(row[key]) for key in ("loss/total", "optim/grad_norm"))
@@ -138,14 +138,14 @@ def test_a_nan_in_one_samples_latent_costs_that_epoch_alone(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_nan_drawn_by_the_model_is_a_black_picture_with_a_score(tmp_path, monkeypatch):
+def test_a_nan_drawn_by_the_model_is_a_black_image_with_a_score(tmp_path, monkeypatch):
     trainer = make_trainer(smoke(tmp_path, TINY | {"num_epochs": 1}), ALONE)
     real = trainer.model.decode
 
     def decode(x0):
-        pictures = real(x0)
-        pictures[0] = math.nan
-        return pictures
+        images = real(x0)
+        images[0] = math.nan
+        return images
 
     monkeypatch.setattr(trainer.model, "decode", decode)
     with one_thread():

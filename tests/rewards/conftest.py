@@ -1,4 +1,4 @@
-"""Tiny random models of the rewards' real architectures, and pictures to score."""
+"""Tiny random models of the rewards' real architectures, and images to score."""
 
 import numpy as np
 import pytest
@@ -12,20 +12,20 @@ PROMPTS = ["a cat", "Two red cubes on a table", "the cat's hat, 3 times", "dusk 
 CPU = torch.device("cpu")
 
 
-def smooth_pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """Random pictures ``[count, 3, height, width]`` in [0, 1] with no fine detail."""
+def smooth_images(count: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Random images ``[count, 3, height, width]`` in [0, 1] with no fine detail."""
     coarse = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
 
 
 def eight_bit(image: Tensor) -> Image.Image:
-    """``image: [3, H, W]`` in [0, 1] as an RGB picture, by numpy."""
+    """``image: [3, H, W]`` in [0, 1] as an RGB image, by numpy."""
     return Image.fromarray(np.rint(image.permute(1, 2, 0).numpy() * 255).astype(np.uint8))
 
 
-def normalized(picture: Image.Image) -> Tensor:
+def normalized(image: Image.Image) -> Tensor:
     """OpenAI's normalisation, by numpy; ``[1, 3, H, W]``."""
-    pixels = (np.asarray(picture) / 255 - OPENAI_MEAN) / OPENAI_STD
+    pixels = (np.asarray(image) / 255 - OPENAI_MEAN) / OPENAI_STD
     return torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None]
 
 
@@ -49,7 +49,7 @@ def tiny_clip(tmp_path_factory):
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "projection_dim": 768,
-        # Larger than usual, so that a random model tells pictures and prompts apart.
+        # Larger than usual, so that a random model tells images and prompts apart.
         "initializer_factor": 8.0,
     }
     special = {"bos_token_id": len(vocab) - 2, "eos_token_id": len(vocab) - 1}

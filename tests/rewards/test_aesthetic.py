@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rewards.conftest import CPU, PROMPTS, eight_bit, normalized, smooth_pictures
+from rewards.conftest import CPU, PROMPTS, eight_bit, normalized, smooth_images
 from torch import nn
 
 from diffusion_nft.rewards.aesthetic import AestheticReward
@@ -44,7 +44,7 @@ def reward(ckpts, weights, tiny_clip):
 def test_the_score_is_the_mlp_of_the_unit_image_feature(reward, linears, tiny_clip):
     from transformers import CLIPVisionModelWithProjection
 
-    images = smooth_pictures(3, 224, 224)
+    images = smooth_images(3, 224, 224)
     tower = CLIPVisionModelWithProjection.from_pretrained(tiny_clip).eval()
     pixels = torch.cat([normalized(eight_bit(image)) for image in images])
     embeds = tower(pixel_values=pixels).image_embeds
@@ -58,7 +58,7 @@ def test_the_score_is_the_mlp_of_the_unit_image_feature(reward, linears, tiny_cl
 
 
 def test_scores_do_not_depend_on_the_batch(reward):
-    images = smooth_pictures(3, 64, 64)
+    images = smooth_images(3, 64, 64)
     together = reward(images, PROMPTS[:3], [{}] * 3).scores
     reward.batch_size = 2
     assert torch.allclose(reward(images, PROMPTS[:3], [{}] * 3).scores, together, atol=1e-6)

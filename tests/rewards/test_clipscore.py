@@ -1,6 +1,6 @@
 import pytest
 import torch
-from rewards.conftest import CPU, OPENAI_MEAN, OPENAI_STD, PROMPTS, smooth_pictures
+from rewards.conftest import CPU, OPENAI_MEAN, OPENAI_STD, PROMPTS, smooth_images
 from torch import Tensor
 
 from diffusion_nft.rewards.clipscore import ClipScoreReward
@@ -25,7 +25,7 @@ def published_pixels(images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("size", [(512, 512), (240, 360), (303, 200)])
 def test_the_score_is_the_diagonal_of_transformers_logits_over_100(reward, reference_logits, size):
-    images = smooth_pictures(4, *size)
+    images = smooth_images(4, *size)
     expected = reference_logits(PROMPTS, published_pixels(images)).diagonal() / 100
 
     scores = reward(images, PROMPTS, [{}] * 4).scores
@@ -34,8 +34,8 @@ def test_the_score_is_the_diagonal_of_transformers_logits_over_100(reward, refer
     assert torch.allclose(scores, expected, atol=1e-6)
 
 
-def test_pictures_are_not_rounded_to_8_bits(reward):
-    images = (smooth_pictures(1, 224, 224) * 254).round() / 255
+def test_images_are_not_rounded_to_8_bits(reward):
+    images = (smooth_images(1, 224, 224) * 254).round() / 255
     moved = images + 0.4 / 255
     assert torch.equal((images * 255).round(), (moved * 255).round())
     scores = [reward(x, PROMPTS[:1], [{}]).scores for x in (images, moved)]
@@ -43,7 +43,7 @@ def test_pictures_are_not_rounded_to_8_bits(reward):
 
 
 def test_scores_do_not_depend_on_the_batch(reward, tiny_clip):
-    images = smooth_pictures(4, 64, 64)
+    images = smooth_images(4, 64, 64)
     together = reward(images, PROMPTS, [{}] * 4).scores
     small = ClipScoreReward(device=CPU, model=tiny_clip, batch_size=3)
     assert torch.allclose(small(images, PROMPTS, [{}] * 4).scores, together, atol=1e-6)
@@ -53,7 +53,7 @@ def test_scores_do_not_depend_on_the_batch(reward, tiny_clip):
 
 
 def test_a_prompt_counts_up_to_77_tokens(reward):
-    images = smooth_pictures(1, 64, 64)
+    images = smooth_images(1, 64, 64)
 
     def score(prompt):
         return reward(images, [prompt], [{}]).scores.item()

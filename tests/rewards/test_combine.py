@@ -138,10 +138,10 @@ def test_sets_of_different_weights_share_rewards_that_are_built_once(monkeypatch
     monkeypatch.setattr(Brightness, "built", 0)
     rewards = build_rewards(["Length", "Brightness", "Length"], CPU)
     assert list(rewards) == ["Length", "Brightness"]
-    picture, line = Images.from_float(torch.ones(1, 3, 2, 2)), [{"extra": 0}]
-    trained = RewardSet({"Length": 1.0}, rewards)(picture, ["four"], line)
+    image, line = Images.from_float(torch.ones(1, 3, 2, 2)), [{"extra": 0}]
+    trained = RewardSet({"Length": 1.0}, rewards)(image, ["four"], line)
     assert trained.parts.keys() == {"Length"}
-    judged = RewardSet({"Length": 1.0, "Brightness": 0.0}, rewards)(picture, ["four"], line)
+    judged = RewardSet({"Length": 1.0, "Brightness": 0.0}, rewards)(image, ["four"], line)
     assert judged.parts.keys() == {"Length", "Brightness", "Brightness/partly"}
     assert trained.total.tolist() == judged.total.tolist() == [4.0]
     assert Brightness.built == 1
@@ -150,7 +150,7 @@ def test_sets_of_different_weights_share_rewards_that_are_built_once(monkeypatch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_rewards_see_the_pictures_that_a_png_holds(dtype, tmp_path):
+def test_rewards_see_the_images_that_a_png_holds(dtype, tmp_path):
     rewards = build_rewards(["Brightness"], CPU)
     images = (torch.rand(2, 3, 33, 65, generator=torch.Generator().manual_seed(1)) * 1.2 - 0.1).to(
         dtype
@@ -159,10 +159,10 @@ def test_rewards_see_the_pictures_that_a_png_holds(dtype, tmp_path):
     RewardSet({"Brightness": 1.0}, rewards)(Images.from_float(images), ["", ""], [{}, {}])
     (seen,) = rewards["Brightness"].seen
     assert seen.dtype == torch.float32
-    for picture, ours in zip(images.double().numpy(), seen, strict=True):
-        levels = np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
-        Image.fromarray(levels.transpose(1, 2, 0)).save(tmp_path / "picture.png")
-        with Image.open(tmp_path / "picture.png") as file:
+    for image, ours in zip(images.double().numpy(), seen, strict=True):
+        levels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+        Image.fromarray(levels.transpose(1, 2, 0)).save(tmp_path / "image.png")
+        with Image.open(tmp_path / "image.png") as file:
             read = np.array(file).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
         assert np.array_equal(ours.numpy(), read)
 

@@ -13,7 +13,7 @@ from rewards.conftest import (
     OPENAI_STD,
     PROMPTS,
     eight_bit,
-    smooth_pictures,
+    smooth_images,
 )
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,7 +25,7 @@ CHECKPOINT = "HPS_v2.1_compressed.pt"
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 RECORD = json.loads((GOLDEN / "hpsv2x.json").read_text())
 TENSORS = load_file(GOLDEN / "hpsv2x.safetensors")
-PICTURES = range(len(RECORD["scores"]))
+IMAGES = range(len(RECORD["scores"]))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def tiny_model(tmp_path_factory):
     torch.manual_seed(0)
     model = open_clip.create_model(TINY).eval()
     for parameter in model.parameters():
-        # Larger than usual, so that a random model tells pictures and prompts apart.
+        # Larger than usual, so that a random model tells images and prompts apart.
         parameter.data += 0.3 * torch.randn_like(parameter)
     return model
 
@@ -60,7 +60,7 @@ def reward(ckpts, tiny_model):
 
 
 def network_input(image: Tensor) -> Tensor:
-    """A picture as the package prepares it, by torchvision: ``[1, 3, 224, 224]``."""
+    """An image as the package prepares it, by torchvision: ``[1, 3, 224, 224]``."""
     from torchvision.transforms import InterpolationMode, functional
 
     pixels = functional.to_tensor(eight_bit(image))
@@ -78,7 +78,7 @@ def network_input(image: Tensor) -> Tensor:
 def test_the_score_is_the_cosine_of_open_clips_features(reward, tiny_model, size):
     import open_clip
 
-    images = smooth_pictures(4, *size)
+    images = smooth_images(4, *size)
     image = tiny_model.encode_image(torch.cat([network_input(image) for image in images]))
     text = tiny_model.encode_text(open_clip.tokenize(PROMPTS))
     expected = torch.cosine_similarity(image, text)
@@ -107,12 +107,12 @@ def recorded(tmp_path_factory):
     return folder
 
 
-def check_recorded(reward: HPSv2Reward, picture: int) -> None:
-    image = TENSORS[f"pictures/{picture}"].permute(2, 0, 1)[None] / 255
+def check_recorded(reward: HPSv2Reward, index: int) -> None:
+    image = TENSORS[f"pictures/{index}"].permute(2, 0, 1)[None] / 255
     prompts = RECORD["prompts"]
     images = image.expand(len(prompts), -1, -1, -1)
     scores = reward(images, prompts, [{}] * len(prompts)).scores
-    assert torch.allclose(scores, torch.tensor(RECORD["scores"][picture]), rtol=0, atol=2e-6)
+    assert torch.allclose(scores, torch.tensor(RECORD["scores"][index]), rtol=0, atol=2e-6)
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +122,12 @@ def recorded_reward(recorded):
     return HPSv2Reward(CPU, model_name="small-hpsv2x", weights=recorded / CHECKPOINT)
 
 
-@pytest.mark.parametrize("picture", PICTURES)
-def test_the_scores_are_hpsv2xs(recorded_reward, picture):
-    check_recorded(recorded_reward, picture)
+@pytest.mark.parametrize("index", IMAGES)
+def test_the_scores_are_hpsv2xs(recorded_reward, index):
+    check_recorded(recorded_reward, index)
 
 
-def test_the_recorded_scores_tell_pictures_and_prompts_apart():
+def test_the_recorded_scores_tell_images_and_prompts_apart():
     scores = np.array(RECORD["scores"])
     assert min(scores.std(0).min(), scores.std(1).min()) > 0.05
 
@@ -146,15 +146,15 @@ def test_the_published_architecture_has_hpsv2xs_names_and_shapes():
     assert shapes == RECORD["published_shapes"]
 
 
-@pytest.mark.parametrize("picture", PICTURES)
-def test_the_package_scores_as_recorded(recorded, picture):
+@pytest.mark.parametrize("index", IMAGES)
+def test_the_package_scores_as_recorded(recorded, index):
     pytest.importorskip("hpsv2", reason="runs where make_hpsv2x.py does")
     from hpsv2.src.open_clip import add_model_config
 
     add_model_config(recorded / "small-hpsv2x.json")
     path = recorded / CHECKPOINT
     check_recorded(
-        HPSv2Reward(CPU, backend="hpsv2x", model_name="small-hpsv2x", weights=path), picture
+        HPSv2Reward(CPU, backend="hpsv2x", model_name="small-hpsv2x", weights=path), index
     )
 
 
@@ -173,7 +173,7 @@ def test_the_default_architecture_is_vit_h_14_at_224_pixels():
 
 
 def test_scores_do_not_depend_on_the_batch(reward):
-    images = smooth_pictures(4, 64, 64)
+    images = smooth_images(4, 64, 64)
     together = reward(images, PROMPTS, [{}] * 4).scores
     reward.batch_size = 3
     assert torch.allclose(reward(images, PROMPTS, [{}] * 4).scores, together, atol=1e-6)
@@ -183,7 +183,7 @@ def test_scores_do_not_depend_on_the_batch(reward):
 
 
 def test_a_prompt_counts_up_to_77_tokens(reward):
-    images = smooth_pictures(1, 64, 64)
+    images = smooth_images(1, 64, 64)
 
     def score(prompt):
         return reward(images, [prompt], [{}]).scores.item()
@@ -194,7 +194,7 @@ def test_a_prompt_counts_up_to_77_tokens(reward):
 
 def test_bfloat16_scores_are_near(reward, tiny_model):
     half = HPSv2Reward(device=CPU, dtype=torch.bfloat16, model_name=TINY)
-    images = smooth_pictures(4, 64, 64)
+    images = smooth_images(4, 64, 64)
     exact, rough = (r(images, PROMPTS, [{}] * 4).scores for r in (reward, half))
     assert rough.dtype == torch.float32
     assert torch.allclose(rough, exact, atol=0.03)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rewards.conftest import CPU, smooth_pictures
+from rewards.conftest import CPU, smooth_images
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BlipConfig
@@ -39,7 +39,7 @@ def recorded(prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-PICTURES = {int(n): t.permute(2, 0, 1) / 255 for n, t in recorded("pictures/").items()}
+IMAGES = {int(n): t.permute(2, 0, 1) / 255 for n, t in recorded("pictures/").items()}
 
 
 def golden_config() -> BlipConfig:
@@ -95,11 +95,11 @@ def build_with(weights, folder: Path, tmp_path: Path) -> None:
     build(folder, weights=tmp_path / "changed.pt")
 
 
-@pytest.mark.parametrize("picture", PICTURES)
-def test_the_scores_are_the_packages(reward, picture):
-    images = PICTURES[picture][None].expand(len(PROMPTS), -1, -1, -1)
+@pytest.mark.parametrize("image", IMAGES)
+def test_the_scores_are_the_packages(reward, image):
+    images = IMAGES[image][None].expand(len(PROMPTS), -1, -1, -1)
     scores = reward(images, PROMPTS, [{}] * len(PROMPTS)).scores
-    assert torch.allclose(scores, torch.tensor(RECORD["scores"][picture]), rtol=0, atol=5e-6)
+    assert torch.allclose(scores, torch.tensor(RECORD["scores"][image]), rtol=0, atol=5e-6)
 
 
 def test_the_package_scores_as_recorded(folder, tmp_path, monkeypatch):
@@ -117,12 +117,12 @@ def test_the_package_scores_as_recorded(folder, tmp_path, monkeypatch):
     reward = ImageRewardReward(
         CPU, backend="image-reward", weights=folder / "ImageReward.pt", batch_size=4
     )
-    images = PICTURES[3][None].expand(len(PROMPTS), -1, -1, -1)
+    images = IMAGES[3][None].expand(len(PROMPTS), -1, -1, -1)
     scores = reward(images, PROMPTS, [{}] * len(PROMPTS)).scores
     assert torch.allclose(scores, torch.tensor(RECORD["scores"][3]), rtol=0, atol=5e-6)
 
 
-def test_the_recorded_scores_tell_pictures_and_prompts_apart():
+def test_the_recorded_scores_tell_images_and_prompts_apart():
     scores = torch.tensor(RECORD["scores"])
     assert scores.std(0).min() > 0.1 and scores.std(1).min() > 0.05
 
@@ -153,13 +153,13 @@ def test_the_published_architecture_takes_every_published_tensor():
     }
 
 
-def test_each_picture_meets_its_own_prompt_alone(reward):
+def test_each_image_meets_its_own_prompt_alone(reward):
     """Two rows for two pairs, not four."""
     rows = []
     hook = reward._score.model.text.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    images = torch.stack([PICTURES[2], PICTURES[3]])
+    images = torch.stack([IMAGES[2], IMAGES[3]])
     pair = reward(images, PROMPTS[:2], [{}] * 2).scores
     hook.remove()
     assert rows == [2]
@@ -169,7 +169,7 @@ def test_each_picture_meets_its_own_prompt_alone(reward):
 
 
 def test_scores_do_not_depend_on_the_batch(reward):
-    images = smooth_pictures(6, 40, 56)
+    images = smooth_images(6, 40, 56)
     together = reward(images, PROMPTS, [{}] * 6).scores
     for size in (1, 4):
         reward.batch_size = size
@@ -179,16 +179,16 @@ def test_scores_do_not_depend_on_the_batch(reward):
 
 def test_bfloat16_scores_are_near(reward, folder):
     rough = build(folder, dtype=torch.bfloat16)
-    images = smooth_pictures(6, 40, 56)
+    images = smooth_images(6, 40, 56)
     exact, near = (r(images, PROMPTS, [{}] * 6).scores for r in (reward, rough))
     assert near.dtype == torch.float32
     assert rough._score.model.vision.dtype == rough._score.model.text.dtype == torch.bfloat16
     assert torch.allclose(near, exact, atol=0.1)
 
 
-def test_pictures_and_prompts_must_be_as_many(reward):
-    with pytest.raises(ValueError, match="2 pictures but 3 prompts"):
-        reward(smooth_pictures(2, 32, 32), PROMPTS[:3], [{}] * 3)
+def test_images_and_prompts_must_be_as_many(reward):
+    with pytest.raises(ValueError, match="2 images but 3 prompts"):
+        reward(smooth_images(2, 32, 32), PROMPTS[:3], [{}] * 3)
 
 
 def test_missing_unexpected_and_misshapen_weights_are_refused(weights, folder, tmp_path):

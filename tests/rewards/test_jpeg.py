@@ -17,9 +17,9 @@ def test_scores_are_the_kilobytes_that_pillow_writes():
         [torch.from_numpy(p.astype(np.float32) / 255).permute(2, 0, 1) for p in pixels]
     )
     sizes = []
-    for picture in pixels:
+    for image in pixels:
         buffer = io.BytesIO()
-        Image.fromarray(picture.astype(np.uint8)).save(buffer, format="JPEG", quality=95)
+        Image.fromarray(image.astype(np.uint8)).save(buffer, format="JPEG", quality=95)
         sizes.append(len(buffer.getvalue()) / 1000)
     assert sizes[0] > 2 * sizes[1]
     args = (images, ["", ""], [{}, {}])

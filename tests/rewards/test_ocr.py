@@ -135,22 +135,24 @@ def test_letters_are_those_of_the_engine_that_scores(abc):
     """Of a server's, and of PaddleOCR's, nothing is known."""
     for where in (
         {"options": {"ocr": {"backend": "paddleocr"}}},
-        {"remote": {"ocr": ("http://127.0.0.1:1",)}},
+        {"reward_servers": {"ocr": ("http://127.0.0.1:1",)}},
     ):
         check_prompts(["ocr"], ['"xyz"'], [{}], **where)
     with pytest.raises(ValueError, match="line 1: "):
-        check_prompts(["ocr"], ['"xyz"'], [{}], options={"ocr": {"threads": 2}}, remote={"ocr": ()})
+        check_prompts(
+            ["ocr"], ['"xyz"'], [{}], options={"ocr": {"threads": 2}}, reward_servers={"ocr": ()}
+        )
     with pytest.raises(ValueError, match="no text"):
-        check_prompts(["ocr"], ["a cat"], [{}], remote={"ocr": ("http://127.0.0.1:1",)})
+        check_prompts(["ocr"], ["a cat"], [{}], reward_servers={"ocr": ("http://127.0.0.1:1",)})
 
 
-def picture_of(text: str, blur: float = 0.0) -> Tensor:
-    """Black ``text`` on a light picture; ``[1, 3, 256, 512]``."""
-    picture = Image.new("RGB", (512, 256), (235, 230, 220))
-    pen = ImageDraw.Draw(picture)
+def image_of(text: str, blur: float = 0.0) -> Tensor:
+    """Black ``text`` on a light image; ``[1, 3, 256, 512]``."""
+    image = Image.new("RGB", (512, 256), (235, 230, 220))
+    pen = ImageDraw.Draw(image)
     pen.text((256, 128), text, (20, 20, 40), ImageFont.load_default(56), anchor="mm")
-    picture = picture.filter(ImageFilter.GaussianBlur(blur))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+    image = image.filter(ImageFilter.GaussianBlur(blur))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
 
 
 @pytest.fixture(scope="module")
@@ -161,33 +163,33 @@ def reward():
 
 
 def test_rapidocr_reads_the_right_text(reward):
-    images = torch.cat([picture_of("OPEN 24 HOURS"), picture_of("Hello World")])
+    images = torch.cat([image_of("OPEN 24 HOURS"), image_of("Hello World")])
     prompts = ['A shop sign that reads "Open 24 Hours", at dusk', 'a mug saying "hello world"']
     scores = reward(images, prompts, [{}] * 2).scores
     assert scores.tolist() == [1.0, 1.0]
 
 
 def test_wrong_text_scores_what_the_formula_says(reward):
-    images = picture_of("OPEN 24 HOURS").repeat(3, 1, 1, 1)
+    images = image_of("OPEN 24 HOURS").repeat(3, 1, 1, 1)
     prompts = ['a sign "Open 25 Hours"', 'a sign "Open 24 Hourly"', 'a sign "qqqq"']
     scores = reward(images, prompts, [{}] * 3).scores
     assert scores.tolist() == pytest.approx([1 - 1 / 11, 1 - 2 / 12, 0.0])
 
 
 def test_degraded_text_scores_lower(reward):
-    images = torch.cat([picture_of("Hello World", blur=20), torch.zeros(1, 3, 256, 512)])
+    images = torch.cat([image_of("Hello World", blur=20), torch.zeros(1, 3, 256, 512)])
     scores = reward(images, ['a mug saying "hello world"'] * 2, [{}] * 2).scores
     assert scores[0] < 0.5
     assert scores[1] == 0.0
 
 
 def test_several_lines_are_read_from_the_top(reward):
-    scores = reward(picture_of("GOOD\nMORNING"), ['a sign "Good Morning"'], [{}]).scores
+    scores = reward(image_of("GOOD\nMORNING"), ['a sign "Good Morning"'], [{}]).scores
     assert scores.tolist() == [1.0]
 
 
 def test_scores_do_not_depend_on_the_batch(reward):
-    images = torch.cat([picture_of("Hello World"), picture_of("Hallo", blur=6)])
+    images = torch.cat([image_of("Hello World"), image_of("Hallo", blur=6)])
     prompts = ['a mug saying "hello"'] * 2
     together = reward(images, prompts, [{}] * 2).scores
     alone = [reward(images[i : i + 1], prompts[:1], [{}]).scores for i in (1, 0)]
@@ -205,23 +207,23 @@ def test_rapidocr_knows_its_letters(reward):
 
 def test_a_server_refuses_letters_that_its_engine_lacks(reward):
     with pytest.raises(ValueError, match=r"cannot read \(п р и\): 'a sign"):
-        reward(picture_of("x"), ['a sign "При"'], [{}])
+        reward(image_of("x"), ['a sign "При"'], [{}])
 
 
 def test_prompts_are_checked_before_anything_is_read(reward):
     with pytest.raises(ValueError, match="\"double quotes\": 'a cat'"):
-        reward(picture_of("x").repeat(2, 1, 1, 1), ['a "b"', "a cat"], [{}] * 2)
-    with pytest.raises(ValueError, match="1 pictures but 2 prompts"):
-        reward(picture_of("x"), ['a "b"'] * 2, [{}] * 2)
+        reward(image_of("x").repeat(2, 1, 1, 1), ['a "b"', "a cat"], [{}] * 2)
+    with pytest.raises(ValueError, match="1 images but 2 prompts"):
+        reward(image_of("x"), ['a "b"'] * 2, [{}] * 2)
 
 
 def test_a_failing_engine_is_an_error_and_no_zero(reward, monkeypatch):
-    def fail(picture):
+    def fail(image):
         raise RuntimeError("the engine failed")
 
     monkeypatch.setattr(reward, "read", fail)
     with pytest.raises(RuntimeError, match="the engine failed"):
-        reward(picture_of("x"), ['a "b"'], [{}])
+        reward(image_of("x"), ['a "b"'], [{}])
 
 
 def test_an_unknown_backend_is_refused():
@@ -282,6 +284,6 @@ def test_both_generations_of_paddleocr(monkeypatch, version, engine):
     monkeypatch.setitem(sys.modules, "paddleocr", module)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     reward = OcrReward(device=CPU, backend="paddleocr", threads=1)
-    images = torch.cat([picture_of("x"), torch.zeros(1, 3, 256, 512)])
+    images = torch.cat([image_of("x"), torch.zeros(1, 3, 256, 512)])
     scores = reward(images, ['a mug "hello world"'] * 2, [{}] * 2).scores
     assert scores.tolist() == [1.0, 0.0]

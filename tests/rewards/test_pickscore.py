@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from rewards.conftest import CPU, PROMPTS, eight_bit, normalized, smooth_pictures
+from rewards.conftest import CPU, PROMPTS, eight_bit, normalized, smooth_images
 from safetensors.torch import load_file, save_file
 
 from diffusion_nft.rewards.pickscore import PickScoreReward
@@ -16,19 +16,19 @@ def reward(tiny_clip):
     return PickScoreReward(device=CPU, model=tiny_clip, processor=tiny_clip)
 
 
-def resized_and_cropped(picture: Image.Image) -> Image.Image:
+def resized_and_cropped(image: Image.Image) -> Image.Image:
     """Short side to 224 (bicubic), then the middle 224 x 224, by Pillow alone."""
-    width, height = picture.size
+    width, height = image.size
     short = min(width, height)
     width, height = int(224 * width / short), int(224 * height / short)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - 224) // 2, (height - 224) // 2
-    return picture.crop((left, top, left + 224, top + 224))
+    return image.crop((left, top, left + 224, top + 224))
 
 
 @pytest.mark.parametrize("size", [(512, 512), (240, 360), (303, 200)])
 def test_the_score_is_the_diagonal_of_transformers_logits_over_26(reward, reference_logits, size):
-    images = smooth_pictures(4, *size)
+    images = smooth_images(4, *size)
     pixels = torch.cat([normalized(resized_and_cropped(eight_bit(x))) for x in images])
     expected = reference_logits(PROMPTS, pixels).diagonal() / 26
 
@@ -39,7 +39,7 @@ def test_the_score_is_the_diagonal_of_transformers_logits_over_26(reward, refere
 
 
 def test_scores_do_not_depend_on_the_batch(reward, tiny_clip):
-    images = smooth_pictures(4, 64, 64)
+    images = smooth_images(4, 64, 64)
     together = reward(images, PROMPTS, [{}] * 4).scores
     small = PickScoreReward(device=CPU, model=tiny_clip, processor=tiny_clip, batch_size=3)
     assert torch.allclose(small(images, PROMPTS, [{}] * 4).scores, together, atol=1e-6)
@@ -50,7 +50,7 @@ def test_scores_do_not_depend_on_the_batch(reward, tiny_clip):
 
 
 def test_a_prompt_counts_up_to_77_tokens(reward):
-    images = smooth_pictures(1, 64, 64)
+    images = smooth_images(1, 64, 64)
 
     def score(prompt):
         return reward(images, [prompt], [{}]).scores.item()
@@ -63,7 +63,7 @@ def test_a_prompt_counts_up_to_77_tokens(reward):
 def test_bfloat16_keeps_the_scale(reward, tiny_clip):
     half = PickScoreReward(device=CPU, dtype=torch.bfloat16, model=tiny_clip, processor=tiny_clip)
     assert half.clip.logit_scale == reward.clip.logit_scale
-    images = smooth_pictures(4, 64, 64)
+    images = smooth_images(4, 64, 64)
     exact, rough = (r(images, PROMPTS, [{}] * 4).scores for r in (reward, half))
     assert rough.dtype == torch.float32
     assert torch.allclose(rough, exact, atol=0.1)
@@ -71,7 +71,7 @@ def test_bfloat16_keeps_the_scale(reward, tiny_clip):
 
 def test_no_gradient_and_nothing_to_train(reward):
     assert not any(p.requires_grad for p in reward.clip.model.parameters())
-    images = smooth_pictures(1, 64, 64).requires_grad_()
+    images = smooth_images(1, 64, 64).requires_grad_()
     assert not reward(images, PROMPTS[:1], [{}]).scores.requires_grad
 
 
@@ -142,6 +142,6 @@ def test_other_shapes_are_refused(reward, shape):
         reward(torch.zeros(shape), ["a"] * shape[0], [{}] * shape[0])
 
 
-def test_one_prompt_a_picture(reward):
-    with pytest.raises(ValueError, match="2 pictures but 1 prompts"):
-        reward(smooth_pictures(2, 64, 64), ["a cat"], [{}])
+def test_one_prompt_an_image(reward):
+    with pytest.raises(ValueError, match="2 images but 1 prompts"):
+        reward(smooth_images(2, 64, 64), ["a cat"], [{}])

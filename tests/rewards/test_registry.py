@@ -20,7 +20,7 @@ from rewards import test_hpsv2 as hpsv2_tests
 from rewards import test_imagereward as imagereward_tests
 from rewards import test_ocr as ocr_tests
 from rewards import test_unifiedreward as unifiedreward_tests
-from rewards.conftest import CPU, PROMPTS, eight_bit, normalized, smooth_pictures
+from rewards.conftest import CPU, PROMPTS, eight_bit, normalized, smooth_images
 from rewards.geneval import conftest as geneval_conftest
 from rewards.geneval.mmdet_names import TINY_DETECTOR, mmdet_state_dict
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Case:
 @pytest.fixture
 @torch.no_grad()
 def geneval(tiny_config, tiny_open_clip, tmp_path, monkeypatch) -> Case:
-    """A detector that finds six cats in every picture, each as large as the picture."""
+    """A detector that finds six cats in every image, each as large as the image."""
     state = mmdet_state_dict(version=2, **TINY_DETECTOR)
     state["panoptic_head.cls_embed.bias"][15] = 50
     for name in ("panoptic_head.mask_embed.4", "panoptic_head.pixel_decoder.mask_feature"):
@@ -98,7 +98,7 @@ def geneval(tiny_config, tiny_open_clip, tmp_path, monkeypatch) -> Case:
 
 
 def colors_by_open_clip(images: Tensor, label: str, architecture: str, file: str) -> list[str]:
-    """The colours of whole pictures of the network's own size, prompt by prompt."""
+    """The colours of whole images of the network's own size, prompt by prompt."""
     import open_clip
 
     clip = open_clip.create_model(architecture, pretrained=file).eval()
@@ -118,7 +118,7 @@ def ocr() -> Case:
     pytest.importorskip("rapidocr")
     pytest.importorskip("onnxruntime")
     return Case(
-        torch.cat([ocr_tests.picture_of(text) for text in ("OPEN 24 HOURS", "Hello World")]),
+        torch.cat([ocr_tests.image_of(text) for text in ("OPEN 24 HOURS", "Hello World")]),
         ['a sign "Open 25 Hours"', 'a mug "hello world"'],
         torch.tensor([1 - 1 / 11, 1]),
         {"backend": "rapidocr", "threads": 1},
@@ -126,33 +126,33 @@ def ocr() -> Case:
 
 
 @pytest.fixture
-def pictures() -> Tensor:
+def random_images() -> Tensor:
     """Of the CLIP models' own size, so that nothing is resized."""
-    return smooth_pictures(4, 224, 224)
+    return smooth_images(4, 224, 224)
 
 
 @pytest.fixture
-def pixels(pictures) -> Tensor:
-    return torch.cat([normalized(eight_bit(picture)) for picture in pictures])
+def pixels(random_images) -> Tensor:
+    return torch.cat([normalized(eight_bit(image)) for image in random_images])
 
 
 @pytest.fixture
-def pickscore(tiny_clip, reference_logits, pictures, pixels) -> Case:
+def pickscore(tiny_clip, reference_logits, random_images, pixels) -> Case:
     expected = reference_logits(PROMPTS, pixels).diagonal() / 26
     options = {"model": tiny_clip, "processor": tiny_clip, "dtype": "fp32", "batch_size": 3}
-    return Case(pictures, PROMPTS, expected, options, atol=1e-5)
+    return Case(random_images, PROMPTS, expected, options, atol=1e-5)
 
 
 @pytest.fixture
-def clipscore(tiny_clip, reference_logits, pictures, pixels) -> Case:
+def clipscore(tiny_clip, reference_logits, random_images, pixels) -> Case:
     expected = reference_logits(PROMPTS, pixels).diagonal() / 100
     options = {"model": tiny_clip, "dtype": "fp32", "batch_size": 3}
-    return Case(pictures, PROMPTS, expected, options)
+    return Case(random_images, PROMPTS, expected, options)
 
 
 @pytest.fixture
 @torch.no_grad()
-def aesthetic(tiny_clip, linears, pictures, pixels, tmp_path) -> Case:
+def aesthetic(tiny_clip, linears, random_images, pixels, tmp_path) -> Case:
     from transformers import CLIPVisionModelWithProjection
 
     numbers = map(str, aesthetic_tests.NUMBERS)
@@ -163,7 +163,7 @@ def aesthetic(tiny_clip, linears, pictures, pixels, tmp_path) -> Case:
     embeds = tower(pixel_values=pixels).image_embeds
     expected = mlp(embeds / embeds.norm(dim=-1, keepdim=True))[:, 0]
     options = {"model": tiny_clip, "weights": str(file), "dtype": "fp32", "batch_size": 3}
-    return Case(pictures, PROMPTS, expected, options)
+    return Case(random_images, PROMPTS, expected, options)
 
 
 @pytest.fixture
@@ -171,9 +171,9 @@ def hpsv2(recorded) -> Case:
     open_clip = pytest.importorskip("open_clip")
     open_clip.add_model_config(recorded / "small-hpsv2x.json")
     prompts = hpsv2_tests.RECORD["prompts"]
-    picture = hpsv2_tests.TENSORS["pictures/4"].permute(2, 0, 1) / 255
+    image = hpsv2_tests.TENSORS["pictures/4"].permute(2, 0, 1) / 255
     return Case(
-        picture.expand(len(prompts), -1, -1, -1),
+        image.expand(len(prompts), -1, -1, -1),
         prompts,
         torch.tensor(hpsv2_tests.RECORD["scores"][4]),
         {
@@ -190,12 +190,12 @@ def hpsv2(recorded) -> Case:
 @pytest.fixture
 def imagereward(folder) -> Case:
     prompts = imagereward_tests.PROMPTS
-    # Two pictures of one size, in turns.
+    # Two images of one size, in turns.
     rows = [(6 + i % 2, i) for i in range(len(prompts))]
     return Case(
-        torch.stack([imagereward_tests.PICTURES[picture] for picture, _ in rows]),
+        torch.stack([imagereward_tests.IMAGES[image] for image, _ in rows]),
         prompts,
-        torch.tensor([imagereward_tests.RECORD["scores"][picture][i] for picture, i in rows]),
+        torch.tensor([imagereward_tests.RECORD["scores"][image][i] for image, i in rows]),
         {
             "backend": "transformers",
             "weights": str(folder / "ImageReward.pt"),
@@ -214,7 +214,7 @@ def unifiedreward(server) -> Case:
     marks = dict(zip(PROMPTS, (2, 5, 1.5, 3), strict=True))
     server.reply = lambda prompt, attempt: unifiedreward_tests.marked(marks[prompt])
     return Case(
-        smooth_pictures(4, 8, 8),
+        smooth_images(4, 8, 8),
         PROMPTS,
         torch.tensor([marks[prompt] / 5 for prompt in PROMPTS]),
         {
@@ -244,9 +244,9 @@ def jpeg_compressibility() -> Case:
     g = np.random.default_rng(0)
     pixels = [g.integers(0, top, (40, 56, 3), dtype=np.uint8) for top in (64, 255, 1)]
     sizes = []
-    for picture in pixels:
+    for image in pixels:
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, format="JPEG", quality=95)
+        Image.fromarray(image).save(buffer, format="JPEG", quality=95)
         sizes.append(len(buffer.getvalue()))
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
     return Case(images, [""] * 3, -torch.tensor(sizes) / 500_000)
@@ -259,7 +259,7 @@ def jpeg_incompressibility(jpeg_compressibility) -> Case:
 
 
 @pytest.fixture
-def picture_statistics() -> Case:
+def image_statistics() -> Case:
     images = torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(3))
     images = (images * 255).round() / 255  # as rewards see them
     expected = torch.from_numpy(images.numpy().mean(axis=(1, 2, 3)))
@@ -279,7 +279,7 @@ CASES = (
     "shapes",
     "jpeg_compressibility",
     "jpeg_incompressibility",
-    "picture_statistics",
+    "image_statistics",
 )
 
 
@@ -288,7 +288,7 @@ def test_every_registered_reward_has_a_case():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_configured_reward_scores_every_picture_in_order(name, request):
+def test_a_configured_reward_scores_every_image_in_order(name, request):
     case: Case = request.getfixturevalue(name)
     count = len(case.prompts)
     metadata = case.metadata or [{} for _ in range(count)]

@@ -1,4 +1,4 @@
-"""The built-in world's reward on pictures drawn by hand."""
+"""The built-in world's reward on images drawn by hand."""
 
 import torch
 
@@ -6,7 +6,7 @@ from diffusion_nft.data.prompts import load_prompts
 from diffusion_nft.rewards.shapes import ShapesReward
 
 
-def test_blank_pictures_fail_and_components_are_verdicts():
+def test_blank_images_fail_and_components_are_verdicts():
     prompts = load_prompts("shapes", "test")[:6]
     reward = ShapesReward(torch.device("cpu"))
     images = torch.ones(6, 3, 48, 48)

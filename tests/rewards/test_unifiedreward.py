@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rewards.conftest import CPU, eight_bit, smooth_pictures
+from rewards.conftest import CPU, eight_bit, smooth_images
 
 from diffusion_nft.rewards import RewardOutput, unifiedreward
 from diffusion_nft.rewards.unifiedreward import UnifiedRewardReward, score_of
@@ -67,7 +67,7 @@ def completion(content: str | None) -> str:
 
 
 def marked(mark: float) -> Reply:
-    return Reply(completion(f"The picture shows it.\nFinal Score: {mark}"))
+    return Reply(completion(f"The image shows it.\nFinal Score: {mark}"))
 
 
 STALL = Reply("", delay=60)
@@ -200,7 +200,7 @@ def score(reward: UnifiedRewardReward, *prompts: str) -> list[float]:
 
 
 def test_the_request_is_the_published_one(server):
-    images = smooth_pictures(2, 64, 96)
+    images = smooth_images(2, 64, 96)
     prompts = [" a {red} cat\n", 'two “cubes”, "No. 5"\n[on a table]']
     scores = build(server, concurrency=1)(images, prompts, [{}] * 2).scores
     assert scores.tolist() == [0.8, 0.8]
@@ -221,10 +221,10 @@ def test_the_request_is_the_published_one(server):
         }
         head, data = url.split(",")
         assert head == "data:image;base64"
-        picture = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-        assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (512, 512))
+        sent = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+        assert (sent.format, sent.mode, sent.size) == ("PNG", "RGB", (512, 512))
         expected = eight_bit(image).resize((512, 512), Image.Resampling.BICUBIC)
-        assert np.array_equal(picture, expected)
+        assert np.array_equal(sent, expected)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_score_of(answer, mark):
 
 def test_order_is_kept_and_requests_in_flight_are_bounded(server):
     delays = random.Random(0)
-    marks = {f"picture {i}": 1 + i / 8 for i in range(33)}
+    marks = {f"image {i}": 1 + i / 8 for i in range(33)}
     first = threading.Barrier(4, timeout=10)  # passes only if four requests are there at once
 
     def reply(prompt, attempt):
@@ -268,14 +268,14 @@ def test_order_is_kept_and_requests_in_flight_are_bounded(server):
     assert server.most_in_flight == 4
 
 
-def test_no_pictures_no_requests(server):
+def test_no_images_no_requests(server):
     assert score(build(server)) == []
     assert server.requests == []
 
 
 def test_any_thread_may_call_and_nothing_is_left_behind(server):
     reward = build(server, concurrency=4)
-    prompts = [f"picture {i}" for i in range(12)]
+    prompts = [f"image {i}" for i in range(12)]
     score(reward, *prompts)  # tqdm starts a thread of its own at its first use
 
     before = set(threading.enumerate())
@@ -380,7 +380,7 @@ def test_the_first_error_cancels_what_has_not_begun(server):
 
 
 def test_prompts_are_counted(server):
-    with pytest.raises(ValueError, match="1 pictures but 2 prompts"):
+    with pytest.raises(ValueError, match="1 images but 2 prompts"):
         build(server)(torch.zeros(1, 3, 8, 8), ["a", "b"], [{}] * 2)
 
 

@@ -150,7 +150,7 @@ def test_more_epochs_and_other_memory_knobs_continue_a_run(copy, four_epochs):
     assert_same_state(copy, four_epochs)
 
 
-def test_more_epochs_draw_a_new_before_and_after_picture(copy):
+def test_more_epochs_draw_a_new_before_and_after_image(copy):
     before = (copy / "before_after.png").read_bytes()
     train_here(copy, SETTINGS | {"num_epochs": 4, "eval.num_steps": 2})
     assert (copy / "before_after.png").read_bytes() != before
@@ -231,7 +231,7 @@ def test_a_run_on_changed_prompts_compares_nothing_with_the_former_ones(tmp_path
     prompts, run_dir = tmp_path / "prompts", tmp_path / "run"
     write_prompts(prompts, slice(0, 4))
     settings = SETTINGS | {"dataset": str(prompts), "log.num_images": 0}
-    settings |= {"monitor.max_picture_change": 0.001, "monitor.max_diversity_drop": 0.001}
+    settings |= {"monitor.max_image_change": 0.001, "monitor.max_diversity_drop": 0.001}
     train_here(run_dir, settings | {"num_epochs": 1})
     (first,) = [row for row in read_metrics(run_dir / "metrics.jsonl") if "eval/total" in row]
     write_prompts(prompts, slice(-4, None))

@@ -35,8 +35,8 @@ from diffusion_nft.validation.inputs import hash_prompts
         ("distributed.timeout_minutes", 1.0),
         ("run_name", "other"),
         ("allow_changed_prompts", True),
-        ("remote_timeout_seconds", 1.0),
-        ("eval.rewards", ("jpeg_compressibility",)),
+        ("reward_server_timeout_seconds", 1.0),
+        ("eval.held_out_rewards", ("jpeg_compressibility",)),
     ],
 )
 def test_knobs_may_change(smoke_config, key, value):
@@ -145,12 +145,12 @@ def test_nodes_with_different_prompts_are_refused_on_every_rank(tmp_path, monkey
 
 def test_a_reward_may_move_to_a_server_and_back_but_not_change_its_options(smoke_config):
     write_config(smoke_config)
-    with smoke_config.remote.unlocked():
-        smoke_config.remote.shapes = ("http://gpu7:8000",)
+    with smoke_config.reward_servers.unlocked():
+        smoke_config.reward_servers.shapes = ("http://gpu7:8000",)
     check_run_dir(smoke_config)
     write_config(smoke_config)
-    with smoke_config.remote.unlocked():
-        del smoke_config.remote.shapes
+    with smoke_config.reward_servers.unlocked():
+        del smoke_config.reward_servers.shapes
     check_run_dir(smoke_config)
     with smoke_config.reward_options.unlocked():
         smoke_config.reward_options.shapes = {"rule": "lenient"}
@@ -168,11 +168,11 @@ def test_where_and_how_fast_a_reward_computes_may_change():
 
 
 def test_tuples_come_back_from_the_file_as_they_went(smoke_config, tmp_path):
-    smoke_config.eval.rewards = ("ocr",)
+    smoke_config.eval.held_out_rewards = ("ocr",)
     write_config(smoke_config)
     written = json.loads((tmp_path / "run" / "config.json").read_text())
     assert written == flatten(smoke_config)
-    assert written["eval.rewards"] == ["ocr"]
+    assert written["eval.held_out_rewards"] == ["ocr"]
 
 
 def test_the_file_is_the_flat_configuration(smoke_config, tmp_path):

@@ -220,8 +220,8 @@ def test_exponents_are_slopes_and_the_curves_are_drawn(benchmark, tmp_path):
     assert exponents == pytest.approx({"epoch": 1.5, "training": 0.0})
     curve = {"sizes": sizes, "seconds": seconds, "exponents": exponents}
     scaling.draw({"groups": curve, "ranks": curve}, tmp_path / "scaling.png")
-    with Image.open(tmp_path / "scaling.png") as picture:
-        assert picture.width > picture.height > 100
+    with Image.open(tmp_path / "scaling.png") as image:
+        assert image.width > image.height > 100
 
 
 def test_a_size_is_timed_with_the_products_own_epochs(benchmark, tmp_path):

@@ -46,7 +46,7 @@ def test_rewards_that_run_anywhere_pass(capsys):
     assert rows.keys() == {"shapes", "jpeg_compressibility"}
     for cells in rows.values():
         assert cells[:4] == ["yes"] * 4
-    # Two true pictures of the built-in world, by its verifier.
+    # Two true images of the built-in world, by its verifier.
     assert rows["shapes"][-2:] == ["1.000", "1.000"]
 
 
@@ -105,8 +105,8 @@ def test_a_served_reward_that_is_down_names_its_server(capsys, tmp_path, monkeyp
         f"import runpy\npresets = runpy.run_path({str(ROOT / 'config/nft.py')!r})\n"
         "def get_config(name):\n"
         "    config = presets['get_config'](name)\n"
-        "    with config.remote.unlocked():\n"
-        "        config.remote.shapes = ('http://127.0.0.1:9',)\n"
+        "    with config.reward_servers.unlocked():\n"
+        "        config.reward_servers.shapes = ('http://127.0.0.1:9',)\n"
         "    return config\n"
     )
     code, _, rest = check(capsys, "--config", f"{preset}:shapes_smoke")

@@ -49,7 +49,7 @@ def test_without_the_lora_the_numbers_are_the_base_models(run_dir, tmp_path):
     assert averages(tmp_path)["diversity"] != averages(run_dir / "eval" / "epoch-000002")
 
 
-def test_another_seed_draws_other_pictures(run_dir, tmp_path):
+def test_another_seed_draws_other_images(run_dir, tmp_path):
     checkpoint = run_dir / "checkpoints" / "checkpoint-4"
     flags = ("--checkpoint_path", checkpoint, "--limit", 6, "--reward", "jpeg_compressibility")
     evaluation(*flags, "--output_dir", tmp_path / "a")
@@ -57,7 +57,7 @@ def test_another_seed_draws_other_pictures(run_dir, tmp_path):
     assert scores(tmp_path / "a") != scores(tmp_path / "b")
 
 
-def test_saved_pictures_can_be_scored_later(run_dir, tmp_path, monkeypatch):
+def test_saved_images_can_be_scored_later(run_dir, tmp_path, monkeypatch):
     rewards = ("--reward", "shapes,jpeg_compressibility")
     here = ("--checkpoint_path", run_dir, "--output_dir", tmp_path, "--limit", 3)
     evaluation(*here, *rewards, "--save_images")
@@ -65,10 +65,10 @@ def test_saved_pictures_can_be_scored_later(run_dir, tmp_path, monkeypatch):
     assert len(first) == 3 and len(list((tmp_path / "images").iterdir())) == 3
     rows = (tmp_path / "evaluation_results.jsonl").read_text().splitlines()
     assert (tmp_path / json.loads(rows[2])["image_path"]).is_file()
-    # Without the checkpoint: the pictures do not need it.
+    # Without the checkpoint: the images do not need it.
     there = ("--dataset", "shapes", "--output_dir", tmp_path, "--limit", 3, "--rescore")
     evaluation(*there, "--reward", "jpeg_incompressibility")
-    # The earlier scores stay, and so do the settings of the pictures; "total" is of all rewards.
+    # The earlier scores stay, and so do the settings of the images; "total" is of all rewards.
     for row, expected in zip(scores(tmp_path), first, strict=True):
         assert row.keys() == expected.keys() | {"jpeg_incompressibility"}
         assert row["shapes"] == expected["shapes"]
@@ -129,13 +129,16 @@ def test_480_lines_on_1_2_and_3_processes(tmp_path):
         (("--dataset", "shapes", "--pretrained", "shapes", "--resolution", "64"), "48 pixels only"),
         (("--dataset", "shapes", "--guidance_scale", "-3"), "[1, inf)"),
         (("--dataset", "shapes", "--skip_rewards", "shapes"), "leaves no reward"),
-        (("--dataset", "shapes", "--remote", "ocr=http://127.0.0.1:9"), "not among the rewards"),
+        (
+            ("--dataset", "shapes", "--reward_servers", "ocr=http://127.0.0.1:9"),
+            "not among the rewards",
+        ),
         (("--dataset", "shapes", "--option", "ocr.threads=2"), "not among the rewards"),
         (("--dataset", "shapes", "--option", "shapes.rul=lenient"), "no option 'rul'"),
         (("--dataset", "shapes", "--option", "shapes.rule=lennient"), "lennient"),
         (("--dataset", "shapes", "--option", "shapes=lenient"), "no option"),
         (("--dataset", "shapes", "--option", "pikscore.dtype=fp16"), "pikscore"),
-        (("--dataset", "shapes", "--remote", "shapes=nowhere"), "no address"),
+        (("--dataset", "shapes", "--reward_servers", "shapes=nowhere"), "no address"),
         ((), "--dataset"),
     ],
 )

@@ -70,8 +70,8 @@ def runner():
 
 @pytest.fixture
 def tiny(runner, tmp_path, monkeypatch):
-    """The command on an experiment of two arms and two seeds, with a training script that pretends;
-    ``tiny.steps`` is what the second arm changes.
+    """The command on an experiment of two variants and two seeds, with a training script that
+    pretends; ``tiny.steps`` is what the second variant changes.
     """
     import diffusion_nft.experiments.grid as grid
 
@@ -84,10 +84,10 @@ def tiny(runner, tmp_path, monkeypatch):
     world = SimpleNamespace(steps=2, results=tmp_path / "results", runs=tmp_path / "runs")
 
     def load(path):
-        few = real.Arm("shapes_smoke", {"sample.num_steps": world.steps})
+        few = real.Variant("shapes_smoke", {"sample.num_steps": world.steps})
         experiment = real.Experiment(
             question="Which?",
-            arms={"plain": real.Arm("shapes_smoke"), "few": few},
+            variants={"plain": real.Variant("shapes_smoke"), "few": few},
             baseline="plain",
             common={"eval.num_steps": 3},
             seeds=(1, 2),
@@ -107,27 +107,27 @@ def named_runs(runner, tmp_path):
     import diffusion_nft.experiments.grid as grid
 
     args = SimpleNamespace(
-        seeds=None, arms=None, runs=tmp_path / "runs", results=tmp_path / "results"
+        seeds=None, variants=None, runs=tmp_path / "runs", results=tmp_path / "results"
     )
     for name, experiment in load_file(ROOT / "config" / "experiments.py").EXPERIMENTS.items():
         yield name, experiment, grid.plan(name, experiment, args)
 
 
-# Arms that are evaluated with guidance, after other epochs.
+# Variants that are evaluated with guidance, after other epochs.
 GUIDED = ("flow-grpo-cfg", "cfg-lr-1e-3", "cfg-lr-3e-3", "cfg-in-evaluation")
 
 
-def test_the_named_experiments_are_sound_and_their_arms_evaluated_alike(runner, tmp_path):
+def test_the_named_experiments_are_sound_and_their_variants_evaluated_alike(runner, tmp_path):
     import diffusion_nft.experiments.results as results
 
     for name, experiment, runs in named_runs(runner, tmp_path):
-        assert experiment.baseline in experiment.arms
-        assert all(re.fullmatch(r"[a-z0-9_-]+", word) for word in (name, *experiment.arms))
-        assert len({run.result for run in runs}) == len(experiment.arms) * len(experiment.seeds)
+        assert experiment.baseline in experiment.variants
+        assert all(re.fullmatch(r"[a-z0-9_-]+", word) for word in (name, *experiment.variants))
+        assert len({run.result for run in runs}) == len(experiment.variants) * len(experiment.seeds)
         evaluated = {
             json.dumps({k: v for k, v in flatten(run.config).items() if k.startswith("eval")})
             for run in runs
-            if run.arm not in GUIDED
+            if run.variant not in GUIDED
         }
         assert len(evaluated) == 1
         assert all(run.config.num_epochs / run.config.eval_freq >= 2 for run in runs)
@@ -145,7 +145,7 @@ def test_fewer_and_more_steps_train_at_as_many_sigmas(runner, tmp_path):
         if run.config.sample.solver != "dpm2":
             continue
         _, visited = solve("dpm2", lambda x, sigma: torch.zeros_like(x), start, sigmas, shift=1.0)
-        used[run.arm] = int(len(visited) * run.config.train.timestep_fraction)
+        used[run.variant] = int(len(visited) * run.config.train.timestep_fraction)
     assert used["dpm2-10"] == used["dpm2-5"] == used["dpm2-20"] == 3
 
 
@@ -160,7 +160,7 @@ def test_a_runs_command_gives_its_configuration(runner, tmp_path, monkeypatch):
             assert flatten(config.value) == flatten(run.config)
 
 
-def test_every_arm_runs_with_every_seed_and_once(tiny, monkeypatch, capsys):
+def test_every_variant_runs_with_every_seed_and_once(tiny, monkeypatch, capsys):
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     tiny.run("--jobs", 2)
     names = ["few-seed1.jsonl", "few-seed2.jsonl", "plain-seed1.jsonl", "plain-seed2.jsonl"]
@@ -175,15 +175,15 @@ def test_every_arm_runs_with_every_seed_and_once(tiny, monkeypatch, capsys):
     assert "4 of them finished before" in capsys.readouterr().out
     assert log.read_text().count("threads") == 1
     (tiny.results / "tiny" / names[0]).unlink()
-    tiny.run("--arms", "plain")
+    tiny.run("--variants", "plain")
     assert len(tiny.found()) == 3
 
 
 def test_a_result_says_what_ran_and_sums_the_epochs(tiny, runner):
-    tiny.run("--arms", "few", "--seeds", 7)
+    tiny.run("--variants", "few", "--seeds", 7)
     text = (tiny.results / "tiny" / "few-seed7.jsonl").read_text()
     about, *rows = map(json.loads, text.splitlines())
-    assert (about["experiment"], about["arm"], about["seed"]) == ("tiny", "few", 7)
+    assert (about["experiment"], about["variant"], about["seed"]) == ("tiny", "few", 7)
     assert about["changes"] == {"eval.num_steps": 3, "sample.num_steps": 2}
     assert about["git_revision"] == "abc" and about["versions"]["torch"] == "2"
     assert about["machine"]["jobs"] == about["starts"] == 1
@@ -201,17 +201,22 @@ def test_a_result_says_what_ran_and_sums_the_epochs(tiny, runner):
 
 
 def test_what_another_experiment_has_run_is_taken_over(tiny, capsys):
-    tiny.run("--arms", "few", "--seeds", 1)
+    tiny.run("--variants", "few", "--seeds", 1)
     other = tiny.results / "other" / "less-seed1.jsonl"
     other.parent.mkdir()
     result = tiny.results / "tiny" / "few-seed1.jsonl"
     about, numbers = result.read_text().split("\n", 1)
     header = json.loads(about)
-    theirs = header | {"experiment": "other", "arm": "less", "baseline": "more", "question": "?"}
+    theirs = header | {
+        "experiment": "other",
+        "variant": "less",
+        "baseline": "more",
+        "question": "?",
+    }
     other.write_text(f"{json.dumps(theirs)}\n{numbers}")
     result.unlink()
     capsys.readouterr()
-    tiny.run("--arms", "few")
+    tiny.run("--variants", "few")
     printed = capsys.readouterr().out
     assert f"tiny few seed 1: the run of {other}" in printed
     # Of seed 2 there is none.
@@ -224,28 +229,28 @@ def test_what_another_experiment_has_run_is_taken_over(tiny, capsys):
     other.write_text(f"{json.dumps(theirs)}\n{numbers}")
     for path in tiny.runs.rglob("*.jsonl"):
         path.unlink()
-    tiny.run("--arms", "few", "--seeds", 1)
+    tiny.run("--variants", "few", "--seeds", 1)
     assert "tiny few seed 1: started" in capsys.readouterr().out
 
 
 def test_results_on_other_prompts_are_neither_finished_nor_taken_over(tiny, capsys):
-    tiny.run("--arms", "few", "--seeds", 1)
+    tiny.run("--variants", "few", "--seeds", 1)
     result = tiny.results / "tiny" / "few-seed1.jsonl"
     about, numbers = result.read_text().split("\n", 1)
     header = json.loads(about)
     header["prompts"]["shapes"]["test"] = "0"
     result.write_text(f"{json.dumps(header)}\n{numbers}")
     with pytest.raises(ValueError, match="the test prompts of dataset shapes"):
-        tiny.run("--arms", "few", "--seeds", 1)
+        tiny.run("--variants", "few", "--seeds", 1)
     (tiny.results / "other").mkdir()
     result.rename(tiny.results / "other" / "few-seed1.jsonl")
     capsys.readouterr()
-    tiny.run("--arms", "few", "--seeds", 1)
+    tiny.run("--variants", "few", "--seeds", 1)
     assert "tiny few seed 1: started" in capsys.readouterr().out
     # Results of versions that did not note their prompts stay.
     del header["prompts"]
     result.write_text(f"{json.dumps(header)}\n{numbers}")
-    tiny.run("--arms", "few", "--seeds", 1)
+    tiny.run("--variants", "few", "--seeds", 1)
     assert "1 of them finished before" in capsys.readouterr().out
 
 
@@ -266,7 +271,7 @@ def test_a_failing_run_leaves_the_others_and_is_named(tiny, monkeypatch, capsys)
 def test_a_run_without_its_costs_has_no_result(tiny, monkeypatch, capsys):
     monkeypatch.setenv("FAKE", "free plain-seed1")
     with pytest.raises(SystemExit):
-        tiny.run("--arms", "plain", "--seeds", 1)
+        tiny.run("--variants", "plain", "--seeds", 1)
     assert "epoch 1 in" in (printed := capsys.readouterr().out) and "cost/forwards" in printed
     assert tiny.found() == []
 
@@ -282,20 +287,20 @@ def test_a_stop_ends_the_runs_and_the_same_command_continues(tiny, monkeypatch, 
 
     threading.Thread(target=stop, daemon=True).start()
     with pytest.raises(SystemExit) as stopped:
-        tiny.run("--arms", "few")
+        tiny.run("--variants", "few")
     assert stopped.value.code == "stopped; the same command continues"
     printed = capsys.readouterr().out
     assert "tiny few seed 1: stopped" in printed and "seed 2" not in printed
     assert tiny.found() == []
 
     monkeypatch.delenv("FAKE")
-    tiny.run("--arms", "few", "--seeds", 1)
+    tiny.run("--variants", "few", "--seeds", 1)
     about, *rows = (tiny.results / "tiny" / "few-seed1.jsonl").read_text().splitlines()
     assert json.loads(about)["starts"] == 2 and len(rows) == 4
 
 
-def test_results_of_an_arm_that_has_changed_are_refused(tiny, capsys):
-    tiny.run("--arms", "few", "--seeds", 1)
+def test_results_of_a_variant_that_has_changed_are_refused(tiny, capsys):
+    tiny.run("--variants", "few", "--seeds", 1)
     tiny.steps = 3
     with pytest.raises(ValueError) as stopped:
         tiny.run()
@@ -303,7 +308,7 @@ def test_results_of_an_arm_that_has_changed_are_refused(tiny, capsys):
     assert f"tiny few seed 1 has changed since {result}:" in str(stopped.value)
     assert "sample.num_steps: 2 -> 3" in str(stopped.value)
     assert tiny.starts() == ["few-seed1"]
-    # Neither does the run directory of the former arm become a result of the new one.
+    # Neither does the run directory of the former variant become a result of the new one.
     result.unlink()
     with pytest.raises(ValueError) as stopped:
         tiny.run()
@@ -314,15 +319,15 @@ def test_results_of_an_arm_that_has_changed_are_refused(tiny, capsys):
 
 
 def test_a_key_of_a_later_version_does_not_make_results_old(tiny):
-    tiny.run("--arms", "few", "--seeds", 1)
+    tiny.run("--variants", "few", "--seeds", 1)
     result = tiny.results / "tiny" / "few-seed1.jsonl"
     about, *rows = result.read_text().splitlines()
     about = json.loads(about)
     del about["config"]["train.ema_decay"], about["config"]["sample.num_steps"]
     result.write_text("\n".join([json.dumps(about), *rows]))
     with pytest.raises(ValueError) as stopped:
-        tiny.run("--arms", "few", "--seeds", 1)
-    # The arm sets this one itself.
+        tiny.run("--variants", "few", "--seeds", 1)
+    # The variant sets this one itself.
     assert "sample.num_steps: '(absent)' -> 2" in str(stopped.value)
     assert "ema_decay" not in str(stopped.value)
 
@@ -332,9 +337,9 @@ def test_a_key_of_a_later_version_does_not_make_results_old(tiny):
     [
         (("nothing",), "invalid choice: 'nothing'"),
         ((), "name an experiment"),
-        (("tiny", "--arms", "fewer"), "--arms fewer: choose from plain, few"),
+        (("tiny", "--variants", "fewer"), "--variants fewer: choose from plain, few"),
         (("tiny", "--jobs", 0), "--jobs: must be at least 1, not 0"),
-        (("tiny", "tiny", "--arms", "few"), "--arms are those of one experiment"),
+        (("tiny", "tiny", "--variants", "few"), "--variants are those of one experiment"),
     ],
 )
 def test_a_wrong_command_line_is_refused(tiny, runner, capsys, given, message):
@@ -346,16 +351,16 @@ def test_a_wrong_command_line_is_refused(tiny, runner, capsys, given, message):
 @pytest.mark.parametrize(
     "steps, message", [(0, "sample.num_steps"), ("ten", "cannot be casted to type <class 'int'>")]
 )
-def test_an_arm_that_cannot_run_is_refused_before_any_runs(tiny, steps, message):
+def test_a_variant_that_cannot_run_is_refused_before_any_runs(tiny, steps, message):
     tiny.steps = steps
     with pytest.raises(ValueError) as stopped:
         tiny.run()
-    assert "tiny, arm few: " in str(stopped.value) and message in str(stopped.value)
+    assert "tiny, variant few: " in str(stopped.value) and message in str(stopped.value)
     assert not tiny.runs.exists()
 
 
-def test_the_list_names_arms_and_finished_seeds(tiny, runner, capsys):
-    tiny.run("--arms", "few", "--seeds", 2)
+def test_the_list_names_variants_and_finished_seeds(tiny, runner, capsys):
+    tiny.run("--variants", "few", "--seeds", 2)
     capsys.readouterr()
     call(runner, "--list", *tiny.folders)
     assert capsys.readouterr().out.splitlines() == [
@@ -365,12 +370,12 @@ def test_the_list_names_arms_and_finished_seeds(tiny, runner, capsys):
     ]
 
 
-def made_run(runner, tiny, arm: str = "plain", **changes):
+def made_run(runner, tiny, variant: str = "plain", **changes):
     import diffusion_nft.experiments.grid as grid
 
     experiment = runner.load_file(None).EXPERIMENTS["tiny"]
     args = SimpleNamespace(runs=tiny.runs, results=tiny.results)
-    run = grid.make_run("tiny", experiment, arm, 1, args)
+    run = grid.make_run("tiny", experiment, variant, 1, args)
     run.config.update_from_flattened_dict(changes)
     return run
 

@@ -18,7 +18,7 @@ def plot():
     return script("experiments_plot")
 
 
-# Final strict accuracies by arm and seed; all start at .25 and cost 2000 forward-equivalents.
+# Final strict accuracies by variant and seed; all start at .25 and cost 2000 forward-equivalents.
 FINALS = {
     "base": {1: 0.50, 2: 0.60, 3: 0.55},
     "better": {1: 0.60, 2: 0.72, 3: 0.63, 4: 0.70},
@@ -32,11 +32,16 @@ def results(tmp_path):
     folder = tmp_path / "results" / "made"
     folder.mkdir(parents=True)
     machine = {"cpu": "Cpu", "cores": 2, "threads": "1", "jobs": 2, "device": "cpu"}
-    for arm, finals in FINALS.items():
+    for variant, finals in FINALS.items():
         for seed, final in finals.items():
-            about = {"experiment": "made", "question": "Which?", "baseline": "base", "arm": arm}
+            about = {
+                "experiment": "made",
+                "question": "Which?",
+                "baseline": "base",
+                "variant": variant,
+            }
             about |= {"seed": seed, "preset": "p", "changes": {}, "machine": machine}
-            about |= {"git_revision": "0123456789ab", "git_dirty": arm == "short"}
+            about |= {"git_revision": "0123456789ab", "git_dirty": variant == "short"}
             lines = [about | {"backward_over_forward": 1.25}]
             for epoch, strict in enumerate((0.25, (0.25 + final) / 2, final)):
                 line = {"epoch": epoch, "seconds": 10.0 * epoch * seed, "eval/total": strict}
@@ -46,25 +51,25 @@ def results(tmp_path):
                 line |= {"eval/shapes/strict": strict, "eval/shapes/stricter": 0.4}
                 lines += [line | {"eval/tag/colors/shapes/strict": strict / 2}]
             text = "\n".join(map(json.dumps, lines)) + "\n"
-            (folder / f"{arm}-seed{seed}.jsonl").write_text(text)
+            (folder / f"{variant}-seed{seed}.jsonl").write_text(text)
     return folder
 
 
 def colours(path, height: int) -> set[tuple[int, ...]]:
     """Of a figure that is wide and at least ``height`` high."""
-    with Image.open(path) as picture:
-        assert picture.width > 1000 and picture.height > height
-        return {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
+    with Image.open(path) as image:
+        assert image.width > 1000 and image.height > height
+        return {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
 
 
 def blue(plot) -> tuple[int, ...]:
-    """The first arm's colour."""
+    """The first variant's colour."""
     return tuple(bytes.fromhex(plot.COLOURS[0].removeprefix("#")))
 
 
-def row_of(results, arm: str) -> dict[str, str]:
-    head, *rows = tables.by_arm(comparison.read(results), "base")
-    return next(dict(zip(head, row, strict=True)) for row in rows if row[0] == arm)
+def row_of(results, variant: str) -> dict[str, str]:
+    head, *rows = tables.by_variant(comparison.read(results), "base")
+    return next(dict(zip(head, row, strict=True)) for row in rows if row[0] == variant)
 
 
 def test_the_table_is_what_one_computes_by_hand(results):
@@ -106,7 +111,7 @@ def test_the_adjustment_is_for_the_tests_of_the_table(results):
         rows[-1]["eval/shapes/strict"] = final
         text = "\n".join(map(json.dumps, [about, *rows]))
         (results / f"shifted-seed{seed}.jsonl").write_text(text + "\n")
-    better, shifted = (row_of(results, arm) for arm in ("better", "shifted"))
+    better, shifted = (row_of(results, variant) for variant in ("better", "shifted"))
     assert float(better["p"]) < float(shifted["p"]) == float(shifted["p, Holm"])
     assert float(better["p, Holm"]) == pytest.approx(2 * float(better["p"]), abs=1e-3)
     assert row_of(results, "short")["p, Holm"] == "–"
@@ -133,7 +138,7 @@ def test_what_training_did_and_the_comparison_at_equal_time(results):
     assert text.startswith(f"+{mean:.3f} [".replace("0.", ".")) and text.endswith(", at 20 s")
 
 
-def test_where_the_baseline_reaches_an_arms_end(results):
+def test_where_the_baseline_reaches_a_variants_end(results):
     # On base's lines .40, .50 and .45 lie at 1200, 1429 and 1333 of 2000 forward-equivalents.
     row = row_of(results, "shifted")
     assert row["base is there after"] == ".660 (.600 to .714)"
@@ -148,14 +153,14 @@ def test_where_the_baseline_reaches_an_arms_end(results):
 
 
 @pytest.mark.parametrize(
-    "arm, text", [("short", "-.050, n=2: not tested"), ("shifted", "-.100 for each of n=3")]
+    "variant, text", [("short", "-.050, n=2: not tested"), ("shifted", "-.100 for each of n=3")]
 )
-def test_what_cannot_be_tested_is_said(results, arm, text):
-    row = row_of(results, arm)
+def test_what_cannot_be_tested_is_said(results, variant, text):
+    row = row_of(results, variant)
     assert row["against base at equal compute [95 %]"] == text and row["p"] == "–"
 
 
-def test_two_arms_are_compared_where_their_cheapest_run_ended(results):
+def test_two_variants_are_compared_where_their_cheapest_run_ended(results):
     for seed in (1, 2, 3, 4):
         path = results / f"better-seed{seed}.jsonl"
         path.write_text("\n".join(path.read_text().splitlines()[:-2]) + "\n")
@@ -183,9 +188,9 @@ def test_figure_and_page_are_made_and_the_page_tells_how(plot, results, tmp_path
     assert page in capsys.readouterr().out
     again = f"python scripts/experiments_plot.py made --results {results.parent} --output {output}"
     assert f"    {again}\n" in page
-    assert "--arms base shifted --seeds 1 2 3 --jobs 2\n" in page
-    assert "--arms better --seeds 1 2 3 4 --jobs 2\n" in page
-    assert "--arms short --seeds 1 2 --jobs 2\n" in page
+    assert "--variants base shifted --seeds 1 2 3 --jobs 2\n" in page
+    assert "--variants better --seeds 1 2 3 4 --jobs 2\n" in page
+    assert "--variants short --seeds 1 2 --jobs 2\n" in page
     assert "| strict by tag | colors |\n|---|---|\n| base | .125 → .275 |\n" in page
     assert "| base | .500 → .500 | – | 0: .250, 1: .400, 2: .550 | – |\n" in page
     assert "at revision 012345678, 012345678* (* with changes that were not committed)." in page
@@ -212,7 +217,7 @@ def test_results_that_do_not_belong_together_are_refused(plot, results, tmp_path
 
 
 def test_alarms_and_watched_metrics_are_shown(plot, results, tmp_path):
-    # Epochs at which each alarm is on, by arm and seed.
+    # Epochs at which each alarm is on, by variant and seed.
     on = {
         ("base", 1): {"loss/kl": (2,)},
         ("better", 1): {"loss/kl": (1, 2), "eval/diversity": (2,)},
@@ -221,8 +226,8 @@ def test_alarms_and_watched_metrics_are_shown(plot, results, tmp_path):
     for path in results.glob("*.jsonl"):
         about, *rows = map(json.loads, path.read_text().splitlines())
         about["watched"] = ["reward/mean", "eval/shapes/strict"]
-        if about["arm"] in ("base", "better"):
-            epochs = on.get((about["arm"], about["seed"]), {})
+        if about["variant"] in ("base", "better"):
+            epochs = on.get((about["variant"], about["seed"]), {})
             for row in rows:
                 name = "eval/diversity" if "eval/total" in row else "loss/kl"
                 row[f"monitor/alarm/{name}"] = int(row["epoch"] in epochs.get(name, ()))

@@ -72,9 +72,9 @@ def ours(run_dir) -> torch.Tensor:
 
     base = draw()
     policy_of_lora(model, load_lora(resolve_checkpoint(run_dir)))
-    picture = draw()
-    assert (picture - base).abs().max() > 0.01
-    return picture
+    image = draw()
+    assert (image - base).abs().max() > 0.01
+    return image
 
 
 def theirs(pipe: StableDiffusion3Pipeline) -> torch.Tensor:
@@ -93,13 +93,13 @@ def theirs(pipe: StableDiffusion3Pipeline) -> torch.Tensor:
     ).images
 
 
-def test_plain_diffusers_draws_our_picture(exported, ours):
+def test_plain_diffusers_draws_our_image(exported, ours):
     pipe = StableDiffusion3Pipeline.from_pretrained(PIPELINE_DIR)
     pipe.load_lora_weights(exported)
     assert (theirs(pipe) - ours).abs().max() <= 1e-5
 
 
-def test_the_merged_pipeline_draws_our_picture(exported, ours):
+def test_the_merged_pipeline_draws_our_image(exported, ours):
     """But for float32's rounding of each merged weight: 7e-7 when this was written."""
     pipe = StableDiffusion3Pipeline.from_pretrained(exported)
     assert pipe.transformer.dtype == torch.float32
@@ -154,7 +154,7 @@ def run_snippet(folder: Path, monkeypatch) -> Image.Image:
     assert len(code) == 1
     monkeypatch.chdir(folder)
     exec(compile(code[0], "README.md", "exec"), {})
-    return Image.open(folder / "picture.png")
+    return Image.open(folder / "image.png")
 
 
 def test_the_cards_snippet_runs(run_dir, exported, tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def test_the_cards_snippet_runs(run_dir, exported, tmp_path, monkeypatch):
     assert not (tmp_path / "lora" / "model_index.json").exists()
 
 
-def test_an_earlier_checkpoint_shows_neither_later_numbers_nor_later_pictures(run_dir, tmp_path):
+def test_an_earlier_checkpoint_shows_neither_later_numbers_nor_later_images(run_dir, tmp_path):
     earlier = run_dir / "checkpoints" / "checkpoint-2"
     call(export, "--checkpoint_path", earlier, "--output_dir", tmp_path)
     card = (tmp_path / "README.md").read_text()

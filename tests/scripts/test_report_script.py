@@ -67,7 +67,7 @@ def epoch_row(epoch: int, **changes) -> dict:
     row = {"step": 2 * epoch, "epoch": epoch, "loss/policy": 3.0, "loss/kl": 0.01 * epoch}
     row |= {"optim/grad_norm": 0.1, "optim/learning_rate": 1e-3, "optim/old_policy_decay": 0.0}
     row |= {"optim/skipped_steps": 0, "reward/mean": 0.5 + 0.01 * epoch, "reward/std": 0.1}
-    row |= {"reward/diversity": 0.2, "reward/zero_std_groups": 0.0, "time/sample": 6.0}
+    row |= {"reward/diversity": 0.2, "reward/frac_zero_std": 0.0, "time/sample": 6.0}
     row |= {"time/train": 4.0, "time/epoch": 10.0, "time/images_per_second": 19.2}
     return row | {"cost/forwards": 3000, "cost/backwards": 500} | changes
 
@@ -94,7 +94,7 @@ def add_evaluation(run, rows: list[dict], epoch: int, scores: list[float], stage
 
 
 def make_run(path, *, seed: int = 1, epochs: int = 12, planned: int = 12, rows=None, **config):
-    """A run that looks like one of the trainer's: two evaluations, starts, pictures."""
+    """A run that looks like one of the trainer's: two evaluations, starts, images."""
     path.mkdir()
     flat = {"num_epochs": planned, "pretrained.model": "shapes", "dataset": "shapes"}
     flat |= {"reward_fn.shapes": 1.0, "seed": seed, "algorithm": "nft", "save_dir": str(path)}
@@ -219,9 +219,9 @@ def test_a_run_that_has_only_begun(report, tmp_path):
         "No evaluation yet.",
         "No epoch is finished yet.",
         "There is no evaluation by tag.",
-        "There are no pictures of before and after",
+        "There are no images of before and after",
         "No two evaluations of the same lines",
-        "No pictures of training samples were saved.",
+        "No images of training samples were saved.",
         "The environment was not recorded.",
         "Not finished: 0 of 12 epochs.",
     ):
@@ -247,7 +247,7 @@ def test_stages_are_told_apart(report, tmp_path):
             "stages.2.num_epochs": 6,
             "stages.2.dataset": "other",
             "stages.2.reward_fn.ocr": 0.5,
-            "eval.rewards": ["shapes", "ocr"],
+            "eval.held_out_rewards": ["shapes", "ocr"],
         },
     )
     add_evaluation(run, rows, 0, [0.0, 0.0, 0.0, 0.0], stage=1)
@@ -319,7 +319,7 @@ def test_what_went_wrong_is_said(report, tmp_path):
     (run / "eval").rename(run / "gone")
     add_evaluation(run, rows, 0, [0.5, 0.5, 0.5, 0.5])
     rows += [epoch_row(epoch) for epoch in range(1, 6)]
-    lost = {"optim/skipped_steps": 3, "reward/zero_std_groups": 0.75, "reward/diversity": 0.1}
+    lost = {"optim/skipped_steps": 3, "reward/frac_zero_std": 0.75, "reward/diversity": 0.1}
     rows += [epoch_row(epoch, **lost, **{"loss/policy": None}) for epoch in range(6, 12)]
     add_evaluation(run, rows, 11, [0.25, 0.0, 0.0, 0.25])
     write_rows(run, rows)
@@ -353,7 +353,7 @@ def test_what_is_no_run_is_refused_in_one_line(report, tmp_path):
     assert "config.json is damaged: not JSON" in refused(report, tmp_path, empty)
     run = make_run(tmp_path / "run")
     assert "given twice" in refused(report, tmp_path, run, tmp_path / "empty" / ".." / "run")
-    (run / "before_after.png").write_bytes(b"no picture")
+    (run / "before_after.png").write_bytes(b"no image")
     assert "cannot identify image" in refused(report, tmp_path, run)
     (run / "before_after.png").unlink()
     (run / "metrics.jsonl").write_text("[]\n")
@@ -385,7 +385,7 @@ def test_captions_that_a_grid_could_not_show_are_in_the_page(report, tmp_path):
     assert "Prompts in full" in text and "1: a <b>" in text and "2: 一只猫" in text
 
 
-def test_large_pictures_are_made_smaller(report, tmp_path):
+def test_large_images_are_made_smaller(report, tmp_path):
     run = make_run(tmp_path / "run")
     draw(run / "before_after.png", 1700, 120)
     page = made(report, tmp_path, run)
@@ -446,7 +446,7 @@ def test_a_browser_shows_it_without_errors_or_requests(report, tmp_path, browser
         page.on("dialog", lambda dialog, said=said: said.append(dialog.message))
         page.on("request", lambda request, asked=asked: asked.append(request.url))
         page.goto((tmp_path / "report.html").as_uri())
-        # Nothing is wider than the screen, and every picture is shown.
+        # Nothing is wider than the screen, and every image is shown.
         assert page.evaluate("document.documentElement.scrollWidth") == width
         assert page.evaluate("[...document.images].every((i) => i.complete && i.naturalWidth > 0)")
         chart = page.locator("svg[data-chart]").first

@@ -54,11 +54,11 @@ def test_training_evaluation_and_reproduction_give_the_same_numbers(tmp_path, ca
     shown = capsys.readouterr().out
     mean = averages[0]["mean"]["shapes/strict"]["mean"]
     assert f"{mean:.3f} ±" in shown and model.name in shown
-    table = shown[shown.index("|") : shown.index("pictures and scores")].strip()
+    table = shown[shown.index("|") : shown.index("images and scores")].strip()
     assert (tmp_path / "all" / "table.md").read_text().startswith(table)
 
 
-def test_a_killed_reproduction_repeats_no_finished_picture(tmp_path):
+def test_a_killed_reproduction_repeats_no_finished_image(tmp_path):
     flags = [
         "--suite",
         "shapes",
@@ -163,7 +163,7 @@ def test_the_papers_suite_on_stand_ins(paper, tmp_path, capsys, monkeypatch):
     assert values["GenEval"] == pytest.approx(over)
     assert values["OCR"] == model["averages"]["ocr"]["mean"]["ocr"]["mean"]
     assert "reference: NFT on several rewards" in capsys.readouterr().out
-    # A reward that was left out is added later: the pictures stay, the other scores too.
+    # A reward that was left out is added later: the images stay, the other scores too.
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/*/images/*")}
     reproduce(*BUILT_IN, *out)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())

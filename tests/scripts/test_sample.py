@@ -1,4 +1,4 @@
-"""The sampling command: which pictures it draws, and what they depend on."""
+"""The sampling command: which images it draws, and what they depend on."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from diffusion_nft.images import Images
 from diffusion_nft.models.lora import Lora, export_lora, scaled
 from diffusion_nft.models.sd3 import LORA_TARGETS, SD3Model
 from diffusion_nft.randomness import generator, normal
-from diffusion_nft.shapes.model import PIPELINE_DIR, load_pipeline
+from diffusion_nft.shapes.model import PIPELINE_DIR, load_shapes_pipeline
 from diffusion_nft.utils.files import DiskError
 from tests.scripts.in_process import call, script
 
@@ -29,7 +29,7 @@ def lora(tmp_path_factory) -> Path:
     """A random LoRA of the built-in model, large enough to show."""
     g = torch.Generator().manual_seed(0)
     state = {}
-    for name, module in load_pipeline().transformer.named_modules():
+    for name, module in load_shapes_pipeline().transformer.named_modules():
         if isinstance(module, torch.nn.Linear) and name.endswith(LORA_TARGETS):
             state[f"{name}.lora_A.weight"] = torch.randn(4, module.in_features, generator=g) / 8
             state[f"{name}.lora_B.weight"] = torch.randn(module.out_features, 4, generator=g) / 8
@@ -39,17 +39,17 @@ def lora(tmp_path_factory) -> Path:
 
 
 def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.array(picture)
+    with Image.open(path) as image:
+        return np.array(image)
 
 
 def draw(folder: Path, *flags: object) -> dict[str, np.ndarray]:
-    """Name -> picture of what the command writes."""
+    """Name -> image of what the command writes."""
     call(sample, *BASE, *flags, "--output_dir", folder)
     return {path.stem: pixels(path) for path in folder.glob("*.png")}
 
 
-def test_a_picture_depends_on_its_prompt_and_seed_alone(tmp_path):
+def test_an_image_depends_on_its_prompt_and_seed_alone(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a blue square\n\na red circle\n a blue square \n")
     both = draw(tmp_path / "both", "--prompts_file", prompts, "--seeds", 0, 1)
@@ -82,11 +82,11 @@ def test_prompts_come_by_the_reader_of_prompt_sets(tmp_path):
 def test_a_failure_leaves_what_was_drawn_and_the_same_command_overwrites(tmp_path, monkeypatch):
     real, left = sample.save_png, [1]
 
-    def full(picture, path):
+    def full(image, path):
         if not left:
             raise DiskError(28, f"{path} could not be written")
         left.pop()
-        real(picture, path)
+        real(image, path)
 
     monkeypatch.setattr(sample, "save_png", full)
     asked = ("--prompt", "a red circle", "--seeds", 0, 1)
@@ -122,12 +122,12 @@ def test_the_base_beside_the_lora(tmp_path, lora):
         assert holds(pairs["grid"], np.kron(pairs[name], np.ones((3, 3, 1), np.uint8))), name
 
 
-def holds(sheet: np.ndarray, picture: np.ndarray) -> bool:
-    """Whether ``picture`` occurs in ``sheet`` as it is."""
-    height, width, _ = picture.shape
-    rows, columns = (sheet.shape[i] - picture.shape[i] + 1 for i in (0, 1))
-    corners = np.argwhere((sheet[:rows, :columns] == picture[0, 0]).all(-1))
-    return any(np.array_equal(sheet[y : y + height, x : x + width], picture) for y, x in corners)
+def holds(sheet: np.ndarray, image: np.ndarray) -> bool:
+    """Whether ``image`` occurs in ``sheet`` as it is."""
+    height, width, _ = image.shape
+    rows, columns = (sheet.shape[i] - image.shape[i] + 1 for i in (0, 1))
+    corners = np.argwhere((sheet[:rows, :columns] == image[0, 0]).all(-1))
+    return any(np.array_equal(sheet[y : y + height, x : x + width], image) for y, x in corners)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_either_adapter_of_a_published_checkpoint(tmp_path):
     config = LoraConfig(
         r=4, lora_alpha=8, target_modules=list(LORA_TARGETS), init_lora_weights=False
     )
-    wrapped = get_peft_model(load_pipeline().transformer, config)
+    wrapped = get_peft_model(load_shapes_pipeline().transformer, config)
     wrapped.add_adapter("old", config)
     wrapped.save_pretrained(str(tmp_path / "checkpoint-30" / "lora"))
     folder = tmp_path / "checkpoint-30"

@@ -20,7 +20,7 @@ from diffusion_nft.shapes.model import (
     build_tokenizer,
     build_transformer,
     build_vae,
-    load_pipeline,
+    load_shapes_pipeline,
 )
 from diffusion_nft.shapes.scene import render_batch
 from diffusion_nft.shapes.verifier import verify
@@ -28,7 +28,7 @@ from diffusion_nft.shapes.verifier import verify
 
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusion3Pipeline:
-    return load_pipeline()
+    return load_shapes_pipeline()
 
 
 def sample(pipeline, prompts, **options):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffusion_nft.shapes.captions import captions, metadata_lines, sample_scene
-from diffusion_nft.shapes.model import load_pipeline
+from diffusion_nft.shapes.model import load_shapes_pipeline
 from diffusion_nft.shapes.scene import BACKGROUND, COLORS, Object, Scene, render, render_batch
 from diffusion_nft.shapes.verifier import RULES, Detection, detect, judge, verify
 
@@ -23,13 +23,13 @@ def drawings() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def reconstructions(drawings) -> torch.Tensor:
-    vae = load_pipeline().vae
+    vae = load_shapes_pipeline().vae
     with torch.no_grad():
         latents = vae.encode(2 * drawings - 1).latent_dist.mean
         return (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
 
 
-def picture(*objects: Object) -> torch.Tensor:
+def drawing(*objects: Object) -> torch.Tensor:
     return torch.from_numpy(render(Scene(objects)))[None]
 
 
@@ -46,7 +46,7 @@ def test_drawings_pass(drawings, rule):
 
 
 @pytest.mark.parametrize("rule", ["standard", "stricter"])
-def test_pictures_of_other_captions_fail(drawings, rule):
+def test_images_of_other_captions_fail(drawings, rule):
     shuffled = np.random.default_rng(0).permutation(len(METADATA))
     _, strict = verify(drawings, [METADATA[index] for index in shuffled], rule)
     assert strict.float().mean() <= 0.10
@@ -63,14 +63,14 @@ def test_detections_are_the_objects():
         Object("square", "blue", 4),
         Object("triangle", "black", 8),
     )
-    (found,) = detect(picture(*objects))
+    (found,) = detect(drawing(*objects))
     assert [(item.name, item.color) for item in found] == [(x.name, x.color) for x in objects]
     for item, drawn in zip(found, objects, strict=True):
         assert item.center == pytest.approx(drawn.center, abs=0.5)
         assert item.fit > 0.96
 
 
-def test_an_empty_picture_has_no_objects():
+def test_an_empty_image_has_no_objects():
     blank = torch.empty(1, 3, 48, 48)
     blank[:] = torch.tensor(BACKGROUND).reshape(3, 1, 1)
     assert detect(blank) == [[]]
@@ -80,7 +80,7 @@ def test_an_empty_picture_has_no_objects():
 
 def distorted(kind: str) -> torch.Tensor:
     """A red circle on the middle cell, spoilt."""
-    image = picture(Object("circle", "red", 4))
+    image = drawing(Object("circle", "red", 4))
     y, x = torch.meshgrid(torch.arange(48) - 23.5, torch.arange(48) - 23.5, indexing="ij")
     red = torch.tensor(COLORS["red"]).reshape(3, 1, 1)
     background = torch.tensor(BACKGROUND).reshape(3, 1, 1)
@@ -178,7 +178,7 @@ def test_an_unknown_rule_is_refused(drawings):
         verify(drawings[:1], METADATA[:1], "loose")
 
 
-def test_two_hundred_pictures_take_a_fraction_of_a_second(drawings):
+def test_two_hundred_images_take_a_fraction_of_a_second(drawings):
     verify(drawings[:200], METADATA[:200])
     start = time.process_time()
     verify(drawings[:200], METADATA[:200])

@@ -131,7 +131,7 @@ def test_other_ranks_write_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_pictures_are_saved_whole(tmp_path):
+def test_images_are_saved_whole(tmp_path):
     with Metrics(config(), tmp_path) as metrics:
         metrics.log_images("eval/ocr", FOREIGN, CAPTIONS, [0.0, 1.0], epoch=12)
         metrics.log_images("eval/ocr", Images.concatenate([]), [], [], epoch=13)
@@ -236,7 +236,7 @@ def test_missing_packages(tmp_path, monkeypatch, capsys):
         Metrics(config(tensorboard=True), tmp_path)
 
 
-def test_tensorboard_gets_finite_scalars_and_pictures(tmp_path):
+def test_tensorboard_gets_finite_scalars_and_images(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -34,7 +34,7 @@ def evaluation(
         "total": [0.5] * 10,
         "clipscore": [i + shift for i in range(10)],
         "clipscore/part": [part] * 10,
-        "picture_statistics": [brightness] * 10,
+        "image_statistics": [brightness] * 10,
     }
     return Evaluation(prompts, scores, diversity, Images.concatenate([]), [], [])
 
@@ -65,8 +65,8 @@ def make_monitor(tmp_path, **limits) -> tuple[Monitor, list[str]]:
         ({"diversity": 0.9}, ""),
         ({"diversity": math.nan}, ""),
         ({"brightness": 0.36}, ""),
-        ({"brightness": 0.7}, "eval/picture_statistics went from 0.5 to 0.7"),
-        ({"brightness": 0.3}, "eval/picture_statistics went from 0.5 to 0.3"),
+        ({"brightness": 0.7}, "eval/image_statistics went from 0.5 to 0.7"),
+        ({"brightness": 0.3}, "eval/image_statistics went from 0.5 to 0.3"),
     ],
 )
 def test_an_evaluation_is_compared_with_a_former_one(tmp_path, change, alarm):
@@ -78,7 +78,7 @@ def test_an_evaluation_is_compared_with_a_former_one(tmp_path, change, alarm):
         "eval/clipscore",
         "eval/clipscore/part",
         "eval/diversity",
-        "eval/picture_statistics",
+        "eval/image_statistics",
     }
     assert not any(flags(values).values())
     values = monitor.evaluation(evaluation(**change))
@@ -105,7 +105,7 @@ def test_a_score_is_compared_with_the_best_that_it_was(tmp_path):
     # Brightness is compared with the first: neither more nor less of it is better.
     for brightness in (0.64, 0.36):
         values = monitor.evaluation(evaluation(brightness=brightness))
-        assert not flags(values)["eval/picture_statistics"]
+        assert not flags(values)["eval/image_statistics"]
 
 
 def test_scores_are_compared_by_tag(tmp_path):
@@ -118,11 +118,11 @@ def test_scores_are_compared_by_tag(tmp_path):
         low = {"counting": counting, "colors": 0.0, "position": position}
         score = [float(i % 2) + low[tag] for i, tag in enumerate(tags)]
         scores = {"total": score, "clipscore": score, "clipscore/part": score}
-        scores |= {"picture_statistics": [0.5] * len(tags)}
+        scores |= {"image_statistics": [0.5] * len(tags)}
         return replace(evaluation(), prompts=prompts, scores=scores)
 
     values = monitor.evaluation(tagged())
-    names = {"total", "clipscore", "picture_statistics", "diversity"}
+    names = {"total", "clipscore", "image_statistics", "diversity"}
     names |= {"clipscore/part", "tag/counting", "tag/colors"}
     assert set(flags(values)) == {f"eval/{name}" for name in names}
     # Of 20 with a deviation of 0.5 the error is 0.5 / sqrt(19), that of a difference 0.162; over
@@ -154,7 +154,7 @@ def test_a_single_prompt_has_no_error_to_compare_by(tmp_path):
         one = evaluation(shift)
         scores = {name: values[:1] for name, values in one.scores.items()}
         values = monitor.evaluation(replace(one, prompts=one.prompts[:1], scores=scores))
-        assert set(flags(values)) == {"eval/diversity", "eval/picture_statistics"}
+        assert set(flags(values)) == {"eval/diversity", "eval/image_statistics"}
     assert not said
 
 
@@ -214,7 +214,7 @@ def test_actions(tmp_path):
 
 
 def test_a_run_stops_after_saving_and_its_log_tells_why(tmp_path, capsys):
-    settings = {"num_epochs": 3, "monitor.max_kl": 1e-12, "monitor.pictures": True}
+    settings = {"num_epochs": 3, "monitor.max_kl": 1e-12, "monitor.image_statistics": True}
     with one_thread(), pytest.raises(Alarm):
         config = smoke(tmp_path, settings | {"monitor.action": "stop"})
         make_trainer(config, Distributed(0, 1, 0, CPU)).run()
@@ -222,7 +222,7 @@ def test_a_run_stops_after_saving_and_its_log_tells_why(tmp_path, capsys):
     assert "alarm: loss/kl" in out and "an alarm; the state of epoch 1 is being saved" in out
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["monitor/alarms"] for row in rows if "monitor/alarms" in row] == [0, 1, 1]
-    assert "eval/picture_statistics/edges" in rows[0]
+    assert "eval/image_statistics/edges" in rows[0]
     # The same run goes on, once it may.
     with one_thread():
         config = smoke(tmp_path, settings | {"monitor.action": "warn"})
@@ -232,12 +232,12 @@ def test_a_run_stops_after_saving_and_its_log_tells_why(tmp_path, capsys):
     assert trainer.monitor.state["alarms"] == 3
 
 
-def test_picture_statistics():
-    score = build_reward("picture_statistics", CPU)
-    pictures = torch.zeros(3, 3, 4, 4)
-    pictures[1, 0] = 1.0  # pure red
-    pictures[2, :, :, ::2] = 1.0  # white and black columns
-    output = score(pictures, [""] * 3, [{}] * 3)
+def test_image_statistics():
+    score = build_reward("image_statistics", CPU)
+    images = torch.zeros(3, 3, 4, 4)
+    images[1, 0] = 1.0  # pure red
+    images[2, :, :, ::2] = 1.0  # white and black columns
+    output = score(images, [""] * 3, [{}] * 3)
     torch.testing.assert_close(output.scores, torch.tensor([0.0, 1 / 3, 0.5]))
     torch.testing.assert_close(output.components["saturation"], torch.tensor([0.0, 1.0, 0.0]))
     torch.testing.assert_close(output.components["edges"], torch.tensor([0.0, 0.0, 0.5]))

@@ -63,7 +63,7 @@ def only_problem(changes: dict[str, Any]) -> str:
 
 def test_schema_covers_every_key_of_the_base_config() -> None:
     tree = BASE.get_config().to_dict()
-    mappings = {"reward_fn", "remote", "reward_options"}
+    mappings = {"reward_fn", "reward_servers", "reward_options"}
     keys = {name for name, value in tree.items() if not isinstance(value, dict)} | mappings
     for name in tree.keys() - keys:
         keys |= {f"{name}.{key}" for key in tree[name]}
@@ -113,12 +113,12 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("reward_fn", {"shapes": math.inf}, "a finite number other than 0"),
     ("reward_fn", {"shapes": True}, "a finite number other than 0"),
     ("reward_fn", {"shapes": "1"}, "a finite number other than 0"),
-    ("remote", ("http://host:8000",), "map reward names to addresses"),
-    ("remote", {"shapse": ("http://host:8000",)}, "did you mean 'shapes'?"),
-    ("remote", {"shapes": "http://host:8000"}, "'shapes' needs a tuple of addresses"),
-    ("remote", {"shapes": ()}, "'shapes' needs a tuple of addresses"),
+    ("reward_servers", ("http://host:8000",), "map reward names to addresses"),
+    ("reward_servers", {"shapse": ("http://host:8000",)}, "did you mean 'shapes'?"),
+    ("reward_servers", {"shapes": "http://host:8000"}, "'shapes' needs a tuple of addresses"),
+    ("reward_servers", {"shapes": ()}, "'shapes' needs a tuple of addresses"),
     *(
-        ("remote", {"shapes": ("http://fine:1", address)}, f"{address!r} is no address")
+        ("reward_servers", {"shapes": ("http://fine:1", address)}, f"{address!r} is no address")
         for address in (
             "host:8000",
             "ftp://host:8000",
@@ -137,7 +137,7 @@ REFUSED: list[tuple[str, Any, str]] = [
         )
     ),
     ("max_unscored", -1, COUNT_OR_NONE),
-    ("remote_timeout_seconds", 0.0, "a finite number in (0, 1e6]"),
+    ("reward_server_timeout_seconds", 0.0, "a finite number in (0, 1e6]"),
     ("reward_options", "shapes", "map reward names to options"),
     ("reward_options", {"shapse": {}}, "did you mean 'shapes'?"),
     ("reward_options", {"shapes": 3}, "'shapes' needs a mapping of options"),
@@ -162,7 +162,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("train.timestep_fraction", 1.01, "a finite number in (0, 1]"),
     ("train.sigma_choice", "last", "choose from random, stratified, first"),
     ("train.shared_noise", 1, FLAG),
-    ("train.skip_flat_groups", 0, FLAG),
+    ("train.filter_zero_std_groups", 0, FLAG),
     ("train.learning_rate", 0.0, POSITIVE),
     ("train.learning_rate", math.nan, POSITIVE),
     ("train.learning_rate", math.inf, POSITIVE),
@@ -207,10 +207,10 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("matching.temperature", 0.0, POSITIVE),
     ("matching.best_of", 0, COUNT),
     ("matching.clip_range", 0, POSITIVE),
-    ("eval.rewards", "aesthetic", "a tuple of reward names"),
-    ("eval.rewards", (3,), "a tuple of reward names"),
-    ("eval.rewards", ("asthetic",), "did you mean 'aesthetic'?"),
-    ("eval.rewards", ("aesthetic", "aesthetic"), "comes twice"),
+    ("eval.held_out_rewards", "aesthetic", "a tuple of reward names"),
+    ("eval.held_out_rewards", (3,), "a tuple of reward names"),
+    ("eval.held_out_rewards", ("asthetic",), "did you mean 'aesthetic'?"),
+    ("eval.held_out_rewards", ("aesthetic", "aesthetic"), "comes twice"),
     ("eval.num_prompts", -1, COUNT_OR_NONE),
     ("eval.num_steps", 0, COUNT),
     ("eval.solver", "euler", "choose from flow, dance, ddim, dpm1, dpm2"),
@@ -218,10 +218,10 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("eval.batch_size", 0, COUNT),
     ("eval.at_start", 1, FLAG),
     ("monitor.action", "halt", "choose from off, warn, stop, raise_kl"),
-    ("monitor.pictures", 1, FLAG),
+    ("monitor.image_statistics", 1, FLAG),
     ("monitor.max_drop", 0.0, POSITIVE),
     ("monitor.max_diversity_drop", 1.5, "a finite number in (0, 1]"),
-    ("monitor.max_picture_change", 0.0, POSITIVE),
+    ("monitor.max_image_change", 0.0, POSITIVE),
     ("monitor.max_kl", -1.0, NOT_NEGATIVE),
     ("checkpoint.keep", -1, COUNT_OR_NONE),
     ("perf.embed_cache_gb", -1.0, NOT_NEGATIVE),
@@ -271,9 +271,12 @@ ACCEPTED: list[tuple[str, Any]] = [
     ("dataset", "dataset/geneval"),
     ("reward_fn", {"shapes": -2}),
     ("reward_fn", {"shapes": 1, "jpeg_compressibility": 0.1}),
-    ("eval.rewards", ("aesthetic",)),
-    ("eval.rewards", ["jpeg_compressibility", "geneval"]),
-    ("remote", {"shapes": ("http://localhost:8000", "https://rewards.example", "http://[::1]:1")}),
+    ("eval.held_out_rewards", ("aesthetic",)),
+    ("eval.held_out_rewards", ["jpeg_compressibility", "geneval"]),
+    (
+        "reward_servers",
+        {"shapes": ("http://localhost:8000", "https://rewards.example", "http://[::1]:1")},
+    ),
     ("reward_options", {"shapes": {"device": "cuda:1"}}),
 ]
 
@@ -420,29 +423,29 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
         "train_metadata.jsonl and test_metadata.jsonl",
     ),
     (
-        {"reward_fn": {"shapes": 1.0}, "eval.rewards": ("ocr", "shapes")},
+        {"reward_fn": {"shapes": 1.0}, "eval.held_out_rewards": ("ocr", "shapes")},
         "'shapes' is trained on",
     ),
     (
         {
-            "remote": {"ocr": ("http://a",), "shapes": ("http://a",)},
+            "reward_servers": {"ocr": ("http://a",), "shapes": ("http://a",)},
             "reward_fn": {"shapes": 1.0},
-            "eval.rewards": ("aesthetic",),
+            "eval.held_out_rewards": ("aesthetic",),
         },
-        "'ocr' is neither in reward_fn nor in eval.rewards",
+        "'ocr' is neither in reward_fn nor in eval.held_out_rewards",
     ),
     (
         {
             "reward_options": {"aesthetic": {"batch_size": 1}, "ocr": {"threads": 1}},
             "reward_fn": {"shapes": 1.0},
-            "eval.rewards": ("aesthetic",),
+            "eval.held_out_rewards": ("aesthetic",),
         },
-        "'ocr' is neither in reward_fn nor in eval.rewards",
+        "'ocr' is neither in reward_fn nor in eval.held_out_rewards",
     ),
     (
         {
             "reward_options": {"shapes": {"device": "cpu"}},
-            "remote": {"shapes": ("http://a",)},
+            "reward_servers": {"shapes": ("http://a",)},
         },
         "'shapes' is served",
     ),
@@ -508,9 +511,13 @@ def test_a_run_begins_from_another_run_or_from_a_lora(tmp_path: Path) -> None:
 def test_a_held_out_reward_reads_the_metadata_of_the_test_split_alone(tmp_path: Path) -> None:
     for name in ("train.txt", "test.txt"):
         (tmp_path / name).touch()
-    changes = {"reward_fn": {"ocr": 1.0}, "eval.rewards": ("geneval",), "dataset": str(tmp_path)}
+    changes = {
+        "reward_fn": {"ocr": 1.0},
+        "eval.held_out_rewards": ("geneval",),
+        "dataset": str(tmp_path),
+    }
     line = only_problem(changes)
-    assert line.startswith(f"eval.rewards = ('geneval',), dataset = {str(tmp_path)!r}: ")
+    assert line.startswith(f"eval.held_out_rewards = ('geneval',), dataset = {str(tmp_path)!r}: ")
     assert "the prompt set needs test_metadata.jsonl" in line
     (tmp_path / "test.txt").rename(tmp_path / "test_metadata.jsonl")
     validate(changed(changes))
@@ -533,8 +540,14 @@ def test_a_held_out_reward_reads_the_metadata_of_the_test_split_alone(tmp_path: 
         {"algorithm": "best_of_n", "matching.best_of": 3, "sample.num_image_per_prompt": 4},
         {"algorithm": "nft", "matching.best_of": 24},
         {"algorithm": "nft", "grpo.kl_weight": 0.0, "monitor.action": "raise_kl"},
-        {"eval.rewards": ("ocr",), "remote": {"ocr": ("http://a",), "shapes": ("http://a",)}},
-        {"eval.rewards": ("ocr",), "reward_options": {"ocr": {"threads": 1, "device": "cpu"}}},
+        {
+            "eval.held_out_rewards": ("ocr",),
+            "reward_servers": {"ocr": ("http://a",), "shapes": ("http://a",)},
+        },
+        {
+            "eval.held_out_rewards": ("ocr",),
+            "reward_options": {"ocr": {"threads": 1, "device": "cpu"}},
+        },
     ],
 )
 def test_combination_at_the_edge(changes: dict[str, Any]) -> None:

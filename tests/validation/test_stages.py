@@ -159,16 +159,16 @@ def test_num_epochs_caps_the_stages(tmp_path):
 
 def test_servers_and_options_go_to_the_stages_whose_rewards_need_them(tmp_path):
     config = staged(tmp_path)
-    with config.remote.unlocked(), config.reward_options.unlocked():
-        config.remote.jpeg_compressibility = ("http://gpu7:8000",)
+    with config.reward_servers.unlocked(), config.reward_options.unlocked():
+        config.reward_servers.jpeg_compressibility = ("http://gpu7:8000",)
         config.reward_options.shapes = {"device": "cpu"}
     validate(config)
     first, second, _ = (stage.config for stage in stages_of(config))
-    assert first.remote.to_dict() == {}
-    assert second.remote.to_dict() == {"jpeg_compressibility": ("http://gpu7:8000",)}
+    assert first.reward_servers.to_dict() == {}
+    assert second.reward_servers.to_dict() == {"jpeg_compressibility": ("http://gpu7:8000",)}
     assert "shapes" in first.reward_options and "shapes" in second.reward_options
-    with config.remote.unlocked():
-        config.remote.ocr = ("http://gpu7:8000",)
+    with config.reward_servers.unlocked():
+        config.reward_servers.ocr = ("http://gpu7:8000",)
     with pytest.raises(ConfigError, match="'ocr' is neither in reward_fn nor") as caught:
         validate(config)
     assert len(caught.value.problems) == 3
@@ -210,7 +210,7 @@ def test_the_form_of_stages(tmp_path, stages, words):
         ({"dataset": "nowhere"}, "dataset = 'nowhere'"),
         ({"reward_fn": {"shape": 1.0}}, "'shape' is unknown (did you mean 'shapes'?)"),
         ({"reward_fn": 3}, "reward_fn = 3: must map reward names to weights"),
-        ({"eval.rewards": ("shapes",)}, "'shapes' is trained on, and so evaluated anyway"),
+        ({"eval.held_out_rewards": ("shapes",)}, "'shapes' is trained on, and so evaluated anyway"),
         ({"train.gradient_step_per_epoch": 9}, "at most 4 steps"),
     ],
 )

@@ -110,13 +110,13 @@ class ColorClassifier:
         self._text_features |= dict(zip(new, F.normalize(features, dim=-1), strict=True))
 
 
-def object_crop(picture: Image.Image, detection: Detection) -> Image.Image:
-    """The object's box cut from ``picture``, with grey wherever its mask is not.
+def object_crop(image: Image.Image, detection: Detection) -> Image.Image:
+    """The object's box cut from ``image``, with grey wherever its mask is not.
 
-    The box's corners are rounded; Pillow fills what lies outside the picture with black.
+    The box's corners are rounded; Pillow fills what lies outside the image with black.
     """
     if detection.mask is not None:
-        blank = Image.new("RGB", picture.size, BACKGROUND)
-        picture = Image.composite(picture, blank, Image.fromarray(detection.mask))
+        blank = Image.new("RGB", image.size, BACKGROUND)
+        image = Image.composite(image, blank, Image.fromarray(detection.mask))
     x0, y0, x1, y1 = (round(side) for side in detection.box)
-    return picture.crop((x0, y0, x1, y1))
+    return image.crop((x0, y0, x1, y1))

@@ -1,4 +1,4 @@
-"""The object detector around Mask2Former: mmdet's preparation of pictures and reading of logits.
+"""The object detector around Mask2Former: mmdet's preparation of images and reading of logits.
 
 Not transformers' ``post_process_instance_segmentation``, which merges masks at 384 x 384 and so
 gives other scores and other boxes than the benchmark's.
@@ -31,7 +31,7 @@ CHANNEL_ORDERS: tuple[str, ...] = get_args(ChannelOrder)
 
 
 class Detector:
-    """Pictures -> objects, one pass of the network a call.
+    """Images -> objects, one pass of the network a call.
 
     ``network``: normalised pixels ``[B, 3, H, W]`` -> class logits ``[B, Q, classes + 1]`` and mask
     logits ``[B, Q, h, w]``.  Objects scoring at most ``min_score`` are left out (0.3, the lowest
@@ -67,7 +67,7 @@ class Detector:
         height, width = images.shape[-2:]
         resized = resized_size(height, width, *self.sides)
         pixels = prepare(images.to(self.device), resized, self.channel_order)
-        # Not a cast: bfloat16 cannot tell neighbouring sampling points of wide pictures apart.
+        # Not a cast: bfloat16 cannot tell neighbouring sampling points of wide images apart.
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             class_logits, mask_logits = self.network(pixels)
         return [
@@ -93,7 +93,7 @@ def check_channel_order(order: str) -> None:
 def resized_size(
     height: int, width: int, short_side: int = SHORT_SIDE, long_side: int = LONG_SIDE
 ) -> tuple[int, int]:
-    """The size at which the network sees a picture: short side 800, but long side at most 1333.
+    """The size at which the network sees an image: short side 800, but long side at most 1333.
 
     ``int(side * scale + 0.5)`` with one scale for both sides (mmcv's ``rescale_size``).
     """
@@ -135,10 +135,10 @@ def read_detections(
     min_score: float = SCORE_THRESHOLD,
     names: tuple[str, ...] = OBJECT_NAMES,
 ) -> list[Detection]:
-    """One picture's objects, as mmdet's MaskFormerFusionHead.instance_postprocess has them.
+    """One image's objects, as mmdet's MaskFormerFusionHead.instance_postprocess has them.
 
     ``class_logits: [Q, classes + 1]``; ``mask_logits: [Q, h, w]``, brought to the ``padded``
-    input's size, cut to the ``resized`` picture and brought to the ``original`` size.  The 100 most
+    input's size, cut to the ``resized`` image and brought to the ``original`` size.  The 100 most
     probable (query, class) pairs become objects: mask = logit > 0, score = probability x mean
     sigmoid in the mask, box (x0, y0, x1 + 1, y1 + 1) around it.  Kept if score > ``min_score`` and
     the mask is not empty; most probable class first, equal ones in the order of the queries.

@@ -29,10 +29,10 @@ Found = Iterable[tuple[int, float, list[float], Any]]
 
 
 class MmdetDetector:
-    """Pictures -> objects, as ``Detector``, by mmdet's ``inference_detector``.
+    """Images -> objects, as ``Detector``, by mmdet's ``inference_detector``.
 
     mmdet 2.x is what published rewards ran.  3.x differs where it resizes (values stay fractions)
-    and where it pads (with the mean, not with grey), and takes pictures one by one.
+    and where it pads (with the mean, not with grey), and takes images one by one.
 
     ``weights``: the published checkpoint, under the names of either mmdet, for the configuration
     that mmdet ships, or for the file ``config``.  Objects scoring at most ``min_score`` are left

@@ -27,15 +27,15 @@ from diffusion_nft.rewards.geneval.verdict import (
 from diffusion_nft.rewards.geneval.vocabulary import TAGS, check_metadata
 from diffusion_nft.rewards.weights import weight_file
 
-# Pictures [B, 3, H, W] in [0, 1] -> the objects of each.
+# Images [B, 3, H, W] in [0, 1] -> the objects of each.
 Detect = Callable[[Tensor], list[list[Detection]]]
 
 
 class GenEvalScorer:
     """GenEval's graded score with any detector and any classifier of colours.
 
-    ``detect``: pictures -> the objects of each; ``classify_colors``: crops and their class names ->
-    colours.  Each is called at most once per ``batch_size`` pictures.
+    ``detect``: images -> the objects of each; ``classify_colors``: crops and their class names ->
+    colours.  Each is called at most once per ``batch_size`` images.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class GenEvalScorer:
 
         The score is the graded one: at most 1, as published possibly negative.  Components, 0 or 1:
         ``accuracy`` (the benchmark's), ``strict_accuracy``, and per tag ``accuracy/<tag>``, NaN for
-        pictures of other tags.  The benchmark's overall number is the mean of the six tags' means.
+        images of other tags.  The benchmark's overall number is the mean of the six tags' means.
         Raises ValueError for metadata that is not GenEval's.
         """
         if not len(images) == len(prompts) == len(metadata):
             lengths = (
-                f"{len(images)} pictures, {len(prompts)} prompts, {len(metadata)} metadata lines"
+                f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata lines"
             )
-            raise ValueError(f"one prompt and one metadata line a picture, not {lengths}")
+            raise ValueError(f"one prompt and one metadata line per image, not {lengths}")
         for line in metadata:
             check_metadata(line)
         verdicts: list[Verdict] = []
@@ -98,13 +98,13 @@ class GenEvalScorer:
         found: Sequence[Mapping[str, Sequence[Detection]]],
         metadata: Sequence[Mapping[str, Any]],
     ) -> Colors:
-        """The colours of all objects of all pictures whose colour matters."""
+        """The colours of all objects of all images whose colour matters."""
         crops: dict[Detection, Image.Image] = {}
         for image, objects, line in zip(images, found, metadata, strict=True):
             asked = objects_to_color(objects, line)
             if asked:
-                picture = to_pil(image[None])[0]
-                crops |= {detection: object_crop(picture, detection) for detection in asked}
+                pil_image = to_pil(image[None])[0]
+                crops |= {detection: object_crop(pil_image, detection) for detection in asked}
         if not crops:
             return {}
         labels = [detection.label for detection in crops]

@@ -5,11 +5,11 @@ beside another, two objects in two colours.  As in the benchmark nobody is colou
 with colours leave out ``person``.  Unlike the benchmark's ("four benchs", "a brown skis") the
 plurals are English.
 
-The published training prompts mix the tags by lines, 7 : 5 : 3 : 1 : 1 : 0 (MIX), more lines than
-there are different prompts: 60,000 lines hold 17,647 of counting, where 80 names and three counts
-make 240 prompts; likewise 24,706 of position of 12,640, 3530 of colors of 790, 3529 of two_object
-of 3160.  So the share of a tag is filled by all its prompts in turn, which makes their numbers
-of uses differ by one at most.  Two prompts are the same, as in the published set, if they
+The published training prompts mix the tags by lines, 7 : 5 : 3 : 1 : 1 : 0 (TAG_SHARES), more lines
+than there are different prompts: 60,000 lines hold 17,647 of counting, where 80 names and three
+counts make 240 prompts; likewise 24,706 of position of 12,640, 3530 of colors of 790, 3529 of
+two_object of 3160.  So the share of a tag is filled by all its prompts in turn, which makes their
+numbers of uses differ by one at most.  Two prompts are the same, as in the published set, if they
 differ only in the order of the objects.  "A cup left of a bench" is then the same as "a bench left
 of a cup", and it is the same scene as "a bench right of a cup": each pair of objects therefore
 comes in one order only, with each of the four relations.
@@ -26,7 +26,7 @@ from diffusion_nft.randomness import generator
 from diffusion_nft.rewards.geneval.vocabulary import COLORS, OBJECT_NAMES, RELATIONS, TAGS
 
 # Lines of each tag in the published training set, relative to each other.
-MIX: dict[str, int] = {
+TAG_SHARES: dict[str, int] = {
     "position": 7,
     "counting": 5,
     "color_attr": 3,
@@ -53,7 +53,7 @@ def generate(
     *,
     seed: int,
     test: Iterable[Mapping[str, Any]] = (),
-    mix: Mapping[str, int] = MIX,
+    mix: Mapping[str, int] = TAG_SHARES,
 ) -> list[PromptLine]:
     """``num_prompts`` lines of metadata in random order, a pure function of the arguments.
 

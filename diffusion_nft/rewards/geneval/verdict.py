@@ -15,7 +15,7 @@ SCORE_THRESHOLD = 0.3
 COUNTING_SCORE_THRESHOLD = 0.9
 MAX_OBJECTS_PER_CLASS = 16
 POSITION_SHRINKAGE = 0.1
-NO_OFFSET = 1e-3
+MIN_OFFSET = 1e-3
 MIN_DIRECTION = 0.5
 
 # "published": count terms may be negative, and a failed position gives the terms 0 and 1.
@@ -49,7 +49,7 @@ Colors = Mapping[Detection, str]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one picture: the benchmark's ``accuracy``, ``strict_accuracy``, the graded ``score``."""
+    """Of one image: the benchmark's ``accuracy``, ``strict_accuracy``, the graded ``score``."""
 
     accuracy: bool
     strict_accuracy: bool
@@ -59,7 +59,7 @@ class Verdict:
 def judge(
     found: Found, colors: Colors, metadata: Mapping[str, Any], grading: Grading = "published"
 ) -> Verdict:
-    """All verdicts on one picture; ``metadata`` must have passed ``check_metadata``."""
+    """All verdicts on one image; ``metadata`` must have passed ``check_metadata``."""
     score, strict = graded_score(found, colors, metadata, grading)
     return Verdict(is_accurate(found, colors, metadata), strict, score)
 
@@ -143,7 +143,7 @@ def relations(a: Box, b: Box) -> set[str]:
     offset = np.array([a[0] + a[2] - b[0] - b[2], a[1] + a[3] - b[1] - b[3]]) / 2
     extent = np.array([a[2] - a[0] + b[2] - b[0], a[3] - a[1] + b[3] - b[1]])
     shrunk = np.maximum(np.abs(offset) - POSITION_SHRINKAGE * extent, 0) * np.sign(offset)
-    if (np.abs(shrunk) < NO_OFFSET).all():
+    if (np.abs(shrunk) < MIN_OFFSET).all():
         return set()
     x, y = shrunk / np.linalg.norm(offset)
     held = {

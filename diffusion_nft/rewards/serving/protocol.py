@@ -27,7 +27,7 @@ from diffusion_nft.rewards import RewardOutput
 PROTOCOL = 1
 # Environment variable of the shared secret that a server asks for, on both sides.
 TOKEN_VARIABLE = "REWARD_SERVER_TOKEN"
-# Of all pictures of a request: a PNG of a few kilobytes can unfold to gigabytes.
+# Of all images of a request: a PNG of a few kilobytes can unfold to gigabytes.
 MAX_PIXELS = 256 * 1024 * 1024
 # Zlib's fastest: the network is faster than its best.
 COMPRESS_LEVEL = 1
@@ -60,19 +60,19 @@ class ScoringRequest:
     metadata: list[dict]
 
 
-def encode_pictures(images: Tensor) -> list[str]:
+def encode_images(images: Tensor) -> list[str]:
     """Base64 PNGs of ``images: [B, 3, H, W]`` in [0, 1], rounded to 8 bits a channel."""
     encoded = []
-    for picture in to_pil(images):
+    for image in to_pil(images):
         buffer = io.BytesIO()
-        picture.save(buffer, "PNG", compress_level=COMPRESS_LEVEL)
+        image.save(buffer, "PNG", compress_level=COMPRESS_LEVEL)
         encoded.append(base64.b64encode(buffer.getvalue()).decode("ascii"))
     return encoded
 
 
 def encode_batch(
     reward: str,
-    pictures: list[str],
+    images: list[str],
     prompts: list[str],
     metadata: list[dict],
     options: dict[str, Any],
@@ -81,7 +81,7 @@ def encode_batch(
     return {
         "protocol": PROTOCOL,
         "reward": reward,
-        "pictures": pictures,
+        "images": images,
         "prompts": prompts,
         "metadata": metadata,
         "options": options,
@@ -92,14 +92,14 @@ def decode_batch(request: Any, reward: str, max_images: int) -> ScoringRequest:
     """The batch of a request to a server of ``reward``.
 
     Raises ValueError that says what is wrong with it, TooLarge for more than ``max_images``
-    pictures or MAX_PIXELS pixels.
+    images or MAX_PIXELS pixels.
     """
     if not isinstance(request, dict):
         raise ValueError(f"a JSON object is needed, not {type(request).__name__}")
     for key, ours in (("protocol", PROTOCOL), ("reward", reward)):
         if request.get(key) != ours:
             raise ValueError(f"{key} {request.get(key)!r} is asked for; this server has {ours!r}")
-    pictures = _items(request, "pictures", str)
+    encoded = _items(request, "images", str)
     prompts = _items(request, "prompts", str)
     metadata = _items(request, "metadata", dict)
     for number, prompt in enumerate(prompts):
@@ -107,17 +107,17 @@ def decode_batch(request: Any, reward: str, max_images: int) -> ScoringRequest:
             check_text(prompt)
         except ValueError as error:
             raise ValueError(f"prompt {number} holds {error}") from error
-    count = len(pictures)
+    count = len(encoded)
     if not count == len(prompts) == len(metadata) or not count:
         raise ValueError(
-            f"{count} pictures, {len(prompts)} prompts and {len(metadata)} metadata: as many of "
+            f"{count} images, {len(prompts)} prompts and {len(metadata)} metadata: as many of "
             "each are needed, at least one"
         )
     if count > max_images:
-        raise TooLarge(f"{count} pictures in one request; this server takes {max_images}")
-    arrays = [_decode_picture(text, i, MAX_PIXELS // count) for i, text in enumerate(pictures)]
+        raise TooLarge(f"{count} images in one request; this server takes {max_images}")
+    arrays = [_decode_image(text, i, MAX_PIXELS // count) for i, text in enumerate(encoded)]
     if len({array.shape for array in arrays}) > 1:
-        raise ValueError("the pictures differ in size")
+        raise ValueError("the images differ in size")
     images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(torch.float32) / 255
     return ScoringRequest(images, prompts, metadata)
 
@@ -129,20 +129,20 @@ def _items(request: dict[str, Any], key: str, kind: type) -> list[Any]:
     return values
 
 
-def _decode_picture(text: str, number: int, max_pixels: int) -> np.ndarray:
+def _decode_image(text: str, number: int, max_pixels: int) -> np.ndarray:
     """RGB values ``[H, W, 3]``, uint8."""
     try:
         data = base64.b64decode(text, validate=True)
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-            if picture.width * picture.height > max_pixels:
-                raise TooLarge(f"picture {number} has more than {max_pixels} pixels")
-            if picture.mode != "RGB":
-                raise ValueError(f"its mode is {picture.mode}, not RGB of 8 bits")
-            return np.array(picture)
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            if image.width * image.height > max_pixels:
+                raise TooLarge(f"image {number} has more than {max_pixels} pixels")
+            if image.mode != "RGB":
+                raise ValueError(f"its mode is {image.mode}, not RGB of 8 bits")
+            return np.array(image)
     except Image.DecompressionBombError as error:
-        raise TooLarge(f"picture {number}: {error}") from error
+        raise TooLarge(f"image {number}: {error}") from error
     except (binascii.Error, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"picture {number} is no base64 PNG that can be read: {error}") from error
+        raise ValueError(f"image {number} is no base64 PNG that can be read: {error}") from error
 
 
 def encode_output(output: RewardOutput) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def decode_output(answer: Any, count: int) -> RewardOutput:
 def _numbers(key: str, values: Any, count: int) -> Tensor:
     if not isinstance(values, list) or len(values) != count:
         found = f"{len(values)} of them" if isinstance(values, list) else "no list"
-        raise ValueError(f"the answer's {key} are {found}, for {count} pictures")
+        raise ValueError(f"the answer's {key} are {found}, for {count} images")
     if not all(value is None or type(value) in (int, float) for value in values):
         raise ValueError(f"the answer's {key} are not all numbers")
     try:

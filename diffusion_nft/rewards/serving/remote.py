@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from diffusion_nft.data.prompts import shard
-from diffusion_nft.rewards import REMOTE_TIMEOUT, RewardOutput
+from diffusion_nft.rewards import REWARD_SERVER_TIMEOUT, RewardOutput
 from diffusion_nft.rewards.serving.protocol import (
     PROTOCOL,
     TOKEN_VARIABLE,
     decode_output,
     encode_batch,
-    encode_pictures,
+    encode_images,
     shared_token,
 )
 
@@ -61,7 +61,7 @@ class RemoteReward:
         name: str,
         addresses: Sequence[str],
         *,
-        timeout: float = REMOTE_TIMEOUT,
+        timeout: float = REWARD_SERVER_TIMEOUT,
         rounds: int = 5,
         pause: float = 1.0,
     ):
@@ -87,18 +87,16 @@ class RemoteReward:
         """Scores and components ``[B]``, float64, of ``images: [B, 3, H, W]`` in [0, 1]."""
         if not prompts:
             return RewardOutput(torch.zeros(0, dtype=torch.float64))
-        pictures = encode_pictures(images)
+        encoded = encode_images(images)
         servers = len(self.addresses)
-        parts = [part for i in range(servers) if (part := shard(len(pictures), i, servers))]
+        parts = [part for i in range(servers) if (part := shard(len(encoded), i, servers))]
 
         def score(part: range, first: int) -> RewardOutput:
             rows = slice(part.start, part.stop)
             return self._ask(
                 self.addresses[first:] + self.addresses[:first],
                 "/score",
-                encode_batch(
-                    self.name, pictures[rows], prompts[rows], metadata[rows], self.options
-                ),
+                encode_batch(self.name, encoded[rows], prompts[rows], metadata[rows], self.options),
                 lambda answer: decode_output(answer, len(part)),
             )
 

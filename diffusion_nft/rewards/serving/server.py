@@ -78,7 +78,7 @@ def create_app(
 ) -> FastAPI:
     """The application that serves ``reward``, known as ``name``.
 
-    Pictures reach the reward on ``device``.  ``options``: what the reward was built with, told in
+    Images reach the reward on ``device``.  ``options``: what the reward was built with, told in
     /health; ``token``: what requests must bring as ``Authorization: Bearer``, empty for none;
     ``max_images`` and ``max_megabytes`` (10^6 bytes): the limits of one request.
     """

@@ -65,7 +65,7 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     torch.manual_seed(0)
     model = open_clip.create_model("geneval-tiny-quickgelu")
     with torch.no_grad():
-        # So that what a picture shows outweighs the constant class token.
+        # So that what an image shows outweighs the constant class token.
         model.visual.conv1.weight *= 20
     weights = folder / "weights.pt"
     torch.save(model.state_dict(), weights)

@@ -15,7 +15,7 @@ from diffusion_nft.rewards.geneval.vocabulary import COLORS
 CPU = torch.device("cpu")
 
 
-def pictures(number: int) -> list[Image.Image]:
+def random_crops(number: int) -> list[Image.Image]:
     """Of many sizes and colours, with some noise."""
     generator = np.random.default_rng(0)
     sizes = generator.integers(5, 60, (number, 2))
@@ -46,7 +46,7 @@ def test_crop_without_mask_and_with_fractions() -> None:
 
 
 def test_same_as_clip_prompt_by_prompt(tiny_colors: ColorClassifier) -> None:
-    crops, labels = pictures(24), ["cat", "traffic light", "cup"] * 8
+    crops, labels = random_crops(24), ["cat", "traffic light", "cup"] * 8
     got = tiny_colors(crops, labels)
 
     clip, tokenize = tiny_colors.clip, open_clip.get_tokenizer("geneval-tiny-quickgelu")
@@ -73,7 +73,7 @@ def test_lower_precision(tiny_clip: tuple[str, str], tiny_colors: ColorClassifie
     name, weights = tiny_clip
     half = ColorClassifier.load(CPU, weights, name, torch.bfloat16)
     assert {p.dtype for p in half.clip.parameters()} == {torch.bfloat16}
-    crops, labels = pictures(24), ["cat", "traffic light", "cup"] * 8
+    crops, labels = random_crops(24), ["cat", "traffic light", "cup"] * 8
     same = [a == b for a, b in zip(half(crops, labels), tiny_colors(crops, labels), strict=True)]
     # Measured: all 24.
     assert sum(same) >= 22
@@ -105,7 +105,7 @@ def test_text_features_are_computed_once(
 
     monkeypatch.setattr(tiny_colors.clip, "encode_text", count_text)
     monkeypatch.setattr(tiny_colors.clip, "encode_image", count_image)
-    crops = pictures(5)
+    crops = random_crops(5)
     first = tiny_colors(crops, ["cat", "dog", "cat", "cat", "dog"])
     assert tiny_colors(crops[:1], ["cat"]) == first[:1]
     tiny_colors(crops[:2], ["dog", "cup"])

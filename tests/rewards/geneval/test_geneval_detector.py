@@ -1,4 +1,4 @@
-"""Preparation of pictures and reading of logits, against mmdet's formulas and Pillow's resizing."""
+"""Preparation of images and reading of logits, against mmdet's formulas and Pillow's resizing."""
 
 import sys
 
@@ -48,7 +48,7 @@ def test_normalisation_channels_and_padding() -> None:
         [(200 - 123.675) / 58.395, (100 - 116.28) / 57.12, (50 - 103.53) / 57.375]
     )
     torch.testing.assert_close(got[1, :, :40, :80], expected[:, None, None].expand(3, 40, 80))
-    # Grey, normalised like the picture.
+    # Grey, normalised like the image.
     grey = torch.tensor([(128 - 123.675) / 58.395, (128 - 116.28) / 57.12, (128 - 103.53) / 57.375])
     torch.testing.assert_close(got[1, :, 40:], grey[:, None, None].expand(3, 24, 96))
     torch.testing.assert_close(got[1, :, :, 80:], grey[:, None, None].expand(3, 64, 16))
@@ -129,7 +129,7 @@ def test_one_query_may_be_several_objects() -> None:
 
 
 def test_padding_is_cut_off_before_the_size_is_restored() -> None:
-    """Input 32 x 64, of which 24 x 40 are the picture of 12 x 20; masks at a quarter."""
+    """Input 32 x 64, of which 24 x 40 are the image of 12 x 20; masks at a quarter."""
     masks = torch.full((3, 8, 16), -5.0)
     masks[0] = 5.0
     masks[1, :, :5] = 5.0  # the left half: 20 of 40 columns, 10 of 20
@@ -213,7 +213,7 @@ def test_mask_boxes() -> None:
 
 
 class Constant(nn.Module):
-    """Finds object 15 (a cat) in the left half of every picture; counts its calls."""
+    """Finds object 15 (a cat) in the left half of every image; counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -287,7 +287,7 @@ def test_float16_finds_the_same(tiny_network: Mask2Former) -> None:
         assert [score for _, score in got] == pytest.approx([s for _, s in wanted], abs=0.05)
 
 
-def test_a_batch_is_its_pictures_one_by_one(tiny_network: Mask2Former) -> None:
+def test_a_batch_is_its_images_one_by_one(tiny_network: Mask2Former) -> None:
     images = ramps()
     detector = Detector(tiny_network, CPU, short_side=64, long_side=100, min_score=0.1)
     together = detector(images)

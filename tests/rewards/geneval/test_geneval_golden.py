@@ -56,14 +56,14 @@ def network(tensors: dict[str, Tensor], tmp_path: Path) -> Mask2Former:
     return load_mask2former(path, None, CONFIG)
 
 
-def picture(tensors: dict[str, Tensor], index: int) -> Tensor:
+def recorded_image(tensors: dict[str, Tensor], index: int) -> Tensor:
     return tensors[f"picture/{index}"].permute(2, 0, 1)[None] / 255
 
 
 @pytest.mark.parametrize("index", range(3))
 def test_network_input(index: int, tensors: dict[str, Tensor]) -> None:
     """The corner with the padding; one of 255 levels would be 0.017."""
-    golden, image = RECORD["pictures"][index], picture(tensors, index)
+    golden, image = RECORD["images"][index], recorded_image(tensors, index)
     resized = resized_size(*image.shape[-2:], *golden["sides"])
     assert (resized == tuple(image.shape[-2:])) == (index == 0)
     got = prepare(image, resized, golden["channel_order"])[0]
@@ -79,7 +79,7 @@ SCORE_OFF, MASK_OFF = 1e-4, 0.001
 
 @pytest.mark.parametrize("index", range(3))
 def test_detections(index: int, tensors: dict[str, Tensor], network: Mask2Former) -> None:
-    golden, image = RECORD["pictures"][index], picture(tensors, index)
+    golden, image = RECORD["images"][index], recorded_image(tensors, index)
     short_side, long_side = golden["sides"]
     detect = Detector(
         network,

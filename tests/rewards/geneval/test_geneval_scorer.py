@@ -29,7 +29,7 @@ TAGS = ["single_object", "two_object", "counting", "colors", "position", "color_
 
 
 def brightness_detector(images: Tensor) -> list[list[Detection]]:
-    """A cat with the picture's mean as its score, sure as can be."""
+    """A cat with the image's mean as its score, sure as can be."""
     box = (0, 0, SIDE, SIDE)
     mask = np.ones((SIDE, SIDE), dtype=bool)
     return [[Detection("cat", image.mean().item(), box, mask)] for image in images]
@@ -90,7 +90,7 @@ def test_batch_size_does_not_change_scores() -> None:
 
 
 class CatEverywhere(nn.Module):
-    """Finds one cat that fills the picture; counts its passes."""
+    """Finds one cat that fills the image; counts its passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def test_grading_is_passed_on() -> None:
     assert bounded(images, [""], metadata).scores.tolist() == [0]
 
 
-def test_no_pictures() -> None:
+def test_no_images() -> None:
     output = GenEvalScorer(brightness_detector, mean_color)(torch.zeros(0, 3, 8, 8), [], [])
     assert output.scores.shape == output.components["accuracy/colors"].shape == (0,)
 
@@ -147,7 +147,7 @@ def test_no_pictures() -> None:
 def test_errors() -> None:
     score = GenEvalScorer(brightness_detector, mean_color)
     images = images_of((1.0, 1.0, 1.0), (1.0, 1.0, 1.0))
-    with pytest.raises(ValueError, match="2 pictures, 2 prompts, 1 metadata lines"):
+    with pytest.raises(ValueError, match="2 images, 2 prompts, 1 metadata lines"):
         score(images, ["", ""], [line("colors")])
     with pytest.raises(ValueError, match="class 'unicorn' is unknown"):
         score(

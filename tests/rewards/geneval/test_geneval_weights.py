@@ -190,8 +190,8 @@ def test_patch_merging_computes_what_mmdet_computes(
         got = merge(x, (6, 4))
 
     prefix = "backbone.stages.0.downsample"
-    pictures = x.view(2, 6, 4, 8).permute(0, 3, 1, 2)
-    unfolded = torch.nn.functional.unfold(pictures, 2, stride=2).transpose(1, 2)
+    images = x.view(2, 6, 4, 8).permute(0, 3, 1, 2)
+    unfolded = torch.nn.functional.unfold(images, 2, stride=2).transpose(1, 2)
     weight, bias = source[f"{prefix}.norm.weight"], source[f"{prefix}.norm.bias"]
     normed = torch.nn.functional.layer_norm(unfolded, (32,), weight, bias)
     expected = normed @ source[f"{prefix}.reduction.weight"].T

@@ -7,8 +7,8 @@ import pytest
 
 from diffusion_nft.data.prompts import load_prompts
 from diffusion_nft.rewards.geneval.training_prompts import (
-    MIX,
     TAG_RULES,
+    TAG_SHARES,
     generate,
     one,
     scene,
@@ -125,7 +125,7 @@ def test_the_numbers_of_prompts_that_the_docs_give():
         "position": 80 * 79 // 2 * 4,
         "color_attr": 79 * 78 // 2 * 10 * 9,
     }
-    assert set(sizes) == set(TAGS) == set(MIX)
+    assert set(sizes) == set(TAGS) == set(TAG_SHARES)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_the_numbers_of_prompts_that_the_docs_give():
 )
 def test_the_mix_is_met_to_a_line(num_prompts, expected):
     tags = ("position", "counting", "color_attr", "colors", "two_object", "single_object")
-    assert shares(num_prompts, MIX) == dict(zip(tags, expected, strict=True))
+    assert shares(num_prompts, TAG_SHARES) == dict(zip(tags, expected, strict=True))
     made = Counter(line["tag"] for line in generate(num_prompts, seed=1))
     assert [made[tag] for tag in tags] == [*expected]
 

@@ -25,7 +25,7 @@ from diffusion_nft.images import Images
 from diffusion_nft.rewards import RewardOutput, build_reward
 from diffusion_nft.rewards.combine import RewardError, RewardSet, UnscoredError
 from diffusion_nft.rewards.serving import protocol
-from diffusion_nft.rewards.serving.protocol import PROTOCOL, TooLarge, decode_batch, encode_pictures
+from diffusion_nft.rewards.serving.protocol import PROTOCOL, TooLarge, decode_batch, encode_images
 from diffusion_nft.rewards.serving.remote import RemoteReward
 from diffusion_nft.rewards.serving.server import create_app
 from diffusion_nft.shapes.scene import random_scene, render_batch
@@ -114,18 +114,18 @@ def unused_port() -> int:
         return bound.getsockname()[1]
 
 
-def pictures(count: int, size: int = 8) -> torch.Tensor:
+def random_images(count: int, size: int = 8) -> torch.Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(count))
 
 
 def ask(reward, count: int) -> RewardOutput:
     return reward(
-        pictures(count), [f"p{i}" for i in range(count)], [{"i": i} for i in range(count)]
+        random_images(count), [f"p{i}" for i in range(count)], [{"i": i} for i in range(count)]
     )
 
 
 class Rows:
-    """The number of each picture's line; ``calls``: how many pictures each call had."""
+    """The number of each image's line; ``calls``: how many images each call had."""
 
     def __init__(self):
         self.calls: list[int] = []
@@ -146,8 +146,8 @@ def test_served_scores_are_the_local_ones_to_the_last_bit():
     batch = (images, [line.text for line in lines], [line.metadata for line in lines])
     weights = {"shapes": 1.5, "jpeg_compressibility": 0.3}
     with contextlib.ExitStack() as stack:
-        remote = {name: [stack.enter_context(serving(name)) for _ in range(2)] for name in weights}
-        served = RewardSet.build(weights, CPU, remote=remote)
+        servers = {name: [stack.enter_context(serving(name)) for _ in range(2)] for name in weights}
+        served = RewardSet.build(weights, CPU, reward_servers=servers)
         local = RewardSet.build(weights, CPU)
         ours, theirs = served(*batch), local(*batch)
     assert len(set(theirs.total.tolist())) == 6, "scores that could differ"
@@ -256,18 +256,18 @@ def test_servers_with_different_options_are_refused():
 
 
 def test_a_server_that_comes_back_with_other_options_is_refused():
-    pictures, texts = torch.rand(2, 3, 8, 8), ["a", "b"]
+    images, texts = torch.rand(2, 3, 8, 8), ["a", "b"]
     with serving("jpeg_compressibility", options={"level": (1, 2)}) as address:
         remote = RemoteReward("jpeg_compressibility", [address], **QUICK)
-        remote(pictures, texts, [{}, {}])
+        remote(images, texts, [{}, {}])
     port = int(address.rpartition(":")[2])
     with (
         serving("jpeg_compressibility", port=port, options={"level": (1, 3)}),
         pytest.raises(ValueError, match=r"422: .*\[1, 2\].*\[1, 3\]"),
     ):
-        remote(pictures, texts, [{}, {}])
+        remote(images, texts, [{}, {}])
     with serving("jpeg_compressibility", port=port, options={"level": (1, 2)}):
-        remote(pictures, texts, [{}, {}])
+        remote(images, texts, [{}, {}])
 
 
 def test_a_secret_among_the_options_is_not_told(monkeypatch):
@@ -336,8 +336,8 @@ FINE = {"scores": [1.0, 2.0], "components": {}}
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ({"scores": [1.0], "components": {}}, "scores are 1 of them, for 2 pictures"),
-        (FINE | {"components": {"a": [1.0, 2.0, 3.0]}}, "a are 3 of them, for 2 pictures"),
+        ({"scores": [1.0], "components": {}}, "scores are 1 of them, for 2 images"),
+        (FINE | {"components": {"a": [1.0, 2.0, 3.0]}}, "a are 3 of them, for 2 images"),
         (FINE | {"reasons": 3}, "reasons are no list"),
         (FINE | {"reasons": [[0]]}, "reasons are no list"),
         (FINE | {"scores": [1.0, math.inf]}, "scores hold an infinite number"),
@@ -405,7 +405,7 @@ def test_a_scoring_error_tells_its_type_and_message_only():
         assert reply.json() == {"detail": "OSError: no such colour"}
         reward = RemoteReward("x", [address], **QUICK)
         with pytest.raises(RewardError, match=r"'x' failed: ConnectionError.*OSError.*no such col"):
-            RewardSet({"x": 1.0}, {"x": reward})(Images.from_float(pictures(1)), [""], [{}])
+            RewardSet({"x": 1.0}, {"x": reward})(Images.from_float(random_images(1)), [""], [{}])
 
 
 def test_a_reward_that_recovers_is_asked_again():
@@ -437,7 +437,7 @@ def test_an_image_without_a_score_is_told_with_its_reason():
     for values in (found.total, found.parts["x/part"]):
         assert values.nan_to_num(-1).tolist() == [1, -1, -1, 1, -1]
     assert found.reasons.keys() == {1, 2, 4}
-    assert found.reasons[2] == "picture 2 ('fails'): reward 'x' failed: KeyError: 'fails'"
+    assert found.reasons[2] == "image 2 ('fails'): reward 'x' failed: KeyError: 'fails'"
 
 
 def test_a_server_sends_no_score_that_is_infinite():
@@ -526,15 +526,15 @@ def body(count: int, **changes) -> dict:
     return {
         "protocol": PROTOCOL,
         "reward": "x",
-        "pictures": encode_pictures(pictures(count)),
+        "images": encode_images(random_images(count)),
         "prompts": [f"p{i}" for i in range(count)],
         "metadata": [{"i": i} for i in range(count)],
     } | changes
 
 
-def encoded(picture: Image.Image, kind: str = "PNG") -> str:
+def encoded(image: Image.Image, kind: str = "PNG") -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, kind)
+    image.save(buffer, kind)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -543,20 +543,20 @@ REFUSED = {
     "no object": (["x"], "a JSON object"),
     "another protocol": (body(1, protocol=0), "protocol 0 is asked for; this server has 1"),
     "another reward": (body(1, reward="y"), "reward 'y' is asked for; this server has 'x'"),
-    "no pictures": (body(1, pictures=[], prompts=[], metadata=[]), "at least one"),
-    "too few prompts": (body(2, prompts=["a"]), "2 pictures, 1 prompts and 2 metadata"),
+    "no images": (body(1, images=[], prompts=[], metadata=[]), "at least one"),
+    "too few prompts": (body(2, prompts=["a"]), "2 images, 1 prompts and 2 metadata"),
     "no list": (body(1, prompts="a"), "'prompts' must be a list of texts"),
     "metadata of text": (body(1, metadata=["a"]), "'metadata' must be a list of objects"),
     "a missing key": ({k: v for k, v in body(1).items() if k != "metadata"}, "'metadata' must"),
-    "no base64": (body(1, pictures=["?"]), "picture 0 is no base64 PNG"),
-    "no picture": (body(1, pictures=["aGVsbG8="]), "picture 0 is no base64 PNG"),
-    "a JPEG": (body(1, pictures=[encoded(RGB, "JPEG")]), "picture 0 is no base64 PNG"),
-    "a cut picture": (body(1, pictures=[encoded(RGB)[:64]]), "picture 0 is no base64 PNG"),
-    "grey": (body(1, pictures=[encoded(Image.new("L", (8, 8)))]), "its mode is L, not RGB"),
-    "transparent": (body(1, pictures=[encoded(Image.new("RGBA", (8, 8)))]), "its mode is RGBA"),
+    "no base64": (body(1, images=["?"]), "image 0 is no base64 PNG"),
+    "no image": (body(1, images=["aGVsbG8="]), "image 0 is no base64 PNG"),
+    "a JPEG": (body(1, images=[encoded(RGB, "JPEG")]), "image 0 is no base64 PNG"),
+    "a cut image": (body(1, images=[encoded(RGB)[:64]]), "image 0 is no base64 PNG"),
+    "grey": (body(1, images=[encoded(Image.new("L", (8, 8)))]), "its mode is L, not RGB"),
+    "transparent": (body(1, images=[encoded(Image.new("RGBA", (8, 8)))]), "its mode is RGBA"),
     "sizes": (
-        body(2, pictures=[encoded(RGB), encoded(Image.new("RGB", (8, 9)))]),
-        "the pictures differ in size",
+        body(2, images=[encoded(RGB), encoded(Image.new("RGB", (8, 9)))]),
+        "the images differ in size",
     ),
 }
 
@@ -580,14 +580,14 @@ def test_what_is_no_json_is_refused(rows_server):
     assert reply.status_code == 422
 
 
-def test_too_many_pictures_or_bytes_are_refused(rows_server):
+def test_too_many_images_or_bytes_are_refused(rows_server):
     reward = RemoteReward("x", [rows_server], **QUICK)
     assert len(ask(reward, 3).scores) == 3
-    with pytest.raises(ValueError, match=r"413.*4 pictures in one request; this server takes 3"):
+    with pytest.raises(ValueError, match=r"413.*4 images in one request; this server takes 3"):
         ask(reward, 4)
     for size in (64, 1024):  # 16 kB, which are sent at once, and 4 MB, which are not
         with pytest.raises(ValueError, match=r"413.*this server takes 0.01 MB in one request"):
-            reward(pictures(1, size=size), [""], [{}])
+            reward(random_images(1, size=size), [""], [{}])
 
     def endless():
         for _ in range(1000):
@@ -597,8 +597,8 @@ def test_too_many_pictures_or_bytes_are_refused(rows_server):
     assert reply.status_code == 413, "without a declared length"
 
 
-def test_pictures_that_unfold_are_refused(monkeypatch):
+def test_images_that_unfold_are_refused(monkeypatch):
     monkeypatch.setattr(protocol, "MAX_PIXELS", 128)
     assert len(decode_batch(body(2), "x", 9).images) == 2
-    with pytest.raises(TooLarge, match="picture 0 has more than 42 pixels"):
+    with pytest.raises(TooLarge, match="image 0 has more than 42 pixels"):
         decode_batch(body(3), "x", 9)

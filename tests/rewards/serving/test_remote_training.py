@@ -22,7 +22,7 @@ SETTINGS = (
     "log.num_images=0",
     "eval.at_start=False",
     "eval.num_prompts=4",
-    "eval.rewards=('ocr',)",
+    "eval.held_out_rewards=('ocr',)",
 )
 START_S = 200
 TOKEN = "secret"
@@ -69,7 +69,9 @@ def test_a_run_that_loses_its_server_ends_as_one_that_needed_none(tmp_path, monk
     train(tmp_path / "local", *settings, nproc=2)
     run_dir, flags = tmp_path / "served", ("--reward", "shapes")
     with server(*flags, token=TOKEN) as (process, address):
-        command = train_command(run_dir, *settings, f"remote={{'shapes': ('{address}',)}}", nproc=2)
+        command = train_command(
+            run_dir, *settings, f"reward_servers={{'shapes': ('{address}',)}}", nproc=2
+        )
         said = lose_server_within_the_run(command, run_dir, process)
     assert f"no answer from the servers of reward 'shapes' at {address}" in said
     saved = Checkpointer(run_dir).load_latest()

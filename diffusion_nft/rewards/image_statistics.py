@@ -1,4 +1,4 @@
-"""What pictures look like, apart from what they show: to hold out, and watch for reward hacking."""
+"""What images look like, apart from what they show: to hold out, and watch for reward hacking."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from diffusion_nft.rewards import RewardOutput
 
 
-class PictureStatistics:
+class ImageStatistics:
     """The score is the brightness, the mean of all values.
 
     Components: ``saturation``, the mean over pixels of HSV's (max - min) / max of the channels; and
@@ -14,7 +14,7 @@ class PictureStatistics:
     """
 
     def __init__(self, device: torch.device):
-        del device  # wherever the pictures are
+        del device  # wherever the images are
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
         """Scores ``[B]`` for ``images: [B, 3, H, W] in [0, 1]``."""
