@@ -23,8 +23,6 @@ from diffusion_nft.solvers import Trajectory
 
 # Images per line of the grids that are logged.
 GRID_COLUMNS = 4
-# Bins of the optimality histogram in the log.
-OPTIMALITY_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Rollout:
     trajectory: Trajectory | None = None  # of n samples, xs [N + 1, n, C, h, w]; if asked for
 
 
-def rollout_metrics(rollout: Rollout, r: Tensor, group_size: int) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, r: Tensor, group_size: int) -> dict[str, Any]:
     """``reward/*`` of an epoch for the log; ``r: [N]`` is the optimality of its samples."""
     stats = statistics(rollout.scores.total, group_size)
     values = {
@@ -56,11 +54,7 @@ def rollout_metrics(rollout: Rollout, r: Tensor, group_size: int) -> dict[str, f
     }
     for name, scores in rollout.scores.parts.items():
         values[f"reward/{name}"] = float(scores.nanmean())
-    r = r[~r.isnan()]
-    shares = torch.histc(r, OPTIMALITY_BINS, min=0, max=1) / len(r)
-    for i, share in enumerate(shares.tolist()):
-        values[f"reward/optimality_{i / OPTIMALITY_BINS:.1f}"] = share
-    return values
+    return values | {"reward/optimality": r}
 
 
 def shown_samples(indices: range, group_size: int, number: int) -> list[int]:

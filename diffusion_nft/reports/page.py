@@ -184,14 +184,13 @@ def training_charts(runs: list[Run]) -> tuple[list[Chart], list[Chart]]:
         for key, value in row.items()
         if "/" in key and isinstance(value, int | float)
     )
-    keys = [key for key in logged if not key.startswith("reward/optimality")]
 
     def draw(key: str) -> Chart | None:
         curves = [training_curve(run, i, key) for i, run in enumerate(runs)]
         return chart(key, curves, note=TRAINING.get(key, ""), marks=_stage_ends(runs))
 
-    first = [draw(key) for key in TRAINING if key in keys]
-    others = [draw(key) for key in sorted(keys) if key not in TRAINING]
+    first = [draw(key) for key in TRAINING if key in logged]
+    others = [draw(key) for key in sorted(logged) if key not in TRAINING]
     return [one for one in first if one], [one for one in others if one]
 
 

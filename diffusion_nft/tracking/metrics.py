@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diffusion_nft.images import Images
 from diffusion_nft.rollout import GRID_COLUMNS
@@ -25,6 +26,7 @@ from diffusion_nft.utils.files import naming, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id.txt"
+QUARTILES = {"q25": 0.25, "q50": 0.5, "q75": 0.75}
 
 
 def _complete_lines(path: Path) -> list[bytes]:
@@ -72,10 +74,22 @@ def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def _scalars(values: Mapping[str, float | Tensor]) -> dict[str, float | None]:
+    """``values`` as JSON can hold them, of a distribution its quartiles."""
+    row: dict[str, float | None] = {}
+    for key, value in values.items():
+        if isinstance(value, Tensor):
+            for name, share in QUARTILES.items():
+                row[f"{key}_{name}"] = _finite(float(value.nanquantile(share)))
+        else:
+            row[key] = _finite(value)
+    return row
+
+
 class NullMetrics:
     """Accepts all that Metrics does and writes nothing: for ranks other than the main one."""
 
-    def log(self, values: Mapping[str, float], *, step: int, epoch: int) -> None:
+    def log(self, values: Mapping[str, float | Tensor], *, step: int, epoch: int) -> None:
         """Does nothing."""
 
     def log_images(
@@ -119,14 +133,16 @@ class Metrics(NullMetrics):
         self._tensorboard = _start_tensorboard(run_dir) if config.log.tensorboard else None
         self._wandb = _start_wandb(config, run_dir)
 
-    def log(self, values: Mapping[str, float], *, step: int, epoch: int) -> None:
+    def log(self, values: Mapping[str, float | Tensor], *, step: int, epoch: int) -> None:
         """One line of ``values``, on the disk; NaN and infinities are written as null.
 
+        A tensor ``[N]`` is a distribution: the line has its quartiles ``KEY_q25``, ``KEY_q50`` and
+        ``KEY_q75``, and wandb and tensorboard also get a histogram ``KEY``.  NaN is left out.
         Raises DiskError if it cannot be written.
         """
         assert not {"step", "epoch"} & values.keys(), "step and epoch are arguments of log()"
-        row = {"step": step, "epoch": epoch}
-        row |= {key: _finite(value) for key, value in values.items()}
+        scalars = _scalars(values)
+        row = {"step": step, "epoch": epoch, **scalars}
         # Durably, for a checkpoint that follows is durable too, and a resumed run does not log
         # again what is older than it.
         with naming(self._path):
@@ -134,12 +150,22 @@ class Metrics(NullMetrics):
             self._file.flush()
             os.fsync(self._file.fileno())
         known = {key: value for key, value in row.items() if value is not None}
+        histograms = {
+            key: finite
+            for key, value in values.items()
+            if isinstance(value, Tensor) and len(finite := value[value.isfinite()])
+        }
         if self._wandb is not None:
+            import wandb
+
+            drawn = {key: wandb.Histogram(value.tolist()) for key, value in histograms.items()}
             # Without step=: wandb would drop what a resumed run logs again.  The x axis is "step".
-            self._wandb.log(known)
+            self._wandb.log(known | drawn)
         if self._tensorboard is not None:
-            for key in values.keys() & known.keys():
+            for key in scalars.keys() & known.keys():
                 self._tensorboard.add_scalar(key, known[key], step)
+            for key, value in histograms.items():
+                self._tensorboard.add_histogram(key, value, step)
             self._tensorboard.flush()
 
     def log_images(

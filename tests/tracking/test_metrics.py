@@ -16,6 +16,8 @@ from diffusion_nft.runs.environment import write_environment
 from diffusion_nft.tracking.metrics import Metrics, NullMetrics, Timer, make_metrics, read_metrics
 
 FOREIGN, CAPTIONS = Images.from_float(torch.zeros(2, 3, 8, 8)), ["a circle", "一只猫"]
+R = torch.tensor([1.0, 0.25, math.nan, 0.5, 0.0, 0.75])
+QUARTILES_OF_R = {f"reward/optimality_q{100 * q:.0f}": q for q in (0.25, 0.5, 0.75)}
 
 
 def config(**log) -> ConfigDict:
@@ -35,6 +37,7 @@ def test_a_line_is_valid_json_and_there_at_once(tmp_path):
             "loss/total": -math.inf,
             "optim/skipped": 3,
             "optim/norm": torch.tensor(2.5).item(),
+            "reward/optimality": R,
         }
         metrics.log(values, step=4, epoch=2)
         (line,) = lines(tmp_path / "run")
@@ -42,15 +45,19 @@ def test_a_line_is_valid_json_and_there_at_once(tmp_path):
     def refuse(constant: str):
         raise AssertionError(f"{constant} is not JSON")
 
-    assert json.loads(line, parse_constant=refuse) == {
-        "step": 4,
-        "epoch": 2,
-        "reward/mean": 0.1,
-        "reward/tag": None,
-        "loss/total": None,
-        "optim/skipped": 3,
-        "optim/norm": 2.5,
-    }
+    assert (
+        json.loads(line, parse_constant=refuse)
+        == {
+            "step": 4,
+            "epoch": 2,
+            "reward/mean": 0.1,
+            "reward/tag": None,
+            "loss/total": None,
+            "optim/skipped": 3,
+            "optim/norm": 2.5,
+        }
+        | QUARTILES_OF_R
+    )
 
 
 def test_truncate_drops_what_comes_after_the_checkpoint(tmp_path):
@@ -194,7 +201,8 @@ def test_wandb_resumes_the_same_run_and_gets_the_values(wandb, tmp_path):
     for failed in (True, False):
         try:
             with Metrics(config(wandb="offline"), run_dir) as metrics:
-                metrics.log({"loss/total": 1.0, "reward/tag": math.nan}, step=3, epoch=1)
+                values = {"loss/total": 1.0, "reward/tag": math.nan, "reward/optimality": R}
+                metrics.log(values, step=3, epoch=1)
                 if failed:
                     raise RuntimeError
         except RuntimeError:
@@ -202,7 +210,9 @@ def test_wandb_resumes_the_same_run_and_gets_the_values(wandb, tmp_path):
     first, second = wandb.runs
     assert first.arguments["id"] == second.arguments["id"]
     assert first.arguments["resume"] == "allow" and first.arguments["name"] == "geneval"
-    assert first.logged == [{"step": 3, "epoch": 1, "loss/total": 1.0}]
+    (logged,) = first.logged
+    assert sum(logged.pop("reward/optimality").histogram) == 5
+    assert logged == {"step": 3, "epoch": 1, "loss/total": 1.0} | QUARTILES_OF_R
     assert (first.exit_code, second.exit_code) == (1, 0)
 
 
@@ -242,13 +252,17 @@ def test_tensorboard_gets_finite_scalars_and_images(tmp_path):
 
     with Metrics(config(tensorboard=True), tmp_path) as metrics:
         for step in (1, 2, 3):
-            metrics.log({"reward/mean": step / 2, "reward/tag": math.nan}, step=step, epoch=step)
+            values = {"reward/mean": step / 2, "reward/tag": math.nan, "reward/optimality": R}
+            metrics.log(values, step=step, epoch=step)
         metrics.log_images("train", FOREIGN, CAPTIONS, [0.0, 1.0], epoch=1)
     with Metrics(config(tensorboard=True), tmp_path) as metrics:
         metrics.truncate(2)
         metrics.log({"reward/mean": 9.0}, step=3, epoch=3)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert events.Tags()["scalars"] == ["reward/mean"] and events.Tags()["images"] == ["train"]
+    guidance = {"histograms": 0}  # all of them
+    events = EventAccumulator(str(tmp_path / "tensorboard"), guidance).Reload()
+    assert set(events.Tags()["scalars"]) == {"reward/mean", *QUARTILES_OF_R}
+    assert events.Tags()["images"] == ["train"]
+    assert events.Histograms("reward/optimality")[0].histogram_value.num == 5
     assert events.Tags()["tensors"] == ["train/captions/text_summary"]
     assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.5), (2, 1), (3, 9)]
 
