@@ -42,10 +42,10 @@ class Rollout:
     trajectory: Trajectory | None = None  # of n samples, xs [N + 1, n, C, h, w]; if asked for
 
 
-def rollout_metrics(rollout: Rollout, r: Tensor, group_size: int) -> dict[str, Any]:
+def rollout_metrics(rollout: Rollout, r: Tensor, group_size: int) -> dict[str, float | Tensor]:
     """``reward/*`` of an epoch for the log; ``r: [N]`` is the optimality of its samples."""
     stats = statistics(rollout.scores.total, group_size)
-    values = {
+    values: dict[str, float | Tensor] = {
         "reward/mean": stats.mean,
         "reward/std": stats.std,
         "reward/frac_zero_std": stats.frac_zero_std,

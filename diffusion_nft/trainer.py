@@ -1,6 +1,7 @@
 """The training loop (Algorithm 1 of the paper): sample with the old policy, score, update."""
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ class Trainer:
                 reward = {"reward": f"{values['reward/mean']:.3f}"}
                 progress.set_postfix(reward | self.monitor.progress())
 
-    def _run_epoch(self) -> dict[str, float]:
+    def _run_epoch(self) -> dict[str, Any]:
         """One epoch; returns its metrics."""
         started = time.perf_counter()
         self.model.pop_forward_counts()
@@ -153,11 +154,12 @@ class Trainer:
 
     def _epoch_metrics(
         self, rollout: Rollout, advantages: Tensor, seconds: float
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """``reward/*``, ``cost/*`` and ``time/*``."""
         train = self.config.train
         r = optimality(advantages, adv_clip_max=train.adv_clip_max, adv_mode=train.adv_mode)
-        values = rollout_metrics(rollout, r, self.config.sample.num_image_per_prompt)
+        values: dict[str, Any] = {}
+        values |= rollout_metrics(rollout, r, self.config.sample.num_image_per_prompt)
         values |= self.timer.pop()
         if self.config.max_unscored:
             values["reward/unscored"] = int(rollout.scores.total.isnan().sum())
