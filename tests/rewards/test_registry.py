@@ -25,6 +25,7 @@ from rewards.geneval import conftest as geneval_conftest
 from rewards.geneval.mmdet_names import TINY_DETECTOR, mmdet_state_dict
 from torch import Tensor, nn
 
+from diffusion_nft.images import Images
 from diffusion_nft.rewards import REWARDS
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.rewards.geneval import mask2former, scorer
@@ -297,7 +298,7 @@ def test_a_configured_reward_scores_every_image_in_order(name, request):
     assert torch.pdist(expected[:, None]).min() > 10 * case.atol
 
     reward = RewardSet.build({name: 1.0}, CPU, options={name: case.options})
-    scores = reward(case.images, case.prompts, metadata)
+    scores = reward(Images.from_float(case.images), case.prompts, metadata)
 
     assert scores.total.shape == (count,) and bool(scores.total.isfinite().all())
     torch.testing.assert_close(scores.total, expected, rtol=0, atol=case.atol)

@@ -14,6 +14,7 @@ import httpx
 import pytest
 import torch
 
+from diffusion_nft.images import Images
 from diffusion_nft.rewards import parse_option
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.rewards.serving.remote import RemoteReward
@@ -51,7 +52,7 @@ def server(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_serves_until_it_is_told_to_stop(number, monkeypatch):
     monkeypatch.setenv("REWARD_SERVER_TOKEN", "secret")
-    images = torch.rand(3, 3, 16, 16)
+    images = Images.from_float(torch.rand(3, 3, 16, 16))
     with server("--reward", "jpeg_compressibility", token="secret") as (process, address):
         health = httpx.get(f"{address}/health", headers={"Authorization": "Bearer secret"}).json()
         assert health["reward"] == "jpeg_compressibility" and health["options"] == {}
