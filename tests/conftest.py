@@ -26,17 +26,6 @@ def smoke_config(tmp_path):
 @pytest.fixture(scope="session")
 def shapes_model():
     """The built-in model in float32 on the CPU, without LoRA: do not change it."""
-    import torch
+    from tests.launch import build_shapes_model
 
-    from diffusion_nft.distributed.ranks import Distributed
-    from diffusion_nft.models import build_model
-    from diffusion_nft.models.precision import Precision
-
-    device = torch.device("cpu")
-    return build_model(
-        "sd3",
-        name="shapes",
-        max_sequence_length=8,
-        dist=Distributed(0, 1, 0, device),
-        precision=Precision("no", device),
-    )
+    return build_shapes_model()

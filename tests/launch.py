@@ -4,9 +4,11 @@ would, or in this process, which saves the seconds that importing takes.
 
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,23 @@ def smoke(save_dir: Path, overrides: dict[str, Any] | None = None) -> ConfigDict
     return config
 
 
+def build_shapes_model(precision: str = "no", **options: Any) -> Any:
+    """The built-in model on the CPU, without LoRA."""
+    from diffusion_nft.distributed.ranks import Distributed
+    from diffusion_nft.models import build_model
+    from diffusion_nft.models.precision import Precision
+
+    device = torch.device("cpu")
+    return build_model(
+        "sd3",
+        name="shapes",
+        max_sequence_length=8,
+        dist=Distributed(0, 1, 0, device),
+        precision=Precision(precision, device),
+        **options,
+    )
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """One thread in torch's kernels: the sums of a process of its own, to the last bit."""
@@ -119,19 +138,54 @@ def train_here(save_dir: Path, overrides: dict[str, Any] | None = None) -> Any:
     return trainer
 
 
-def train_on_ranks(nproc: int, jobs: list[tuple[Path, dict[str, Any]]]) -> None:
-    """Trains the ``jobs`` (save_dir, overrides) one after the other on ``nproc`` processes."""
-    text = json.dumps([(str(save_dir), overrides) for save_dir, overrides in jobs])
-    insist(run(torchrun(nproc, "tests/launch.py", text)))
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def on_ranks(nproc: int, work: Callable[[], object]) -> None:
+    """Calls ``work`` in ``nproc`` forks of this process, with torchrun's environment variables;
+    insists that all succeed.  This process must not have used a GPU.
+    """
+    ranks = {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    children = []
+    for rank in range(nproc):
+        child = os.fork()
+        if not child:
+            os.environ |= ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            try:
+                work()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * nproc
+
+
+def train_on_ranks(jobs: list[tuple[int, Path, dict[str, Any]]]) -> None:
+    """Trains the ``jobs`` (processes, save_dir, overrides) one after the other.
+
+    A process of their own imports the libraries once and forks the ranks of each.
+    """
+    text = json.dumps([(nproc, str(save_dir), overrides) for nproc, save_dir, overrides in jobs])
+    insist(run([sys.executable, str(ROOT / "tests/launch.py"), text]))
 
 
 def _train_jobs(text: str) -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "config")]
     from diffusion_nft.distributed.ranks import distributed
 
-    with distributed(timeout_minutes=3) as dist:
-        for save_dir, overrides in json.loads(text):
-            make_trainer(smoke(Path(save_dir), overrides), dist).run()
+    for nproc, save_dir, overrides in json.loads(text):
+
+        def train_rank(save_dir: str = save_dir, overrides: dict[str, Any] = overrides) -> None:
+            with distributed(timeout_minutes=3) as dist:
+                make_trainer(smoke(Path(save_dir), overrides), dist).run()
+
+        on_ranks(nproc, train_rank)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from diffusion_nft import batches as micro_batch
 from diffusion_nft.batches import fitting_micro_batch, largest
 
 
-@pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 8, 21, 100, 255, 256, 1000])
-@pytest.mark.parametrize("limit", [1, 2, 5, 64, 200])
+@pytest.mark.parametrize("most", [0, 1, 7, 8, 21, 100, 1000])
+@pytest.mark.parametrize("limit", [1, 5, 64, 200])
 def test_the_largest_size_to_an_eighth(most, limit):
     tried = []
 

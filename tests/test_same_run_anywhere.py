@@ -40,8 +40,10 @@ def settings(precision: str) -> dict[str, object]:
 def runs(tmp_path_factory) -> Path:
     """``runs / precision / variant`` is a run directory."""
     folder = tmp_path_factory.mktemp("runs")
-    for nproc, variant in ((2, "two"), (3, "three")):
-        train_on_ranks(nproc, [(folder / p / variant, settings(p)) for p in PRECISIONS])
+    ranks = ((2, "two"), (3, "three"))
+    train_on_ranks(
+        [(nproc, folder / p / variant, settings(p)) for p in PRECISIONS for nproc, variant in ranks]
+    )
     for p in PRECISIONS:
         train_here(folder / p / "one", settings(p))
         train_here(folder / p / "micro", settings(p) | MICRO)

@@ -249,7 +249,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
 def test_two_processes_make_the_run_of_one(tmp_path):
     overrides = TINY | FLOW_GRPO | {"sample.guidance_scale": 2.0, "mixed_precision": "fp64"}
     train_here(tmp_path / "one", overrides | {"train.batch_size": 4})
-    train_on_ranks(2, [(tmp_path / "two", overrides)])
+    train_on_ranks([(2, tmp_path / "two", overrides)])
     one, two = (
         load_checkpoint(tmp_path / name / "checkpoints" / "checkpoint-4").tensors["current"]
         for name in ("one", "two")

@@ -59,17 +59,18 @@ def ours(arrays, sigma, r, requires_grad=False, **options):
 
 
 @pytest.mark.parametrize("weighting", ["adaptive", "uniform", "sigma", "one_minus_sigma"])
-@pytest.mark.parametrize(
-    ("beta", "r"), itertools.product([0.01, 0.1, 1.0, 3.0], [0.0, 0.3, 0.5, 1.0])
-)
-@pytest.mark.parametrize("sigma", [0.0089, 0.4, 1.0])
-def test_value_and_gradient_equal_the_formulas(weighting, beta, r, sigma):
+@pytest.mark.parametrize(("beta", "r"), itertools.product([0.01, 0.1, 1.0, 3.0], [0.0, 0.3, 0.5]))
+def test_value_and_gradient_equal_the_formulas(weighting, beta, r):
     arrays = draw(0)
-    sigmas, rs = np.full(SHAPE[0], sigma), np.array([r, 1 - r, r])
+    sigmas, rs = np.array([0.0089, 0.4, 1.0]), np.array([r, 1 - r, r])
     options = dict(beta=beta, kl_weight=0.3, adv_clip_max=5.0, weighting=weighting)
-    losses, _, v = ours(arrays, sigmas, rs, requires_grad=True, **options)
-    expected = reference_losses(arrays, sigmas, rs, beta, 0.3, 5.0, weighting)
-    np.testing.assert_allclose(losses.detach().numpy(), expected, rtol=1e-6)
+    losses, metrics, v = ours(arrays, sigmas, rs, requires_grad=True, **options)
+    policy = reference_losses(arrays, sigmas, rs, beta, 0.0, 5.0, weighting)
+    kl = np.mean((arrays["v"] - arrays["v_ref"]) ** 2, axis=(1, 2, 3))
+    np.testing.assert_allclose(losses.detach().numpy(), policy + 0.3 * kl, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss/policy"].numpy(), policy, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss/kl"].numpy(), kl, rtol=1e-6)
+    assert not any(value.requires_grad for value in metrics.values())
 
     (gradient,) = torch.autograd.grad(losses.sum(), v)
     if weighting == "adaptive":
@@ -77,8 +78,8 @@ def test_value_and_gradient_equal_the_formulas(weighting, beta, r, sigma):
         for b in range(SHAPE[0]):
             x0, noise, old = arrays["x0"][b], arrays["noise"][b], arrays["v_old"][b]
             cur, ref = arrays["v"][b], arrays["v_ref"][b]
+            sigma, n = sigmas[b], x0.size
             xt = (1 - sigma) * x0 + sigma * noise
-            n = x0.size
             plus = xt - sigma * ((1 - beta) * old + beta * cur) - x0
             minus = xt - sigma * ((1 + beta) * old - beta * cur) - x0
             wp, wm = (max(np.mean(np.abs(e)), 1e-5) for e in (plus, minus))
@@ -89,16 +90,8 @@ def test_value_and_gradient_equal_the_formulas(weighting, beta, r, sigma):
         direction = np.random.default_rng(1).standard_normal(SHAPE)
         h = 1e-5
         up, down = (
-            reference_losses(
-                arrays | {"v": arrays["v"] + d * h * direction},
-                sigmas,
-                rs,
-                beta,
-                0.3,
-                5.0,
-                weighting,
-            ).sum()
-            for d in (1, -1)
+            reference_losses(arrays | {"v": moved}, sigmas, rs, beta, 0.3, 5.0, weighting).sum()
+            for moved in (arrays["v"] + h * direction, arrays["v"] - h * direction)
         )
         np.testing.assert_allclose(
             (gradient.numpy() * direction).sum(), (up - down) / (2 * h), 1e-6
@@ -130,39 +123,6 @@ def test_at_the_old_policy_the_gradient_is_advantage_weighted_flow_matching(beta
     np.testing.assert_allclose(gradient.numpy(), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("weighting", ["adaptive", "uniform", "sigma"])
-def test_swapping_r_and_the_direction_leaves_the_policy_term(weighting):
-    arrays, sigma, r = draw(4), np.array([0.2, 0.5, 0.9]), np.array([0.1, 0.7, 1.0])
-    mirrored = arrays | {"v": 2 * arrays["v_old"] - arrays["v"]}
-    options = dict(beta=0.7, kl_weight=0.0, adv_clip_max=5.0, weighting=weighting)
-    one, _, _ = ours(arrays, sigma, r, **options)
-    other, _, _ = ours(mirrored, sigma, 1 - r, **options)
-    np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-12)
-
-
-def test_half_optimality_is_stationary_at_the_old_policy_and_its_minimum():
-    arrays, sigma, r = draw(5), np.array([0.2, 0.5, 0.9]), np.full(3, 0.5)
-    options = dict(beta=0.7, kl_weight=0.0, adv_clip_max=5.0, weighting="uniform")
-    moved, _, _ = ours(arrays, sigma, r, **options)
-    arrays["v"] = arrays["v_old"].copy()
-    still, _, v = ours(arrays, sigma, r, requires_grad=True, **options)
-    (gradient,) = torch.autograd.grad(still.sum(), v)
-    np.testing.assert_allclose(gradient.numpy(), 0, atol=1e-14)
-    assert (still.detach() < moved).all()
-
-
-def test_metrics_are_detached_parts_of_the_loss_and_not_the_loss_itself():
-    arrays, sigma, r = draw(6), np.array([0.2, 0.5, 0.9]), np.array([0.1, 0.7, 1.0])
-    options = dict(beta=0.7, kl_weight=2.0, adv_clip_max=5.0, weighting="adaptive")
-    losses, metrics, _ = ours(arrays, sigma, r, requires_grad=True, **options)
-    assert not any(value.requires_grad for value in metrics.values())
-    without_kl = reference_losses(arrays, sigma, r, 0.7, 0.0, 5.0, "adaptive")
-    np.testing.assert_allclose(metrics["loss/policy"].numpy(), without_kl, rtol=1e-6)
-    kl = np.mean((arrays["v"] - arrays["v_ref"]) ** 2, axis=(1, 2, 3))
-    np.testing.assert_allclose(metrics["loss/kl"].numpy(), kl, rtol=1e-6)
-    np.testing.assert_allclose(losses.detach().numpy(), without_kl + 2 * kl, rtol=1e-6)
-
-
 def test_kl_without_a_reference_is_refused():
     x = torch.zeros(1, 1, 2, 2)
     one = torch.ones(1)
@@ -175,9 +135,7 @@ def test_kl_without_a_reference_is_refused():
 @pytest.mark.parametrize(
     ("name", "step", "eta"),
     [
-        ("on_policy", 1, 0.0),
         ("on_policy", 9999, 0.0),
-        ("linear_to_half", 1, 0.001),
         ("linear_to_half", 400, 0.4),
         ("linear_to_half", 900, 0.5),
         ("linear_to_095", 900, 0.9),
@@ -187,8 +145,6 @@ def test_kl_without_a_reference_is_refused():
         ("delayed_linear", 5000, 0.999),
         ("constant_09", 1, 0.9),
         ("linear:0.01:0:0.5", 7, 0.07),
-        ("linear:0.01:0:0.5", 70, 0.5),
-        ("linear:0.075:8:0.999", 8, 0.0),
         ("linear:0.075:8:0.999", 10, 0.15),
         ("linear:1:0:0.7", 1, 0.7),
     ],

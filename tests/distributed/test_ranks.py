@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusion_nft.distributed.ranks import Distributed, LaunchError, check_launch, distributed
-from tests.launch import insist, run, torchrun
+from tests.launch import on_ranks
 
 
 def test_a_plain_process_needs_no_process_group(monkeypatch):
@@ -84,9 +84,4 @@ def collectives() -> None:
 
 @pytest.mark.multiproc
 def test_collectives_on_two_processes():
-    command = torchrun(2, "")[:-1]
-    insist(run([*command, "--module", "tests.distributed.test_ranks"]))
-
-
-if __name__ == "__main__":
-    collectives()
+    on_ranks(2, collectives)

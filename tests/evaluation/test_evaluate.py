@@ -167,7 +167,7 @@ def test_every_line_is_a_sample_with_its_own_noise(whole, prompts):
         assert ours["total"] == ours["jpeg_compressibility"] + 2 * ours["shapes"]
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("world_size", [2, 5])
 def test_any_number_of_ranks_gives_the_same_numbers(whole, shapes_model, prompts, world_size):
     sent = []
 

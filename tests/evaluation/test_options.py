@@ -28,7 +28,8 @@ def choose(*flags: object, script: dict | None = None):
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "mine"
-    train_here(folder, {"num_epochs": 1, "eval_freq": 0, "eval.at_start": False, "seed": 5})
+    tiny = {"num_epochs": 1, "sample.num_groups": 1, "eval.num_prompts": 1}
+    train_here(folder, tiny | {"eval_freq": 0, "eval.at_start": False, "seed": 5})
     return folder
 
 

@@ -7,13 +7,11 @@ import pytest
 
 from diffusion_nft.evaluation.suites import (
     SUITES,
-    Column,
     as_json,
     as_markdown,
     read_rows,
     result_table,
 )
-from diffusion_nft.rewards import REWARDS
 
 PAPER = SUITES["paper"]
 
@@ -78,14 +76,6 @@ def test_the_json_holds_all_that_the_table_shows(folder):
     assert base["settings"]["seed"] == 7 and base["environment"]["torch"] == "1.0, 2.0"
     assert base["averages"]["geneval"]["mean"]["geneval/accuracy"]["mean"] == 0.5
     assert tables["references"]["NFT on GenEval"]["GenEval"] == 0.98
-
-
-def test_suites_hold_together():
-    for suite in SUITES.values():
-        assert all(len(values) == len(suite.columns) for values in suite.references.values())
-        assert len({column.title for column in suite.columns}) == len(suite.columns)
-        for column in suite.columns:
-            assert isinstance(column, Column) and column.metric.split("/")[0] in REWARDS
 
 
 def test_judges_that_differ_stand_below_the_table(folder):

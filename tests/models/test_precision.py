@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from diffusion_nft.algorithms.nft import nft_loss
-from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.flow import add_noise
-from diffusion_nft.models import build_model
 from diffusion_nft.models.precision import Precision, resolves_lora_updates
 from diffusion_nft.policy import Policy
+from tests.launch import build_shapes_model
 
 CPU = torch.device("cpu")
 
@@ -34,18 +33,8 @@ def test_dtypes_and_scaler(name, compute, trained):
     assert product.dtype == compute
 
 
-def build(name: str):
-    return build_model(
-        "sd3",
-        name="shapes",
-        max_sequence_length=8,
-        dist=Distributed(0, 1, 0, CPU),
-        precision=Precision(name, CPU),
-    )
-
-
 def test_bf16_stores_frozen_weights_in_bf16_and_trains_in_fp32(shapes_model):
-    model = build("bf16")
+    model = build_shapes_model("bf16")
     assert {p.dtype for p in model.transformer.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in model.vae.parameters()} == {torch.float32}
     policy = Policy(
@@ -74,7 +63,7 @@ def lora_gradient(name: str, scale: float) -> torch.Tensor:
     """That of four pairs among SD3_PAIRS, as small as at SD3_VALUES, with the loss times ``scale``
     on its way.
     """
-    model = build(name)
+    model = build_shapes_model(name)
     policy = Policy(
         model.transformer, targets=model.lora_targets, rank=4, alpha=8, seed=0, dtype=torch.float32
     )
@@ -112,7 +101,7 @@ def test_the_first_loss_scale_keeps_small_gradients():
 
 
 def test_fp64_computes_in_fp64(shapes_model):
-    model = build("fp64")
+    model = build_shapes_model("fp64")
     x = torch.randn(1, *model.latent_shape((48, 48)), generator=torch.Generator().manual_seed(0))
     sigma, texts = torch.tensor([0.6]), ["a red circle"]
     with torch.no_grad():

@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,7 @@ def test_a_run_that_goes_on_puts_a_wrong_note_of_the_best_right(tmp_path):
         "num_epochs": 2,
         "sample.num_groups": 1,
         "eval.num_prompts": 1,
+        "eval.num_steps": 2,
         "eval.at_start": False,
         "log.num_images": 0,
         "checkpoint.keep": 0,
@@ -249,36 +251,25 @@ def cut(path: Path) -> None:
     os.truncate(path / "current.safetensors", 100)
 
 
+def manifest(text: str) -> Callable[[Path], object]:
+    """Writes ``text`` in place of a checkpoint's manifest."""
+    return lambda path: (path / "manifest.json").write_text(text)
+
+
+INFINITE = '{"tensors": [], "files": {"state.json": {"size": 1e999, "sha256": ""}}}'
 DAMAGES = {
     "flipped": (flip_a_byte, "current.safetensors has another SHA-256"),
     "cut": (cut, "current.safetensors has .* bytes"),
     "missing": (lambda path: (path / "state.json").unlink(), "state.json is missing"),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json"),
-    "empty manifest": (lambda path: (path / "manifest.json").write_text(""), "manifest.json"),
-    "zeros": (lambda path: (path / "manifest.json").write_bytes(bytes(99)), "manifest.json"),
-    "a list": (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json"),
-    "no files": (
-        lambda path: (path / "manifest.json").write_text('{"tensors": []}'),
-        "manifest.json is no manifest",
-    ),
-    "other types": (
-        lambda path: (path / "manifest.json").write_text('{"tensors": [], "files": {"a": 1}}'),
-        "manifest.json is no manifest",
-    ),
-    "an infinite size": (
-        lambda path: (path / "manifest.json").write_text(
-            '{"tensors": [], "files": {"state.json": {"size": 1e999, "sha256": ""}}}'
-        ),
-        "manifest.json is no manifest",
-    ),
-    "nested too deep": (
-        lambda path: (path / "manifest.json").write_text("[" * 100_000),
-        "manifest.json is not JSON",
-    ),
-    "nothing listed": (
-        lambda path: (path / "manifest.json").write_text('{"tensors": [], "files": {}}'),
-        "manifest.json lacks state.json",
-    ),
+    "empty manifest": (manifest(""), "manifest.json"),
+    "zeros": (manifest("\0" * 99), "manifest.json"),
+    "a list": (manifest("[]"), "manifest.json"),
+    "no files": (manifest('{"tensors": []}'), "manifest.json is no manifest"),
+    "other types": (manifest('{"tensors": [], "files": {"a": 1}}'), "manifest.json is no manifest"),
+    "an infinite size": (manifest(INFINITE), "manifest.json is no manifest"),
+    "nested too deep": (manifest("[" * 100_000), "manifest.json is not JSON"),
+    "nothing listed": (manifest('{"tensors": [], "files": {}}'), "manifest.json lacks state.json"),
 }
 
 
@@ -384,14 +375,8 @@ def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path):
 
 def test_malformed_names_are_ignored(tmp_path):
     save(Checkpointer(tmp_path), 2)
-    for name in (
-        "checkpoint-x",
-        "checkpoint-",
-        "checkpoint-9.bak",
-        "checkpoint--9",
-        "checkpoint-09",
-    ):
-        (tmp_path / "checkpoints" / name).mkdir()
+    for name in ("x", "", "9.bak", "-9", "09"):
+        (tmp_path / "checkpoints" / f"checkpoint-{name}").mkdir()
     (tmp_path / "checkpoints" / "checkpoint-99").write_text("a file")
     assert Checkpointer(tmp_path).latest() == tmp_path / "checkpoints" / "checkpoint-2"
     assert_is_step(tmp_path, 2)

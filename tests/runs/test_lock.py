@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.run import StartError
+from diffusion_nft.run import run as start
 from diffusion_nft.runs.lock import LOCK_FILE, FolderInUse, only_writer
-from tests.launch import run, train_command
+from tests.launch import smoke
 from tests.scripts.in_process import call, script
 
 CPU = torch.device("cpu")
@@ -64,13 +66,11 @@ def test_the_second_writer_is_refused_by_name_until_the_first_is_killed(tmp_path
                 pass
 
 
-@pytest.mark.multiproc
 def test_a_second_start_of_a_run_is_refused(tmp_path):
     with held_elsewhere(tmp_path / "run") as holder:
-        done = run(train_command(tmp_path / "run"))
+        with pytest.raises(StartError, match=f"is in use by process {holder} on host"):
+            start(smoke(tmp_path / "run"), ONE)
         assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / LOCK_FILE]
-    (line,) = done.stderr.strip().splitlines()
-    assert done.returncode == 1 and f"is in use by process {holder} on host" in line
 
 
 def test_a_second_evaluation_into_a_folder_is_refused(tmp_path):

@@ -66,14 +66,6 @@ def normal_form(caption: dict) -> str:
 
 
 def test_every_tag_has_both_parts_and_they_are_disjoint():
-    assert TAGS == (
-        "single_object",
-        "two_object",
-        "counting",
-        "colors",
-        "position",
-        "color_attr",
-    )
     for tag in TAGS:
         train, test = ({normal_form(x) for x in captions(part, tag)} for part in ("train", "test"))
         assert test and not train & test
@@ -95,28 +87,17 @@ def test_prompts_are_unique_and_short():
     every = [x["prompt"] for part in ("train", "test") for tag in TAGS for x in captions(part, tag)]
     assert len(set(every)) == len(every)
     assert max(len(prompt.split()) for prompt in every) == MAX_WORDS
-    assert {word for prompt in every for word in prompt.split()} == set(vocabulary())
-
-
-def test_every_test_word_occurs_in_training():
     words = {
         part: {w for tag in TAGS for x in captions(part, tag) for w in x["prompt"].split()}
         for part in ("train", "test")
     }
-    assert words["test"] <= words["train"]
+    assert words["test"] <= words["train"] == set(vocabulary())
 
 
 def test_committed_prompt_files_are_what_the_code_writes(tmp_path):
     write_metadata(tmp_path)
     for name in ("train_metadata.jsonl", "test_metadata.jsonl"):
         assert (DATASET_DIR / name).read_bytes() == (tmp_path / name).read_bytes()
-
-
-def test_the_held_out_file_has_eighty_lines_of_every_tag():
-    with (DATASET_DIR / "test_metadata.jsonl").open(encoding="utf-8") as file:
-        tags = [json.loads(line)["tag"] for line in file]
-    assert Counter(tags) == dict.fromkeys(TAGS, 80)
-    assert set(tags[:6]) == set(TAGS)
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -154,8 +135,4 @@ def test_relations(relation, dx, dy):
     assert relation_holds(relation, dx, dy)
     assert not relation_holds(relation, -dx, -dy)
     assert not relation_holds(relation, dy, dx)
-
-
-def test_a_diagonal_is_no_relation():
-    for relation in ("left of", "right of", "above", "below"):
-        assert not relation_holds(relation, -1, -1)
+    assert not relation_holds(relation, -1, -1), "a diagonal"

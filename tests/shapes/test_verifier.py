@@ -25,7 +25,7 @@ def drawings() -> torch.Tensor:
 def reconstructions(drawings) -> torch.Tensor:
     vae = load_shapes_pipeline().vae
     with torch.no_grad():
-        latents = vae.encode(2 * drawings - 1).latent_dist.mean
+        latents = vae.encode(2 * drawings[::4] - 1).latent_dist.mean
         return (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
 
 
@@ -54,7 +54,7 @@ def test_images_of_other_captions_fail(drawings, rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_reconstructions_pass(reconstructions, rule):
-    assert verify(reconstructions, METADATA, rule)[1].float().mean() >= 0.98
+    assert verify(reconstructions, METADATA[::4], rule)[1].float().mean() >= 0.98
 
 
 def test_detections_are_the_objects():

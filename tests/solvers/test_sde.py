@@ -71,7 +71,7 @@ def chain_moments(name, data, sigmas, noise_level) -> tuple[float, float]:
 def test_marginals_converge_to_the_data(name, noise_level, gaussian, shifted_grid):
     """With small steps the end of the chain is distributed as the data, whatever the noise."""
     errors = []
-    for num_steps in (100, 400, 1600):
+    for num_steps in (50, 200, 800):
         mean, variance = chain_moments(name, gaussian, shifted_grid(num_steps), noise_level)
         errors.append((abs(mean - 0.7), abs(variance - 0.4**2)))
     for coarse, fine in pairwise(errors):

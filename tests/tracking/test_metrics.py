@@ -2,8 +2,8 @@
 
 import json
 import math
+import platform
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -74,26 +74,19 @@ def test_truncate_drops_what_comes_after_the_checkpoint(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
-def test_truncate_by_epoch_where_the_step_stood_still(tmp_path):
+def test_truncate_by_epoch_and_stage_where_the_step_stood_still(tmp_path):
     with Metrics(config(), tmp_path) as metrics:
-        for epoch in range(1, 4):
-            metrics.log({}, step=7, epoch=epoch)
-        metrics.truncate(7)
-        assert len(lines(tmp_path)) == 3
-        metrics.truncate(7, epoch=2)
-        assert [row["epoch"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
-        metrics.truncate(-1)
-        assert lines(tmp_path) == []
-
-
-def test_truncate_by_stage_where_one_ended_and_the_next_began(tmp_path):
-    with Metrics(config(), tmp_path) as metrics:
-        for stage in (1, 1, 2):
-            metrics.log({"stage": stage}, step=7, epoch=3)
-        metrics.truncate(7, 3, 2)
-        assert len(lines(tmp_path)) == 3
-        metrics.truncate(7, 3, 1)
-        assert [row["stage"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 1]
+        for stage, epoch in ((1, 1), (1, 2), (1, 3), (2, 3)):
+            metrics.log({"stage": stage}, step=7, epoch=epoch)
+        for upto, left in (
+            ((7,), 4),
+            ((7, 3, 2), 4),
+            ((7, 3, 1), 3),
+            ((7, 2), 2),
+            ((-1,), 0),
+        ):
+            metrics.truncate(*upto)
+            assert len(lines(tmp_path)) == left
 
 
 def test_a_half_written_last_line_is_left_out_and_not_glued_to_the_next(tmp_path):
@@ -267,9 +260,7 @@ def test_tensorboard_gets_finite_scalars_and_images(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.5), (2, 1), (3, 9)]
 
 
-def test_environment_tells_what_ran_and_not_where(tmp_path):
-    import platform
-
+def test_environment_tells_what_ran_and_not_where(tmp_path, monkeypatch):
     write_environment(tmp_path / "run")
     write_environment(tmp_path / "run")
     text = (tmp_path / "run" / "environments.jsonl").read_text()
@@ -279,23 +270,19 @@ def test_environment_tells_what_ran_and_not_where(tmp_path):
     assert environment["python"] == platform.python_version()
     assert {"diffusers", "transformers", "peft", "git_revision", "git_dirty"} <= environment.keys()
     assert "command" in environment and "hostname" not in text
-
-
-def test_environment_without_git(tmp_path, monkeypatch):
+    # Without git.
     monkeypatch.setenv("PATH", str(tmp_path))
     write_environment(tmp_path)
     environment = json.loads((tmp_path / "environments.jsonl").read_text())
     assert environment["git_revision"] is None and environment["git_dirty"] is None
 
 
-def test_timer_adds_up_phases_and_starts_again():
+def test_timer_adds_up_phases_and_starts_again(monkeypatch):
+    clock = iter((0.0, 1.0, 5.0, 7.0, 8.0, 8.5))
+    monkeypatch.setattr("diffusion_nft.tracking.metrics.time.perf_counter", lambda: next(clock))
     timer = Timer()
-    for _ in range(2):
-        with timer.phase("sample"):
-            time.sleep(0.02)
-    with timer.phase("train"):
-        pass
-    seconds = timer.pop()
-    assert seconds.keys() == {"time/sample", "time/train"}
-    assert seconds["time/train"] < 0.04 <= seconds["time/sample"]
+    for name in ("sample", "sample", "train"):
+        with timer.phase(name):
+            pass
+    assert timer.pop() == {"time/sample": 3.0, "time/train": 0.5}
     assert timer.pop() == {}

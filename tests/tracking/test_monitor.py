@@ -62,11 +62,8 @@ def make_monitor(tmp_path, **limits) -> tuple[Monitor, list[str]]:
         ({"part": 0.3}, "eval/clipscore/part fell from 0.5 to 0.3"),
         ({"diversity": 0.15}, ""),
         ({"diversity": 0.13}, "eval/diversity fell from 0.2 to 0.13"),
-        ({"diversity": 0.9}, ""),
         ({"diversity": math.nan}, ""),
-        ({"brightness": 0.36}, ""),
         ({"brightness": 0.7}, "eval/image_statistics went from 0.5 to 0.7"),
-        ({"brightness": 0.3}, "eval/image_statistics went from 0.5 to 0.3"),
     ],
 )
 def test_an_evaluation_is_compared_with_a_former_one(tmp_path, change, alarm):
@@ -214,7 +211,14 @@ def test_actions(tmp_path):
 
 
 def test_a_run_stops_after_saving_and_its_log_tells_why(tmp_path, capsys):
-    settings = {"num_epochs": 3, "monitor.max_kl": 1e-12, "monitor.image_statistics": True}
+    settings = {
+        "num_epochs": 3,
+        "monitor.max_kl": 1e-12,
+        "monitor.image_statistics": True,
+        "sample.num_groups": 1,
+        "eval.num_prompts": 2,
+        "eval.num_steps": 2,
+    }
     with one_thread(), pytest.raises(Alarm):
         config = smoke(tmp_path, settings | {"monitor.action": "stop"})
         make_trainer(config, Distributed(0, 1, 0, CPU)).run()

@@ -6,7 +6,7 @@ import torch
 from diffusion_nft.models.sd3 import LORA_TARGETS
 from diffusion_nft.policy import Policy
 from diffusion_nft.tracking.plan import forwards_per_sample, memory
-from tests.launch import smoke
+from tests.launch import build_shapes_model, smoke
 
 
 def test_forwards_per_sample(tmp_path):
@@ -43,18 +43,7 @@ def test_forwards_of_other_algorithms(tmp_path):
 
 
 def test_memory_is_the_bytes_of_the_parameters():
-    from diffusion_nft.distributed.ranks import Distributed
-    from diffusion_nft.models import build_model
-    from diffusion_nft.models.precision import Precision
-
-    device = torch.device("cpu")
-    model = build_model(
-        "sd3",
-        name="shapes",
-        max_sequence_length=8,
-        dist=Distributed(0, 1, 0, device),
-        precision=Precision("no", device),
-    )
+    model = build_shapes_model()
     # The table of positions is a buffer.
     state = model.transformer.state_dict()
     assert "pos_embed.pos_embed" in state

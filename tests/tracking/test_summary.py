@@ -1,18 +1,25 @@
 """The table of what a run gained, by hand."""
 
 import json
+from pathlib import Path
+
+import pytest
 
 from diffusion_nft.tracking.summary import result_table
 
 
+def write(run_dir: Path, *rows: dict) -> None:
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def test_first_last_and_best(tmp_path):
-    rows = [
+    write(
+        tmp_path,
         {"step": 0, "epoch": 0, "eval/total": 0.25, "eval/x": 0.5, "eval/gone": None},
         {"step": 1, "epoch": 1, "loss/total": 3.0},
         {"step": 1, "epoch": 1, "eval/total": 0.75, "eval/x": 0.5},
         {"step": 2, "epoch": 2, "eval/total": 0.5, "eval/x": 0.125, "eval/gone": 1.0},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    )
     lines = [line.split() for line in result_table(tmp_path).splitlines()]
     assert lines[0] == ["epoch", "0", "epoch", "2", "gain"]
     assert ["total", "0.2500", "0.5000", "+0.2500"] in lines
@@ -21,38 +28,29 @@ def test_first_last_and_best(tmp_path):
     assert "best eval/total: 0.7500 at epoch 1" in result_table(tmp_path)
 
 
-def test_evaluations_of_other_lines_do_not_compare(tmp_path):
-    rows = [
-        {"step": 0, "epoch": 0, "eval/total": 0.9, "eval/num_samples": 12},
-        {"step": 1, "epoch": 1, "eval/total": 0.5, "eval/num_samples": 24},
-        {"step": 2, "epoch": 2, "eval/total": 0.75, "eval/num_samples": 24},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+@pytest.mark.parametrize("change", [{"eval/num_samples": 24}, {"test_set": 1}])
+def test_evaluations_of_other_lines_or_prompts_do_not_compare(tmp_path, change):
+    same = {"eval/num_samples": 12}
+    write(
+        tmp_path,
+        {"step": 0, "epoch": 0, "eval/total": 0.9} | same,
+        {"step": 1, "epoch": 1, "eval/total": 0.5} | same | change,
+        {"step": 2, "epoch": 2, "eval/total": 0.75} | same | change,
+    )
     lines = [line.split() for line in result_table(tmp_path).splitlines()]
     assert lines[0] == ["epoch", "1", "epoch", "2", "gain"]
     assert lines[1:-1] == [["total", "0.5000", "0.7500", "+0.2500"]]
     assert "best eval/total: 0.7500 at epoch 2" in result_table(tmp_path)
 
 
-def test_evaluations_of_other_test_prompts_do_not_compare(tmp_path):
-    rows = [
-        {"step": 0, "epoch": 0, "eval/total": 0.9, "eval/num_samples": 12},
-        {"step": 1, "epoch": 1, "eval/total": 0.5, "eval/num_samples": 12, "test_set": 1},
-        {"step": 2, "epoch": 2, "eval/total": 0.75, "eval/num_samples": 12, "test_set": 1},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = [line.split() for line in result_table(tmp_path).splitlines()]
-    assert lines[1:-1] == [["total", "0.5000", "0.7500", "+0.2500"]]
-
-
 def test_stages_do_not_compare(tmp_path):
-    rows = [
+    write(
+        tmp_path,
         {"step": 0, "epoch": 0, "stage": 1, "eval/total": 0.25},
         {"step": 1, "epoch": 1, "stage": 1, "eval/total": 0.75},
         {"step": 1, "epoch": 1, "stage": 2, "eval/total": 5.0},
         {"step": 2, "epoch": 2, "stage": 2, "eval/total": 4.5},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    )
     first, second = (
         [line.split() for line in result_table(tmp_path, n).splitlines()] for n in (1, 2)
     )

@@ -61,13 +61,13 @@ def only_problem(changes: dict[str, Any]) -> str:
     return found[0]
 
 
-def test_schema_covers_every_key_of_the_base_config() -> None:
+def test_schema_covers_every_key_of_the_base_config_and_each_can_be_refused() -> None:
     tree = BASE.get_config().to_dict()
     mappings = {"reward_fn", "reward_servers", "reward_options"}
     keys = {name for name, value in tree.items() if not isinstance(value, dict)} | mappings
     for name in tree.keys() - keys:
         keys |= {f"{name}.{key}" for key in tree[name]}
-    assert set(SCHEMA) == keys
+    assert keys == set(SCHEMA) == {key for key, _, _ in REFUSED}
 
 
 COUNT = "an integer >= 1"
@@ -84,7 +84,6 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("save_dir", "~nobody-at-all/runs", "no ~name of a user without a home"),
     ("save_dir", __file__, "is a file; must be a folder"),
     ("seed", -1, COUNT_OR_NONE),
-    ("seed", 1.5, COUNT_OR_NONE),
     ("algorithm", "ntf", "choose from nft"),
     ("num_epochs", 0, COUNT),
     ("save_freq", -1, COUNT_OR_NONE),
@@ -98,7 +97,6 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("pretrained.revision", None, "text"),
     ("pretrained.model_type", "sd3.5", "choose from sd3"),
     ("pretrained.max_sequence_length", 513, "an integer from 1 to 512"),
-    ("pretrained.max_sequence_length", 0, "an integer from 1 to 512"),
     ("resolution", 0, "an integer >= 16"),
     ("dataset", "", "choose from drawbench, geneval, ocr, shapes"),
     ("dataset", 3, "name of a prompt set"),
@@ -110,7 +108,6 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("reward_fn", {"shapse": 1.0}, "'shapse' is unknown (did you mean 'shapes'?); choose from"),
     ("reward_fn", {"shapes": 0.0}, "a finite number other than 0"),
     ("reward_fn", {"shapes": math.nan}, "a finite number other than 0"),
-    ("reward_fn", {"shapes": math.inf}, "a finite number other than 0"),
     ("reward_fn", {"shapes": True}, "a finite number other than 0"),
     ("reward_fn", {"shapes": "1"}, "a finite number other than 0"),
     ("reward_servers", ("http://host:8000",), "map reward names to addresses"),
@@ -146,10 +143,8 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("sample.num_groups", 0, COUNT),
     ("sample.num_image_per_prompt", 1, "an integer >= 2"),
     ("sample.batch_size", 0, COUNT),
-    ("sample.solver", "euler", "choose from flow, dance, ddim, dpm1, dpm2"),
     ("sample.solver", "dmp2", "did you mean 'dpm2'?"),
     ("sample.solver", 2, "the name of a solver"),
-    ("sample.num_steps", 0, COUNT),
     ("sample.num_steps", 10.0, COUNT),
     ("sample.noise_level", -0.1, NOT_NEGATIVE),
     ("sample.guidance_scale", 0.5, "a finite number in [1, inf)"),
@@ -158,14 +153,12 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("train.batch_size", -1, COUNT_OR_NONE),
     ("train.gradient_step_per_epoch", 0, COUNT),
     ("train.num_inner_epochs", 0, COUNT),
-    ("train.timestep_fraction", 0.0, "a finite number in (0, 1]"),
     ("train.timestep_fraction", 1.01, "a finite number in (0, 1]"),
     ("train.sigma_choice", "last", "choose from random, stratified, first"),
     ("train.shared_noise", 1, FLAG),
     ("train.filter_zero_std_groups", 0, FLAG),
     ("train.learning_rate", 0.0, POSITIVE),
     ("train.learning_rate", math.nan, POSITIVE),
-    ("train.learning_rate", math.inf, POSITIVE),
     ("train.learning_rate", True, POSITIVE),
     ("train.learning_rate", "3e-4", POSITIVE),
     ("train.lr_half_life", -1.0, "[0, inf)"),
@@ -175,11 +168,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("train.adam_epsilon", 0.0, POSITIVE),
     ("train.max_grad_norm", 0.0, POSITIVE),
     ("train.adv_clip_max", 0.0, POSITIVE),
-    (
-        "train.adv_mode",
-        "positive",
-        "choose from all, positive_only, negative_only, one_only, binary",
-    ),
+    ("train.adv_mode", "positive", "choose from all, positive_only, negative_only, one_only, bin"),
     ("train.lora_rank", 0, COUNT),
     ("train.lora_alpha", 0, COUNT),
     ("train.lora_path", "absent", "must be a LoRA that exists"),
@@ -195,7 +184,6 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("nft.old_policy_decay", "linear_to_haf", "did you mean 'linear_to_half'?"),
     ("nft.old_policy_decay", "linear:0.01:0:1", "CAP in [0, 1), such as linear:0.01:0:0.5"),
     ("nft.old_policy_decay", "linear:1e-3:0:0.5", "in plain decimals"),
-    ("nft.old_policy_decay", "linear:.01:0:0.5", "in plain decimals"),
     ("nft.old_policy_decay", "linear:0.01:0:0.5\n", "in plain decimals"),
     ("nft.old_policy_decay", "linear:٠:0:0.5", "in plain decimals"),
     ("nft.old_policy_decay", "linear:0.01:0.5", "linear:SLOPE:START:CAP"),
@@ -249,24 +237,17 @@ def test_refused_value(key: str, value: Any, valid: str) -> None:
     assert "\n" not in line
 
 
-def test_every_key_has_a_value_that_is_refused() -> None:
-    assert {key for key, _, _ in REFUSED} == set(SCHEMA)
-
-
 ACCEPTED: list[tuple[str, Any]] = [
     ("train.learning_rate", 1),
     ("train.learning_rate", np.float64(1e-3)),
     ("train.timestep_fraction", 1),
-    ("train.adam_beta1", 0),
     ("nft.kl_weight", 0),
     ("nft.old_policy_decay", "on_policy"),
     ("nft.old_policy_decay", "linear:0.075:8:0.999"),
-    ("train.ema_decay", 0.0),
     ("sample.solver", "dance"),
     ("sample.noise_level", 0.0),
     ("sample.guidance_scale", 4.5),
     ("save_freq", 0),
-    ("checkpoint.keep", 0),
     ("resume_from", "."),
     ("dataset", "dataset/geneval"),
     ("reward_fn", {"shapes": -2}),
@@ -309,15 +290,11 @@ UNKNOWN = [
     ("train.lerning_rate", "did you mean train.learning_rate?"),
     ("learning_rate", "did you mean train.learning_rate?"),
     ("train.lr", "did you mean train.learning_rate?"),
-    ("lr", "did you mean train.learning_rate?"),
     ("train.wd", "did you mean train.adam_weight_decay?"),
-    ("train.weight_decay", "did you mean train.adam_weight_decay?"),
     ("train.eps", "did you mean train.adam_epsilon?"),
-    ("train.rank", "did you mean train.lora_rank?"),
     ("train.epochs", "did you mean num_epochs?"),
     ("sample.bs", "did you mean sample.batch_size?"),
     ("eval.cfg", "did you mean eval.guidance_scale?"),
-    ("nft.kl", "did you mean nft.kl_weight?"),
     ("train.num_steps", "did you mean sample.num_steps or eval.num_steps?"),
     ("xyzzy", "the keys are in config/base.py"),
 ]
@@ -330,76 +307,33 @@ def test_unknown_key(key: str, hint: str) -> None:
     assert hint in line
 
 
-REPLACED = [
-    ("beta", "nft.beta"),
-    ("train.beta", "nft.kl_weight"),
-    ("decay_type", "nft.old_policy_decay"),
-    ("prompt_fn", "dataset"),
-    ("per_prompt_stat_tracking", "sample.global_std"),
-    ("logdir", "save_dir"),
-    ("num_checkpoint_limit", "checkpoint.keep"),
-    ("sample.train_batch_size", "sample.batch_size"),
-    ("sample.num_batches_per_epoch", "sample.num_groups"),
-    ("sample.eval_num_steps", "eval.num_steps"),
-    ("sample.eval_guidance_scale", "eval.guidance_scale"),
-    ("sample.test_batch_size", "eval.batch_size"),
-    ("sample.deterministic", "sample.solver"),
-    ("train.gradient_accumulation_steps", "train.gradient_step_per_epoch"),
-    ("train.clip_range", "grpo.clip_range"),
-    ("train.ema", "train.ema_decay"),
-    ("test.batch_size", "eval.*"),
-]
+@pytest.mark.parametrize("published", PUBLISHED_KEYS)
+def test_key_of_the_published_code_names_its_successor(published: str) -> None:
+    ours, _ = PUBLISHED_KEYS[published]
+    assert published not in SCHEMA
+    assert ours in SCHEMA or ours == "" or ours.removesuffix(".*") in SECTIONS
+    key = published.replace("*", "batch_size")
+    advice = f"use {ours}" if ours else "drop it"
+    assert only_problem({key: 1}).startswith(f"{key} = 1: is a key of the published code; {advice}")
 
 
-@pytest.mark.parametrize(("published", "ours"), REPLACED)
-def test_key_of_the_published_code_names_its_successor(published: str, ours: str) -> None:
-    line = only_problem({published: 1})
-    assert line.startswith(f"{published} = 1: is a key of the published code; use {ours}")
-
-
-@pytest.mark.parametrize("published", ["use_lora", "debug"])
-def test_key_of_the_published_code_without_successor(published: str) -> None:
-    assert f"{published} = True: is a key of the published code; drop it" in only_problem(
-        {published: True}
-    )
-
-
-def test_published_keys_name_keys_that_exist() -> None:
-    tested = {published for published, _ in REPLACED} | {"use_lora", "debug", "test.*"}
-    assert set(PUBLISHED_KEYS) == tested - {"test.batch_size"}
-    for published, (ours, _) in PUBLISHED_KEYS.items():
-        assert published not in SCHEMA
-        assert ours in SCHEMA or ours == "" or ours.removesuffix(".*") in SECTIONS
-
-
-@pytest.mark.parametrize("key", sorted(SCHEMA))
-def test_missing_key(key: str) -> None:
-    tree = PRESETS.get_config("shapes").to_dict()
-    *sections, last = key.split(".")
-    section = tree
-    for part in sections:
-        section = section[part]
-    del section[last]
+def test_missing_keys() -> None:
+    assert [line.partition(":")[0] for line in problems({"checkpoint": {}, "log": {}})] == [
+        "checkpoint.keep is missing",
+        "log.wandb is missing",
+        "log.wandb_project is missing",
+        "log.tensorboard is missing",
+        "log.num_images is missing",
+        "log.image_freq is missing",
+    ]
     with pytest.raises(ConfigError) as caught:
-        validate(ml_collections.ConfigDict(tree))
-    (line,) = caught.value.problems
-    assert line.startswith(f"{key} is missing: ")
+        validate(ml_collections.ConfigDict())
+    assert {line.split(" is missing: ")[0] for line in caught.value.problems} == set(SCHEMA)
 
 
 def test_section_that_is_a_value() -> None:
     line = only_problem({"nft": 1.0})
     assert line.startswith("nft = 1.0: is a section, not a value; it holds nft.beta, nft.kl_weight")
-
-
-def test_empty_section() -> None:
-    assert [line.split(" is missing")[0] for line in problems({"checkpoint": {}, "log": {}})] == [
-        "checkpoint.keep",
-        "log.wandb",
-        "log.wandb_project",
-        "log.tensorboard",
-        "log.num_images",
-        "log.image_freq",
-    ]
 
 
 IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
@@ -468,7 +402,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
             },
             "must be 'first' and int(num_steps * timestep_fraction) less than 10",
         )
-        for choice, fraction in (("first", 1.0), ("random", 0.5), ("stratified", 0.99))
+        for choice, fraction in (("first", 1.0), ("stratified", 0.99))
     ),
     *(
         (
@@ -480,10 +414,9 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
             },
             complaint,
         )
-        for name, section in (("nft", "nft"), ("best_of_n", "matching"))
-        for action, complaint in (
-            ("raise_kl", "a weight of 0 cannot be raised"),
-            ("warn", "without a KL term its distance is not known"),
+        for name, section, action, complaint in (
+            ("nft", "nft", "raise_kl", "a weight of 0 cannot be raised"),
+            ("best_of_n", "matching", "warn", "without a KL term its distance is not known"),
         )
     ),
     ({"train.batch_size": 0, "perf.compile": True}, "every size that is tried would be compiled"),

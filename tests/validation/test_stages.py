@@ -1,6 +1,7 @@
 """Runs in stages: what each stage is, what is refused, and the same weights after any break."""
 
 import json
+import re
 import shutil
 import warnings
 import weakref
@@ -24,7 +25,7 @@ from diffusion_nft.tracking.plan import outline
 from diffusion_nft.trainer import Trainer
 from diffusion_nft.validation.flat import flatten
 from diffusion_nft.validation.schema import ConfigError, validate
-from diffusion_nft.validation.stages import stage_problems, stages_of
+from diffusion_nft.validation.stages import stages_of
 from tests.launch import make_trainer, one_thread, smoke
 from tests.runs.test_resume import assert_same_log, assert_same_state
 
@@ -76,16 +77,13 @@ def config_of(run_dir: Path, step: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory) -> tuple[Path, list[list[bool]]]:
-    """A run that nothing interrupted: stages of the epochs 1 and 2, and 3; and for each stage,
-    which of the former ones' models were still in memory when its own was to be loaded.
-    """
+def finished(tmp_path_factory) -> Path:
+    """A run that nothing interrupted: stages of the epochs 1 and 2, and 3."""
     folder = tmp_path_factory.mktemp("stages") / "run"
     models: list[weakref.ref] = []
-    alive: list[list[bool]] = []
 
     def build(*args):
-        alive.append([model() is not None for model in models])
+        assert all(model() is None for model in models), "two models would not fit a GPU"
         trainer = build_trainer(*args)
         models.append(weakref.ref(trainer.model.pipe.transformer))
         return trainer
@@ -93,12 +91,8 @@ def watched(tmp_path_factory) -> tuple[Path, list[list[bool]]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("diffusion_nft.run.build_trainer", build)
         train(staged(folder, {"stages": TWO}))
-    return folder, alive
-
-
-@pytest.fixture
-def finished(watched) -> Path:
-    return watched[0]
+    assert len(models) == 2
+    return folder
 
 
 @pytest.fixture
@@ -139,12 +133,9 @@ def test_a_stage_is_the_config_with_what_it_sets(tmp_path):
 
 
 def test_rewards_of_a_stage_replace_those_of_the_config(tmp_path):
-    config = staged(
-        tmp_path, {"stages": ({"num_epochs": 1, "reward_fn": {"jpeg_compressibility": 1.0}},)}
-    )
-    (stage,) = stages_of(config)
+    one = {"num_epochs": 1, "reward_fn": {"jpeg_compressibility": 1.0}}
+    (stage,) = stages_of(staged(tmp_path, {"stages": (one,)}))
     assert stage.config.reward_fn.to_dict() == {"jpeg_compressibility": 1.0}
-    assert config.reward_fn.to_dict() == {"shapes": 1.0}
 
 
 def test_num_epochs_caps_the_stages(tmp_path):
@@ -180,9 +171,7 @@ def test_servers_and_options_go_to_the_stages_whose_rewards_need_them(tmp_path):
         (3, "stages = 3: must be a tuple of mappings, such as"),
         (({"num_epochs": 1}, "x"), "must be a tuple of mappings"),
         (({"dataset": "ocr"},), "stage 1: num_epochs = None: must be an integer >= 1"),
-        (({"num_epochs": 0},), "stage 1: num_epochs = 0: must be an integer >= 1"),
         (({"num_epochs": True},), "stage 1: num_epochs = True: must be an integer >= 1"),
-        (({"num_epochs": 1, "seed": 3},), "stage 1: seed = 3: must be the same in all stages"),
         (({"num_epochs": 1, "train.lora_rank": 3},), "train.lora_rank = 3: must be the same"),
         (({"num_epochs": 1, "train.adam_beta1": 0.5},), "a stage sets num_epochs, dataset, rew"),
         (({"num_epochs": 1, "nft": {}},), "nft = {}: must be the same in all stages"),
@@ -201,13 +190,7 @@ def test_the_form_of_stages(tmp_path, stages, words):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (
-            {"sample.num_image_per_prompt": 1},
-            "sample.num_image_per_prompt = 1: must be an integer >= 2",
-        ),
-        ({"nft.beta": "much"}, "nft.beta = 'much': must be a finite number in (0, inf)"),
         ({"nft.betta": 1.0}, "nft.betta = 1.0: is an unknown key; did you mean nft.beta?"),
-        ({"dataset": "nowhere"}, "dataset = 'nowhere'"),
         ({"reward_fn": {"shape": 1.0}}, "'shape' is unknown (did you mean 'shapes'?)"),
         ({"reward_fn": 3}, "reward_fn = 3: must map reward names to weights"),
         ({"eval.held_out_rewards": ("shapes",)}, "'shapes' is trained on, and so evaluated anyway"),
@@ -234,31 +217,21 @@ def test_problems_of_the_run_and_of_its_stages_are_told_together(tmp_path):
     ]
 
 
-def test_a_run_without_stages_has_no_problem_with_them():
-    assert stage_problems(()) == []
+def test_other_stages_are_refused_by_name_but_for_what_may_change(tmp_path):
+    def change(**second: object) -> None:
+        stages = (STAGES[0], STAGES[1] | second, STAGES[2])
+        check_run_dir(staged(tmp_path, {"stages": stages}))
 
-
-@pytest.mark.parametrize(
-    ("second", "line"),
-    [
+    write_config(staged(tmp_path))
+    for second, line in (
         ({"nft.beta": 0.25}, "stages.2.nft.beta: 0.5 -> 0.25"),
         ({"num_epochs": 2}, "stages.2.num_epochs: 1 -> 2"),
         ({"dataset": "ocr"}, "stages.2.dataset: '(absent)' -> 'ocr'"),
-    ],
-)
-def test_other_stages_are_refused_by_name(tmp_path, second, line):
-    write_config(staged(tmp_path))
-    changed = (STAGES[0], STAGES[1] | second, STAGES[2])
-    with pytest.raises(RunDirError) as caught:
-        check_run_dir(staged(tmp_path, {"stages": changed}))
-    assert line in str(caught.value)
-
-
-def test_what_may_change_in_a_run_may_change_in_its_stages(tmp_path):
-    write_config(staged(tmp_path))
+    ):
+        with pytest.raises(RunDirError, match=re.escape(line)):
+            change(**second)
+    change(**{"eval.num_prompts": 5, "sample.batch_size": 1})
     check_run_dir(staged(tmp_path, {"num_epochs": 3}))
-    knobs = {"eval.num_prompts": 5, "sample.batch_size": 1}
-    check_run_dir(staged(tmp_path, {"stages": (STAGES[0], STAGES[1] | knobs, STAGES[2])}))
     # Nor does a run that was started before there were stages mind that it has none.
     assert not [key for key in flatten(smoke(tmp_path)) if key.startswith("stages")]
 
@@ -416,10 +389,6 @@ def test_a_finished_run_tells_the_gain_of_each_stage_and_loads_no_model(
     ]
     assert told.count("before_after_stage") == 2
     assert (finished / "metrics.jsonl").read_bytes() == before
-
-
-def test_the_model_of_a_stage_is_gone_before_the_next_is_loaded(watched):
-    assert watched[1] == [[], [False]]
 
 
 def test_what_a_later_stage_lacks_stops_the_run_at_its_start(tmp_path, monkeypatch):
