@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tabulate import tabulate
 
 from diffusion_nft.command_line import command, device, path_or_name
 from diffusion_nft.images import Images
@@ -31,7 +32,6 @@ from diffusion_nft.rewards import REWARDS, build_reward
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.rewards.unifiedreward import START_COMMAND
 from diffusion_nft.rewards.weights import WEIGHT_FILES, weights_root
-from diffusion_nft.tracking.summary import aligned
 from diffusion_nft.validation.config_files import load_file
 from diffusion_nft.validation.inputs import reward_weights
 from diffusion_nft.validation.stages import merged_configs
@@ -180,7 +180,8 @@ def main() -> int:
         print(f"checking {name} ...", file=sys.stderr, flush=True)
         findings.append(check(name, args.device, options.get(name, {}), servers.get(name, ())))
     header = ("reward", *STAGES, "s/image", "GB", "scores of the two images")
-    print("\n".join(aligned([header, *(finding.row() for finding in findings)])))
+    rows = [finding.row() for finding in findings]
+    print(tabulate(rows, header, tablefmt="plain", disable_numparse=True))
     failed = [finding for finding in findings if finding.problem]
     for finding in failed:
         print(f"\n{finding.name}: {finding.problem}")

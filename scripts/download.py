@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from tabulate import tabulate
+
 from diffusion_nft.command_line import command
 from diffusion_nft.data.download import fetch, fetch_from_hub, in_hub_cache
 from diffusion_nft.rewards.weights import (
@@ -24,7 +26,6 @@ from diffusion_nft.rewards.weights import (
     HubModel,
     weights_root,
 )
-from diffusion_nft.tracking.summary import aligned
 
 GROUP_NAMES = ("rewards", "all")
 NAMES = sorted({*WEIGHT_FILES, *HUB_MODELS, *NOTHING_TO_FETCH})
@@ -64,12 +65,12 @@ def print_table() -> None:
     """A line for each item: the reward, what, where, whether it is there."""
     from huggingface_hub import constants
 
-    rows = [("reward", "what", "where", "present")]
+    rows = []
     for name in NAMES:
         rows += [
             (name, item.what, item.where, "yes" if item.present() else "no") for item in items(name)
         ] or [(name, f"nothing: {NOTHING_TO_FETCH[name]}", "", "")]
-    print("\n".join(aligned(rows)))
+    print(tabulate(rows, ("reward", "what", "where", "present"), tablefmt="plain"))
     print(f"hub cache: {constants.HF_HUB_CACHE}")
 
 

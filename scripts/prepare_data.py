@@ -16,6 +16,8 @@ import os
 import sys
 from pathlib import Path
 
+from tabulate import tabulate
+
 from diffusion_nft.command_line import command, user_path
 from diffusion_nft.data.download import DownloadError, Fetched, fetch
 from diffusion_nft.data.prompts import (
@@ -29,7 +31,6 @@ from diffusion_nft.data.prompts import (
 )
 from diffusion_nft.rewards.geneval.training_prompts import generate
 from diffusion_nft.rewards.geneval.vocabulary import check_metadata
-from diffusion_nft.tracking.summary import aligned
 
 URL_VARIABLE = "DIFFUSION_NFT_DATA_URL"
 NUM_PROMPTS = 60_000
@@ -115,14 +116,14 @@ def write_training_prompts(root: Path, num_prompts: int, seed: int) -> str:
 
 def print_table(root: Path) -> None:
     """A line for each published file: the set, where it is or would be, whether it is there."""
-    rows = [("set", "file", "present")]
+    rows = []
     for name, files in PUBLISHED_FILES.items():
         for file in files:
             found = files_of(root / name, file.split)
             path = found[0] if found else root / name / file.name
             kind = "as published" if is_published(name, file, root) else "yours"
             rows.append((name, str(path), kind if found else "no"))
-    print("\n".join(aligned(rows)))
+    print(tabulate(rows, ("set", "file", "present"), tablefmt="plain"))
 
 
 def parse_args() -> argparse.Namespace:

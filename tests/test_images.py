@@ -149,9 +149,11 @@ def test_side_by_side_shows_both_images_and_colours_the_change():
 
 
 def test_wrong_lengths_are_refused():
-    with pytest.raises(ValueError, match="2 images but 1 captions"):
-        image_grid(solid(2), ["a"], columns=2)
     with pytest.raises(ValueError, match="at least one image"):
         image_grid(Images.concatenate([]), [], columns=2)
-    with pytest.raises(ValueError, match="2 images but 1 after"):
-        side_by_side(solid(2), solid(1), ["a", "b"])
+    for draw in (
+        lambda: image_grid(solid(2), ["a"], columns=2),
+        lambda: side_by_side(solid(2), solid(1), ["a", "b"]),
+    ):
+        with pytest.raises(ValueError, match="zip"):
+            draw()

@@ -1,5 +1,4 @@
-"""Which model, LoRA, sampler and rewards a script uses: by flag, by the checkpoint's run, by
-DEFAULTS."""
+"""Model, LoRA, sampler and rewards of a script: from flags, the checkpoint's run, or DEFAULTS."""
 
 import argparse
 import os
@@ -27,7 +26,7 @@ from diffusion_nft.validation.checks import reward_addresses, reward_options
 from diffusion_nft.validation.flat import flatten, unflatten, with_defaults
 from diffusion_nft.validation.schema import validate_settings
 
-# Settings without a checkpoint; with one, those of its run.
+# Settings without a checkpoint; a checkpoint brings those of its run.
 DEFAULTS: dict[str, Any] = {
     "pretrained.model_type": "sd3",
     "pretrained.model": "stabilityai/stable-diffusion-3.5-medium",
@@ -43,14 +42,14 @@ DEFAULTS: dict[str, Any] = {
     "eval.guidance_scale": 1.0,
     "eval.batch_size": 16,
 }
-# What the built-in model was made for.
+# Defaults of the built-in model.
 BUILT_IN_SETTINGS: dict[str, Any] = {
     "pretrained.max_sequence_length": BUILT_IN_LENGTH,
     "resolution": BUILT_IN_RESOLUTION,
     "mixed_precision": "no",
     "eval.num_steps": 10,
 }
-# Settings that a folder's name tells where they are not the usual ones.
+# Parts of a folder's name, for settings that are not the usual ones.
 FILE_NAME_PARTS = {
     "eval.solver": "{}",
     "eval.num_steps": "{}steps",
@@ -79,7 +78,7 @@ def add_model_flags(parser: argparse.ArgumentParser, *, lora_required: bool = Fa
         "--pretrained",
         dest="pretrained.model",
         type=path_or_name,
-        help="base: folder, hub name, or 'shapes'",
+        help="base model: folder, hub name, or 'shapes'",
     )
     add("--model_type", dest="pretrained.model_type", choices=sorted(MODELS))
     add("--num_inference_steps", dest="eval.num_steps", type=positive)
@@ -102,31 +101,23 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output_dir", type=user_path)
     add("--seed", type=int, help="of the noise")
-    add("--batch_size", dest="eval.batch_size", type=positive, help="images at once")
-    add("--limit", type=positive, default=0, help="only so many lines of a test set, drawn")
+    add("--batch_size", dest="eval.batch_size", type=positive, help="images per batch")
+    add("--limit", type=positive, default=0, help="size of a random part of each test set")
     add("--skip_rewards", default="", help="comma-separated")
-    add("--max_unscored", type=natural, help="images that may have no score; others: an error")
-    for flag, kind, form, text in (
-        (
-            "--reward_servers",
-            _served,
-            "NAME=URL",
-            "served rewards; NAME=local: scored here after all",
-        ),
-        ("--option", _reward_option, "NAME.KEY=VALUE", "an option of a reward, before the run's"),
-    ):
-        add(flag, type=kind, nargs="+", action="extend", default=[], metavar=form, help=text)
+    add("--max_unscored", type=natural, help="how many images may have no score")
+    pairs: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
+    reward_servers, option = "score by a server; NAME=local: here", "set an option of a reward"
+    add("--reward_servers", type=_served, metavar="NAME=URL", help=reward_servers, **pairs)
+    add("--option", type=_reward_option, metavar="NAME.KEY=VALUE", help=option, **pairs)
 
 
 def named_rewards(args: argparse.Namespace) -> set[str]:
-    """The rewards that --reward_servers and --option name."""
+    """The rewards in --reward_servers and --option."""
     return {name for name, _ in args.reward_servers} | {key.split(".")[1] for key, _ in args.option}
 
 
 def _served(text: str) -> tuple[str, tuple[str, ...]]:
-    """argparse's type of a served reward: NAME=URL, with commas between several addresses, or
-    NAME=local.
-    """
+    """argparse's type of NAME=URL, with commas between several addresses, or of NAME=local."""
     name, _, addresses = text.partition("=")
     if addresses == "local":
         return name, ()
@@ -136,7 +127,7 @@ def _served(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _reward_option(text: str) -> tuple[str, Any]:
-    """argparse's type of NAME.KEY=VALUE: the setting by dotted key, and its value."""
+    """argparse's type of NAME.KEY=VALUE: the dotted key of the setting, and its value."""
     key, value = parse_option(text)
     name, _, option = key.partition(".")
     if complaint := reward_options({name: {option: value}}):
@@ -154,12 +145,12 @@ class EvalOptions:
     lora: str  # local path or hub name; empty: the base model
     adapter: str
     name: str  # of the model, for people and file names
-    usual: dict[str, Any]  # the settings without run and flags, flat
-    served: dict[str, tuple[str, ...]]  # rewards that servers score, and where
+    usual: dict[str, Any]  # settings without run and flags, flat
+    served: dict[str, tuple[str, ...]]  # rewards scored by servers -> addresses
 
     def folder_name(self, limit: int) -> str:
-        """For an evaluation of ``limit`` lines (0: all) of a test set: the model, guidance and
-        seed, and what differs from the usual settings."""
+        """Folder name of an evaluation of ``limit`` lines (0: all) of a test set: model, guidance,
+        seed, and unusual settings."""
         settings = flatten(self.config)
         parts = [self.name, f"cfg{settings['eval.guidance_scale']:g}", f"seed{settings['seed']}"]
         parts += ["published"] if settings["match_published"] else []
@@ -176,7 +167,7 @@ class EvalOptions:
         weights: Mapping[str, float],
         limit: int,
     ) -> dict[str, Any]:
-        """All that decides the numbers of an evaluation, to be kept with them."""
+        """Everything that the numbers of an evaluation depend on."""
         settings = flatten(self.config)
         record = {key: settings[key] for key in DEFAULTS}
         record |= {"dataset": dataset, "dataset_sha256": sha256(split_file(dataset, "test"))}
@@ -194,7 +185,7 @@ class EvalOptions:
 
     @property
     def _options(self) -> dict[str, Any]:
-        """Those of a served reward are its server's."""
+        """Options of the rewards scored here."""
         options = self.config.get("reward_options", {})
         return {name: dict(own) for name, own in options.items() if name not in self.served}
 
@@ -213,7 +204,7 @@ class EvalOptions:
 
     def rewards(self, weights: Mapping[str, float], dist: Distributed) -> RewardSet:
         """The rewards of ``weights``.  Raises what ``rewards.build_reward`` raises."""
-        # They may score without a model, whose loading would have set it.
+        # Loading a model sets this too, but scoring may need no model.
         set_tf32(self.config.allow_tf32)
         return RewardSet.build(
             weights,
@@ -225,7 +216,7 @@ class EvalOptions:
         )
 
     def fetch(self, dist: Distributed) -> Path:
-        """The local file of the LoRA, downloaded if need be.  Raises OSError or ValueError."""
+        """The local file of the LoRA, downloaded if needed.  Raises OSError or ValueError."""
         assert self.lora, "the base model has no LoRA"
         with dist.main_first():
             return lora_file(fetch_lora(self.lora), self.adapter)
@@ -239,8 +230,8 @@ class EvalOptions:
     def policy(self, model: Any, dist: Distributed) -> Policy | None:
         """The LoRA's policy on ``model``, active; None for the base model.
 
-        Prints how it differs from those that training makes, and whether it names another base.
-        Raises OSError or ValueError, naming the LoRA, if it cannot be had or does not fit.
+        Prints if it names another base model or adapts other layers than training does.  Raises
+        OSError or ValueError, naming the LoRA, if it is not available or does not fit.
         """
         if not self.lora:
             return None
@@ -264,8 +255,8 @@ def resolve_options(
 ) -> EvalOptions:
     """Joins the parsed flags (settings by their dotted keys) with the checkpoint's run.
 
-    ``script``: settings of the script's own, which go before the run's.  Raises ValueError, naming
-    them, for settings that cannot be or have no such checkpoint.
+    ``script``: settings of the script, which override the run's.  Raises ValueError for invalid
+    settings or a missing checkpoint.
     """
     run: dict[str, Any] = {}
     checkpoint: Path | None = None
@@ -277,43 +268,37 @@ def resolve_options(
         name = _model_name(str(checkpoint))
     flags = DEFAULTS.keys() | {"dataset", "max_unscored"}
     given = {key: value for key, value in vars(args).items() if value is not None and key in flags}
-    script, family, published = script or {}, {}, {}
-    if _join(DEFAULTS, run, script, given)["pretrained.model"] == BUILT_IN_MODEL:
+    script, family, published = dict(script or {}), {}, {}
+    if (DEFAULTS | run | script | given)["pretrained.model"] == BUILT_IN_MODEL:
         family = BUILT_IN_SETTINGS
     elif "match_published" in given:
         published = {"pretrained.max_sequence_length": PUBLISHED_LENGTH}
-    usual = _join(DEFAULTS, family, script, published)
-    # Flags that only scripts which evaluate have.
+    usual = DEFAULTS | family | script | published
+    # Only the evaluating scripts have these flags.
     options, servers = (dict(getattr(args, flag, ())) for flag in ("option", "reward_servers"))
-    settings = _join(DEFAULTS, family, run, script, published, given, options)
+    settings = DEFAULTS | family | run | script | published | given | options
     validate_settings({key: settings[key] for key in DEFAULTS})
     lora = str(checkpoint or args.lora_hf_path or "")
     name += f"-{args.adapter}" if args.adapter != DEFAULT_ADAPTER else ""
-    served = {
-        name: addresses
-        for name, addresses in ({**unflatten(run).get("reward_servers", {})} | servers).items()
-        if addresses
-    }
-    if idle := sorted({key.split(".")[1] for key in options} & served.keys()):
-        raise ValueError(
-            f"--option {idle[0]}...: its options go to its server, {served[idle[0]][0]}; "
-            f"--reward_servers {idle[0]}=local scores here"
-        )
-    config = unflatten(settings)
-    return EvalOptions(config, run, checkpoint, lora, args.adapter, name, usual, served)
+    addresses = {**unflatten(run).get("reward_servers", {})} | servers
+    served = {reward: at for reward, at in addresses.items() if at}
+    for reward in (key.split(".")[1] for key in options):
+        if reward in served:
+            raise ValueError(
+                f"--option {reward}...: its options go to its server, {served[reward][0]}; "
+                f"--reward_servers {reward}=local scores here"
+            )
+    return EvalOptions(
+        unflatten(settings), run, checkpoint, lora, args.adapter, name, usual, served
+    )
 
 
 def _model_name(given: str) -> str:
-    """A hub repository's or a path's: of a path more than its last part, which is often "lora"."""
+    """Name of a hub repository or a path: of a path several parts, as the last is often "lora"."""
     parts = Path(given).parts
     if os.path.exists(given):
-        # As the user named it: links are not followed.
+        # Without following links: as the user named it.
         parts = Path(os.path.abspath(given)).parts[1:]
-        # Of a checkpoint in a run directory, that and the run.
+        # For a checkpoint in a run directory: the names of both.
         parts = parts[-3:] if parts[-2:-1] == ("checkpoints",) else parts[-4:]
     return "-".join(part for part in parts if part not in ("/", "checkpoints"))
-
-
-def _join(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """One mapping of all; the later ones win."""
-    return {key: value for layer in layers for key, value in layer.items()}

@@ -1,8 +1,8 @@
-"""What an evaluation came to: in memory, with its statistics, and in a folder.
+"""Results of an evaluation: in memory, with statistics, and in a folder.
 
-A folder of results holds ``settings.json``, written first, which says what its images are drawn
-with; ``images/<line>.png``, if they are kept; ``progress/``, the scores of each chunk of lines as
-they come, until all are there; and last ``evaluation_results.jsonl`` and ``average_scores.json``.
+The folder has ``settings.json``, written first; ``images/<line>.png``, if they are kept;
+``progress/``, the scores of each finished chunk of lines until all are finished; and, written last,
+``evaluation_results.jsonl`` and ``average_scores.json``.
 """
 
 import json
@@ -27,9 +27,9 @@ from diffusion_nft.runs.lock import LOCK_FILE
 from diffusion_nft.runs.run_dir import deciding_options
 from diffusion_nft.utils.files import naming, read_lines, read_object, write_atomically
 
-# The metric that tells how many lines an evaluation had.
+# Metric for the number of test lines of an evaluation.
 NUM_SAMPLES = "eval/num_samples"
-# Settings that say something of each reward by name, and so may grow where images are kept.
+# Settings by name of reward; rewards may be added to an evaluation with kept images.
 PER_REWARD_SETTINGS = ("rewards", "reward_options", "reward_servers")
 SETTINGS_FILE, IMAGES, PROGRESS = "settings.json", "images", "progress"
 RESULTS_FILE, AVERAGES_FILE = "evaluation_results.jsonl", "average_scores.json"
@@ -43,16 +43,16 @@ class Evaluation:
     scores: dict[str, list[float]]  # "total", each reward and component -> N numbers
     diversity: float
     images: Images  # up to num_images, of this rank's lines
-    image_lines: list[int]  # of which of the N
-    lines: Sequence[int]  # where the N stand in the test set, from 0
+    image_lines: list[int]  # their positions among the N
+    lines: Sequence[int]  # line numbers of the N in the test set, from 0
 
     @property
     def num_unscored(self) -> int:
-        """How many lines have no score; they are left out of the means."""
+        """Number of lines without a score, which are left out of the means."""
         return sum(map(math.isnan, self.scores["total"]))
 
     def averages(self) -> dict[str, Any]:
-        """What ``average_scores.json`` holds: means and standard errors, also per tag; no NaN.
+        """Contents of ``average_scores.json``: means and standard errors, also per tag; no NaN.
 
         Raises RewardError if no line has a score.
         """
@@ -99,11 +99,10 @@ class Evaluation:
 
 
 def mean_and_error(values: list[float], clusters: list[str]) -> dict[str, float]:
-    """Mean, its standard error clustered by ``clusters`` (repeats of a prompt are not independent),
-    and how many of ``values`` apply: NaN is left out.
+    """Mean of ``values`` without NaN, its standard error by ``clusters``, and their count.
 
-    The error is the usual cluster-robust one of a mean, sqrt(G/(G-1) sum_g (sum_i e_gi)^2) / n for
-    G clusters (Liang & Zeger 1986); NaN for a single cluster.
+    Repeats of a prompt are not independent, hence the cluster-robust error of a mean,
+    sqrt(G/(G-1) sum_g (sum_i e_gi)^2) / n for G clusters (Liang & Zeger 1986); NaN for one cluster.
     """
     kept = [(v, c) for v, c in zip(values, clusters, strict=True) if not math.isnan(v)]
     if not kept:
@@ -130,37 +129,33 @@ def _mean_over_tags(tags: list[dict[str, float]]) -> dict[str, float]:
 
 
 def reserve_folder(folder: Path, settings: Mapping[str, Any], dist: Distributed) -> None:
-    """Makes ``folder`` the place of the evaluation with these ``settings``, finished or not.
+    """Reserves ``folder`` for the evaluation with these ``settings``, finished or not.
 
-    Raises ValueError, naming the differing ones, if it holds other images or scores, or if the
-    ranks differ.  Where the LoRA lies ("lora") may differ if its content ("lora_sha256") does not,
-    and where and how fast a reward computes; rewards may be added.
+    Raises ValueError, naming the differing settings, if the folder holds another evaluation, or if
+    the ranks differ.  The path of the LoRA ("lora") may differ if its content ("lora_sha256") does
+    not, and so may options that decide where and how fast a reward computes; rewards may be added.
     """
     wanted = json.loads(json.dumps(settings))
     for found in dist.gather_objects(wanted):
         for key in sorted(found.keys() | wanted.keys()):
             if found.get(key) != wanted.get(key):
                 raise ValueError(
-                    f"ranks differ in {key}: {found.get(key)!r} and {wanted.get(key)!r} (of a run "
-                    "that is still training, name a checkpoint instead of the run's directory)"
+                    f"ranks differ in {key}: {found.get(key)!r} and {wanted.get(key)!r} (for a "
+                    "run that is still training, name a checkpoint, not the run's directory)"
                 )
     path = folder / SETTINGS_FILE
     lines: list[str] = []
-    # One rank looks for all: while it writes, the others could see half of it.
+    # One rank reads for all: the others could see a half-written file.
     begun = {other.name for other in folder.glob("*")} - {SETTINGS_FILE, LOCK_FILE}
     if dist.is_main and path.exists() and begun:
-        # A setting that an earlier version did not have was what is its default now.
-        found = {key: DEFAULTS[key] for key in wanted if key in DEFAULTS} | read_object(path)
+        # A setting that an earlier version did not have was at its present default.
+        defaults = {key: DEFAULTS[key] for key in wanted if key in DEFAULTS}
+        old, new = _deciding(defaults | read_object(path)), _deciding(wanted)
+        added = {key for key in old.keys() ^ new.keys() if key.startswith("reward_options.")}
         lines = [
-            f"{key}: {found.get(key)!r} -> {wanted.get(key)!r}"
-            for key in sorted(found.keys() | wanted.keys())
-            if key not in ("lora", *PER_REWARD_SETTINGS) and found.get(key) != wanted.get(key)
-        ]
-        old, new = _options(found), _options(wanted)
-        lines += [
-            f"reward_options.{name}: {old[name]!r} -> {new[name]!r}"
-            for name in sorted(old.keys() & new.keys())
-            if old[name] != new[name]
+            f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+            for key in sorted((old.keys() | new.keys()) - added)
+            if old.get(key) != new.get(key)
         ]
     elif dist.is_main:
         write_json(path, wanted)
@@ -172,32 +167,36 @@ def reserve_folder(folder: Path, settings: Mapping[str, Any], dist: Distributed)
         )
 
 
-def _options(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of each reward in ``settings`` the options that decide its scores; none of a served one."""
+def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide images and scores, with ``reward_options.NAME`` for each reward that
+    is not scored by a server.
+    """
     options, reward_servers = settings.get("reward_options", {}), settings.get("reward_servers", {})
-    own = [name for name in settings.get("rewards", {}) if name not in reward_servers]
-    return deciding_options({name: options.get(name, {}) for name in own})
+    own = {n: options.get(n, {}) for n in settings.get("rewards", {}) if n not in reward_servers}
+    kept = {
+        key: value for key, value in settings.items() if key not in ("lora", *PER_REWARD_SETTINGS)
+    }
+    return kept | {f"reward_options.{name}": o for name, o in deciding_options(own).items()}
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """What ``average_scores.json`` holds; None if the evaluation in ``folder`` is not finished."""
+    """Contents of ``average_scores.json``; None if the evaluation in ``folder`` is not finished."""
     path = folder / AVERAGES_FILE
     return {"settings": {}} | read_object(path) if path.is_file() else None
 
 
 def scored_by(folder: Path) -> dict[str, float]:
-    """Reward -> weight of the finished evaluation in ``folder``; none if it is not finished."""
+    """Reward -> weight of the evaluation in ``folder``; empty if it is not finished."""
     averages = finished(folder)
     return averages["settings"].get("rewards", {}) if averages else {}
 
 
 def image_path(folder: Path, line: int) -> Path:
-    """The image of test line ``line``."""
     return folder / IMAGES / f"{line:06d}.png"
 
 
 def has_images(folder: Path, lines: Iterable[int]) -> bool:
-    """Whether the image of every one of ``lines`` is there."""
+    """True if the images of all ``lines`` exist."""
     return all(image_path(folder, line).is_file() for line in lines)
 
 
@@ -223,14 +222,14 @@ def _progress_path(folder: Path, lines: range) -> Path:
 
 
 def write_scores(folder: Path, lines: range, scores: Scores, rewards: RewardSet) -> None:
-    """Remembers how ``rewards`` scored ``lines``."""
+    """Writes the scores of ``lines`` by ``rewards``, for a repeated evaluation."""
     parts = {name: _without_nan(part.tolist()) for name, part in scores.parts.items()}
     numbers = {"total": scores.total.tolist(), "parts": parts}
     write_json(_progress_path(folder, lines), {"by": _identity(rewards), **numbers})
 
 
 def read_scores(folder: Path, lines: range, rewards: RewardSet) -> Scores | None:
-    """What ``write_scores`` wrote for ``lines`` and such ``rewards``; None if it did not."""
+    """The scores that ``write_scores`` wrote for ``lines`` and equal ``rewards``, if any."""
     path = _progress_path(folder, lines)
     found = read_object(path) if path.is_file() else {}
     if found.get("by") != _identity(rewards):
@@ -240,7 +239,7 @@ def read_scores(folder: Path, lines: range, rewards: RewardSet) -> Scores | None
 
 
 def _identity(rewards: RewardSet) -> dict[str, Any]:
-    """What the scores of ``rewards`` depend on, as JSON gives it back."""
+    """Weights and options that the scores of ``rewards`` depend on, as read from JSON."""
     options = {name: rewards.options.get(name, {}) for name in rewards.weights}
     own = {"weights": rewards.weights, "options": deciding_options(options)}
     return json.loads(json.dumps(own))
@@ -253,22 +252,22 @@ def _float64(values: list[float | None]) -> Tensor:
 def read_results(
     folder: Path, prompts: list[Prompt]
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Scores and settings that ``write_results`` left in ``folder``.
+    """Scores and settings that ``write_results`` wrote to ``folder``.
 
-    Raises FileNotFoundError if it left none, ValueError if they are damaged or not of ``prompts``.
+    Raises FileNotFoundError without them, ValueError if they are damaged or of other prompts.
     """
     averages = finished(folder)
     if averages is None or not (folder / RESULTS_FILE).is_file():
         raise FileNotFoundError(
-            f"{folder} holds no {RESULTS_FILE}: evaluate with --save_images first"
+            f"{folder} has no {RESULTS_FILE}: evaluate with --save_images first"
         )
     rows = read_lines(folder / RESULTS_FILE)
     if any(not isinstance(row.get("scores"), dict) for row in rows):
-        raise ValueError(f"{folder / RESULTS_FILE} is damaged: a line holds no scores")
+        raise ValueError(f"{folder / RESULTS_FILE} is damaged: a line has no scores")
     if [row.get("prompt") for row in rows] != [prompt.text for prompt in prompts]:
         raise ValueError(
             f"{folder} holds results of {len(rows)} other prompts than the {len(prompts)} lines to "
-            "score: give the same data set and --limit as when they were drawn"
+            "score: give the data set and --limit with which they were drawn"
         )
     scores = {
         name: [math.nan if row["scores"][name] is None else row["scores"][name] for row in rows]
@@ -280,9 +279,7 @@ def read_results(
 def merge_scores(
     new: Evaluation, scores: dict[str, list[float]], weights: Mapping[str, float]
 ) -> Evaluation:
-    """``new`` joined with the earlier ``scores`` of the same images; the total is by ``weights``,
-    of all rewards.
-    """
+    """``new`` with the earlier ``scores`` of the same images; the total is by ``weights``."""
     joined = scores | new.scores
     rows = range(len(new.prompts))
     joined["total"] = [sum(w * joined[name][row] for name, w in weights.items()) for row in rows]
@@ -290,7 +287,7 @@ def merge_scores(
 
 
 def merge_settings(before: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``record`` that say something of each reward, and of ``before`` for the others."""
+    """Settings by reward: from ``record`` for the rewards it scores, else from ``before``."""
     scored = record["rewards"]
     return {
         key: {name: value for name, value in before.get(key, {}).items() if name not in scored}
@@ -300,8 +297,8 @@ def merge_settings(before: Mapping[str, Any], record: Mapping[str, Any]) -> dict
 
 
 def write_results(evaluation: Evaluation, folder: Path, *, settings: Mapping[str, Any]) -> None:
-    """Writes ``evaluation_results.jsonl`` (one object a sample), and then ``average_scores.json``,
-    which says that the evaluation is finished; its progress is no longer needed.
+    """Writes ``evaluation_results.jsonl`` (one object per sample) and then ``average_scores.json``,
+    which marks the evaluation as finished; removes its progress.
     """
     rows = []
     for i, (line, prompt) in enumerate(zip(evaluation.lines, evaluation.prompts, strict=True)):
@@ -322,14 +319,14 @@ def write_results(evaluation: Evaluation, folder: Path, *, settings: Mapping[str
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces the file ``path`` by ``value`` at once; its folder is made if need be."""
+    """Writes ``value`` to ``path`` atomically; its folder is created if needed."""
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def _without_nan(value: Any) -> Any:
-    """NaN as None, at any depth: JSON knows no NaN."""
+    """``value`` with None for NaN at any depth, as JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list):

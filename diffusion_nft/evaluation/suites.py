@@ -1,4 +1,4 @@
-"""Suites: test sets whose results make up the row of one table, and the rows to compare with."""
+"""Suites of test sets: the table of their results, and published rows for comparison."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,11 +8,12 @@ from typing import Any
 from diffusion_nft.evaluation.results import SETTINGS_FILE, finished
 from diffusion_nft.runs.environment import ENVIRONMENTS_FILE
 from diffusion_nft.utils.files import read_lines, read_object
+from diffusion_nft.utils.tables import markdown_table
 
 
 @dataclass(frozen=True)
 class Column:
-    """A mean of an evaluation, times ``scale``; ``over_tags``: the mean of the tags' means."""
+    """A mean of an evaluation, times ``scale``; ``over_tags``: the mean over tags."""
 
     title: str
     dataset: str
@@ -22,7 +23,7 @@ class Column:
     over_tags: bool = False
 
     def value(self, averages: Mapping[str, Any]) -> tuple[float, float | None] | None:
-        """Mean and standard error, in the column's scale; None where the metric is not there."""
+        """Mean and standard error in the column's scale; None without the metric."""
         means = averages.get("mean_over_tags" if self.over_tags else "mean", {})
         if self.metric not in means:
             return None
@@ -33,7 +34,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Suite:
-    """``settings``: what its evaluations are made with unless a flag says otherwise."""
+    """Test sets, with the ``settings`` of their evaluations that flags may override."""
 
     settings: dict[str, Any]
     columns: tuple[Column, ...]
@@ -41,7 +42,6 @@ class Suite:
 
     @property
     def datasets(self) -> tuple[str, ...]:
-        """The test sets, each once."""
         return tuple(dict.fromkeys(column.dataset for column in self.columns))
 
 
@@ -98,16 +98,16 @@ SUITES: dict[str, Suite] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A model's evaluations: what ``average_scores.json`` holds, by test set."""
+    """A model's evaluations: the contents of ``average_scores.json`` by test set."""
 
     name: str
     averages: dict[str, dict[str, Any]]
     settings: dict[str, Any]
-    environment: dict[str, str]  # of all starts that did something
+    environment: dict[str, str]  # of all starts
 
     @property
     def judges(self) -> dict[str, Any]:
-        """Options and servers of its rewards, by name; of those that have some."""
+        """Options and servers of the rewards that have any, by name."""
         settings = [averages.get("settings", {}) for averages in self.averages.values()]
         return {
             f"{name}: {title}": value
@@ -118,7 +118,7 @@ class Row:
 
 
 def read_rows(folder: Path, suite: Suite) -> list[Row]:
-    """The models with a finished evaluation below ``folder``, which holds one folder each."""
+    """The models with a finished evaluation below ``folder``, which has one folder per model."""
     rows = []
     for model in sorted(path for path in folder.glob("*") if path.is_dir()):
         done = {name: finished(model / name) for name in suite.datasets}
@@ -135,7 +135,7 @@ def read_rows(folder: Path, suite: Suite) -> list[Row]:
 
 
 def as_json(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:
-    """All that ``as_markdown`` shows, and the means that the table leaves out."""
+    """Everything that ``as_markdown`` shows, and all other means."""
     titles = [column.title for column in suite.columns]
     return {
         "references": {
@@ -160,21 +160,23 @@ def as_json(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def result_table(suite: Suite, rows: Sequence[Row]) -> str:
-    """References and models, a line each, in Markdown."""
-    header = ["", *(column.title for column in suite.columns)]
-    lines = [header, ["---"] * len(header)]
-    for name, values in suite.references.items():
-        cells = [
-            "" if value is None else f"{value:.{column.digits}f}"
-            for column, value in zip(suite.columns, values, strict=True)
+    """References and models in Markdown, a row each."""
+    lines = [
+        [
+            f"reference: {name}",
+            *(
+                "" if value is None else f"{value:.{column.digits}f}"
+                for column, value in zip(suite.columns, values, strict=True)
+            ),
         ]
-        lines.append([f"reference: {name}", *cells])
+        for name, values in suite.references.items()
+    ]
     lines += [[row.name, *(_cell(column, row) for column in suite.columns)] for row in rows]
-    return _table(lines)
+    return markdown_table(["", *(column.title for column in suite.columns)], lines)
 
 
 def as_markdown(suite: Suite, rows: Sequence[Row]) -> str:
-    """The table, and below it every setting and version that could make a number differ."""
+    """The table, followed by every setting and version that the numbers depend on."""
     counts = [
         f"- {row.name}: "
         + ", ".join(
@@ -205,19 +207,8 @@ def _cell(column: Column, row: Row) -> str:
 
 
 def _comparison(rows: Sequence[Row], part: str) -> str:
-    """A table of one key a line and one model a column."""
+    """A table with a row per key and a column per model."""
     columns = [getattr(row, part) for row in rows]
     keys = dict.fromkeys(key for column in columns for key in column)
-    table = [[part, *(row.name for row in rows)], ["---"] * (len(rows) + 1)]
-    table += [[key, *(str(column.get(key, "")) for column in columns)] for key in keys]
-    return _table(table)
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, aligned for reading as plain text."""
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in cells
-    )
+    lines = [[key, *(str(column.get(key, "")) for column in columns)] for key in keys]
+    return markdown_table([part, *(row.name for row in rows)], lines)

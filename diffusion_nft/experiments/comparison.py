@@ -1,4 +1,4 @@
-"""Results of experiments, read back and compared: gains, and paired tests at equal compute.
+"""Results of experiments: gains, and paired tests at equal compute.
 
 Intervals are Student's t over seeds.
 """
@@ -24,40 +24,33 @@ ACCURACY = "eval/shapes/strict"
 COST, SECONDS = "forward_equivalents", "seconds"
 NO_ALARM_EPOCH = sys.maxsize
 CONFIDENCE = 0.95
-# Fewer pairs than this say next to nothing about their spread.
+# Fewer pairs are not tested: their spread is not known.
 MIN_PAIRS = 3
 
 
 @dataclass(frozen=True)
 class Result:
-    """A file of scripts/experiments.py: what ran, and its evaluations and epochs in their order."""
+    """A result of scripts/experiments.py: its header, and its evaluations and epochs in order."""
 
     about: dict[str, Any]
     rows: list[dict[str, Any]]
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The rows that are evaluations."""
         return [row for row in self.rows if "eval/total" in row]
 
     def first_alarms(self) -> dict[str, int]:
-        """The epoch at which each alarm of the monitor is first on, earliest first; and those that
-        never are, at NO_ALARM_EPOCH.
-        """
+        """Alarm -> first epoch at which it is on, or NO_ALARM_EPOCH; earliest first."""
         first: dict[str, int] = {}
         for row in self.rows:
             for key, on in row.items():
                 if key.startswith(ALARM):
-                    epoch = row["epoch"] if on else NO_ALARM_EPOCH
-                    first[key] = min(first.get(key, NO_ALARM_EPOCH), epoch)
-        return {
-            key.removeprefix(ALARM): epoch
-            for key, epoch in sorted(first.items(), key=lambda item: item[1])
-        }
+                    name, epoch = key.removeprefix(ALARM), row["epoch"] if on else NO_ALARM_EPOCH
+                    first[name] = min(first.get(name, NO_ALARM_EPOCH), epoch)
+        return dict(sorted(first.items(), key=lambda item: item[1]))
 
     @cached_property
     def epochs(self) -> list[dict[str, Any]]:
-        """The rows that are epochs."""
         return [row for row in self.rows if "reward/mean" in row]
 
     @property
@@ -66,18 +59,18 @@ class Result:
         return self.evaluations[-1][ACCURACY] - self.evaluations[0][ACCURACY]
 
     def last(self, key: str) -> float:
-        """A number of the last evaluation; NaN where it has none."""
+        """A metric of the last evaluation; NaN if it is not known."""
         value = self.evaluations[-1].get(key)
         return math.nan if value is None else value
 
     def at(self, spent: float, key: str = COST) -> float:
-        """Strict accuracy after so much of ``key`` is spent, between evaluations by a line."""
+        """Strict accuracy after ``spent`` of ``key``, interpolated between evaluations."""
         spendings, values = ([row[name] for row in self.evaluations] for name in (key, ACCURACY))
         return float(np.interp(spent, spendings, values))
 
     def reaches(self, accuracy: float) -> float:
-        """The forward-equivalents at which strict accuracy first is ``accuracy``, between
-        evaluations by a line; infinite if it never is.
+        """Forward-equivalents until strict accuracy is ``accuracy``, interpolated between
+        evaluations; infinite if it never is.
         """
         rows = self.evaluations
         if rows[0][ACCURACY] >= accuracy:
@@ -106,7 +99,7 @@ def read(folder: Path) -> Results:
     for path in paths:
         about, *rows = read_lines(path) or [{}]
         if missing := {"variant", "seed", "baseline", "preset", "changes"} - about.keys():
-            raise ValueError(f"{path} is no result: its first line lacks {', '.join(missing)}")
+            raise ValueError(f"{path} is not a result: its first line has no {', '.join(missing)}")
         result = Result(about, rows)
         if len(result.evaluations) < 2 or ACCURACY not in result.evaluations[0]:
             raise ValueError(f"{path} must hold two evaluations or more, with {ACCURACY}")
@@ -138,9 +131,7 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
 
 
 class Comparison(NamedTuple):
-    """Of a variant with the baseline, after each has spent as much; ``p`` is NaN where nothing was
-    tested.
-    """
+    """A variant against the baseline, both after ``spent``; ``p`` is NaN if nothing was tested."""
 
     difference: str
     spent: float
@@ -150,9 +141,9 @@ class Comparison(NamedTuple):
 def paired_test(
     variant: dict[int, Result], baseline: dict[int, Result], key: str = COST
 ) -> Comparison:
-    """The difference of the strict accuracies with its interval, at equal ``key``, and the p of a
-    paired t-test, over common seeds; fewer than three are not tested.  It is taken at the most that
-    every run of both variants has spent.
+    """Difference of the strict accuracies with its interval, and the p of a paired t-test over
+    common seeds, of which at least three are needed.  Both are taken at the largest amount of
+    ``key`` that every run of both variants has spent.
     """
     from scipy import stats
 
@@ -174,9 +165,10 @@ def paired_test(
 
 
 def holm(ps: dict[str, float]) -> dict[str, float]:
-    """``ps`` adjusted for how many there are that are not NaN (Holm 1979, step-down).  Who takes
-    every variant with an adjusted p of ``alpha`` or less for different errs about any of them with
-    a probability of ``alpha`` at most.
+    """``ps`` adjusted for multiple tests (Holm 1979, step-down); NaN is not a test.
+
+    If all variants with an adjusted p of at most ``alpha`` are declared different, the probability
+    that any of these is wrong is at most ``alpha``.
     """
     tested = sorted((p, variant) for variant, p in ps.items() if not math.isnan(p))
     steps = ((len(tested) - step) * p for step, (p, _) in enumerate(tested))
@@ -185,8 +177,9 @@ def holm(ps: dict[str, float]) -> dict[str, float]:
 
 
 def head_start(variant: dict[int, Result], baseline: dict[int, Result]) -> str:
-    """The share of a variant's compute after which the baseline is where the variant ends, mean and
-    range over common seeds, and in how many it gets there.  A dash if the variant only lost.
+    """The share of a variant's compute that the baseline needs for the variant's final accuracy:
+    mean and range over common seeds, and in how many it gets there.  A dash if the variant only
+    lost accuracy.
     """
     seeds = sorted(variant.keys() & baseline.keys())
     if all(variant[s].gain < 0 for s in seeds):

@@ -1,4 +1,4 @@
-"""What an experiment runs: a configuration for every variant and seed, and what is left to do."""
+"""The runs of an experiment: a configuration per variant and seed, and which of them are done."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ from diffusion_nft.validation.stages import stages_of
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "scripts" / "train_nft_sd3.py"
 LOG_FILE = "experiment.log"
-# What may differ between two runs that count as the same.
+# Keys, or prefixes of keys, that may differ between two runs that count as the same.
 IRRELEVANT_KEYS = ("run_name", "save_dir", "save_freq", "checkpoint.", "log.", "distributed.")
 
 
@@ -42,26 +42,24 @@ class PlannedRun:
 
     @property
     def folder(self) -> Path:
-        """The run directory."""
         return Path(self.config.save_dir)
 
     @property
     def log(self) -> Path:
-        """What the training script printed."""
+        """Output of the training script."""
         return self.folder / LOG_FILE
 
     @property
     def title(self) -> str:
-        """As messages name it."""
         return f"{self.experiment} {self.variant} seed {self.seed}"
 
     @property
     def prompts(self) -> PromptHashes:
-        """The SHA-256 of its prompt files."""
+        """SHA-256 of the prompt files."""
         return hash_splits({stage.config.dataset for stage in stages_of(self.config)})
 
     def command(self) -> list[str]:
-        """Its command line after the interpreter, with paths from the current folder."""
+        """The command line after the interpreter, with paths relative to the current folder."""
         changes = {**self.changes, "seed": self.seed, "save_dir": self.config.save_dir}
         flags = [
             f"--config.{key}={value if isinstance(value, str) else repr(value)}"
@@ -71,7 +69,7 @@ class PlannedRun:
 
 
 def plan(name: str, experiment: Any, args: argparse.Namespace) -> list[PlannedRun]:
-    """The runs asked for, a seed of every variant before the next seed.
+    """The requested runs: all variants with one seed, then with the next.
 
     Raises ValueError for a variant whose configuration cannot run.
     """
@@ -85,7 +83,7 @@ def plan(name: str, experiment: Any, args: argparse.Namespace) -> list[PlannedRu
 def make_run(
     name: str, experiment: Any, variant: str, seed: int, args: argparse.Namespace
 ) -> PlannedRun:
-    """One run of the experiment ``name``, its configuration checked."""
+    """One run of the experiment ``name``, with a checked configuration."""
     chosen, changes = experiment.variants[variant], experiment.changes(variant)
     stem = f"{variant}-seed{seed}"
     for key in changes:
@@ -116,10 +114,10 @@ def make_run(
 def differences(
     run: PlannedRun, former: dict[str, Any], former_changes: Sequence[str]
 ) -> list[str]:
-    """One line a key whose value in the flat configuration ``former`` was another.
+    """One line per key whose value differs from the flat configuration ``former``.
 
-    A key that only one of them knows is of another version of the program, and stands for what it
-    did then, unless the variant sets it.
+    A key in only one of them is ignored unless a variant sets it: another version of the program
+    added or removed it, with the same behaviour by default.
     """
     now, set_by_variant = flatten(run.config), {*run.changes, *former_changes}
     lines = []
@@ -133,26 +131,26 @@ def differences(
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The first line of a result.  Raises ValueError if it is none."""
+    """The first line of a result.  Raises ValueError if it is not a header."""
     with path.open(encoding="utf-8") as file:
         line = file.readline()
     try:
         header = json.loads(line)
         return {**header, "config": dict(header["config"])}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no result of an experiment: {error!r}") from error
+        raise ValueError(f"{path} is not a result of an experiment: {error!r}") from error
 
 
 def is_done(run: PlannedRun) -> bool:
-    """Whether the result of ``run`` is there.
+    """True if the result of ``run`` exists.
 
-    Raises ValueError if that, or the run directory, is of another configuration.
+    Raises ValueError if the result or the run directory belongs to another configuration.
     """
     done = run.result.is_file()
     if done:
         header = read_header(run.result)
         changed = differences(run, header["config"], list(header["changes"]))
-        # Older results do not tell their prompts.
+        # Older results have no hashes of their prompts.
         for dataset, split in changed_prompts(header.get("prompts", {}), run.prompts):
             changed.append(f"the {split} prompts of dataset {dataset}")
         refuse(run, run.result, changed)
@@ -162,11 +160,11 @@ def is_done(run: PlannedRun) -> bool:
 
 
 def refuse(run: PlannedRun, path: Path, lines: list[str]) -> None:
-    """Raises ValueError if ``lines`` tell how ``path`` differs from what ``run`` would be."""
+    """Raises ValueError if there are ``lines``: differences between ``path`` and ``run``."""
     if lines:
         raise ValueError(
             f"{run.title} has changed since {path}:\n  "
             + "\n  ".join(lines)
-            + f"\nto run it anew, remove {run.result} and {run.folder}; "
+            + f"\nto run it again, remove {run.result} and {run.folder}; "
             "or give the new variant a name"
         )

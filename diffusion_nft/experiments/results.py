@@ -1,9 +1,9 @@
-"""The numbers of a run, as a small file that can be committed.
+"""Results of runs, as small files that can be committed.
 
-The first line is an object about the run, then follows one an evaluation or epoch, with the
-training seconds and forward-equivalents so far.  Evaluations are in neither.  A forward-equivalent
-is a sample's pass through the transformer without LoRA; a backward pass counts as many as it takes
-FLOPs, by the formulas of models/flops.py.
+The first line is a header about the run; then follows one object per evaluation or epoch, with the
+training seconds and forward-equivalents so far, which do not include evaluations.  A
+forward-equivalent is a sample's pass through the transformer without LoRA; a backward pass is
+converted by FLOPs, with the formulas of models/flops.py.
 """
 
 import json
@@ -28,19 +28,19 @@ from diffusion_nft.validation.flat import flatten
 
 BUILT_IN_PIPELINE = ROOT / "diffusion_nft" / "shapes" / "pipeline"
 THREADS = "OMP_NUM_THREADS"
-# Of an epoch's metrics, beside those of the monitor; an evaluation's are kept whole.
+# Metrics of an epoch that are kept, in addition to those of the monitor; evaluations keep all.
 EPOCH_METRICS = ("reward/mean", "reward/diversity", "reward/x0_rms", "loss/kl")
-# Of more epochs than this, only so many are kept.
+# At most this many epochs are kept.
 MAX_EPOCHS_KEPT = 80
 SIGNIFICANT_DIGITS = 5
 
 
 class Incomplete(ValueError):
-    """A run has not come to its end, or does not hold what its result needs."""
+    """A run has not ended, or lacks data for its result."""
 
 
 def model_shape(config: ConfigDict) -> tuple[dict[str, Any], int, int]:
-    """(the transformer's configuration, side of its latents, prompt tokens) of a run.
+    """(configuration of the transformer, side of its latents, number of prompt tokens) of a run.
 
     Raises ValueError for a model that is neither the built-in one nor a folder.
     """
@@ -51,15 +51,9 @@ def model_shape(config: ConfigDict) -> tuple[dict[str, Any], int, int]:
             f"pretrained.model {name!r}: experiments count the FLOPs of {BUILT_IN_MODEL!r} or of a "
             "diffusers folder"
         )
-    read = {
-        part: read_object(folder / part)
-        for part in (
-            "transformer/config.json",
-            "vae/config.json",
-            "tokenizer/tokenizer_config.json",
-        )
-    }
-    transformer, vae, tokenizer = read.values()
+    transformer = read_object(folder / "transformer" / "config.json")
+    vae = read_object(folder / "vae" / "config.json")
+    tokenizer = read_object(folder / "tokenizer" / "tokenizer_config.json")
     side = config.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
     text = tokenizer["model_max_length"] + config.pretrained.max_sequence_length
     return transformer, side, text
@@ -74,12 +68,12 @@ def backward_over_forward(config: ConfigDict) -> float:
 
 
 def threads(jobs: int) -> str:
-    """Of each run: what the environment says, or an equal share of the cores."""
+    """Threads of each run: from the environment, or an equal share of the cores."""
     return os.environ.get(THREADS, str(max(1, (os.cpu_count() or 1) // jobs)))
 
 
 def place(run: PlannedRun) -> dict[str, Any]:
-    """What the header says of the experiment; the rest of it is about the run alone."""
+    """The part of the header about the experiment; the rest is about the run alone."""
     return {
         "experiment": run.experiment,
         "question": run.question,
@@ -90,10 +84,10 @@ def place(run: PlannedRun) -> dict[str, Any]:
 
 
 def header(run: PlannedRun, ratio: float, jobs: int) -> dict[str, Any]:
-    """What ran, where, and by which version of the program."""
+    """The run, its machine, and the version of the program."""
     starts = read_lines(run.folder / ENVIRONMENTS_FILE)
     if not starts:
-        raise Incomplete(f"{run.folder / ENVIRONMENTS_FILE} tells of no start")
+        raise Incomplete(f"{run.folder / ENVIRONMENTS_FILE} has no start")
     about = dict(starts[-1])
     del about["command"]
     command = shlex.join(["python", *run.command()])
@@ -122,10 +116,10 @@ def header(run: PlannedRun, ratio: float, jobs: int) -> dict[str, Any]:
 
 
 def rows(run: PlannedRun, ratio: float) -> Iterator[dict[str, Any]]:
-    """An object an evaluation or epoch, with the sums of the epochs so far.
+    """One object per evaluation or epoch, with the sums of the epochs so far.
 
-    Epochs that were lost to an interruption and repeated count once.  Raises Incomplete if an epoch
-    does not say what it cost, or the last one was not evaluated.
+    Epochs repeated after an interruption count once.  Raises Incomplete if an epoch has no cost, or
+    the last one was not evaluated.
     """
     every = math.ceil(run.config.num_epochs / MAX_EPOCHS_KEPT)
     seconds = cost = 0.0
@@ -162,9 +156,9 @@ def _rounded(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_result(run: PlannedRun, jobs: int) -> dict[str, Any]:
-    """Writes the numbers of a run that has ended; returns its last evaluation.
+    """Writes the result of a finished run; returns its last evaluation.
 
-    Raises ValueError if it has not, or if it ran with another configuration than it should have.
+    Raises ValueError if it is not finished or ran with another configuration.
     """
     ratio = backward_over_forward(run.config)
     numbers = list(rows(run, ratio))
@@ -180,30 +174,29 @@ def _json(line: dict[str, Any]) -> str:
     return json.dumps(line, separators=(",", ":"))
 
 
-def _same(ours: Any, theirs: Any) -> bool:
-    return json.dumps(ours, sort_keys=True) == json.dumps(theirs, sort_keys=True)
-
-
 def same_elsewhere(run: PlannedRun) -> Path | None:
-    """The newest result of another variant or experiment that ran what ``run`` would, from a
-    committed version of the program.  Results that were taken over themselves do not count.
+    """The newest result of the same run under another variant or experiment, made by a committed
+    version of the program.  Results that were themselves taken over do not count.
 
-    Raises ValueError for a file among the results that is none.
+    Raises ValueError if a file among the results is not one.
     """
     found = []
     for path in run.result.parent.parent.glob(f"*/*-seed{run.seed}.jsonl"):
         about = read_header(path)
         if path == run.result or "ran_as" in about or about["git_dirty"]:
             continue
-        same = about["preset"] == run.preset and _same(about["changes"], run.changes)
-        same = same and not changed_prompts(about.get("prompts", {}), run.prompts)
-        if same and not differences(run, about["config"], list(about["changes"])):
+        if (
+            about["preset"] == run.preset
+            and about["changes"] == json.loads(json.dumps(run.changes))
+            and not changed_prompts(about.get("prompts", {}), run.prompts)
+            and not differences(run, about["config"], list(about["changes"]))
+        ):
             found.append((about["date"], path))
     return max(found)[1] if found else None
 
 
 def take_over(run: PlannedRun, source: Path) -> None:
-    """Writes the numbers at ``source`` as the result of ``run``; the header says whose they are."""
+    """Copies the result ``source`` to that of ``run``; the header names its origin."""
     first, _, rest = source.read_text(encoding="utf-8").partition("\n")
     about = json.loads(first)
     ran_as = f"{about['experiment']} {about['variant']}"

@@ -1,4 +1,4 @@
-"""What results of experiments say in tables, by variant, tag and alarm; and their page."""
+"""Tables of experiments by variant, tag and alarm, and the page that shows them."""
 
 import argparse
 import math
@@ -22,11 +22,12 @@ from diffusion_nft.experiments.comparison import (
     probability,
     share,
 )
+from diffusion_nft.utils.tables import markdown_table
 
 TAG_STRICT = re.compile("eval/tag/(.+)/shapes/strict")
 STRICTER, DIVERSITY = "eval/shapes/stricter", "eval/diversity"
 REWARD, KL = "reward/mean", "loss/kl"
-# Of so many epochs the reward is averaged.
+# Epochs over which the reward is averaged.
 WINDOW = 3
 COLUMNS = (
     "variant",
@@ -45,8 +46,11 @@ COLUMNS = (
 )
 
 
-def by_variant(results: Results, baseline: str) -> list[list[str]]:
-    """The head, and a row per variant: means over its seeds, compared with the baseline's."""
+Table = list[list[str]]  # the first row is the head
+
+
+def by_variant(results: Results, baseline: str) -> Table:
+    """A row per variant: means over its seeds, and its comparison with the baseline."""
     base = results.get(baseline, {})
     tests = {
         variant: paired_test(runs, base)
@@ -56,47 +60,38 @@ def by_variant(results: Results, baseline: str) -> list[list[str]]:
     adjusted = holm({variant: test.p for variant, test in tests.items()})
     rows = [[column.format(baseline=baseline) for column in COLUMNS]]
     for variant, runs in results.items():
+        gain, half = mean_and_half_width([run.gain for run in runs.values()])
+        stricter, diversity, seconds, cost = (
+            statistics.fmean(run.last(key) for run in runs.values())
+            for key in (STRICTER, DIVERSITY, SECONDS, COST)
+        )
         against = ["–" if base else "no results of it", "–", "–", "–", "–"]
         if variant in tests:
             difference, spent, p = tests[variant]
             ps = (probability(p), probability(adjusted[variant]))
             against = [difference, f"{spent / 1e3:.1f}", *ps, head_start(runs, base)]
-        rows.append([*alone(variant, runs), *against])
+        rows.append(
+            [
+                variant,
+                str(len(runs)),
+                start_and_end(runs, ACCURACY),
+                f"{share(gain, '+')} ± {share(half)}",
+                share(stricter),
+                share(diversity),
+                f"{seconds:.0f}",
+                f"{cost / 1e3:.1f}",
+                *against,
+            ]
+        )
     return rows
 
 
-def alone(variant: str, results: dict[int, Result]) -> list[str]:
-    """What a row says of ``variant`` without the baseline."""
-
-    def mean(key: str) -> float:
-        return statistics.fmean(result.last(key) for result in results.values())
-
-    gain, half = mean_and_half_width([result.gain for result in results.values()])
-    return [
-        variant,
-        str(len(results)),
-        start_and_end(results, ACCURACY),
-        f"{share(gain, '+')} ± {share(half)}",
-        share(mean(STRICTER)),
-        share(mean(DIVERSITY)),
-        f"{mean(SECONDS):.0f}",
-        f"{mean(COST) / 1e3:.1f}",
-    ]
-
-
-def in_training(results: Results, baseline: str) -> list[list[str]]:
-    """A row per variant: rewards of the training samples, the distance to the reference, accuracy
-    by epoch, and the comparison at equal time.
+def in_training(results: Results, baseline: str) -> Table:
+    """A row per variant: rewards of the training samples, distance to the reference, accuracy by
+    epoch, and the comparison at equal time.
     """
-    rows = [
-        [
-            "in training",
-            f"reward, first → last {WINDOW} epochs",
-            f"{KL}, last epoch",
-            "strict after epoch",
-            f"against {baseline} at equal seconds [95 %]",
-        ]
-    ]
+    head = ["in training", f"reward, first → last {WINDOW} epochs", f"{KL}, last epoch"]
+    rows = [[*head, "strict after epoch", f"against {baseline} at equal seconds [95 %]"]]
     base = results.get(baseline, {})
     for variant, runs in results.items():
         first, last = (
@@ -109,21 +104,20 @@ def in_training(results: Results, baseline: str) -> list[list[str]]:
             f"{points[0]['epoch']}: {share(statistics.fmean(point[ACCURACY] for point in points))}"
             for points in curve
         )
+        against = "–"
+        if base and variant != baseline:
+            difference, spent, _ = paired_test(runs, base, SECONDS)
+            against = f"{difference}, at {spent:.0f} s"
         rows.append(
             [
                 variant,
                 f"{share(first)} → {share(last)}",
                 share(statistics.fmean(math.nan if d is None else d for d in distances)),
                 ", ".join(accuracies),
-                "–" if variant == baseline or not base else _at_equal_time(runs, base),
+                against,
             ]
         )
     return rows
-
-
-def _at_equal_time(runs: dict[int, Result], baseline: dict[int, Result]) -> str:
-    difference, spent, _ = paired_test(runs, baseline, SECONDS)
-    return f"{difference}, at {spent:.0f} s"
 
 
 def start_and_end(results: dict[int, Result], key: str) -> str:
@@ -132,8 +126,8 @@ def start_and_end(results: dict[int, Result], key: str) -> str:
     return f"{share(start)} → {share(statistics.fmean(r.last(key) for r in results.values()))}"
 
 
-def by_tag(results: Results) -> list[list[str]]:
-    """Strict accuracy of each tag, a row per variant."""
+def by_tag(results: Results) -> Table:
+    """Strict accuracy of each tag, a row per variant; empty without tags."""
     runs = [result for seeds in results.values() for result in seeds.values()]
     keys = set.intersection(*(set(row) for result in runs for row in result.evaluations))
     tags = {found[1]: key for key in sorted(keys) if (found := TAG_STRICT.fullmatch(key))}
@@ -146,7 +140,7 @@ def by_tag(results: Results) -> list[list[str]]:
 
 
 def commands(name: str, results: Results, jobs: int) -> list[str]:
-    """What ran the experiment: a command per choice of seeds, with the variants that had it."""
+    """The commands that ran the experiment: one for each set of seeds, with its variants."""
     variants: dict[tuple[int, ...], list[str]] = {}
     for variant, runs in results.items():
         variants.setdefault(tuple(sorted(runs)), []).append(variant)
@@ -158,73 +152,69 @@ def commands(name: str, results: Results, jobs: int) -> list[str]:
 
 
 def experiment_page(name: str, results: Results, args: argparse.Namespace) -> str:
-    """The experiment's page: question, figure, table, how to read it, how to remake it."""
-    abouts = [result.about for seeds in results.values() for result in seeds.values()]
+    """The experiment's page: question, figures, tables, how to read them, how to remake them."""
+    abouts = _abouts(results)
     about = abouts[-1]
+    baseline = about["baseline"]
     ratios = sorted({about["backward_over_forward"] for about in abouts})
     again = ["python", "scripts/experiments_plot.py", name]
     again += ["--results", str(args.results), "--output", str(args.output)]
-    return "\n".join(
-        [
-            f"# {name}\n",
-            f"{about['question']}\n",
-            f"![Strict accuracy against compute and time]({name}.png)\n",
-            *table(by_variant(results, about["baseline"])),
-            *table(by_tag(results)),
-            *table(in_training(results, about["baseline"])),
-            *watched_lines(name, results),
-            "Means over seeds; ± and [ ] are 95 % intervals (Student's t over seeds), p is of a "
-            "paired t-test over common seeds, and by Holm's method for all of the table; the "
-            "intervals are not adjusted. Evaluations count in neither seconds nor "
-            "forward-equivalents; seconds grow with what else the machine did. A "
-            "forward-equivalent is a sample's pass through the transformer; a backward pass is "
-            f"{', '.join(f'{ratio:.3f}' for ratio in ratios)} of them by FLOPs. Two variants are "
-            "compared where the cheapest run of both ended; between evaluations curves are lines, "
-            "which lie below a curve that flattens, the more so the dearer its epochs. The "
-            "first table's last column is the share of a variant's compute that the baseline "
-            "needs for the accuracy with which the variant ends, mean (range), where it gets "
-            f"there. Bands are of the gain over the start. Machine: {machines(abouts)}.\n",
-            f"    {shlex.join(again)}\n",
-            "remakes figures and tables from the results, which came from (with another --results, "
-            "since what is there is not run again)\n",
-            *(f"    {line}" for line in commands(name, results, about["machine"]["jobs"])),
-            "",
-            f"at revision {revisions(abouts)}.{elsewhere(abouts)}\n",
-        ]
-    )
+    tables = (by_variant(results, baseline), by_tag(results), in_training(results, baseline))
+    parts = [
+        f"# {name}",
+        about["question"],
+        f"![Strict accuracy against compute and time]({name}.png)",
+        *(markdown_table(head, rows) for head, *rows in filter(None, tables)),
+        f"![Watched metrics against compute]({name}-watched.png)",
+        *alarms_section(results),
+        "Means over seeds; ± and [ ] are 95 % intervals (Student's t over seeds), p is of a "
+        "paired t-test over common seeds, and by Holm's method for all of the table; the "
+        "intervals are not adjusted. Evaluations count in neither seconds nor "
+        "forward-equivalents; seconds depend on the load of the machine. A "
+        "forward-equivalent is a sample's pass through the transformer; a backward pass is "
+        f"{', '.join(f'{ratio:.3f}' for ratio in ratios)} of them by FLOPs. Two variants are "
+        "compared at the end of the cheapest run of both. Curves are interpolated linearly between "
+        "evaluations; these lines lie below a curve that flattens, more so with expensive epochs. "
+        "The first table's last column is the share of a variant's compute that the baseline needs "
+        "to reach the variant's final accuracy: mean (range), and in how many seeds it does. Bands "
+        f"are of the gain over the start. Machine: {machines(abouts)}.",
+        f"    {shlex.join(again)}",
+        "remakes figures and tables from the results, which came from (with another --results, as "
+        "finished runs are not repeated)",
+        "\n".join(f"    {line}" for line in commands(name, results, about["machine"]["jobs"])),
+        f"at revision {revisions(abouts)}.{elsewhere(abouts)}",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-def table(rows: list[list[str]]) -> list[str]:
-    """Markdown; the first row is the head.  Nothing of no rows."""
-    if not rows:
-        return []
-    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
-    return [head, "|" + "---|" * len(rows[0]), *body, ""]
+def _abouts(results: Results) -> list[dict[str, Any]]:
+    return [result.about for seeds in results.values() for result in seeds.values()]
 
 
 def watched(results: Results) -> list[str]:
-    """The metrics that the experiment draws beside strict accuracy."""
-    abouts = [result.about for seeds in results.values() for result in seeds.values()]
-    return abouts[-1].get("watched") or [REWARD, KL, STRICTER, DIVERSITY]
+    """The metrics that the experiment draws in addition to strict accuracy."""
+    return _abouts(results)[-1].get("watched") or [REWARD, KL, STRICTER, DIVERSITY]
 
 
-def watched_lines(name: str, results: Results) -> list[str]:
-    """The figure of what is watched, and a table of when each alarm was first on."""
-    lines = [f"![Watched metrics against compute]({name}-watched.png)", ""]
-    rows = alarms(results)
-    if rows and len(rows[0]) == 2:
-        lines += ["No alarm of the monitor was on in the runs that watched for them.", ""]
-    elif rows:
-        lines += table(rows)
-        lines += ["Alarms: runs in which the limit was passed, of those that watched it, and the"]
-        lines += ["median of the epochs in which it first was (first to last of them). Evaluations"]
-        lines += ["are not of every epoch.", ""]
-    return lines
+def alarms_section(results: Results) -> list[str]:
+    """The table of first alarms with its explanation; empty if no run had a monitor."""
+    table = alarms(results)
+    if not table:
+        return []
+    head, *rows = table
+    if len(head) == 2:
+        return ["No alarm of the monitor was on in the runs that had one."]
+    return [
+        markdown_table(head, rows),
+        "Alarms: number of runs in which the limit was passed, of those with this alarm; median of "
+        "the epochs in which it was first passed (first to last of them). Evaluations are not made "
+        "in every epoch.",
+    ]
 
 
-def alarms(results: Results) -> list[list[str]]:
-    """A row per variant, a column an alarm that was ever on, the earliest first; and one of what
-    was first in a run.  A dash: no run of the variant watched it.
+def alarms(results: Results) -> Table:
+    """A row per variant; a column per alarm that was ever on, earliest first, and one for the first
+    alarms of the runs.  A dash: no run of the variant had this alarm.
     """
     firsts = {
         variant: [run.first_alarms() for run in runs.values()] for variant, runs in results.items()
@@ -233,12 +223,12 @@ def alarms(results: Results) -> list[list[str]]:
     if not every:
         return []
     on = sorted((epoch, name) for name, epoch in every if epoch < NO_ALARM_EPOCH)
-    columns = [["first epochs of alarms", *firsts]]
-    for name in dict.fromkeys(name for _, name in on):
-        seen = ([run[name] for run in runs if name in run] for runs in firsts.values())
-        columns.append([name, *map(_first_epochs, seen)])
-    columns.append(["first of all", *map(_first_of_all, firsts.values())])
-    return [list(row) for row in zip(*columns, strict=True)]
+    names = list(dict.fromkeys(name for _, name in on))
+    table = [["first epochs of alarms", *names, "first of all"]]
+    for variant, runs in firsts.items():
+        seen = ([run[name] for run in runs if name in run] for name in names)
+        table.append([variant, *map(_first_epochs, seen), _first_of_all(runs)])
+    return table
 
 
 def _first_epochs(seen: list[int]) -> str:
@@ -250,7 +240,7 @@ def _first_epochs(seen: list[int]) -> str:
 
 
 def _first_of_all(runs: list[dict[str, int]]) -> str:
-    """``"loss/kl 4, eval/diversity 1"``; alarms of the same epoch are named together."""
+    """``"loss/kl 4, eval/diversity 1"``; alarms of the same epoch are joined by "+"."""
     names = []
     for run in runs:
         epoch = min(run.values(), default=NO_ALARM_EPOCH)
@@ -261,25 +251,25 @@ def _first_of_all(runs: list[dict[str, int]]) -> str:
 
 
 def machines(abouts: list[dict[str, Any]]) -> str:
-    """Where the seconds were measured, each kind of place once."""
+    """The machines on which seconds were measured, each kind once."""
     places = (about["machine"] for about in abouts)
     texts = (
         f"{place['cpu']} with {place['cores']} cores, {place['device']}, "
-        f"{place['threads']} thread(s) a run, {place['jobs']} run(s) at once"
+        f"{place['threads']} thread(s) per run, {place['jobs']} run(s) simultaneously"
         for place in places
     )
     return "; ".join(dict.fromkeys(texts))
 
 
 def revisions(abouts: list[dict[str, Any]]) -> str:
-    """Of the program, each once, the commonest first; a star: the working tree had changes."""
+    """Revisions of the program, the commonest first; a star: the working tree had changes."""
     names = [about["git_revision"][:9] + "*" * about["git_dirty"] for about in abouts]
     text = ", ".join(name for name, _ in Counter(names).most_common())
-    return f"{text} (* with changes that were not committed)" if "*" in text else text
+    return f"{text} (* with uncommitted changes)" if "*" in text else text
 
 
 def elsewhere(abouts: list[dict[str, Any]]) -> str:
-    """Which results are those of the same variant in another experiment."""
+    """The results taken from the same variant of another experiment."""
     taken = Counter((about["variant"], about["ran_as"]) for about in abouts if "ran_as" in about)
     texts = (
         f"{variant} (seeds: {count}) ran as {ran_as}" for (variant, ran_as), count in taken.items()

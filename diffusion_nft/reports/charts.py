@@ -1,107 +1,44 @@
-"""Geometry of the charts in a report: curves and bars as numbers that a template can draw."""
+"""Charts of a report: their scales, ticks and texts; page.html draws them as SVG."""
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-# Kept of a longer curve, as means of equal stretches: more than the pixels of a chart can show.
+# Longer curves are reduced to at most this many points, means over equal stretches.
 MAX_POINTS = 400
 # The y axis spans at least this share of its largest value.
-MIN_RELATIVE_RANGE = 0.2
+MIN_RANGE = 0.2
+# Sizes in SVG units: the box of a chart, and the margins around its plot.
 WIDTH, HEIGHT = 420.0, 230.0
-LEFT, RIGHT, TOP, BOTTOM = 54.0, 14.0, 10.0, 34.0
-# In bars: the tag's name above, then a bar for each series.
-BAR_HEIGHT, NAME_HEIGHT, GAP = 13.0, 18.0, 10.0
-VALUE_WIDTH = 64.0  # right of the bars, for the number
+LEFT, RIGHT, TOP, BOTTOM = 54.0, 406.0, 10.0, 196.0
+# Of bars: the width of the longest, and the heights of a group's title, a bar, and a gap.
+BAR_WIDTH = 356.0
+TITLE, BAR_HEIGHT, GAP = 18, 13, 10
 
-# (x, y, standard error of y); no y is a gap.
+# (x, y, standard error of y); y is None in a gap.
 Point = tuple[float, float | None, float | None]
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A named curve; ``number`` chooses its colour and dashes."""
-
-    number: int
-    name: str
-    points: list[Point]
-
-    @property
-    def known(self) -> list[tuple[float, float, float]]:
-        """The points that have a y; an unknown error is 0."""
-        return [(x, y, error or 0.0) for x, y, error in self.points if y is not None]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A curve in the chart's coordinates."""
-
-    number: int
-    name: str
-    path: str
-    dots: list[tuple[float, float]]
-    whiskers: list[tuple[float, float, float]]  # (x, top, bottom)
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart of curves, ready to draw; ``data`` is what the inline script reads."""
-
-    title: str
-    note: str
-    x_label: str
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    curves: list[Drawn]
-    marks: list[float]
-    summary: str
-    data: str
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One bar, from the zero line to its value, in the chart's coordinates."""
-
-    number: int
-    name: str
-    x: float
-    y: float
-    width: float
-    text: str
-    whisker: tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class Bars:
-    """Groups of horizontal bars."""
-
-    title: str
-    zero: float
-    height: float
-    groups: list[tuple[str, float, list[Bar]]]  # (name, its baseline, bars)
-    summary: str
-
-
 def number(value: float | None, sign: str = "") -> str:
-    """``value`` in three or four figures or as a whole number; "–" for None and NaN."""
+    """``value`` in three or four significant digits, or as a whole number; "–" for None and NaN."""
     if value is None or math.isnan(value):
         return "–"
-    if value == int(value) and abs(value) < 1e15 and (isinstance(value, int) or abs(value) >= 1e4):
-        return f"{int(value):{sign},}"
+    if value == 0:
+        return "0"
     size = abs(value)
-    if size >= 1e9 or size < 1e-3:
-        return f"{value:{sign}.3g}"
-    if size >= 10:
-        return f"{value:{sign},.0f}" if size >= 1e4 else f"{value:{sign}.4g}"
-    return f"{value:{sign}.3f}" if size >= 0.0995 else f"{value:{sign}.4f}"
+    if isinstance(value, int) or 1e4 <= size < 1e15:
+        return f"{value:{sign},.0f}"
+    if 1e-3 <= size < 10:
+        return f"{value:{sign}.{3 if size >= 0.0995 else 4}f}"
+    return f"{value:{sign}.4g}"
 
 
 def thin(points: list[Point]) -> list[Point]:
-    """At most MAX_POINTS points: means over equal stretches of a longer curve, without errors."""
-    if len(points) <= MAX_POINTS:
-        return points
+    """``points`` or, of a longer curve, at most MAX_POINTS means over equal stretches."""
     size = math.ceil(len(points) / MAX_POINTS)
+    if size <= 1:
+        return points
     thinned: list[Point] = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
@@ -111,8 +48,8 @@ def thin(points: list[Point]) -> list[Point]:
     return thinned
 
 
-def ticks(low: float, high: float, count: int) -> list[tuple[float, str]]:
-    """About ``count`` round numbers from ``low`` to ``high``, which is higher, and their texts."""
+def ticks(low: float, high: float, count: int = 5) -> list[tuple[float, str]]:
+    """About ``count`` round numbers from ``low`` to a larger ``high``, each with its text."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.85)
@@ -124,135 +61,145 @@ def ticks(low: float, high: float, count: int) -> list[tuple[float, str]]:
     return [(value, f"{value + 0.0:.{decimals}f}") for value in values]
 
 
-def limits(values: Sequence[float]) -> tuple[float, float]:
-    """A range around ``values``, with room; it begins at zero where that is not far away, and is
-    not so narrow that a small change looks large.
+def limits(values: list[float]) -> tuple[float, float]:
+    """A range around ``values``, with some room.  It begins at zero where that is close, and is not
+    so narrow that a small change looks large.
     """
     low, high = min(values), max(values)
     if 0 <= low < high / 2:
         return 0.0, high * 1.05
-    narrowest = MIN_RELATIVE_RANGE * max(abs(low), abs(high)) or 1.0
+    narrowest = MIN_RANGE * max(abs(low), abs(high)) or 1.0
     room = max((high - low) * 0.08, (narrowest - (high - low)) / 2)
     return low - room, high + room
 
 
-def chart(
-    title: str,
-    curves: list[Curve],
-    *,
-    note: str = "",
-    x_label: str = "epoch",
-    marks: Sequence[float] = (),
-    dots: bool = False,
-) -> Chart | None:
-    """The chart of ``curves``; None if none of them has a known point.
+@dataclass(frozen=True)
+class Curve:
+    """A named curve; ``colour`` numbers its colour and dashes."""
 
-    ``marks`` are x of vertical lines; ``dots`` marks every point, with its error.
+    colour: int
+    name: str
+    points: list[Point]
+
+    @cached_property
+    def known(self) -> list[tuple[float, float, float]]:
+        """The points that have a y; an unknown error is 0."""
+        return [(x, y, error or 0.0) for x, y, error in self.points if y is not None]
+
+    def summary(self, x_label: str) -> str:
+        """First and last point in words."""
+        (x0, y0, _), (x1, y1, _) = self.known[0], self.known[-1]
+        text = f"{number(y0)} at {x_label} {x0:,.7g}"
+        if x1 != x0:
+            text = f"from {text} to {number(y1)} at {x_label} {x1:,.7g}"
+        return f"{self.name} {text}"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over a common x, each with at least one known point.
+
+    ``at_x`` and ``at_y`` give SVG coordinates; ``summary`` is the text for screen readers.
     """
-    curves = [curve for curve in curves if curve.known]
-    if not curves:
-        return None
-    known = [point for curve in curves for point in curve.known]
-    x_low, x_high = min(x for x, _, _ in known), max(x for x, _, _ in known)
-    if x_low == x_high:
-        x_low, x_high = x_low - 0.5, x_high + 0.5
-    y_low, y_high = limits([y + side * error for _, y, error in known for side in (-1, 1)])
 
-    def at_x(x: float) -> float:
-        return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+    title: str
+    curves: list[Curve]
+    note: str = ""
+    x_label: str = "epoch"
+    marks: tuple[float, ...] = ()  # x of vertical lines
+    dots: bool = False  # marks every point, with its error
 
-    def at_y(y: float) -> float:
-        return TOP + (y_high - y) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+    @cached_property
+    def x_range(self) -> tuple[float, float]:
+        xs = [x for curve in self.curves for x, _, _ in curve.known]
+        low, high = min(xs), max(xs)
+        return (low, high) if low < high else (low - 0.5, high + 0.5)
 
-    def draw(curve: Curve) -> Drawn:
-        path, pen = [], "M"
+    @cached_property
+    def y_range(self) -> tuple[float, float]:
+        """Ends of the y axis: ``limits`` of all points and their error bars."""
+        known = [point for curve in self.curves for point in curve.known]
+        return limits([end for _, y, error in known for end in (y - error, y + error)])
+
+    def at_x(self, x: float) -> float:
+        low, high = self.x_range
+        return round(LEFT + (x - low) / (high - low) * (RIGHT - LEFT), 1)
+
+    def at_y(self, y: float) -> float:
+        low, high = self.y_range
+        return round(TOP + (high - y) / (high - low) * (BOTTOM - TOP), 1)
+
+    @property
+    def x_ticks(self) -> list[tuple[float, str]]:
+        """Ticks of the x axis; of epochs, whole numbers only."""
+        found = ticks(*self.x_range)
+        return [tick for tick in found if self.x_label != "epoch" or tick[0] == round(tick[0])]
+
+    @property
+    def y_ticks(self) -> list[tuple[float, str]]:
+        return ticks(*self.y_range)
+
+    def path(self, curve: Curve) -> str:
+        """SVG path of ``curve``, interrupted at gaps."""
+        steps, pen = [], "M"
         for x, y, _ in curve.points:
             if y is not None:
-                path.append(f"{pen}{at_x(x):.1f} {at_y(y):.1f}")
+                steps.append(f"{pen}{self.at_x(x)} {self.at_y(y)}")
             pen = "M" if y is None else "L"
-        # A point alone is no line: a dot shows it.
-        shown = curve.known if dots or len(curve.known) == 1 else []
-        return Drawn(
-            curve.number,
-            curve.name,
-            "".join(path),
-            [(at_x(x), at_y(y)) for x, y, _ in shown],
-            [(at_x(x), at_y(y + error), at_y(y - error)) for x, y, error in shown if error],
+        return "".join(steps)
+
+    def dotted(self, curve: Curve) -> list[tuple[float, float, float]]:
+        """Points of ``curve`` to mark with a dot; a single one always, as it has no line."""
+        return curve.known if self.dots or len(curve.known) == 1 else []
+
+    @property
+    def summary(self) -> str:
+        return "; ".join(curve.summary(self.x_label) for curve in self.curves)
+
+    @property
+    def data(self) -> str:
+        """JSON for page.js; numbers have five significant digits."""
+        data = {
+            "box": [LEFT, TOP, RIGHT, BOTTOM],
+            "range": self.x_range,
+            "x": self.x_label,
+            "curves": [
+                {
+                    "name": curve.name,
+                    "points": [[float(f"{v:.5g}") for v in point] for point in curve.known],
+                }
+                for curve in self.curves
+            ],
+        }
+        return json.dumps(data, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Horizontal bars in groups: one bar per series in each group; methods as in ``Chart``."""
+
+    title: str
+    groups: list[str]
+    # (colour, name, (value, standard error) by group)
+    series: list[tuple[int, str, list[tuple[float | None, float | None]]]]
+
+    def at_y(self, group: int, bar: int = 0) -> int:
+        """SVG coordinate of the top of a bar, by numbers from 0."""
+        return group * (TITLE + BAR_HEIGHT * len(self.series) + GAP) + TITLE + BAR_HEIGHT * bar
+
+    @cached_property
+    def _range(self) -> tuple[float, float]:
+        known = [(v, e or 0.0) for _, _, pairs in self.series for v, e in pairs if v is not None]
+        ends = [0.0, *(end for value, error in known for end in (value - error, value + error))]
+        return min(ends), max(ends)
+
+    def at_x(self, value: float) -> float:
+        low, high = self._range
+        return round((value - low) / ((high - low) or 1.0) * BAR_WIDTH, 1)
+
+    @property
+    def summary(self) -> str:
+        return "; ".join(
+            f"{group}: " + ", ".join(f"{name} {number(ps[i][0])}" for _, name, ps in self.series)
+            for i, group in enumerate(self.groups)
         )
-
-    data = {
-        "box": [LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM],
-        "range": [x_low, x_high, y_low, y_high],
-        "x": x_label,
-        "curves": [
-            {
-                "n": curve.number,
-                "name": curve.name,
-                "points": [[_short(v) for v in point] for point in curve.known],
-            }
-            for curve in curves
-        ],
-    }
-    return Chart(
-        title,
-        note,
-        x_label,
-        [(at_x(value), text) for value, text in ticks(x_low, x_high, 5) if _whole(value, x_label)],
-        [(at_y(value), text) for value, text in ticks(y_low, y_high, 5)],
-        [draw(curve) for curve in curves],
-        [at_x(mark) for mark in marks if x_low < mark < x_high],
-        "; ".join(_said(curve, x_label) for curve in curves),
-        json.dumps(data, separators=(",", ":")),
-    )
-
-
-def _whole(value: float, x_label: str) -> bool:
-    return x_label != "epoch" or value == round(value)
-
-
-def _short(value: float) -> float:
-    """Five figures: what hovering shows, in few bytes."""
-    return float(f"{value:.5g}")
-
-
-def _said(curve: Curve, x_label: str) -> str:
-    (x0, y0, _), (x1, y1, _) = curve.known[0], curve.known[-1]
-    ends = f"{number(y0)} at {x_label} {number(x0)}"
-    if x1 != x0:
-        ends = f"from {ends} to {number(y1)} at {x_label} {number(x1)}"
-    return f"{curve.name} {ends}"
-
-
-def bars(
-    title: str,
-    groups: list[str],
-    series: list[tuple[int, str, list[tuple[float | None, float | None]]]],
-) -> Bars:
-    """A bar of each of ``series`` in each of ``groups``.
-
-    ``series``: (number of its colour, name, (value, standard error) of each group).
-    """
-    known = [(v, error or 0.0) for _, _, pairs in series for v, error in pairs if v is not None]
-    ends = [v + side * error for v, error in known for side in (-1, 1)]
-    low, high = min([0.0, *ends]), max([0.0, *ends])
-    scale = (WIDTH - VALUE_WIDTH) / ((high - low) or 1.0)
-    drawn, y = [], 0.0
-    for i, group in enumerate(groups):
-        baseline, y = y + NAME_HEIGHT - 5, y + NAME_HEIGHT
-        members = []
-        for colour, name, pairs in series:
-            value, error = pairs[i]
-            width = abs(value or 0.0) * scale
-            start = (min(value or 0.0, 0.0) - low) * scale
-            whisker = None
-            if value is not None and error:
-                whisker = ((value - error - low) * scale, (value + error - low) * scale)
-            members.append(Bar(colour, name, start, y, width, number(value), whisker))
-            y += BAR_HEIGHT
-        drawn.append((group, baseline, members))
-        y += GAP
-    said = (
-        f"{group}: " + ", ".join(f"{bar.name} {bar.text}" for bar in members)
-        for group, _, members in drawn
-    )
-    return Bars(title, -low * scale, y, drawn, "; ".join(said))

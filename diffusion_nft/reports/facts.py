@@ -1,41 +1,30 @@
-"""What a report says of runs beside curves: tables, and what deserves a second look."""
+"""Tables of a report, and warnings and notes about its runs."""
 
 import json
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 from diffusion_nft.evaluation.results import NUM_SAMPLES
 from diffusion_nft.reports.charts import number
-from diffusion_nft.reports.runs import Part, Row, Run
+from diffusion_nft.reports.runs import Part, Run, Score, sorted_names
 from diffusion_nft.runs.run_dir import differences
 from diffusion_nft.tracking.monitor import ALARM, is_image_statistic
 
 # Means over this many epochs at the start and at the end are compared.
 WINDOW = 5
-# From these on a number is worth a warning.
-MAX_FRAC_ZERO_STD = 0.5
-MAX_DIVERSITY_LOSS = 0.2
-# Of a number with a standard error; smaller errors are written with an exponent.
+# Limits of the warnings: share of groups with equal scores, and of diversity that is lost.
+MAX_FLAT_GROUPS, MAX_LOST_DIVERSITY = 0.5, 0.2
+# Decimals of a number with a standard error; smaller errors are written with an exponent.
 MAX_DECIMALS = 5
 # A null here is a number that was not finite; elsewhere it may mean "does not apply".
 FINITE_METRICS = ("loss/", "reward/mean", "reward/std", "reward/x0_rms", "eval/total")
 NON_PHASE_METRICS = ("time/epoch", "time/eval", "time/images_per_second", "time/peak_memory_gb")
-# Where a run lies and what it is called is no setting to compare.
+# Keys that name a run, and are not compared.
 NAMES = ("save_dir", "run_name")
 
 # A label, and a text for each run.
 Table = list[tuple[str, list[str]]]
-
-
-@dataclass(frozen=True)
-class Notice:
-    """Something to look at; ``warning``, or a mere note."""
-
-    run: str
-    warning: bool
-    text: str
 
 
 def rewards_text(part: Part) -> str:
@@ -44,49 +33,44 @@ def rewards_text(part: Part) -> str:
     return " + ".join(n if w == 1 else f"{w:g} × {n}" for n, w in weights) or "none"
 
 
-def summary(run: Run) -> list[tuple[str, str]]:
-    """What was trained, on what, how far: (label, text)."""
-    data = dict.fromkeys(part.dataset for part in run.parts)
-    rewards = dict.fromkeys(map(rewards_text, run.parts))
-    facts = [
-        ("Model", run.model),
-        ("Data", " → ".join(data)),
-        ("Reward", " → ".join(rewards)),
-        ("Algorithm", str(run.config.get("algorithm", "–"))),
-        ("Seed", str(run.config.get("seed", "–"))),
-        ("Epochs", f"{run.done:,} of {run.planned:,}"),
+def overview(runs: list[Run]) -> Table:
+    """Model, data, reward, algorithm, seed and progress of each run."""
+    return [
+        ("Model", [run.config["pretrained.model"] for run in runs]),
+        ("Data", [" → ".join(dict.fromkeys(part.dataset for part in run.parts)) for run in runs]),
+        ("Reward", [" → ".join(dict.fromkeys(map(rewards_text, run.parts))) for run in runs]),
+        ("Algorithm", [str(run.config.get("algorithm", "–")) for run in runs]),
+        ("Seed", [str(run.config.get("seed", "–")) for run in runs]),
+        ("Epochs", [f"{run.done:,} of {run.planned:,}" for run in runs]),
+        ("Optimizer steps", [f"{run.rows[-1]['step']:,}" if run.rows else "–" for run in runs]),
+        ("State", ["finished" if run.finished else "not finished" for run in runs]),
     ]
-    if run.rows:
-        facts.append(("Optimizer steps", f"{run.rows[-1]['step']:,}"))
-    return facts
 
 
-def show(value: object) -> str:
-    """A configuration value as JSON; a dash for an absent key."""
-    return "–" if value is MISSING_VALUE else json.dumps(value, ensure_ascii=False)
+def config_table(run: Run) -> Table:
+    """Every configuration key with its value as JSON."""
+    return [(key, [_json(value)]) for key, value in sorted(run.config.items())]
 
 
-MISSING_VALUE = object()
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
-def config_table(run: Run) -> list[tuple[str, str]]:
-    """Every key with its value."""
-    return [(key, show(value)) for key, value in sorted(run.config.items())]
-
-
-def config_differences(runs: list[Run]) -> list[tuple[str, bool, list[str]]]:
-    """(key, whether it alters the trained numbers, its value in each run), those that do first."""
-    keys = sorted(set().union(*(run.config for run in runs)) - set(NAMES))
+def config_differences(runs: list[Run]) -> Table:
+    """Configuration keys with their value in each run and "yes" or "no": whether the key alters
+    training; those that do come first.
+    """
     rows = []
-    for key in keys:
-        values = [show(run.config.get(key, MISSING_VALUE)) for run in runs]
+    for key in sorted(set().union(*(run.config for run in runs)) - set(NAMES)):
+        values = [_json(run.config[key]) if key in run.config else "–" for run in runs]
         if len(set(values)) > 1:
-            rows.append((key, bool(differences({key: 0}, {key: 1})), values))
-    return sorted(rows, key=lambda row: not row[1])
+            rows.append((key, [*values, "yes" if differences({key: 0}, {key: 1}) else "no"]))
+    return sorted(rows, key=lambda row: row[1][-1] == "no")
 
 
-def with_error(value: float | None, error: float | None, sign: str = "") -> str:
-    """``"0.760 ± 0.042"``, to two figures of the error; without an error the number alone."""
+def with_error(score: Score, sign: str = "") -> str:
+    """``"0.760 ± 0.042"``, to two digits of the error; without an error the number alone."""
+    value, error = score
     if value is None or not error or not math.isfinite(error):
         return number(value, sign)
     decimals = max(0, 1 - math.floor(math.log10(error)))
@@ -95,215 +79,173 @@ def with_error(value: float | None, error: float | None, sign: str = "") -> str:
     return f"{value:{sign}.{decimals}f} ± {error:.{decimals}f}"
 
 
-def evaluated_names(parts: list[Part]) -> list[str]:
-    """What any of ``parts`` evaluated, the total first and diversity last."""
-    names = dict.fromkeys(name for part in parts for name in part.names)
-    return sorted(names, key=lambda name: (name == "diversity", name != "total"))
-
-
 def finals(runs: list[Run]) -> Table:
-    """The last numbers of each run side by side; of a run in stages, those of its last stage."""
+    """The last numbers of each run; of a run in stages, those of its last stage."""
 
-    def evaluated(name: str) -> list[str]:
-        texts = []
-        for part in (run.parts[-1] for run in runs):
-            if not part.tests or part.tests[-1].value(name) is None:
-                texts.append("–")
-                continue
-            change = part.change(name)
-            after = with_error(change.after, change.after_error)
-            texts.append(f"{number(change.before)} → {after}" if len(part.tests) > 1 else after)
-        return texts
+    def evaluated(part: Part, name: str) -> str:
+        if not part.tests or part.tests[-1].score(name)[0] is None:
+            return "–"
+        change = part.change(name)
+        before = f"{number(change.before[0])} → " if len(part.tests) > 1 else ""
+        return before + with_error(change.after)
 
-    def last(key: str) -> list[str]:
-        return [number(run.epochs[-1].get(key)) if run.epochs else "–" for run in runs]
-
-    names = evaluated_names([run.parts[-1] for run in runs])
-    rows = [(f"eval/{name}", evaluated(name)) for name in names]
-    rows += [(key, last(key)) for key in ("reward/mean", "reward/diversity", "loss/kl")]
+    last = [run.parts[-1] for run in runs]
+    names = sorted_names(name for part in last for name in part.names)
+    rows = [(f"eval/{name}", [evaluated(part, name) for part in last]) for name in names]
+    for key in ("reward/mean", "reward/diversity", "loss/kl"):
+        rows.append((key, [number(r.epochs[-1].get(key)) if r.epochs else "–" for r in runs]))
     return rows
 
 
 def timing(runs: list[Run]) -> Table:
-    """Seconds by phase, speed and cost of each run; rows that no run knows are left out."""
+    """Seconds by phase, speed and cost of each run, without rows that no run has."""
 
-    def total(run: Run, key: str) -> float | None:
-        values = [row[key] for row in run.rows if row.get(key) is not None]
-        return math.fsum(values) if values else None
+    def row(
+        label: str, key: str, reduce: Callable[[list[float]], float], unit: str = ""
+    ) -> tuple[str, list[str]]:
+        values = (run.values(key) for run in runs)
+        return label, [f"{number(reduce(known))}{unit}" if known else "–" for known in values]
 
-    def sums(key: str) -> list[str]:
-        return [number(total(run, key)) for run in runs]
+    def phase(key: str) -> tuple[str, list[str]]:
+        label, texts = row(key.removeprefix("time/").capitalize(), key, math.fsum, " s")
+        for i, run in enumerate(runs):
+            if (own := sum(run.values(key))) and (whole := sum(run.values("time/epoch"))):
+                texts[i] += f" ({own / whole:.0%})"
+        return label, texts
 
-    def seconds(key: str) -> list[str]:
-        texts = []
-        for run in runs:
-            own, whole = total(run, key), total(run, "time/epoch")
-            share = f" ({own / whole:.0%})" if own and whole and key != "time/eval" else ""
-            texts.append("–" if own is None else f"{number(own)} s{share}")
-        return texts
-
-    def pick(key: str, choose: Callable[[list[float]], float], unit: str = "") -> list[str]:
-        found = ([row[key] for row in run.rows if row.get(key) is not None] for run in runs)
-        return [f"{number(choose(values))}{unit}" if values else "–" for values in found]
-
-    phases = dict.fromkeys(
-        key for run in runs for row in run.epochs for key in row if key.startswith("time/")
-    )
-    rows = [
-        (key.removeprefix("time/").capitalize(), seconds(key))
-        for key in phases
-        if key not in NON_PHASE_METRICS
-    ]
+    keys = dict.fromkeys(key for run in runs for epoch in run.epochs for key in epoch)
+    rows = [phase(key) for key in keys if key.startswith("time/") and key not in NON_PHASE_METRICS]
     rows += [
-        ("All epochs", seconds("time/epoch")),
-        ("Evaluations, not in the epochs", seconds("time/eval")),
-        ("One epoch, median", pick("time/epoch", statistics.median, " s")),
-        ("Images per second, median", pick("time/images_per_second", statistics.median)),
-        ("Forward passes (cost/forwards)", sums("cost/forwards")),
-        ("Backward passes (cost/backwards)", sums("cost/backwards")),
-        ("Most GPU memory", pick("time/peak_memory_gb", max, " GB")),
+        row("All epochs", "time/epoch", math.fsum, " s"),
+        row("Evaluations, not part of the epochs", "time/eval", math.fsum, " s"),
+        row("Time per epoch, median", "time/epoch", statistics.median, " s"),
+        row("Images per second, median", "time/images_per_second", statistics.median),
+        row("Forward passes (cost/forwards)", "cost/forwards", math.fsum),
+        row("Backward passes (cost/backwards)", "cost/backwards", math.fsum),
+        row("Peak GPU memory", "time/peak_memory_gb", max, " GB"),
     ]
     return [(label, texts) for label, texts in rows if set(texts) != {"–"}]
 
 
-def notices(run: Run) -> list[Notice]:
-    """What deserves a second look; warnings first."""
-    warnings = [*_alarms(run), *_skipped(run), *_non_finite(run), *_zero_std_groups(run)]
-    warnings += _diversity(run)
-    warnings += [text for part in run.parts for text in _evaluations(part)]
-    notes = [*_unfinished(run), *_restarts(run)]
-    return [Notice(run.name, True, t) for t in warnings] + [
-        Notice(run.name, False, t) for t in notes
-    ]
-
-
-def comparison_notices(runs: list[Run]) -> list[Notice]:
-    """What makes the runs hard to compare."""
+def comparison_warnings(runs: list[Run]) -> Iterator[str]:
+    """Reasons why numbers of the runs are not comparable."""
     parts = [run.parts[-1] for run in runs if run.parts[-1].tests]
-    texts = []
     counts = {part.tests[-1].row.get(NUM_SAMPLES) for part in parts} - {None}
     if len({part.dataset for part in parts}) > 1 or len(counts) > 1:
-        texts.append("The runs were evaluated on different test lines: eval/* does not compare.")
+        yield "The runs were evaluated on different test lines: eval/* is not comparable."
     if len({rewards_text(part) for part in parts}) > 1:
-        texts.append("The runs have different rewards: reward/mean and eval/total do not compare.")
-    return [Notice("", True, text) for text in texts]
+        yield "The runs have different rewards: reward/mean and eval/total are not comparable."
 
 
-def _skipped(run: Run) -> list[str]:
-    rows = [row for row in run.epochs if row.get("optim/skipped_steps")]
-    if not rows:
-        return []
-    count = rows[-1]["optim/skipped_steps"]
-    return [
-        f"{count} optimizer {'step was' if count == 1 else 'steps were'} skipped for a non-finite "
-        f"gradient, the first by epoch {rows[0]['epoch']}."
-    ]
-
-
-def _non_finite(run: Run) -> list[str]:
-    found: dict[str, list[int]] = {}
+def warnings(run: Run) -> Iterator[str]:
+    """Signs that training went wrong."""
+    yield from _alarms(run)
+    skipped = [row for row in run.epochs if row.get("optim/skipped_steps")]
+    if skipped:
+        count = skipped[-1]["optim/skipped_steps"]
+        yield (
+            f"{count} optimizer {'step was' if count == 1 else 'steps were'} skipped for a "
+            f"non-finite gradient, the first by epoch {skipped[0]['epoch']}."
+        )
+    lost: dict[str, list[int]] = {}
     for row in run.rows:
         for key, value in row.items():
             if value is None and key.startswith(FINITE_METRICS):
-                found.setdefault(key, []).append(row["epoch"])
-    return [
-        f"{key} was not finite in {len(epochs)} epoch{'s' * (len(epochs) > 1)}, first {epochs[0]}."
-        for key, epochs in found.items()
-    ]
+                lost.setdefault(key, []).append(row["epoch"])
+    for key, epochs in lost.items():
+        plural = "s" if len(epochs) > 1 else ""
+        yield f"{key} was not finite in {len(epochs)} epoch{plural}, first {epochs[0]}."
+    _, flat = _ends(run, "reward/frac_zero_std")
+    if flat >= MAX_FLAT_GROUPS:
+        yield (
+            f"In the last {WINDOW} epochs all images of a prompt scored the same for {flat:.0%} "
+            "of the prompts (reward/frac_zero_std); these give no training signal."
+        )
+    first, last = _ends(run, "reward/diversity")
+    if last < (1 - MAX_LOST_DIVERSITY) * first:
+        yield (
+            f"Images of a prompt became alike: reward/diversity fell from {number(first)} to "
+            f"{number(last)} (means of {WINDOW} epochs)."
+        )
+    for part in run.parts:
+        if len(part.tests) > 1:
+            yield from _losses(part)
 
 
-def _ends(run: Run, key: str) -> tuple[float, float] | None:
-    """Means of ``key`` over the first and the last WINDOW epochs; None of a run too short."""
-    values = [row[key] for row in run.epochs if row.get(key) is not None]
+def _ends(run: Run, key: str) -> tuple[float, float]:
+    """Means of ``key`` over the first and the last WINDOW epochs; NaN if the run is too short."""
+    values = run.values(key)
     if len(values) < 2 * WINDOW:
-        return None
+        return math.nan, math.nan
     return statistics.fmean(values[:WINDOW]), statistics.fmean(values[-WINDOW:])
 
 
-def _zero_std_groups(run: Run) -> list[str]:
-    ends = _ends(run, "reward/frac_zero_std")
-    if ends is None or ends[1] < MAX_FRAC_ZERO_STD:
-        return []
-    return [
-        f"In the last {WINDOW} epochs all images of a prompt scored the same for {ends[1]:.0%} "
-        "of the prompts (reward/frac_zero_std): those teach nothing."
-    ]
-
-
-def _diversity(run: Run) -> list[str]:
-    ends = _ends(run, "reward/diversity")
-    if ends is None or ends[1] >= (1 - MAX_DIVERSITY_LOSS) * ends[0]:
-        return []
-    return [
-        f"Images of a prompt became alike: reward/diversity fell from {number(ends[0])} to "
-        f"{number(ends[1])} (means of {WINDOW} epochs)."
-    ]
-
-
-def _alarms(run: Run) -> list[str]:
+def _alarms(run: Run) -> Iterator[str]:
     rows = [row for row in run.rows if row.get("monitor/alarms")]
-    if not rows:
-        return []
-    factor = rows[-1]["monitor/kl_factor"]
-    raised = f"; the KL term's weight was raised {factor:g} times" if factor > 1 else ""
-    which = [name.removeprefix(ALARM) for name in rows[0] if name.startswith(ALARM)]
-    first = ", ".join(name for name in which if rows[0][ALARM + name])
-    return [
-        f"{rows[-1]['monitor/alarms']:g} alarm(s) of the monitor, the first, of "
-        f"{first or 'what the run printed'}, in epoch {rows[0]['epoch']}{raised}."
-    ]
+    if rows:
+        first, last = rows[0], rows[-1]
+        factor = last["monitor/kl_factor"]
+        raised = f"; the weight of the KL term is multiplied by {factor:g}" if factor > 1 else ""
+        names = [key.removeprefix(ALARM) for key in first if key.startswith(ALARM) and first[key]]
+        yield (
+            f"{last['monitor/alarms']:g} alarm(s) of the monitor, the first, of "
+            f"{', '.join(names)}, in epoch {first['epoch']}{raised}."
+        )
 
 
-def _evaluations(part: Part) -> list[str]:
-    if len(part.tests) < 2:
-        return []
+def _losses(part: Part) -> Iterator[str]:
+    """Scores that fell by training, and a total that was better before the end."""
     where = f"{part.title}: " if part.title else ""
-    texts = []
     for name in part.names:
         change = part.change(name)
         if change.direction == "down" and not is_image_statistic(name):
             kind = "held-out " if part.is_held_out(name) else ""
-            gain = with_error(change.gain, change.gain_error)
-            texts.append(f"{where}{kind}eval/{name} fell by training: {gain}.")
-    known = [test for test in part.tests if test.value("total") is not None]
-    best = max(known, key=lambda test: test.row["eval/total"], default=None)
-    last = part.tests[-1].value("total")
-    if best and last is not None and best.row["eval/total"] > last:
-        texts.append(
-            f"{where}the best eval/total, {number(best.value('total'))}, was at epoch "
-            f"{best.epoch}, not at the end ({number(last)})."
+            yield f"{where}{kind}eval/{name} fell by training: {with_error(change.gain)}."
+    totals = [(t.row["eval/total"], t.row["epoch"]) for t in part.tests]
+    known = [(total, epoch) for total, epoch in totals if total is not None]
+    last = totals[-1][0]
+    best, epoch = max(known, key=lambda pair: pair[0], default=(last, 0))
+    if last is not None and best > last:
+        yield (
+            f"{where}the best eval/total, {number(best)}, was at epoch {epoch}, not at the end "
+            f"({number(last)})."
         )
-    return texts
 
 
-def _unfinished(run: Run) -> list[str]:
-    if run.finished:
-        return []
-    return [f"Not finished: {run.done:,} of {run.planned:,} epochs."]
-
-
-def _restarts(run: Run) -> list[str]:
-    """Restarts, and what was not the same in all starts."""
-    texts = []
+def notes(run: Run) -> Iterator[str]:
+    """Interruptions, and differences between the starts."""
+    if not run.finished:
+        yield f"Not finished: {run.done:,} of {run.planned:,} epochs."
     if len(run.starts) > 1:
-        texts.append(f"Started {len(run.starts)} times.")
+        yield f"Started {len(run.starts)} times."
     for key in ("git_revision", "torch", "device", "world_size"):
         values = dict.fromkeys(str(start.get(key)) for start in run.starts)
         if len(values) > 1:
-            texts.append(f"{key} changed between starts: {' → '.join(values)}.")
+            yield f"{key} changed between starts: {' → '.join(values)}."
     if any(start.get("git_dirty") for start in run.starts):
-        texts.append("Started from a working tree with changes that are not committed.")
-    return texts
+        yield "Started from a working tree with uncommitted changes."
 
 
-def start_row(start: Row) -> list[str]:
-    """Time, device, processes, versions, revision and command of a start."""
-    revision = str(start.get("git_revision") or "–")[:10]
+def starts(run: Run) -> Table:
+    """Time; device, processes, versions, revision and command of each start."""
     return [
-        str(start.get("time", "–")),
-        str(start.get("device", "–")),
-        str(start.get("world_size", "–")),
-        f"{start.get('python', '–')} / {start.get('torch', '–')}",
-        f"{revision}{' + changes' if start.get('git_dirty') else ''}",
-        str(start.get("command", "–")),
+        (
+            start.get("time", "–"),
+            [
+                start.get("device", "–"),
+                start.get("world_size", "–"),
+                f"{start.get('python', '–')} / {start.get('torch', '–')}",
+                (start.get("git_revision") or "–")[:10]
+                + (" + changes" if start.get("git_dirty") else ""),
+                start.get("command", "–"),
+            ],
+        )
+        for start in run.starts
+    ]
+
+
+def environment(run: Run) -> Table:
+    """The environment of the last start."""
+    return [
+        (key, ["–" if value is None else value]) for key, value in sorted(run.starts[-1].items())
     ]

@@ -1,10 +1,10 @@
-"""Labelled grids of images, for people to look at."""
+"""Labelled grids of images."""
 
 import math
 import re
+import textwrap
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -12,23 +12,22 @@ from PIL import Image, ImageDraw, ImageFont
 from diffusion_nft.images import Images, save_png
 from diffusion_nft.utils.files import naming, write_atomically
 
-# Images smaller than this many pixels on their short side are enlarged by a whole factor.
+# Images with a shorter side than this, in pixels, are enlarged by a whole factor.
 READABLE_SIDE = 144
-MARGIN = 12
+MARGIN, PAIR_GAP, CELL_GAP = 11, 6, 16
 LINE_SPACING = 1.3
 MAX_CAPTION_LINES = 4
 # Characters of a caption that are laid out: more than its lines can hold.
 MAX_CAPTION = 2000
 
-# Pillow's bundled font has ASCII and little else; these are spelt out.
-ASCII_SPELLINGS = str.maketrans(
+# Pillow's bundled font has little more than ASCII.  These characters are replaced, accents are
+# dropped, and a run of other characters becomes BOX, which is drawn as an empty box.
+REPLACEMENTS = str.maketrans(
     {"→": "->", "·": "-", "–": "-", "—": "-", "“": '"', "”": '"', "‘": "'", "’": "'"}
 )
-
-# Stands for characters that the font does not have; it draws an empty box.
 BOX = "\ufffd"
 
-# Where a grid, in its ``Image.info``, keeps the captions that it does not show in full.
+# Key of ``Image.info`` for the captions of a grid that does not show all of them in full.
 CAPTIONS = "captions"
 
 WHITE, INK, GREY, FRAME = (255, 255, 255), (32, 33, 36), (110, 113, 118), (205, 208, 212)
@@ -40,34 +39,24 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 def save_grid(grid: Image.Image, path: Path) -> None:
     """Writes ``path`` as ``save_png``, and ``full_captions`` to a ``.txt`` file of the same name,
-    which does not exist where the image shows them all.
+    which is removed if the image shows them all.
     """
-    beside, captions = path.with_suffix(".txt"), full_captions(grid)
-    with naming(beside):
+    text_file, captions = path.with_suffix(".txt"), full_captions(grid)
+    with naming(text_file):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.unlink(missing_ok=True)
+        text_file.unlink(missing_ok=True)
     if captions:
-        write_atomically(beside, f"{captions}\n".encode())
+        write_atomically(text_file, f"{captions}\n".encode())
     save_png(grid, path)
 
 
 def full_captions(grid: Image.Image) -> str:
-    """The captions of ``grid``, numbered, one a line; empty if the image shows each in full."""
+    """The captions of ``grid``, numbered, one per line; empty if the image shows each in full."""
     return grid.info.get(CAPTIONS, "")
 
 
-@dataclass(frozen=True)
-class TextLine:
-    """One line of text under an image."""
-
-    text: str
-    color: Color = INK
-
-
 def _enlarged(images: Images) -> list[Image.Image]:
-    """Images, enlarged by a whole factor until they are readable: a tiny one's pixels are
-    repeated, so that it shows what the reward saw.
-    """
+    """Images of at least READABLE_SIDE; pixels are repeated, so they show what was scored."""
     if len(images) == 0:
         raise ValueError("a grid needs at least one image")
     pil_images = images.to_pil()
@@ -78,114 +67,79 @@ def _enlarged(images: Images) -> list[Image.Image]:
 
 
 def _font(cell_width: int) -> Font:
-    """The font that Pillow brings, in a size that suits a cell of ``cell_width`` pixels."""
+    """Pillow's bundled font, in a size for images ``cell_width`` pixels wide."""
     return ImageFont.load_default(min(28, max(13, cell_width // 18)))
-
-
-def _drawable(text: str) -> str:
-    """``text`` as the font can draw it: accents dropped, BOX for each run of other characters."""
-    plain = unicodedata.normalize("NFKD", text.translate(ASCII_SPELLINGS))
-    plain = "".join(char for char in plain if not unicodedata.combining(char))
-    return re.sub(r"[^\s!-~]+(\s+[^\s!-~]+)*", BOX, plain)
-
-
-def _line_height(font: Font) -> int:
-    _, top, _, bottom = font.getbbox("Ay")
-    return math.ceil((bottom - top) * LINE_SPACING)
-
-
-def _break_word(word: str, width: float, font: Font) -> list[str]:
-    """Pieces of ``word`` that fit ``width`` pixels each (at least one character)."""
-    pieces = [""]
-    for char in word:
-        if pieces[-1] and font.getlength(pieces[-1] + char) > width:
-            pieces.append("")
-        pieces[-1] += char
-    return pieces
 
 
 def _wrapped(text: str, width: float, font: Font) -> list[str]:
     """Lines of ``text``, each at most ``width`` pixels; an ellipsis ends text that is cut off."""
-    lines: list[str] = []
-    for word in _drawable(text[:MAX_CAPTION]).split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines += _break_word(word, width, font)
-    if len(lines) > MAX_CAPTION_LINES:
-        lines = lines[:MAX_CAPTION_LINES]
-        while lines[-1] and font.getlength(f"{lines[-1]}...") > width:
-            lines[-1] = lines[-1][:-1]
-        lines[-1] = f"{lines[-1].rstrip()}..."
-    return lines
+    plain = unicodedata.normalize("NFKD", text[:MAX_CAPTION].translate(REPLACEMENTS))
+    plain = "".join(char for char in plain if not unicodedata.combining(char))
+    plain = re.sub(r"[^\s!-~]+(\s+[^\s!-~]+)*", BOX, plain)
+    # As many characters per line as fit in the widest line.
+    count = int(2 * len(plain) * width / (font.getlength(plain) or 1.0))
+    while True:
+        lines = textwrap.wrap(plain, max(count, 4), max_lines=MAX_CAPTION_LINES, placeholder="...")
+        if count <= 4 or all(font.getlength(line) <= width for line in lines):
+            return lines
+        count -= 1
 
 
 def _captions(texts: Sequence[str], width: float, font: Font) -> tuple[list[list[str]], str]:
-    """Lines of each of ``texts``, and ``full_captions``: who sees a text that cannot be drawn, or
-    not in full, finds it there by the number that it has in the image.
+    """Lines of each of ``texts``, and ``full_captions``.  A text that cannot be drawn in full
+    begins with its number, by which it is found there.
     """
-    texts = [" ".join(text.split()) for text in texts]
     drawn, incomplete = [], False
-    for number, text in enumerate(texts, start=1):
+    numbered = [f"{number}: {' '.join(text.split())}" for number, text in enumerate(texts, start=1)]
+    for text, with_number in zip(texts, numbered, strict=True):
         lines = _wrapped(text, width, font)
-        if "".join(lines).replace(" ", "") != text.translate(ASCII_SPELLINGS).replace(" ", ""):
+        if "".join("".join(lines).split()) != "".join(text.translate(REPLACEMENTS).split()):
             incomplete = True
-            lines = _wrapped(f"{number}: {text}", width, font)
+            lines = _wrapped(with_number, width, font)
         drawn.append(lines)
-    numbered = [f"{number}: {text}" for number, text in enumerate(texts, start=1)]
     return drawn, "\n".join(numbered) if incomplete else ""
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """Images side by side, each with lines of its own, and a caption below all of them."""
+def _cell(
+    images: Sequence[Image.Image],
+    labels: Sequence[tuple[list[str], Color]],
+    caption: list[str],
+    font: Font,
+) -> Image.Image:
+    """Framed images side by side, each with lines in a colour under it, above a caption."""
+    _, top, _, bottom = font.getbbox("Ay")
+    line = math.ceil((bottom - top) * LINE_SPACING)
+    label_lines = max(len(lines) for lines, _ in labels)
+    width = sum(image.width + PAIR_GAP for image in images) - PAIR_GAP + 2
+    text_top = images[0].height + 2 + MARGIN // 2
+    height = text_top + (label_lines + len(caption)) * line
+    cell = Image.new("RGB", (width, height), WHITE)
+    pen, x = ImageDraw.Draw(cell), 0
 
-    images: list[Image.Image]
-    under: list[list[TextLine]]
-    caption: list[str]
+    def write(lines: list[str], middle: int, y: int, color: Color) -> None:
+        for i, text in enumerate(lines):
+            pen.text((middle, y + i * line), text, color, font, anchor="ma")
 
-    @property
-    def width(self) -> int:
-        return sum(p.width for p in self.images) + MARGIN // 2 * (len(self.images) - 1)
-
-    def height(self, line: int) -> int:
-        """Pixels from the top of the images to the end of the text; ``line``: pixels a line."""
-        lines = max(len(lines) for lines in self.under) + len(self.caption)
-        return self.images[0].height + (MARGIN // 2 + lines * line if lines else 0)
-
-    def draw(self, sheet: Image.Image, x: int, y: int, font: Font) -> None:
-        """Draws the cell with its top left corner at (x, y)."""
-        pen, line = ImageDraw.Draw(sheet), _line_height(font)
-        left, text_top = x, y + self.images[0].height + MARGIN // 2
-        for image, lines in zip(self.images, self.under, strict=True):
-            box = (left - 1, y - 1, left + image.width, y + image.height)
-            pen.rectangle(box, outline=FRAME)
-            sheet.paste(image, (left, y), image if image.mode == "RGBA" else None)
-            for i, entry in enumerate(lines):
-                middle = left + image.width // 2
-                pen.text((middle, text_top + i * line), entry.text, entry.color, font, anchor="ma")
-            left += image.width + MARGIN // 2
-        below = text_top + max(len(lines) for lines in self.under) * line
-        for i, text in enumerate(self.caption):
-            middle = x + self.width // 2
-            pen.text((middle, below + i * line), text, INK, font, anchor="ma")
+    for image, (lines, color) in zip(images, labels, strict=True):
+        pen.rectangle((x, 0, x + image.width + 1, image.height + 1), outline=FRAME)
+        cell.paste(image, (x + 1, 1), image if image.mode == "RGBA" else None)
+        write(lines, x + 1 + image.width // 2, text_top, color)
+        x += image.width + PAIR_GAP
+    write(caption, width // 2, text_top + label_lines * line, INK)
+    return cell
 
 
-def _sheet(cells: list[_Cell], columns: int, font: Font, captions: str) -> Image.Image:
-    """All cells in rows of ``columns`` on white; each row is as high as its highest cell.
-
-    ``captions``: the sheet's ``full_captions``.
-    """
+def _sheet(cells: list[Image.Image], columns: int, captions: str) -> Image.Image:
+    """All cells in rows of ``columns`` on white; ``captions``: the sheet's ``full_captions``."""
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    line, gap = _line_height(font), MARGIN * 3 // 2
-    heights = [max(cell.height(line) for cell in row) for row in rows]
-    width = 2 * MARGIN + len(rows[0]) * cells[0].width + (len(rows[0]) - 1) * gap
-    sheet = Image.new("RGB", (width, 2 * MARGIN + sum(heights) + gap * (len(rows) - 1)), WHITE)
-    y = MARGIN
+    heights = [max(cell.height for cell in row) + CELL_GAP for row in rows]
+    width = len(rows[0]) * (cells[0].width + CELL_GAP) - CELL_GAP
+    size = (width + 2 * MARGIN, sum(heights) - CELL_GAP + 2 * MARGIN)
+    sheet, y = Image.new("RGB", size, WHITE), MARGIN
     for row, height in zip(rows, heights, strict=True):
         for i, cell in enumerate(row):
-            cell.draw(sheet, MARGIN + i * (cell.width + gap), y, font)
-        y += height + gap
+            sheet.paste(cell, (MARGIN + i * (cell.width + CELL_GAP), y))
+        y += height
     if captions:
         sheet.info[CAPTIONS] = captions
     return sheet
@@ -201,22 +155,19 @@ def image_grid(
     """``images`` in rows of ``columns``, each with its caption below.
 
     ``scores: [B]`` adds a line with the number.  Small images are enlarged to at least 144 px.
-    A caption that cannot be drawn in full has its number in ``full_captions`` before it.
+    A caption that cannot be drawn in full begins with its number in ``full_captions``.
     Raises ValueError if there is no image or a length differs.
     """
     pil_images = _enlarged(images)
-    _check_lengths(len(pil_images), captions=captions, scores=scores)
-    font = _font(pil_images[0].width)
-    drawn, full = _captions(captions, pil_images[0].width, font)
+    width = pil_images[0].width
+    font = _font(width)
+    drawn, full = _captions(captions, width, font)
+    labels = [[]] * len(images) if scores is None else [[_number(s, 3)] for s in scores]
     cells = [
-        _Cell(
-            images=[image],
-            under=[[TextLine(_number(scores[i], 3), GREY)] if scores is not None else []],
-            caption=drawn[i],
-        )
-        for i, image in enumerate(pil_images)
+        _cell([image], [(label, GREY)], caption, font)
+        for image, label, caption in zip(pil_images, labels, drawn, strict=True)
     ]
-    return _sheet(cells, columns, font, full)
+    return _sheet(cells, columns, full)
 
 
 def side_by_side(
@@ -232,42 +183,34 @@ def side_by_side(
     """Pairs of images of the same prompts, ``columns`` pairs a row, labelled, captions below as
     in ``image_grid``.
 
-    ``before_scores, after_scores: [B]`` follow the labels, the second in green where it is higher,
-    in red where it is lower.  Raises ValueError if there is no image or a length does not fit.
+    ``before_scores, after_scores: [B]`` follow the labels, the second in green if it is higher, in
+    red if it is lower.  Raises ValueError if there is no image or a length differs.
     """
-    left, right = _enlarged(before), _enlarged(after)
-    _check_lengths(
-        len(left),
-        after=right,
-        captions=captions,
-        before_scores=before_scores,
-        after_scores=after_scores,
+    pairs = list(zip(_enlarged(before), _enlarged(after), strict=True))
+    width = pairs[0][0].width
+    font = _font(width)
+    drawn, full = _captions(captions, 2 * width + PAIR_GAP, font)
+    old, new = (
+        [None] * len(pairs) if scores is None else scores
+        for scores in (before_scores, after_scores)
     )
-    font = _font(left[0].width)
-    drawn, full = _captions(captions, 2 * left[0].width + MARGIN // 2, font)
-    cells = []
-    for i, pair in enumerate(zip(left, right, strict=True)):
-        old = before_scores[i] if before_scores is not None else None
-        new = after_scores[i] if after_scores is not None else None
-        texts = (
-            (_labelled(labels[0], old), GREY),
-            (_labelled(labels[1], new), _change_color(old, new)),
+    cells = [
+        _cell(
+            pair,
+            [
+                (_wrapped(_labelled(labels[0], a), width, font), GREY),
+                (_wrapped(_labelled(labels[1], b), width, font), _change_color(a, b)),
+            ],
+            caption,
+            font,
         )
-        cells.append(
-            _Cell(
-                images=list(pair),
-                under=[
-                    [TextLine(part, color) for part in _wrapped(text, pair[0].width, font)]
-                    for text, color in texts
-                ],
-                caption=drawn[i],
-            )
-        )
-    return _sheet(cells, columns, font, full)
+        for pair, a, b, caption in zip(pairs, old, new, drawn, strict=True)
+    ]
+    return _sheet(cells, columns, full)
 
 
 def _labelled(label: str, score: float | None) -> str:
-    return _drawable(label if score is None else f"{label} {_number(score, 2)}")
+    return label if score is None else f"{label} {_number(score, 2)}"
 
 
 def _number(score: float, digits: int) -> str:
@@ -279,9 +222,3 @@ def _change_color(old: float | None, new: float | None) -> Color:
     if old is None or new is None or not abs(new - old) >= 0.005:
         return GREY
     return GAIN if new > old else LOSS
-
-
-def _check_lengths(count: int, **sequences: Sequence | None) -> None:
-    for name, sequence in sequences.items():
-        if sequence is not None and len(sequence) != count:
-            raise ValueError(f"{count} images but {len(sequence)} {name}")

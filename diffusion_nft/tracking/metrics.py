@@ -1,19 +1,17 @@
-"""What a run writes down: metrics.jsonl always, wandb and tensorboard if wanted, images, times.
+"""The log of a run: metrics.jsonl, images, wandb and tensorboard if wanted, and a timer.
 
-One JSON object a line with ``step`` (optimizer steps), ``epoch`` and keys ``reward/*, loss/*,
-optim/*, time/*, eval/*``.  Only the main rank writes; the others hold a NullMetrics.
+metrics.jsonl has one JSON object per line with ``step`` (optimizer steps), ``epoch`` and keys
+``reward/*, loss/*, optim/*, time/*, eval/*``.  Only the main rank writes.
 """
 
 import json
 import math
-import netrc
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -22,49 +20,28 @@ from torch import Tensor
 from diffusion_nft.images import Images
 from diffusion_nft.rollout import GRID_COLUMNS
 from diffusion_nft.tracking.grids import full_captions, image_grid, save_grid
-from diffusion_nft.utils.files import naming, write_atomically
+from diffusion_nft.utils.files import append_line, read_lines, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id.txt"
 QUARTILES = {"q25": 0.25, "q50": 0.5, "q75": 0.75}
 
 
-def _complete_lines(path: Path) -> list[bytes]:
-    """The lines of ``path`` that end in a newline (with it); none if there is no such file."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl, in order; null becomes None.  No file: no objects.
+    """The objects of a metrics.jsonl, in order; empty without the file.
 
-    A half-written last line (a killed run) is left out.  Raises ValueError, naming the line, if any
-    other line is not a JSON object with ``step`` and ``epoch``.
+    A half-written last line (of a killed run) is left out.  Raises ValueError, naming the line, if
+    any other is not a JSON object with ``step`` and ``epoch``.
     """
-    rows = []
-    for number, line in enumerate(_complete_lines(path), start=1):
-        row = _parse(line)
-        if row is None:
+    rows = read_lines(path)
+    for number, row in enumerate(rows, start=1):
+        if not _is_row(row):
             raise ValueError(f"{path}:{number} is not a JSON object with step and epoch")
-        rows.append(row)
     return rows
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and {"step", "epoch"} <= row.keys() else None
-
-
-def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrites ``path`` with the sound lines that ``keep`` accepts, byte for byte."""
-    rows = [(line, _parse(line)) for line in _complete_lines(path)]
-    kept = b"".join(line for line, row in rows if row is not None and keep(row))
-    if path.exists() and kept != path.read_bytes():
-        write_atomically(path, kept)
+def _is_row(value: Any) -> bool:
+    return isinstance(value, dict) and {"step", "epoch"} <= value.keys()
 
 
 def _finite(value: float) -> float | None:
@@ -87,10 +64,10 @@ def _scalars(values: Mapping[str, float | Tensor]) -> dict[str, float | None]:
 
 
 class NullMetrics:
-    """Accepts all that Metrics does and writes nothing: for ranks other than the main one."""
+    """The methods of Metrics, without effect: for all ranks except the main one."""
 
     def log(self, values: Mapping[str, float | Tensor], *, step: int, epoch: int) -> None:
-        """Does nothing."""
+        pass
 
     def log_images(
         self,
@@ -101,13 +78,13 @@ class NullMetrics:
         *,
         epoch: int,
     ) -> None:
-        """Does nothing."""
+        pass
 
     def truncate(self, step: int, epoch: int | None = None, stage: int | None = None) -> None:
-        """Does nothing."""
+        pass
 
     def close(self, *, failed: bool = False) -> None:
-        """Does nothing."""
+        pass
 
     def __enter__(self) -> Self:
         return self
@@ -119,8 +96,8 @@ class NullMetrics:
 class Metrics(NullMetrics):
     """Writes to ``run_dir``, and to wandb and tensorboard as ``config.log`` says.
 
-    ``config`` is the run's whole configuration (an ml_collections tree).  A wandb that cannot start
-    (no key, no network, not installed) costs one line, never the run.  Raises ImportError if
+    ``config`` is the run's whole configuration (an ml_collections tree).  If wandb cannot start (no
+    key, no network, not installed), a line is printed and the run continues.  Raises ImportError if
     tensorboard is wanted and missing.
     """
 
@@ -128,27 +105,21 @@ class Metrics(NullMetrics):
         self._run_dir = run_dir
         self._path = run_dir / METRICS_FILE
         run_dir.mkdir(parents=True, exist_ok=True)
-        _keep_lines(self._path, lambda row: True)
-        self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard = _start_tensorboard(run_dir) if config.log.tensorboard else None
         self._wandb = _start_wandb(config, run_dir)
 
     def log(self, values: Mapping[str, float | Tensor], *, step: int, epoch: int) -> None:
-        """One line of ``values``, on the disk; NaN and infinities are written as null.
+        """Appends one line of ``values``; NaN and infinities are written as null.
 
         A tensor ``[N]`` is a distribution: the line has its quartiles ``KEY_q25``, ``KEY_q50`` and
         ``KEY_q75``, and wandb and tensorboard also get a histogram ``KEY``.  NaN is left out.
-        Raises DiskError if it cannot be written.
+        The line is on the disk on return, before any later checkpoint: a resumed run does not log
+        the epochs before its checkpoint again.  Raises DiskError if it cannot be written.
         """
         assert not {"step", "epoch"} & values.keys(), "step and epoch are arguments of log()"
         scalars = _scalars(values)
         row = {"step": step, "epoch": epoch, **scalars}
-        # Durably, for a checkpoint that follows is durable too, and a resumed run does not log
-        # again what is older than it.
-        with naming(self._path):
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        append_line(self._path, json.dumps(row, allow_nan=False))
         known = {key: value for key, value in row.items() if value is not None}
         histograms = {
             key: finite
@@ -200,32 +171,38 @@ class Metrics(NullMetrics):
 
     def truncate(self, step: int, epoch: int | None = None, stage: int | None = None) -> None:
         """Drops the lines after optimizer step ``step``, and after ``epoch`` and ``stage`` if
-        given, atomically.
+        given, atomically, and incomplete or damaged lines.
 
         Called when a run continues from a checkpoint, so that every epoch is there once; -1 drops
-        everything.  ``epoch`` matters where all updates of an epoch were skipped and the step stood
-        still, ``stage`` where the next stage was evaluated at its start, which is the step and the
-        epoch at which the former one ended.  A line that is not whole goes as well.
+        everything.  ``epoch`` matters if all updates of an epoch were skipped, so that the step did
+        not change; ``stage`` if the next stage was evaluated at its start, which has the step and
+        the epoch at which the former one ended.
         """
-        self._file.close()
-        last_epoch = math.inf if epoch is None else epoch
-        last_stage = math.inf if stage is None else stage
-        _keep_lines(
-            self._path,
-            lambda row: (
-                row["step"] <= step
-                and row["epoch"] <= last_epoch
-                and row.get("stage", 0) <= last_stage
-            ),
-        )
-        self._file = self._path.open("a", encoding="utf-8")
+        if self._path.exists():
+            last_epoch = math.inf if epoch is None else epoch
+            last_stage = math.inf if stage is None else stage
+
+            def keep(line: bytes) -> bool:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    return False
+                return (
+                    line.endswith(b"\n")
+                    and _is_row(row)
+                    and row["step"] <= step
+                    and row["epoch"] <= last_epoch
+                    and row.get("stage", 0) <= last_stage
+                )
+
+            lines = self._path.read_bytes().splitlines(keepends=True)
+            write_atomically(self._path, b"".join(filter(keep, lines)))
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = _start_tensorboard(self._run_dir, purge_step=step + 1)
 
     def close(self, *, failed: bool = False) -> None:
         """Closes the files; wandb marks the run finished or ``failed``.  May be called twice."""
-        self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -234,7 +211,6 @@ class Metrics(NullMetrics):
 
 
 def make_metrics(config: Any, run_dir: Path, is_main: bool) -> NullMetrics:
-    """Metrics of ``run_dir`` on the main rank, NullMetrics on the others."""
     return Metrics(config, run_dir) if is_main else NullMetrics()
 
 
@@ -246,23 +222,8 @@ def _start_tensorboard(run_dir: Path, purge_step: int | None = None) -> Any:
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
 
 
-def _has_wandb_key() -> bool:
-    """True if wandb would find an API key without asking: in the environment or in netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    home = Path.home()
-    for path in (os.environ.get("NETRC"), home / ".netrc", home / "_netrc"):
-        try:
-            if path and netrc.netrc(str(path)).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
-
-
 def _wandb_id(run_dir: Path) -> str:
-    """The id of this run directory's wandb run, made on first use: a resumed run stays one run."""
+    """The id of the wandb run, the same when the run is resumed."""
     path = run_dir / WANDB_ID_FILE
     if not path.exists():
         write_atomically(path, os.urandom(4).hex().encode())
@@ -274,23 +235,25 @@ def _start_wandb(config: Any, run_dir: Path) -> Any:
     mode = config.log.wandb
     if mode == "off":
         return None
-    if mode == "online":
-        mode = os.environ.get("WANDB_MODE", mode)
-    if mode == "online" and not _has_wandb_key():
-        print("wandb: no API key (wandb login, or WANDB_API_KEY), so this run logs offline")
-        mode = "offline"
     try:
         import wandb
+        from requests.utils import get_netrc_auth  # as wandb finds its key
     except ImportError:
         print("wandb is not installed (pip install wandb); metrics go to metrics.jsonl only")
         return None
+    if mode == "online":
+        mode = os.environ.get("WANDB_MODE", mode)
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or get_netrc_auth(host)):
+        print("wandb: no API key (wandb login, or WANDB_API_KEY), so this run logs offline")
+        mode = "offline"
     try:
         run = wandb.init(
             project=config.log.wandb_project,
             name=config.run_name or run_dir.resolve().name,
             id=_wandb_id(run_dir),
             resume="allow",
-            mode=mode,  # pyright: ignore[reportArgumentType]  (WANDB_MODE may say anything)
+            mode=mode,  # pyright: ignore[reportArgumentType]  (WANDB_MODE may be anything)
             dir=str(run_dir),
             config=config.to_dict(),
         )

@@ -1,10 +1,10 @@
-"""Alarms for what a rising reward may hide.
+"""Alarms for damage that a rising reward may hide.
 
-All evaluated rewards and their components are compared with the best that they have been, over all
-lines and by tag: what is lost is often what was gained before, and in one tag only.  The diversity
-of images, brightness, saturation and edges (with ``monitor.image_statistics``) are compared with
-the first evaluation, the size of clean latents with the first epoch; the distance to the reference
-has a limit of its own.  The limits are ``monitor.*`` of the configuration.
+Every evaluated reward and component, over all test lines and by tag, is compared with its best
+value so far: a loss often undoes a former gain, and in one tag only.  The diversity of images, and
+their brightness, saturation and edges (with ``monitor.image_statistics``), are compared with the
+first evaluation, the size of clean latents with the first epoch; the distance to the reference has
+a fixed limit.  The limits are ``monitor.*`` of the configuration.
 """
 
 import math
@@ -17,18 +17,18 @@ from diffusion_nft.algorithms import Algorithm
 from diffusion_nft.evaluation.results import Evaluation
 from diffusion_nft.rewards import IMAGE_STATISTICS
 
-# Metrics of this start are 1 where what they name is beyond its limit, else 0.
+# Prefix of metrics that are 1 if the limit of the named metric is passed, else 0.
 ALARM = "monitor/alarm/"
-# Fewer lines of a tag than this say too little about their spread.
+# Tags with fewer test lines than this are not compared: their spread is not well known.
 MIN_LINES_OF_TAG = 20
-# Of more than this an alarm's line names no further ones.
+# Metrics that the line of an alarm names at most.
 MAX_NAMED = 4
-# What an alarm multiplies the weight of the KL term by, under ``raise_kl``; and at most in all.
+# Factor by which an alarm raises the weight of the KL term (action ``raise_kl``), and its limit.
 KL_FACTOR, MAX_KL_FACTOR = 2.0, 64.0
 
 
 def is_image_statistic(name: str) -> bool:
-    """Of brightness and the like, neither more nor less is better."""
+    """True for brightness and the like, of which neither more nor less is better."""
     return name.partition("/")[0] == IMAGE_STATISTICS
 
 
@@ -37,7 +37,7 @@ class Alarm(RuntimeError):
 
 
 class Monitor:
-    """Compares evaluations and epochs with former ones, and acts on what it finds.
+    """Compares evaluations and epochs with former ones, and acts on alarms (``monitor.action``).
 
     Where that is the action, an alarm scales ``algorithm``'s KL term; ``print_once`` prints a line
     once.
@@ -47,9 +47,10 @@ class Monitor:
         self.limits = config.monitor
         self.algorithm, self.print_once = algorithm, print_once
         self._alarm = ""
-        # What a resumed run goes on with.  "evaluation": name -> (mean, standard error), of a score
-        # the best so far, else the first; "x0_rms": of the first epoch; "alarming": whether the
-        # last epoch was; "unheard": what lasts since an alarm of an epoch.
+        # For resuming, with two more keys.  "evaluation": name -> (mean, standard error), the best
+        # so far for a score, otherwise the first; "x0_rms": of the first epoch.  "alarming": True
+        # if the last epoch passed a limit; "unheard": limits passed since an alarm that an epoch
+        # gave, which the next evaluation repeats.
         self.state: dict[str, Any] = {
             "alarms": 0,
             "kl_factor": 1.0,
@@ -58,22 +59,21 @@ class Monitor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a former ``state``."""
         self.state |= state
         self.algorithm.scale_kl(self.state["kl_factor"])
 
     def forget_evaluation(self) -> None:
-        """The next evaluation is the first: former ones, of other settings, do not compare."""
+        """Makes the next evaluation the first, as former ones had other settings."""
         self.state.pop("evaluation", None)
 
     def forget_epoch(self) -> None:
-        """The next epoch is the first: former ones, of other prompts, do not compare."""
+        """Makes the next epoch the first, as former ones had other prompts."""
         self.state.pop("x0_rms", None)
 
     def epoch(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Looks at the metrics of an epoch; returns ``monitor/*`` for the log.
+        """Checks the metrics of an epoch; returns ``monitor/*`` for the log.
 
-        What lasts from epoch to epoch is one alarm, and another one at each evaluation.
+        A limit that stays passed for several epochs is one alarm, and one more at each evaluation.
         """
         checks = {}
         if most := self.limits.max_kl:
@@ -90,8 +90,9 @@ class Monitor:
         return self._act(checks, [] if lasting else found)
 
     def evaluation(self, evaluation: Evaluation) -> dict[str, float]:
-        """Looks at an evaluation; returns ``monitor/*`` for the log.  The scores of a tag are one
-        check, as they often say the same.
+        """Checks an evaluation; returns ``monitor/*`` for the log.
+
+        All scores of a tag are one check, as they are closely related.
         """
         former = self.state.setdefault("evaluation", {})
         checks: dict[str, str] = {}
@@ -99,7 +100,9 @@ class Monitor:
             before = former.setdefault(name, value)
             key = f"eval/{name}"
             if name == "diversity":
-                checks[key] = self._narrowed(value[0], before[0])
+                narrow = value[0] < (1 - self.limits.max_diversity_drop) * before[0]
+                text = f"{key} fell from {before[0]:.4g} to {value[0]:.4g}"
+                checks[key] = text if narrow else ""
             elif is_image_statistic(name):
                 checks[key] = self._changed(key, value[0], before[0])
             else:
@@ -109,12 +112,10 @@ class Monitor:
                 checks[key] = checks.get(key) or text
                 if value[0] > before[0]:
                     former[name] = value
-        return self._act(
-            checks, [*self.state["unheard"], *(text for text in checks.values() if text)]
-        )
+        return self._act(checks, self.state["unheard"] + [text for text in checks.values() if text])
 
     def _act(self, checks: Mapping[str, str], found: list[str]) -> dict[str, float]:
-        """Alarms of ``found``; what is logged says of each check whether its limit is passed."""
+        """Raises an alarm if there are texts ``found``; returns the metrics of all ``checks``."""
         if self.limits.action == "off":
             return {}
         if found:
@@ -133,28 +134,25 @@ class Monitor:
         return sums | {f"{ALARM}{name}": float(bool(text)) for name, text in checks.items()}
 
     def progress(self) -> dict[str, int]:
-        """What the progress bar shows: nothing, until there is an alarm."""
+        """Values for the progress bar: none before the first alarm."""
         return {"alarms": self.state["alarms"]} if self.state["alarms"] else {}
 
     def stop_if_alarmed(self) -> None:
-        """Raises Alarm after an alarm, where ``monitor.action`` is ``stop``."""
+        """Raises Alarm after an alarm if ``monitor.action`` is ``stop``."""
         if self._alarm and self.limits.action == "stop":
             raise Alarm(f"{self._alarm} (monitor.action = 'stop')")
 
     def _dropped(self, name: str, now: tuple, best: tuple) -> str:
-        """A score that fell by more standard errors of the difference than allowed; these are of
-        independent evaluations, more than those of the same lines and noise.
+        """Text for a score that fell by more standard errors of the difference than allowed.
+
+        The errors are treated as independent, which overestimates that of the difference: both
+        evaluations have the same lines and noise.
         """
         error, drop = math.hypot(now[1], best[1]), best[0] - now[0]
         if drop <= self.limits.max_drop * error:
             return ""
         errors = f", {drop / error:.1f} SE" if error else ""
         return f"{name} fell from {best[0]:.4g} to {now[0]:.4g}{errors}"
-
-    def _narrowed(self, now: float, first: float) -> str:
-        if now < (1 - self.limits.max_diversity_drop) * first:
-            return f"eval/diversity fell from {first:.4g} to {now:.4g}"
-        return ""
 
     def _changed(self, name: str, now: float, first: float) -> str:
         if abs(now - first) <= self.limits.max_image_change * abs(first):
@@ -163,9 +161,9 @@ class Monitor:
 
 
 def _watched(evaluation: Evaluation) -> dict[str, tuple[float, float | None]]:
-    """(mean, standard error) of what ``eval/NAME`` logs, by name.
+    """(mean, standard error) of everything that ``eval/NAME`` logs, by name.
 
-    Scores have an error: without one, of a single prompt, nothing can be said of a fall.
+    Scores without an error, of a single prompt, are left out.
     """
     summary = evaluation.averages()
     means = dict(summary["mean"])

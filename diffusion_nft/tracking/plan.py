@@ -1,4 +1,4 @@
-"""What a run will need: memory by arithmetic, time per epoch from one measured forward."""
+"""Estimates before a run: memory from sizes, time per epoch from one measured forward."""
 
 import math
 import time
@@ -20,17 +20,15 @@ CURRENT_FORWARDS = 3
 
 
 def describe(stage: Stage, model: Model, policy: Policy, dist: Distributed) -> str:
-    """What ``stage`` trains on, the memory plan and the estimated seconds per epoch of this rank,
-    as text to print.
-    """
+    """Text about ``stage``: data and rewards, and memory and seconds per epoch of this rank."""
     config = stage.config
     share = -(-config.sample.num_groups * config.sample.num_image_per_prompt // dist.world_size)
     seconds = share * forwards_per_sample(config) * _seconds_per_forward(config, model, share)
     lines = [
         outline(stage),
-        "memory by arithmetic (activations come on top and grow with the micro-batches):",
+        "estimated memory, without activations, which grow with the micro-batches:",
     ]
-    # A trajectory is kept with its start and its end, and the end once more.
+    # A trajectory has its start and its end, and the end is kept once more.
     kept = config.sample.num_steps + 2 if build_algorithm(config).on_trajectories else 1
     latent_shape = model.latent_shape(image_size(config))
     sizes = memory(model, policy, share * kept, latent_shape)
@@ -39,14 +37,14 @@ def describe(stage: Stage, model: Model, policy: Policy, dist: Distributed) -> s
         free, total = torch.cuda.mem_get_info(dist.device)
         lines.append(f"  {free / 1e9:9.3f} GB  free of {total / 1e9:.1f} GB on the device now")
     lines.append(
-        f"{share} samples an epoch on each of {dist.world_size} process(es), about {seconds:.1f} s "
-        "an epoch (one measured forward, extrapolated; decoding and rewards come on top)"
+        f"{share} samples per epoch on each of {dist.world_size} process(es), about "
+        f"{seconds:.1f} s per epoch from one measured forward, without decoding and rewards"
     )
     return "\n".join(lines)
 
 
 def outline(stage: Stage) -> str:
-    """The epochs of ``stage``, its prompts and its rewards, in one line."""
+    """Epochs, prompts and rewards of ``stage`` in one line."""
     config, first = stage.config, stage.first_epoch
     rewards = " + ".join(f"{weight:g} {name}" for name, weight in config.reward_fn.items())
     return (
@@ -68,7 +66,7 @@ def forwards_per_sample(config: ConfigDict) -> float:
 
 
 def _solver_calls(name: str, num_steps: int) -> tuple[int, int]:
-    """How often a solver asks for a velocity, and at how many sigmas: counted on one number."""
+    """Number of velocities that a solver evaluates, and of sigmas that it visits."""
     calls = 0
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
@@ -102,13 +100,13 @@ def memory(
 
 
 def _nbytes(module: nn.Module) -> int:
-    # Buffers too: the table of positions is a tenth of SD3.5-Medium's transformer.
+    # With buffers: the table of positions is a tenth of SD3.5-Medium's transformer.
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 @torch.no_grad()
 def _seconds_per_forward(config: ConfigDict, model: Model, share: int) -> float:
-    """Seconds per sample of one forward at the sampling micro-batch, after one to warm up."""
+    """Seconds per sample of a forward at the sampling micro-batch, after a warm-up."""
     size = min(config.sample.batch_size, share)
     x = torch.zeros(size, *model.latent_shape(image_size(config)), device=model.device)
     x = x.to(model.precision.trained_dtype)

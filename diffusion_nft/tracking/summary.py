@@ -1,46 +1,41 @@
-"""What a run gained: a table of its first and last evaluation, and the images side by side."""
+"""The result of a run: a table of its first and last evaluation, and images side by side."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
+from tabulate import tabulate
 
 from diffusion_nft.evaluation.results import NUM_SAMPLES, Evaluation
 from diffusion_nft.tracking.grids import side_by_side
 from diffusion_nft.tracking.metrics import METRICS_FILE, read_metrics
 
-# The column of evaluations that counts the changes of the test prompts; absent before the first.
+# Metric that counts the changes of the test prompts; absent before the first change.
 TEST_SET = "test_set"
 
 
 def images_file(stage: int) -> str:
-    """The name of the images that end ``stage``; 0: a run without stages."""
+    """File name of the images at the end of ``stage``; 0: a run without stages."""
     return f"before_after_stage{stage}.png" if stage else "before_after.png"
 
 
 def stage_evaluations(path: Path, stage: int) -> list[dict[str, Any]]:
-    """The evaluations of ``stage`` in the metrics file ``path``; 0: of a run without stages.
-
-    Those of different stages are of other test lines or rewards, and do not compare.
-    """
+    """The evaluations of ``stage`` in the metrics file ``path``; 0: of a run without stages."""
     rows = read_metrics(path)
     return [row for row in rows if "eval/total" in row and row.get("stage", 0) == stage]
 
 
 def comparable(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of a stage's ``evaluations`` that compare with the last: of the same test prompts, and
-    of as many lines.
+    """Those of a stage's ``evaluations`` with the same test prompts, and as many test lines, as the
+    last one.
     """
-    own = [(row.get(NUM_SAMPLES), row.get(TEST_SET)) for row in evaluations]
-    return [row for row, what in zip(evaluations, own, strict=True) if what == own[-1]]
+    tests = [(row.get(NUM_SAMPLES), row.get(TEST_SET)) for row in evaluations]
+    return [row for row, test in zip(evaluations, tests, strict=True) if test == tests[-1]]
 
 
 def result_table(run_dir: Path, stage: int = 0) -> str:
-    """First and last evaluation of ``stage`` (0: of a run without stages), a row per metric and
-    tag; says so if there was none.
-
-    Evaluations that do not compare with the last are left out.
+    """First and last comparable evaluation of ``stage`` (0: of a run without stages), a row per
+    metric and tag; says so if there is none.
     """
     name = f"stage {stage}" if stage else ""
     rows = comparable(stage_evaluations(run_dir / METRICS_FILE, stage))
@@ -48,39 +43,26 @@ def result_table(run_dir: Path, stage: int = 0) -> str:
         return f"{run_dir}: no evaluation yet{f' in {name}' if name else ''}"
     first, last = rows[0], rows[-1]
     best = max(rows, key=lambda row: row["eval/total"])
-    table = [(name, f"epoch {first['epoch']}", f"epoch {last['epoch']}", "gain")]
-    names = [key for key in last if key.startswith("eval/") and key != NUM_SAMPLES]
-    for key in sorted(names, key=lambda key: (key.startswith("eval/tag/"), key)):
-        before, after = first.get(key), last[key]
-        if before is not None and after is not None:
-            table.append(
-                (
-                    key.removeprefix("eval/"),
-                    f"{before:.4f}",
-                    f"{after:.4f}",
-                    f"{after - before:+.4f}",
-                )
-            )
-    best_line = f"best eval/total: {best['eval/total']:.4f} at epoch {best['epoch']}"
-    return "\n".join([*aligned(table, str.rjust), best_line])
+    keys = [key for key in last if key.startswith("eval/") and key != NUM_SAMPLES]
+    keys.sort(key=lambda key: (key.startswith("eval/tag/"), key))
+    table = tabulate(
+        [
+            (key.removeprefix("eval/"), first[key], last[key], last[key] - first[key])
+            for key in keys
+            if first.get(key) is not None and last[key] is not None
+        ],
+        (name, f"epoch {first['epoch']}", f"epoch {last['epoch']}", "gain"),
+        tablefmt="plain",
+        floatfmt=("", ".4f", ".4f", "+.4f"),
+    )
+    return f"{table}\nbest eval/total: {best['eval/total']:.4f} at epoch {best['epoch']}"
 
 
 def result(run_dir: Path, stage: int = 0) -> str:
-    """What ``stage`` gained, as text to print: its table, and where its images are."""
+    """``result_table`` of ``stage``, and the path of its images."""
     images = run_dir / images_file(stage)
-    drawn = [f"before/after images: {images}"] if images.exists() else []
-    return "\n".join([result_table(run_dir, stage), *drawn])
-
-
-def aligned(
-    table: Sequence[Sequence[str]], align: Callable[[str, int], str] = str.ljust
-) -> list[str]:
-    """Its rows as lines: the first column is left-aligned, the others as ``align`` does it."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(align, row[1:], widths[1:])]).rstrip()
-        for row in table
-    ]
+    where = f"\nbefore/after images: {images}" if images.exists() else ""
+    return result_table(run_dir, stage) + where
 
 
 def compare_images(before: Evaluation, after: Evaluation) -> Image:

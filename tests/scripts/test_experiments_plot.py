@@ -191,9 +191,10 @@ def test_figure_and_page_are_made_and_the_page_tells_how(plot, results, tmp_path
     assert "--variants base shifted --seeds 1 2 3 --jobs 2\n" in page
     assert "--variants better --seeds 1 2 3 4 --jobs 2\n" in page
     assert "--variants short --seeds 1 2 --jobs 2\n" in page
-    assert "| strict by tag | colors |\n|---|---|\n| base | .125 → .275 |\n" in page
-    assert "| base | .500 → .500 | – | 0: .250, 1: .400, 2: .550 | – |\n" in page
-    assert "at revision 012345678, 012345678* (* with changes that were not committed)." in page
+    lines = [re.sub(r" +\|", " |", line) for line in page.splitlines()]
+    assert {"| strict by tag | colors |", "| base | .125 → .275 |"} <= set(lines)
+    assert "| base | .500 → .500 | – | 0: .250, 1: .400, 2: .550 | – |" in lines
+    assert "at revision 012345678, 012345678* (* with uncommitted changes)." in page
     assert "a backward pass is 1.250 of them" in page and "Machine: Cpu with 2 cores" in page
     assert blue(plot) in colours(output / "made.png", 400)
 
@@ -202,7 +203,8 @@ def test_without_a_baseline_there_is_no_test(plot, results, tmp_path):
     for path in results.glob("base-*"):
         path.unlink()
     call(plot, "made", "--results", results.parent, "--output", tmp_path)
-    assert (tmp_path / "made.md").read_text().count("| no results of it | – | – | – |") == 3
+    page = (tmp_path / "made.md").read_text()
+    assert len(re.findall(r"\| no results of it +\| – +\| – +\| – +\|", page)) == 3
 
 
 def test_results_that_do_not_belong_together_are_refused(plot, results, tmp_path):
@@ -237,7 +239,9 @@ def test_alarms_and_watched_metrics_are_shown(plot, results, tmp_path):
     assert "(made-watched.png)" in page
     for name, height in (("made-watched", 350), ("made", 500)):
         assert colours(tmp_path / f"{name}.png", height) >= {blue(plot)}
-    table = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    table = [
+        re.split(r" *\| +", line.strip("| ")) for line in page.splitlines() if line[:2] == "| "
+    ]
     table = table[[row[0] for row in table].index("first epochs of alarms") :]
     both = "loss/kl 1, loss/kl + eval/diversity 1"
     assert table == [

@@ -289,12 +289,12 @@ def test_a_comparison_names_all_and_shows_what_differs(report, tmp_path):
     ]
     points = page.chart("eval/total by training time, s")["curves"][1]["points"]
     assert [point[:2] for point in points] == [[0, 0.25], [90, 0.75]]
-    points = page.chart("eval/total by forward passes (those back are not counted)")["curves"][0][
+    points = page.chart("eval/total by forward passes (without backward passes)")["curves"][0][
         "points"
     ]
     assert [point[:2] for point in points] == [[0, 0.25], [36000, 0.75]]
     assert page.text.index("What differs") < page.text.index("Results First")
-    assert "does not compare" not in page.text
+    assert "not comparable" not in page.text
 
 
 def test_runs_of_one_name_are_told_by_their_paths(report, tmp_path):
@@ -309,8 +309,8 @@ def test_runs_of_one_name_are_told_by_their_paths(report, tmp_path):
 def test_runs_that_do_not_compare_are_said_to_differ(report, tmp_path):
     other = {"dataset": "other", "reward_fn.shapes": 0.5}
     page = made(report, tmp_path, make_run(tmp_path / "a"), make_run(tmp_path / "b", **other))
-    assert "different test lines: eval/* does not compare" in page.text
-    assert "reward/mean and eval/total do not compare" in page.text
+    assert "different test lines: eval/* is not comparable" in page.text
+    assert "reward/mean and eval/total are not comparable" in page.text
 
 
 def test_what_went_wrong_is_said(report, tmp_path):
@@ -337,7 +337,7 @@ def test_what_went_wrong_is_said(report, tmp_path):
         "Not finished: 11 of 12 epochs.",
         "Started 2 times.",
         f"git_revision changed between starts: {'ab' * 20} → {'cd' * 20}.",
-        "changes that are not committed",
+        "uncommitted changes",
     ):
         assert sentence in page.text
     assert "Warning" not in made(report, tmp_path, make_run(tmp_path / "sound")).text
@@ -345,10 +345,10 @@ def test_what_went_wrong_is_said(report, tmp_path):
 
 def test_what_is_no_run_is_refused_in_one_line(report, tmp_path):
     empty = tmp_path / "empty"
-    assert "is no run directory: it holds no config.json" in refused(report, tmp_path, empty)
+    assert "is not a run directory: it has no config.json" in refused(report, tmp_path, empty)
     empty.mkdir()
     (empty / "config.json").write_text("{}")
-    assert "is no configuration of a run: it lacks" in refused(report, tmp_path, empty)
+    assert "is not the configuration of a run: no" in refused(report, tmp_path, empty)
     (empty / "config.json").write_text("{")
     assert "config.json is damaged: not JSON" in refused(report, tmp_path, empty)
     run = make_run(tmp_path / "run")
@@ -474,6 +474,6 @@ def test_alarms_are_warnings(report, tmp_path):
     rows += [epoch_row(3, **{"monitor/alarms": 2, "monitor/kl_factor": 4.0})]
     page = made(report, tmp_path, make_run(tmp_path / "run", rows=rows))
     assert (
-        "2 alarm(s) of the monitor, the first, of loss/kl, in epoch 2; the KL term's weight was "
-        "raised 4 times" in page.text
+        "2 alarm(s) of the monitor, the first, of loss/kl, in epoch 2; the weight of the KL term "
+        "is multiplied by 4" in page.text
     )
