@@ -6,15 +6,16 @@
 
 Files go to reward_ckpts/, or where DIFFUSION_NFT_REWARD_CKPTS says; models of the Hugging Face hub
 go to the hub's cache (HF_HOME), where the rewards look for them.  HF_ENDPOINT names a mirror of the
-hub, HTTPS_PROXY a proxy.  A download that was cut off goes on where it stopped.
+hub, HTTPS_PROXY a proxy.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
+from huggingface_hub import constants
 from tabulate import tabulate
 
 from diffusion_nft.command_line import command
@@ -23,7 +24,6 @@ from diffusion_nft.rewards.weights import (
     HUB_MODELS,
     NOTHING_TO_FETCH,
     WEIGHT_FILES,
-    HubModel,
     weights_root,
 )
 
@@ -31,44 +31,33 @@ GROUP_NAMES = ("rewards", "all")
 NAMES = sorted({*WEIGHT_FILES, *HUB_MODELS, *NOTHING_TO_FETCH})
 
 
-@dataclass(frozen=True)
-class Item:
-    """One thing that a reward needs; ``fetch`` returns what to tell the user."""
-
-    what: str
-    where: str
-    present: Callable[[], bool]
-    fetch: Callable[[], str]
-
-
-def items(name: str) -> list[Item]:
-    """What the reward ``name`` needs; nothing for one that needs no weights."""
-    needed: list[Item] = []
+def needs(name: str) -> Iterator[tuple[str, str, bool, Callable[[], str]]]:
+    """What the reward ``name`` needs, where, whether it is there, and a call that fetches it."""
+    root = weights_root()
     if name in WEIGHT_FILES:
         file = WEIGHT_FILES[name]
-        path = weights_root() / file.file_name
-        get = partial(fetch, file.url, path, sha256=file.sha256)
-        needed.append(Item(file.file_name, str(path.parent), path.is_file, lambda: str(get())))
+        path = root / file.file_name
+        if file.repo:
+            get = partial(from_hub, file.file_name, file.repo, [file.file_name], root)
+        else:
+            get = partial(fetch, file.url, path, f"sha256:{file.sha256}")
+        yield file.file_name, str(root), path.is_file(), get
     for model in HUB_MODELS.get(name, ()):
-        what = f"{model.repo} ({', '.join(model.parts)})"
-        here = partial(in_hub_cache, model.repo, model.parts)
-        needed.append(Item(what, "hub cache", here, partial(fetch_model, model)))
-    return needed
+        get = partial(from_hub, model.repo, model.repo, model.files)
+        yield model.repo, "hub cache", in_hub_cache(model.repo, model.files), get
 
 
-def fetch_model(model: HubModel) -> str:
-    """Fetches ``model`` into the hub's cache."""
-    return f"{', '.join(model.parts)} of {model.repo} in {fetch_from_hub(model.repo, model.parts)}"
+def from_hub(what: str, *arguments: Any) -> str:
+    """``fetch_from_hub``, returning a line for the user."""
+    return f"{what} is in {fetch_from_hub(*arguments)} (as published)"
 
 
 def print_table() -> None:
-    """A line for each item: the reward, what, where, whether it is there."""
-    from huggingface_hub import constants
-
+    """A line for each need: the reward, what, where, whether it is there."""
     rows = []
     for name in NAMES:
         rows += [
-            (name, item.what, item.where, "yes" if item.present() else "no") for item in items(name)
+            (name, what, where, "yes" if here else "no") for what, where, here, _ in needs(name)
         ] or [(name, f"nothing: {NOTHING_TO_FETCH[name]}", "", "")]
     print(tabulate(rows, ("reward", "what", "where", "present"), tablefmt="plain"))
     print(f"hub cache: {constants.HF_HUB_CACHE}")
@@ -91,12 +80,11 @@ def main() -> int:
         parser.error(f"{', '.join(unknown) or 'nothing'} named; choose from {', '.join(choices)}")
     status = 0
     for name in NAMES if set(GROUP_NAMES) & set(args.name) else args.name:
-        needed = items(name)
-        if not needed:
+        if name in NOTHING_TO_FETCH:
             print(f"{name}: nothing to fetch, {NOTHING_TO_FETCH[name]}")
-        for item in needed:
+        for *_, get in needs(name):
             try:
-                print(f"{name}: {item.fetch()}", flush=True)
+                print(f"{name}: {get()}", flush=True)
             except OSError as error:
                 print(f"{name}: error: {error}", file=sys.stderr, flush=True)
                 status = 1

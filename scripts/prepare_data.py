@@ -19,7 +19,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from diffusion_nft.command_line import command, user_path
-from diffusion_nft.data.download import DownloadError, Fetched, fetch
+from diffusion_nft.data.download import DownloadError, fetch
 from diffusion_nft.data.prompts import (
     DATASET_ROOT,
     PUBLISHED_FILES,
@@ -46,15 +46,15 @@ def prepare(name: str, file: PublishedFile, root: Path) -> str:
     if found and not is_published(name, file, root):
         said = f"{found[0]} is yours, kept"
     else:
-        said = str(fetch_published(name, file, root))
+        said = fetch_published(name, file, root)
     return f"{said}; {len(checked_prompts(root / name, file.split)):,} prompts"
 
 
-def fetch_published(name: str, file: PublishedFile, root: Path) -> Fetched:
+def fetch_published(name: str, file: PublishedFile, root: Path) -> str:
     """Fetches ``file`` of the set ``name`` unless it is there; DownloadError if it is another."""
     base = (os.environ.get(URL_VARIABLE) or PUBLISHED_URL).rstrip("/")
     target = root / name / file.name
-    return fetch(f"{base}/{name}/{file.name}", target, size=file.size, git_blob=file.git_blob)
+    return fetch(f"{base}/{name}/{file.name}", target, f"git:{file.git_blob}")
 
 
 def is_published(name: str, file: PublishedFile, root: Path) -> bool:

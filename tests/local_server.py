@@ -17,28 +17,23 @@ class Page:
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     content_type: str = "application/octet-stream"
-    ranges: bool = True
-    says_range: bool = True
-    says_length: bool = True
     # The connection breaks after so many bytes of the content.
     cut: int | None = None
-    # The content waits for this.
-    gate: threading.Event | None = None
 
 
 class Server(ThreadingHTTPServer):
-    """``pages`` by path; ``requests`` made so far: (method, path, Range or None)."""
+    """``pages`` by path; ``requests`` made so far: (method, path)."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.pages: dict[str, Page] = {}
-        self.requests: list[tuple[str, str, str | None]] = []
+        self.requests: list[tuple[str, str]] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def fetched(self) -> list[str]:
-        return [path for method, path, _ in self.requests if method == "GET"]
+        return [path for method, path in self.requests if method == "GET"]
 
 
 @contextmanager
@@ -62,28 +57,16 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         # A proxy is asked for whole addresses.
         path = self.path.partition("?")[0]
-        span = self.headers.get("Range")
-        self.server.requests.append((self.command, path, span))
+        self.server.requests.append((self.command, path))
         page = self.server.pages.get(path) or Page(b"nothing here", 404)
-        start, total, status = 0, len(page.content), page.status
-        if span and page.ranges and status == 200:
-            start = int(span.removeprefix("bytes=").removesuffix("-"))
-            status = 206 if start < total else 416
-        self.send_response(status)
+        self.send_response(page.status)
         self.send_header("Content-Type", page.content_type)
-        if status == 206 and page.says_range:
-            self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
-        body = b"" if status == 416 else page.content[start:]
-        if page.says_length:
-            self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(page.content)))
         for name, value in page.headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "HEAD":
-            return
-        if page.gate:
-            assert page.gate.wait(30)
-        self.wfile.write(body if page.cut is None else body[: max(0, page.cut - start)])
+        if self.command == "GET":
+            self.wfile.write(page.content[: page.cut])
 
     do_HEAD = do_GET
 
@@ -103,6 +86,7 @@ def hub_pages(repo: str, files: dict[str, bytes]) -> dict[str, Page]:
         (f"/api/models/{repo}", info),
         (f"/api/models/{repo}/revision/main", info),
         (f"/api/models/{repo}/tree/{commit}", tree),
+        (f"/api/models/{repo}/tree/main", tree),
     ):
         pages[path] = Page(json.dumps(content).encode(), content_type="application/json")
     return pages

@@ -29,12 +29,11 @@ SOURCE = "github.com/NVlabs/DiffusionNFT (folder dataset/)"
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A file of a published prompt set; ``size`` in bytes, None where only the blob id is known."""
+    """A file of a published prompt set; ``git_blob``: the id that git gives its content."""
 
     split: str
     name: str
     git_blob: str
-    size: int | None = None
 
 
 # The published prompt sets, which are not part of this repository; scripts/prepare_data.py fetches
@@ -44,21 +43,17 @@ PUBLISHED_URL = f"https://github.com/NVlabs/DiffusionNFT/raw/{PUBLISHED_COMMIT}/
 PUBLISHED_FILES: dict[str, tuple[PublishedFile, ...]] = {
     "geneval": (
         PublishedFile("train", "train_metadata.jsonl", "0b97e8a6802c08fc7537cd00c76ae79c851bddcb"),
-        PublishedFile(
-            "test", "test_metadata.jsonl", "27cdaf5cc1356fe15aeadbb8df55682ca74228f0", 340_835
-        ),
+        PublishedFile("test", "test_metadata.jsonl", "27cdaf5cc1356fe15aeadbb8df55682ca74228f0"),
     ),
     "ocr": (
         PublishedFile("train", "train.txt", "3ce0521b77b0a9031191d66ecc36ebaaf27a3922"),
-        PublishedFile("test", "test.txt", "8deb4f8d8f2e863f45353354243669b3c991a6a2", 217_565),
+        PublishedFile("test", "test.txt", "8deb4f8d8f2e863f45353354243669b3c991a6a2"),
     ),
     "pickscore": (
-        PublishedFile("train", "train.txt", "a437bd921c03fbc00c4e7ce148ae2d28fcd6e49b", 2_906_730),
-        PublishedFile("test", "test.txt", "45f05231b969fb5f74c8debd606b22cd3be27f8e", 239_891),
+        PublishedFile("train", "train.txt", "a437bd921c03fbc00c4e7ce148ae2d28fcd6e49b"),
+        PublishedFile("test", "test.txt", "45f05231b969fb5f74c8debd606b22cd3be27f8e"),
     ),
-    "drawbench": (
-        PublishedFile("test", "test.txt", "8d96e7cf7017ce6ce299a6eec96e21467a2ac7aa", 65_164),
-    ),
+    "drawbench": (PublishedFile("test", "test.txt", "8d96e7cf7017ce6ce299a6eec96e21467a2ac7aa"),),
 }
 
 

@@ -11,8 +11,8 @@ list[dict]`` (the lines of the data set).  Add one line to REWARDS to register i
 cannot score raises, or returns NaN for the images that it cannot score; never a silent zero.
 
 A reward whose packages cannot live beside those of training runs behind ``server.py``, in an
-environment with no more than numpy, pillow, torch, fastapi and uvicorn: this package and the
-modules of REWARDS import nothing else of weight before their reward is built.
+environment with no more than numpy, pillow, torch, fastapi (with pydantic) and uvicorn: this
+package and the modules of REWARDS import nothing else of weight before their reward is built.
 """
 
 import argparse

@@ -25,20 +25,22 @@ DEFAULT_ROOT = Path(__file__).resolve().parents[2] / "reward_ckpts"
 class WeightFile:
     """A file's name in ``reward_ckpts/`` and the address that serves it.
 
-    ``sha256``: the hash or its first digits; None: unknown.
+    ``sha256``: the published hash or its first digits; of a file in the hub's ``repo`` the hub
+    publishes it.
     """
 
     file_name: str
     url: str
-    sha256: str | None = None
+    sha256: str = ""
+    repo: str = ""
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """What a reward reads of a hub repository; ``parts``: keys of ``download.HUB_PARTS``."""
+    """The files of a hub repository that a reward reads, with patterns of optional ones."""
 
     repo: str
-    parts: tuple[str, ...]
+    files: tuple[str, ...]
 
 
 # reward -> its file, as the published set-up names it.
@@ -59,25 +61,32 @@ WEIGHT_FILES: dict[str, WeightFile] = {
     "hpsv2": WeightFile(
         "HPS_v2.1_compressed.pt",
         "https://huggingface.co/xswu/HPSv2/resolve/main/HPS_v2.1_compressed.pt",
+        repo="xswu/HPSv2",
     ),
     "imagereward": WeightFile(
         "ImageReward.pt",
         "https://huggingface.co/THUDM/ImageReward/resolve/main/ImageReward.pt",
+        repo="THUDM/ImageReward",
     ),
 }
 
-_CLIP_L = HubModel("openai/clip-vit-large-patch14", ("model", "tokenizer", "images"))
+_MODEL = ("config.json", "model.safetensors")
+_TOKENIZER = ("config.json", "tokenizer_config.json", "*token*.json", "vocab*", "merges*")
+_IMAGES = ("preprocessor_config.json",)
+_CLIP_L = HubModel("openai/clip-vit-large-patch14", (*_MODEL, *_TOKENIZER, *_IMAGES))
 
 # reward -> its models on the hub.
 HUB_MODELS: dict[str, tuple[HubModel, ...]] = {
     "aesthetic": (_CLIP_L,),
     "clipscore": (_CLIP_L,),
     # Where open_clip takes its "openai" weights of ViT-L-14-quickgelu from.
-    "geneval": (HubModel("timm/vit_large_patch14_clip_224.openai", ("open_clip",)),),
-    "imagereward": (HubModel("bert-base-uncased", ("tokenizer",)),),
+    "geneval": (
+        HubModel("timm/vit_large_patch14_clip_224.openai", ("open_clip_model.safetensors",)),
+    ),
+    "imagereward": (HubModel("bert-base-uncased", _TOKENIZER),),
     "pickscore": (
-        HubModel("yuvalkirstain/PickScore_v1", ("model",)),
-        HubModel("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ("tokenizer", "images")),
+        HubModel("yuvalkirstain/PickScore_v1", _MODEL),
+        HubModel("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", (*_TOKENIZER, *_IMAGES)),
     ),
 }
 

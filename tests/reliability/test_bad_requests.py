@@ -15,14 +15,21 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from diffusion_nft.rewards import RewardOutput
-from diffusion_nft.rewards.serving.protocol import PROTOCOL, encode_batch, encode_images
+from diffusion_nft.rewards.serving.protocol import PROTOCOL, ScoringRequest, encode_images
 from diffusion_nft.rewards.serving.remote import RemoteReward
 from diffusion_nft.rewards.serving.server import create_app
 from tests.reliability.bad_inputs import CPU, Case, parametrized, pickles
 
 SECRET = "s3cret"
 IMAGES = encode_images(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
-GOOD = encode_batch("shapes", IMAGES, ["a", "b"], [{}, {}], {})
+GOOD = ScoringRequest(
+    protocol=PROTOCOL,
+    reward="shapes",
+    options={},
+    images=IMAGES,
+    prompts=["a", "b"],
+    metadata=[{}, {}],
+).model_dump()
 
 
 class Counting:
@@ -33,7 +40,7 @@ class Counting:
     def __call__(self, images, prompts, metadata):
         Counting.batches += 1
         if prompts[0] == "fail":
-            raise OSError(ascii(metadata[0]["why"]))
+            raise OSError("\ud800" + metadata[0]["why"])
         return RewardOutput(images.mean((1, 2, 3)))
 
 
@@ -74,30 +81,46 @@ def image(text: object) -> bytes:
 
 # name -> (body, status, words of the answer)
 REQUESTS: dict[str, tuple[bytes, int, str]] = {
-    "nothing": (b"", 422, "Expecting value"),
-    "no JSON": (b"images=1", 422, "Expecting value"),
-    "a pickle": (b"\x80\x04\x95", 422, "utf-8"),
+    "nothing": (b"", 422, "Invalid JSON: EOF"),
+    "no JSON": (b"images=1", 422, "Invalid JSON: expected value"),
+    "a pickle": (b"\x80\x04\x95", 422, "Invalid JSON: expected value"),
     "depth 10^5": (b"[" * 100_000, 422, "recursion"),
-    "a list": (b"[]", 422, "a JSON object is needed, not list"),
-    "null": (b"null", 422, "a JSON object is needed, not NoneType"),
-    "an empty object": (b"{}", 422, "protocol None is asked for"),
-    "another protocol": (with_(protocol=99), 422, "protocol 99 is asked for"),
-    "another reward": (with_(reward="ocr"), 422, "reward 'ocr' is asked for"),
+    "a list": (b"[]", 422, "Input should be an object, not []"),
+    "null": (b"null", 422, "Input should be an object, not None"),
+    "an empty object": (b"{}", 422, "protocol: Field required"),
+    "another protocol": (with_(protocol=99, prompts=0), 422, "protocol: Input should be 1, not 99"),
+    "another reward": (with_(reward="ocr"), 422, "reward 'ocr' is asked for; this server has 'sha"),
     "a path as reward": (with_(reward="../../etc/passwd"), 422, "'../../etc/passwd' is asked for"),
     "a module as reward": (with_(reward="os:system"), 422, "'os:system' is asked for"),
-    "half a pair as reward": (with_(reward="\ud800"), 422, "is asked for"),
+    "half a pair as reward": (with_(reward="\ud800"), 422, "Invalid JSON: "),
     "a long reward": (with_(reward="x" * 100_000), 422, "reward 'xxx"),
     "other options": (with_(options={"device": "cuda"}), 422, "their scores would be mixed"),
     "no images": (with_(images=[], prompts=[], metadata=[]), 422, "at least one"),
-    "images of text": (with_(images="abc"), 422, "'images' must be a list of texts"),
-    "images of numbers": (with_(images=[1, 2]), 422, "'images' must be a list of texts"),
-    "prompts of null": (with_(prompts=None), 422, "'prompts' must be a list of texts"),
-    "prompts of numbers": (with_(prompts=[1, 2]), 422, "'prompts' must be a list of texts"),
-    "metadata of text": (with_(metadata=["a", "b"]), 422, "'metadata' must be a list of objects"),
+    "images of text": (with_(images="abc"), 422, "images: Input should be a valid array"),
+    "images of numbers": (
+        with_(images=[7]),
+        422,
+        "images.0: Input should be a valid string, n",
+    ),
+    "prompts of null": (
+        with_(prompts=None),
+        422,
+        "prompts: Input should be a valid array, not None",
+    ),
+    "prompts of numbers": (
+        with_(prompts=["a", 7]),
+        422,
+        "prompts.1: Input should be a valid string",
+    ),
+    "metadata of text": (
+        with_(metadata=["a"]),
+        422,
+        "metadata.0: Input should be an object, not 'a'",
+    ),
     "a prompt too few": (with_(prompts=["a"]), 422, "2 images, 1 prompts and 2 metadata"),
     "metadata too many": (with_(metadata=[{}] * 9), 422, "as many of each are needed"),
-    "a prompt with NUL": (with_(prompts=["a", "\0"]), 422, "prompt 1 holds a NUL"),
-    "half a pair": (with_(prompts=["\udc00", "b"]), 422, "prompt 0 holds half a surrogate"),
+    "a prompt with NUL": (with_(prompts=["a", "\0"]), 422, "prompts.1: a NUL (character 1)"),
+    "half a pair": (with_(prompts=["\udc00", "b"]), 422, "Invalid JSON: "),
     "too many": (
         with_(images=IMAGES * 2, prompts=["a"] * 4, metadata=[{}] * 4),
         413,
@@ -108,7 +131,7 @@ REQUESTS: dict[str, tuple[bytes, int, str]] = {
     "an address as image": (image("http://127.0.0.1/x.png"), 422, "image 0 is no base64 PNG"),
     "an empty image": (image(""), 422, "image 0 is no base64 PNG"),
     "not ASCII": (image("é"), 422, "image 0 is no base64 PNG"),
-    "half a pair as image": (image("\ud800"), 422, "image 0 is no base64 PNG"),
+    "half a pair as image": (image("\ud800"), 422, "Invalid JSON: "),
     "cut off": (image(IMAGES[0][:80]), 422, "image 0 is no base64 PNG"),
     "a JPEG": (image(other_format("JPEG")), 422, "image 0 is no base64 PNG"),
     "a GIF": (image(other_format("GIF")), 422, "image 0 is no base64 PNG"),
@@ -123,7 +146,7 @@ REQUESTS: dict[str, tuple[bytes, int, str]] = {
     "a large one": (image(png(12_000, 12_000)), 413, "image 0 has more than"),
     "two sizes": (image(png(4, 4, data=b"\0" * 52)), 422, "the images differ in size"),
     "a reward that fails": (
-        with_(images=IMAGES[:1], prompts=["fail"], metadata=[{"why": "\ud800" + "x" * 9000}]),
+        with_(images=IMAGES[:1], prompts=["fail"], metadata=[{"why": "x" * 9000}]),
         500,
         "OSError: ",
     ),
@@ -136,7 +159,8 @@ def test_a_bad_request_is_answered_by_name_and_reaches_no_reward(case, server):
     before = Counting.batches
     reply = server.post("/score", content=body)
     assert reply.status_code == status
-    assert words in reply.json()["detail"] and len(reply.json()["detail"]) <= 2000
+    detail = reply.json()["detail"]
+    assert words in detail and len(detail) <= 2000 and len(detail.splitlines()) == 1
     assert Counting.batches - before == (status == 500)
     # It serves the next one.
     sound = server.post("/score", content=with_()).json()
@@ -183,24 +207,28 @@ ANSWERS: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "sent a malformed answer"),
     "a page": (b"<html>", "sent a malformed answer"),
     "depth 10^5": (b"[" * 100_000, "sent a malformed answer"),
-    "a list": (b"[]", "holds no scores and components"),
-    "null": (b"null", "holds no scores and components"),
-    "no components": (b'{"scores": [1, 2]}', "holds no scores and components"),
-    "components of a list": (answer(components=[]), "holds no scores and components"),
-    "no scores": (b'{"components": {}}', "scores are no list"),
-    "scores of text": (answer(scores="12"), "scores are no list"),
-    "one for two": (answer(scores=[1]), "scores are 1 of them, for 2 images"),
-    "three for two": (answer(scores=[1, 2, 3]), "scores are 3 of them, for 2 images"),
-    "texts": (answer(scores=["1", "2"]), "scores are not all numbers"),
-    "truths": (answer(scores=[True, False]), "scores are not all numbers"),
-    "lists": (answer(scores=[[1], [2]]), "scores are not all numbers"),
-    "no reasons": (answer(reasons={"why": 1}), "reasons are no list of rows and texts"),
-    "1e999": (b'{"scores": [1e999, 1], "components": {}}', "scores hold an infinite number"),
-    "400 digits": (answer(scores=[10**400, 1]), "scores hold a number that is too large"),
+    "a list": (b"[]", "Input should be an object"),
+    "null": (b"null", "Input should be an object"),
+    "no components": (b'{"scores": [1, 2]}', "components: Field required"),
+    "components of a list": (answer(components=[]), "components: Input should be an object"),
+    "no scores": (b'{"components": {}}', "scores: Field required"),
+    "scores of text": (answer(scores="12"), "scores: Input should be a valid array, not '12'"),
+    "one for two": (answer(scores=[1]), "scores are 1 numbers, for 2 images"),
+    "three for two": (answer(scores=[1, 2, 3]), "scores are 3 numbers, for 2 images"),
+    "texts": (answer(scores=["1", "2"]), "scores.0: Input should be a valid number, not '1'"),
+    "truths": (answer(scores=[1, False]), "scores.1: Input should be a valid number, not False"),
+    "lists": (answer(scores=[[1], [2]]), "scores.0: Input should be a valid number"),
+    "no reasons": (answer(reasons={"why": 1}), "reasons: Input should be a valid array"),
+    "half a reason": (answer(reasons=[[0]]), "reasons.0.1: Field required"),
+    "1e999": (
+        b'{"scores": [1e999, 1], "components": {}}',
+        "scores.0: Input should be a finite num",
+    ),
+    "400 digits": (answer(scores=[10**400, 1]), "scores.0: Input should be a finite number"),
     "5000 digits": (b'{"scores": [' + b"9" * 5000 + b"]}", "sent a malformed answer"),
-    "a short component": (answer(components={"x": [1]}), "x are 1 of them"),
-    "a component of texts": (answer(components={"x": ["a", "b"]}), "x are not all numbers"),
-    "an infinite component": (answer(components={"x": [math.inf, 1]}), "x hold an infinite number"),
+    "a short component": (answer(components={"x": [1]}), "x are 1 numbers, for 2 images"),
+    "a component of texts": (answer(components={"x": ["a"]}), "components.x.0: Input should be a"),
+    "an infinite component": (answer(components={"x": [math.inf]}), "finite number, not inf"),
 }
 
 
@@ -232,9 +260,13 @@ def test_a_sound_answer_is_read(monkeypatch):
 
 
 HEALTHS = {
-    "a list": ([], ConnectionError, "does not tell protocol, reward and options"),
-    "an empty object": ({}, ConnectionError, "does not tell protocol, reward and options"),
-    "another protocol": (HEALTH | {"protocol": "x\ud800"}, ValueError, "has protocol"),
+    "a list": ([], ConnectionError, "Input should be an object"),
+    "an empty object": ({}, ConnectionError, "protocol: Field required"),
+    "another protocol": (
+        HEALTH | {"protocol": 7},
+        ValueError,
+        f"has protocol 7, this run {PROTOCOL}",
+    ),
     "another reward": (HEALTH | {"reward": "../ocr"}, ValueError, "serves reward '../ocr'"),
 }
 

@@ -22,11 +22,10 @@ from diffusion_nft.data.prompts import load_prompts
 from diffusion_nft.models.lora import PEFT_CONFIG, PEFT_FOLDER, load_lora
 from diffusion_nft.rewards import check_prompts
 from diffusion_nft.rewards.serving.protocol import (
-    TooLarge,
-    decode_batch,
-    decode_output,
-    encode_batch,
+    PROTOCOL,
+    ScoringAnswer,
     encode_images,
+    read,
 )
 from diffusion_nft.rewards.serving.server import create_app
 from diffusion_nft.runs.checkpoint import MANIFEST, STATE, CheckpointError, load_checkpoint
@@ -213,27 +212,16 @@ IMAGES = st.one_of(
 REQUESTS = st.one_of(
     JSON,
     st.fixed_dictionaries(
-        encode_batch("shapes", [], [], [], {})
-        | {"protocol": st.just(1), "reward": st.just("shapes"), "options": st.just({})}
-        | {
+        {
+            "protocol": st.just(PROTOCOL),
+            "reward": st.just("shapes"),
+            "options": st.just({}),
             "images": st.lists(IMAGES, max_size=2),
             "prompts": st.one_of(st.lists(TEXT, max_size=2), JSON),
             "metadata": st.one_of(st.lists(st.dictionaries(TEXT, JSON), max_size=2), JSON),
         }
     ),
 )
-
-
-@MANY
-@given(request=REQUESTS)
-def test_any_request_is_a_batch_or_refused(request):
-    try:
-        batch = decode_batch(request, "shapes", 2)
-    except (ValueError, TooLarge) as error:
-        assert str(error)
-    else:
-        assert len(batch.images) == len(batch.prompts) == len(batch.metadata) > 0
-        assert 0 <= batch.images.min() <= batch.images.max() <= 1
 
 
 @MANY
@@ -268,7 +256,7 @@ ANSWERS = st.one_of(
 @given(answer=ANSWERS)
 def test_any_answer_holds_scores_that_are_finite_or_missing_or_is_refused(answer):
     try:
-        output = decode_output(answer, 2)
+        output = read(ScoringAnswer, json.dumps(answer).encode()).output(2)
     except ValueError as error:
         assert str(error)
     else:

@@ -52,9 +52,10 @@ def test_the_detectors_hash_is_the_one_in_its_name():
 def test_the_readme_names_every_file_and_its_hash():
     readme = (ROOT / "reward_ckpts/README.md").read_text(encoding="utf-8")
     for file in WEIGHT_FILES.values():
+        assert bool(file.sha256) != bool(file.repo), "a published hash, or the hub's"
         row = next(line for line in readme.splitlines() if f"`{file.file_name}`" in line)
         assert file.url in row
-        assert f"`{file.sha256}`" in row if file.sha256 else "announced by the hub" in row
+        assert f"`{file.sha256}`" in row if file.sha256 else "listed by the hub" in row
 
 
 def test_every_reward_is_listed_once():
@@ -69,7 +70,7 @@ def test_the_hub_models_are_those_that_the_reward_loads(name):
     module, _, cls = REWARDS[name].partition(":")
     options = inspect.signature(getattr(importlib.import_module(module), cls)).parameters
     named = {options[key].default for key in ("model", "processor", "tokenizer") if key in options}
-    listed = {model.repo for model in HUB_MODELS.get(name, ()) if model.parts != ("open_clip",)}
+    listed = {model.repo for model in HUB_MODELS.get(name, ()) if "timm/" not in model.repo}
     assert listed == named - {None}
 
 
@@ -77,14 +78,12 @@ def test_open_clip_takes_genevals_colours_from_the_same_place():
     open_clip = pytest.importorskip("open_clip")
     from open_clip import constants
 
-    from diffusion_nft.data.download import HUB_PARTS
     from diffusion_nft.rewards.geneval.colors import ARCHITECTURE
 
     (model,) = HUB_MODELS["geneval"]
     # A trailing slash: the file's name is open_clip's default.
     assert open_clip.get_pretrained_cfg(ARCHITECTURE, "openai")["hf_hub"] == f"{model.repo}/"
-    names = ((constants.HF_SAFE_WEIGHTS_NAME,), (constants.HF_WEIGHTS_NAME,))
-    assert HUB_PARTS["open_clip"] == names
+    assert model.files == (constants.HF_SAFE_WEIGHTS_NAME,)
 
 
 def test_the_fetched_parts_are_enough_for_the_rewards_clip(tiny_clip, tmp_path):
@@ -94,7 +93,8 @@ def test_the_fetched_parts_are_enough_for_the_rewards_clip(tiny_clip, tmp_path):
     assert {"model.safetensors", "tokenizer_config.json"} <= files.keys()
     code = "import sys, json; from diffusion_nft.data.download import fetch_from_hub as f;"
     code += "print(json.dumps([str(f(*call)) for call in json.loads(sys.argv[1])]))"
-    calls = [("me/whole", ["model", "tokenizer", "images"]), ("me/reader", ["tokenizer", "images"])]
+    (whole,), (_, reader) = HUB_MODELS["clipscore"], HUB_MODELS["pickscore"]
+    calls = [("me/whole", whole.files), ("me/reader", reader.files)]
     with serving() as server:
         for repo, _ in calls:
             server.pages |= hub_pages(repo, {**files, "README.md": b"", "flax_model.msgpack": b""})

@@ -99,7 +99,7 @@ def test_a_preset_names_the_rewards_of_all_its_stages(monkeypatch, capsys):
 
 @pytest.mark.filterwarnings("ignore:reward ")
 def test_a_served_reward_that_is_down_names_its_server(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusion_nft.rewards.serving.remote.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
     preset = tmp_path / "mine.py"
     preset.write_text(
         f"import runpy\npresets = runpy.run_path({str(ROOT / 'config/nft.py')!r})\n"

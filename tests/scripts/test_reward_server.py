@@ -75,7 +75,7 @@ import importlib.abc, sys, time
 BLOCKED = {
     "absl", "accelerate", "diffusers", "httpx", "huggingface_hub", "ml_collections", "open_clip",
     "onnxruntime", "openai", "peft", "rapidocr", "safetensors", "sentencepiece", "torchvision",
-    "tqdm", "transformers", "wandb",
+    "tabulate", "tenacity", "tqdm", "transformers", "wandb",
 }
 
 class Blocker(importlib.abc.MetaPathFinder):

@@ -10,13 +10,23 @@ import binascii
 import io
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import reprlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from torch import Tensor
 
 from diffusion_nft.data.prompts import check_text
@@ -51,13 +61,105 @@ class TooLarge(Exception):
     """A request beyond the limits of a server."""
 
 
-@dataclass(frozen=True)
-class ScoringRequest:
-    """``images: float32 [B, 3, H, W]`` in [0, 1] on the CPU, and a prompt and a line for each."""
+def _checked_text(text: str) -> str:
+    check_text(text)
+    return text
 
-    images: Tensor
-    prompts: list[str]
-    metadata: list[dict]
+
+class ScoringRequest(BaseModel):
+    """A batch for the server of ``reward``: base64 PNGs, and a prompt and a line for each.
+
+    ``options``: what the server told in /health when the run began.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    protocol: Literal[1]  # PROTOCOL
+    reward: str
+    options: dict[str, Any]
+    images: Annotated[list[str], FailFast()]
+    prompts: Annotated[list[Annotated[str, AfterValidator(_checked_text)]], FailFast()]
+    metadata: Annotated[list[dict[str, Any]], FailFast()]
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
+        count = len(self.images)
+        if not count == len(self.prompts) == len(self.metadata) or not count:
+            raise ValueError(
+                f"{count} images, {len(self.prompts)} prompts and {len(self.metadata)} metadata: "
+                "as many of each are needed, at least one"
+            )
+        return self
+
+
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Column = Annotated[list[Number | None], FailFast()]
+
+
+class ScoringAnswer(BaseModel):
+    """The scores of a batch; null, of a component that does not apply or of an image without a
+    score, stands for NaN.  ``reasons``: of missing scores, with their rows.
+    """
+
+    scores: Column
+    components: dict[str, Column]
+    reasons: list[tuple[int, str]] = []
+
+    @classmethod
+    def of(cls, output: RewardOutput) -> Self:
+        """Raises ValueError for an infinite number."""
+        columns = {
+            key: [None if math.isnan(value) else value for value in values.double().tolist()]
+            for key, values in {"scores": output.scores, **output.components}.items()
+        }
+        with _in_one_line():
+            return cls(
+                scores=columns.pop("scores"),
+                components=columns,
+                reasons=list(output.reasons.items()),
+            )
+
+    def output(self, count: int) -> RewardOutput:
+        """Scores and components ``[count]``, float64; ValueError for another count."""
+        columns = {}
+        for key, values in {"scores": self.scores, **self.components}.items():
+            if len(values) != count:
+                raise ValueError(f"{key} are {len(values)} numbers, for {count} images")
+            numbers = [math.nan if value is None else value for value in values]
+            columns[key] = torch.tensor(numbers, dtype=torch.float64)
+        return RewardOutput(columns.pop("scores"), columns, dict(self.reasons))
+
+
+class Health(BaseModel):
+    """What a server serves: the reward's options and the versions its scores may depend on."""
+
+    protocol: int
+    reward: str
+    options: dict[str, Any]
+    versions: dict[str, str] = {}
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read(model: type[M], data: bytes) -> M:
+    """``data`` as a ``model``; ValueError with one line that says what is wrong with it."""
+    with _in_one_line():
+        return model.model_validate_json(data)
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as errors:
+        error = errors.errors(include_url=False)[0]
+        line = error["msg"].removeprefix("Value error, ")
+        if error["loc"]:
+            line = f"{'.'.join(map(str, error['loc']))}: {line}"
+        if error["type"] not in ("json_invalid", "missing", "value_error"):
+            line += f", not {reprlib.repr(error['input'])}"
+        raise ValueError(line) from errors
 
 
 def encode_images(images: Tensor) -> list[str]:
@@ -70,63 +172,16 @@ def encode_images(images: Tensor) -> list[str]:
     return encoded
 
 
-def encode_batch(
-    reward: str,
-    images: list[str],
-    prompts: list[str],
-    metadata: list[dict],
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    """The request, for ``json``; ``options``: what the server told when the run began."""
-    return {
-        "protocol": PROTOCOL,
-        "reward": reward,
-        "images": images,
-        "prompts": prompts,
-        "metadata": metadata,
-        "options": options,
-    }
+def decode_images(images: Sequence[str]) -> Tensor:
+    """float32 ``[B, 3, H, W]`` in [0, 1] of base64 PNGs, on the CPU.
 
-
-def decode_batch(request: Any, reward: str, max_images: int) -> ScoringRequest:
-    """The batch of a request to a server of ``reward``.
-
-    Raises ValueError that says what is wrong with it, TooLarge for more than ``max_images``
-    images or MAX_PIXELS pixels.
+    Raises ValueError that says what is wrong with one, TooLarge for more than MAX_PIXELS pixels.
     """
-    if not isinstance(request, dict):
-        raise ValueError(f"a JSON object is needed, not {type(request).__name__}")
-    for key, ours in (("protocol", PROTOCOL), ("reward", reward)):
-        if request.get(key) != ours:
-            raise ValueError(f"{key} {request.get(key)!r} is asked for; this server has {ours!r}")
-    encoded = _items(request, "images", str)
-    prompts = _items(request, "prompts", str)
-    metadata = _items(request, "metadata", dict)
-    for number, prompt in enumerate(prompts):
-        try:
-            check_text(prompt)
-        except ValueError as error:
-            raise ValueError(f"prompt {number} holds {error}") from error
-    count = len(encoded)
-    if not count == len(prompts) == len(metadata) or not count:
-        raise ValueError(
-            f"{count} images, {len(prompts)} prompts and {len(metadata)} metadata: as many of "
-            "each are needed, at least one"
-        )
-    if count > max_images:
-        raise TooLarge(f"{count} images in one request; this server takes {max_images}")
-    arrays = [_decode_image(text, i, MAX_PIXELS // count) for i, text in enumerate(encoded)]
+    limit = MAX_PIXELS // len(encoded)
+    arrays = [_decode_image(text, number, limit) for number, text in enumerate(encoded)]
     if len({array.shape for array in arrays}) > 1:
         raise ValueError("the images differ in size")
-    images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(torch.float32) / 255
-    return ScoringRequest(images, prompts, metadata)
-
-
-def _items(request: dict[str, Any], key: str, kind: type) -> list[Any]:
-    values = request.get(key)
-    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-        raise ValueError(f"{key!r} must be a list of {'objects' if kind is dict else 'texts'}")
-    return values
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(torch.float32) / 255
 
 
 def _decode_image(text: str, number: int, max_pixels: int) -> np.ndarray:
@@ -143,48 +198,3 @@ def _decode_image(text: str, number: int, max_pixels: int) -> np.ndarray:
         raise TooLarge(f"image {number}: {error}") from error
     except (binascii.Error, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"image {number} is no base64 PNG that can be read: {error}") from error
-
-
-def encode_output(output: RewardOutput) -> dict[str, Any]:
-    """The answer, for ``json``: NaN, of a component that does not apply or of an image without a
-    score, is null.  Raises ValueError for an infinite number.
-    """
-    columns = {
-        key: [None if math.isnan(value) else value for value in values.double().tolist()]
-        for key, values in {"scores": output.scores, **output.components}.items()
-    }
-    for key, values in columns.items():
-        if not all(value is None or math.isfinite(value) for value in values):
-            raise ValueError(f"the reward returned {key} that are not finite: {values}")
-    scores = columns.pop("scores")
-    return {"scores": scores, "components": columns, "reasons": [*output.reasons.items()]}
-
-
-def decode_output(answer: Any, count: int) -> RewardOutput:
-    """Scores and components ``[count]``, float64, of an answer; ValueError for anything else."""
-    if not isinstance(answer, dict) or not isinstance(answer.get("components"), dict):
-        raise ValueError("the answer holds no scores and components")
-    scores = _numbers("scores", answer.get("scores"), count)
-    components: Mapping[str, Any] = answer["components"]
-    try:
-        reasons = {int(row): str(reason) for row, reason in answer.get("reasons", ())}
-    except (TypeError, ValueError) as error:
-        raise ValueError("the answer's reasons are no list of rows and texts") from error
-    return RewardOutput(
-        scores, {key: _numbers(key, values, count) for key, values in components.items()}, reasons
-    )
-
-
-def _numbers(key: str, values: Any, count: int) -> Tensor:
-    if not isinstance(values, list) or len(values) != count:
-        found = f"{len(values)} of them" if isinstance(values, list) else "no list"
-        raise ValueError(f"the answer's {key} are {found}, for {count} images")
-    if not all(value is None or type(value) in (int, float) for value in values):
-        raise ValueError(f"the answer's {key} are not all numbers")
-    try:
-        numbers = [math.nan if value is None else float(value) for value in values]
-    except OverflowError as error:
-        raise ValueError(f"the answer's {key} hold a number that is too large") from error
-    if any(map(math.isinf, numbers)):
-        raise ValueError(f"the answer's {key} hold an infinite number")
-    return torch.tensor(numbers, dtype=torch.float64)

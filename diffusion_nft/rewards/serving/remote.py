@@ -1,13 +1,14 @@
 """A reward that scores in another environment or on another machine (server.py)."""
 
+import itertools
 import logging
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import httpx
+import tenacity
 import torch
 from torch import Tensor
 
@@ -16,9 +17,11 @@ from diffusion_nft.rewards import REWARD_SERVER_TIMEOUT, RewardOutput
 from diffusion_nft.rewards.serving.protocol import (
     PROTOCOL,
     TOKEN_VARIABLE,
-    decode_output,
-    encode_batch,
+    Health,
+    ScoringAnswer,
+    ScoringRequest,
     encode_images,
+    read,
     shared_token,
 )
 
@@ -38,7 +41,11 @@ logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 class _TryAgain(Exception):
-    """A try that failed for a reason that may pass."""
+    """A try that failed for a reason that may pass; warns of it."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        warnings.warn(message, stacklevel=1)
 
 
 class RemoteReward:
@@ -96,8 +103,15 @@ class RemoteReward:
             return self._ask(
                 self.addresses[first:] + self.addresses[:first],
                 "/score",
-                encode_batch(self.name, encoded[rows], prompts[rows], metadata[rows], self.options),
-                lambda answer: decode_output(answer, len(part)),
+                ScoringRequest.model_construct(
+                    protocol=PROTOCOL,
+                    reward=self.name,
+                    options=self.options,
+                    images=encoded[rows],
+                    prompts=prompts[rows],
+                    metadata=metadata[rows],
+                ),
+                lambda answer: read(ScoringAnswer, answer).output(len(part)),
             )
 
         with ThreadPoolExecutor(len(parts)) as pool:
@@ -119,49 +133,48 @@ class RemoteReward:
         self,
         addresses: Sequence[str],
         path: str,
-        body: dict[str, Any] | None,
-        parse: Callable[[Any], T],
+        body: ScoringRequest | None,
+        parse: Callable[[bytes], T],
     ) -> T:
         """What ``parse`` makes of the first sound answer; see the class for what it raises."""
-        cause: _TryAgain | None = None
-        tries, until = 0, time.monotonic() + RETRY_WINDOW_FACTOR * self.timeout
-        for number in range(self.rounds):
-            if number and time.monotonic() < until:
-                time.sleep(self.pause * 2 ** (number - 1))
-            for address in addresses:
-                # Servers that stall would otherwise outlast the other ranks' patience.
-                if tries and time.monotonic() >= until:
-                    break
-                tries += 1
-                try:
-                    return self._try(address, path, body, parse)
-                except _TryAgain as error:
-                    cause = error
-                    warnings.warn(str(error), stacklevel=1)
-        raise ConnectionError(
-            f"no answer from the servers of reward {self.name!r} at {', '.join(addresses)} in "
-            f"{tries} tries; the last: {cause}"
-        ) from cause
+        turn = itertools.cycle(addresses)
+
+        def pause(state: tenacity.RetryCallState) -> float:
+            """Seconds after a try: a pause when all addresses have had a turn."""
+            rounds, rest = divmod(state.attempt_number, len(addresses))
+            return 0 if rest else self.pause * 2 ** (rounds - 1)
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_TryAgain),
+            wait=pause,
+            # Servers that stall would otherwise outlast the other ranks' patience.
+            stop=tenacity.stop_after_attempt(self.rounds * len(addresses))
+            | tenacity.stop_before_delay(RETRY_WINDOW_FACTOR * self.timeout),
+        )
+        try:
+            return retrying(lambda: self._try(next(turn), path, body, parse))
+        except tenacity.RetryError as error:
+            last = error.last_attempt
+            raise ConnectionError(
+                f"no answer from the servers of reward {self.name!r} at {', '.join(addresses)} in "
+                f"{last.attempt_number} tries; the last: {last.exception()}"
+            ) from last.exception()
 
     def _try(
-        self,
-        address: str,
-        path: str,
-        body: dict[str, Any] | None,
-        parse: Callable[[Any], T],
+        self, address: str, path: str, body: ScoringRequest | None, parse: Callable[[bytes], T]
     ) -> T:
         where = f"reward {self.name!r} at {address}"
         try:
             if body is None:
                 response = self._client.get(address + path, timeout=CONNECT_TIMEOUT_S)
             else:
-                response = self._client.post(address + path, json=body)
+                response = self._client.post(address + path, content=body.model_dump_json())
         except httpx.RequestError as error:
             raise _TryAgain(f"{where}: {type(error).__name__}: {error}") from error
         if response.status_code == 200:
             try:
-                return parse(response.json())
-            except (ValueError, RecursionError) as error:
+                return parse(response.content)
+            except ValueError as error:
                 raise _TryAgain(f"{where} sent a malformed answer: {error}") from error
         message = f"{where} answered {response.status_code}: {response.text[:MAX_QUOTED]}"
         if response.status_code in RETRYABLE_STATUSES:
@@ -170,20 +183,14 @@ class RemoteReward:
             raise PermissionError(f"{message}; the environment variable {TOKEN_VARIABLE} holds it")
         raise ValueError(message)
 
-    def _check_health(self, address: str) -> Any:
+    def _check_health(self, address: str) -> dict[str, Any]:
         """The options of the reward at ``address``."""
-
-        def parse(health: Any) -> dict[str, Any]:
-            if not isinstance(health, dict) or not {"protocol", "reward", "options"} <= set(health):
-                raise ValueError("it does not tell protocol, reward and options")
-            return health
-
-        health = self._ask((address,), "/health", None, parse)
-        if health["protocol"] != PROTOCOL:
+        health = self._ask((address,), "/health", None, lambda answer: read(Health, answer))
+        if health.protocol != PROTOCOL:
             raise ValueError(
-                f"the server at {address} has protocol {health['protocol']}, this run {PROTOCOL}: "
+                f"the server at {address} has protocol {health.protocol}, this run {PROTOCOL}: "
                 "both need the same version of the project"
             )
-        if health["reward"] != self.name:
-            raise ValueError(f"{address} serves reward {health['reward']!r}, not {self.name!r}")
-        return health["options"]
+        if health.reward != self.name:
+            raise ValueError(f"{address} serves reward {health.reward!r}, not {self.name!r}")
+        return health.options

@@ -18,11 +18,20 @@ from typing import Any
 import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
+from torch import Tensor
 
 from diffusion_nft.rewards import Reward
 from diffusion_nft.rewards.combine import score_apart
-from diffusion_nft.rewards.serving.protocol import PROTOCOL, TooLarge, decode_batch, encode_output
+from diffusion_nft.rewards.serving.protocol import (
+    PROTOCOL,
+    Health,
+    ScoringAnswer,
+    ScoringRequest,
+    TooLarge,
+    decode_images,
+    read,
+)
 
 # Packages that scores may depend on; those that are installed are told.
 PACKAGES = (
@@ -87,12 +96,7 @@ def create_app(
     max_bytes = int(max_megabytes * 1e6)
     told = {key: "***" if key == "api_key" else options[key] for key in options}
     told = json.loads(json.dumps(told))  # as a client knows it: tuples are lists
-    health = {
-        "protocol": PROTOCOL,
-        "reward": name,
-        "options": told,
-        "versions": versions(),
-    }
+    health = Health(protocol=PROTOCOL, reward=name, options=told, versions=versions())
 
     def authorize(request: Request) -> None:
         given = request.headers.get("authorization", "")
@@ -111,36 +115,43 @@ def create_app(
             raise HTTPException(413, f"this server takes {max_megabytes:g} MB in one request")
         return bytes(data)
 
+    def decode(data: bytes) -> tuple[ScoringRequest, Tensor]:
+        request = read(ScoringRequest, data)
+        if request.reward != name:
+            raise ValueError(f"reward {request.reward!r} is asked for; this server has {name!r}")
+        if request.options != told:
+            raise ValueError(
+                f"the run began with a server of the options {request.options}, this one has "
+                f"{told}: their scores would be mixed"
+            )
+        if len(request.images) > max_images:
+            count = len(request.images)
+            raise TooLarge(f"{count} images in one request; this server takes {max_images}")
+        return request, decode_images(request.images)
+
     @torch.no_grad()
-    def score(data: bytes) -> dict[str, Any]:
+    def score(data: bytes) -> ScoringAnswer:
         try:
-            request = json.loads(data)
-            batch = decode_batch(request, name, max_images)
-            if request.get("options", told) != told:
-                raise ValueError(
-                    f"the run began with a server of the options {request['options']}, this one "
-                    f"has {told}: their scores would be mixed"
-                )
+            request, images = decode(data)
         except TooLarge as error:
             raise HTTPException(413, _told(str(error))) from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise HTTPException(422, _told(str(error))) from error
         try:
-            images = batch.images.to(device)
             # The run decides whether it can do without images on which the reward fails.
-            output = score_apart(reward, images, batch.prompts, batch.metadata)
+            output = score_apart(reward, images.to(device), request.prompts, request.metadata)
             reasons = {row: _told(reason) for row, reason in output.reasons.items()}
-            return encode_output(replace(output, reasons=reasons))
+            return ScoringAnswer.of(replace(output, reasons=reasons))
         except Exception as error:
             logger.exception("the reward %s failed", name)
             raise HTTPException(500, _told(f"{type(error).__name__}: {error}")) from error
 
     @app.get("/health")
-    async def tell_health(request: Request) -> JSONResponse:
+    async def tell_health(request: Request) -> Health:
         authorize(request)
-        return JSONResponse(health)
+        return health
 
-    @app.post("/score")
+    @app.post("/score", response_model=None)
     async def tell_scores(request: Request) -> Response:
         authorize(request)
         data = await body(request)
@@ -148,6 +159,7 @@ def create_app(
             # A client that gave up waiting asks again; the reward need not score twice.
             if await request.is_disconnected():
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
-            return JSONResponse(await run_in_threadpool(score, data))
+            answer = await run_in_threadpool(score, data)
+            return Response(answer.model_dump_json(), media_type="application/json")
 
     return app

@@ -1,8 +1,6 @@
 """Served rewards: the local numbers to the last bit, and what becomes of every kind of trouble."""
 
-import base64
 import contextlib
-import io
 import json
 import math
 import platform
@@ -25,7 +23,12 @@ from diffusion_nft.images import Images
 from diffusion_nft.rewards import RewardOutput, build_reward
 from diffusion_nft.rewards.combine import RewardError, RewardSet, UnscoredError
 from diffusion_nft.rewards.serving import protocol
-from diffusion_nft.rewards.serving.protocol import PROTOCOL, TooLarge, decode_batch, encode_images
+from diffusion_nft.rewards.serving.protocol import (
+    PROTOCOL,
+    TooLarge,
+    decode_images,
+    encode_images,
+)
 from diffusion_nft.rewards.serving.remote import RemoteReward
 from diffusion_nft.rewards.serving.server import create_app
 from diffusion_nft.shapes.scene import random_scene, render_batch
@@ -227,23 +230,10 @@ def test_a_server_that_is_down_is_named():
 
 def test_pauses_double(monkeypatch):
     pauses = []
-    monkeypatch.setattr("diffusion_nft.rewards.serving.remote.time.sleep", pauses.append)
+    monkeypatch.setattr("tenacity.nap.time.sleep", pauses.append)
     with pytest.raises(ConnectionError):
         RemoteReward("x", [f"http://127.0.0.1:{unused_port()}"], rounds=4, pause=0.5)
     assert pauses == [0.5, 1.0, 2.0]
-
-
-@pytest.mark.parametrize(
-    ("health", "words"),
-    [
-        ({"protocol": PROTOCOL + 1}, f"protocol {PROTOCOL + 1}, this run {PROTOCOL}"),
-        ({"reward": "y"}, "serves reward 'y', not 'x'"),
-    ],
-)
-def test_another_protocol_or_reward_is_refused_when_built(health, words):
-    with standing_in(**health) as server, pytest.raises(ValueError) as caught:
-        RemoteReward("x", [server.url], **QUICK)
-    assert words in str(caught.value) and server.url in str(caught.value)
 
 
 def test_servers_with_different_options_are_refused():
@@ -311,7 +301,7 @@ def test_something_else_at_the_address_is_refused():
             RemoteReward("x", [server.url], **QUICK)
     with standing_in() as server:
         server.health = ["fine"]
-        with pytest.raises(ConnectionError, match="does not tell protocol"):
+        with pytest.raises(ConnectionError, match="should be an object"):
             RemoteReward("x", [server.url], **QUICK)
 
 
@@ -333,34 +323,20 @@ def test_a_server_that_is_too_slow_is_named():
 FINE = {"scores": [1.0, 2.0], "components": {}}
 
 
-@pytest.mark.parametrize(
-    ("answer", "words"),
-    [
-        ({"scores": [1.0], "components": {}}, "scores are 1 of them, for 2 images"),
-        (FINE | {"components": {"a": [1.0, 2.0, 3.0]}}, "a are 3 of them, for 2 images"),
-        (FINE | {"reasons": 3}, "reasons are no list"),
-        (FINE | {"reasons": [[0]]}, "reasons are no list"),
-        (FINE | {"scores": [1.0, math.inf]}, "scores hold an infinite number"),
-        (FINE | {"scores": [1.0, "2"]}, "not all numbers"),
-        (FINE | {"scores": [1.0, True]}, "not all numbers"),
-        (FINE | {"scores": 1.0}, "scores are no list"),
-        ({"scores": [1.0, 2.0]}, "no scores and components"),
-        (["fine"], "no scores and components"),
-        (b"<html>", "malformed answer"),
-    ],
-)
-def test_a_malformed_answer_is_tried_again_and_then_an_error(answer, words):
-    with standing_in(lambda body: (200, answer)) as server:
+@pytest.mark.parametrize("status", [200, 429, 503])
+def test_lasting_trouble_is_an_error_after_the_last_try(status):
+    with standing_in(lambda body: (status, b"<html>")) as server:
         reward = RemoteReward("x", [server.url], **QUICK)
-        with pytest.raises(ConnectionError, match=r"reward 'x'.*2 tries") as caught:
+        with pytest.raises(ConnectionError, match=r"reward 'x'.* in 2 tries; the last: reward 'x'"):
             ask(reward, 2)
-    assert words in str(caught.value)
     assert server.scored == 2
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_passing_trouble_is_tried_again(status):
-    answers = [(status, {"detail": "busy"}), (200, FINE)]
+@pytest.mark.parametrize(
+    "trouble", [(429, {"detail": "busy"}), (500, {"detail": "busy"}), (503, b""), (200, b"<html>")]
+)
+def test_passing_trouble_is_tried_again(trouble):
+    answers = [trouble, (200, FINE)]
     with standing_in(lambda body: answers.pop(0)) as server:
         assert ask(RemoteReward("x", [server.url], **QUICK), 2).scores.tolist() == [1, 2]
     assert server.scored == 2
@@ -447,7 +423,7 @@ def test_a_server_sends_no_score_that_is_infinite():
 
     with serving("x", Bad()) as address:
         reply = WEB.post(f"{address}/score", json=body(1))
-    assert reply.status_code == 500 and "not finite" in reply.json()["detail"]
+    assert reply.status_code == 500 and "a finite number, not inf" in reply.json()["detail"]
 
 
 def test_a_token_is_asked_for(monkeypatch):
@@ -522,62 +498,21 @@ def test_a_batch_whose_client_left_the_queue_is_not_scored():
     assert gate.calls == [1, 3]
 
 
-def body(count: int, **changes) -> dict:
+def body(count: int) -> dict:
     return {
         "protocol": PROTOCOL,
         "reward": "x",
+        "options": {},
         "images": encode_images(random_images(count)),
         "prompts": [f"p{i}" for i in range(count)],
         "metadata": [{"i": i} for i in range(count)],
-    } | changes
-
-
-def encoded(image: Image.Image, kind: str = "PNG") -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-RGB = Image.new("RGB", (8, 8))
-REFUSED = {
-    "no object": (["x"], "a JSON object"),
-    "another protocol": (body(1, protocol=0), "protocol 0 is asked for; this server has 1"),
-    "another reward": (body(1, reward="y"), "reward 'y' is asked for; this server has 'x'"),
-    "no images": (body(1, images=[], prompts=[], metadata=[]), "at least one"),
-    "too few prompts": (body(2, prompts=["a"]), "2 images, 1 prompts and 2 metadata"),
-    "no list": (body(1, prompts="a"), "'prompts' must be a list of texts"),
-    "metadata of text": (body(1, metadata=["a"]), "'metadata' must be a list of objects"),
-    "a missing key": ({k: v for k, v in body(1).items() if k != "metadata"}, "'metadata' must"),
-    "no base64": (body(1, images=["?"]), "image 0 is no base64 PNG"),
-    "no image": (body(1, images=["aGVsbG8="]), "image 0 is no base64 PNG"),
-    "a JPEG": (body(1, images=[encoded(RGB, "JPEG")]), "image 0 is no base64 PNG"),
-    "a cut image": (body(1, images=[encoded(RGB)[:64]]), "image 0 is no base64 PNG"),
-    "grey": (body(1, images=[encoded(Image.new("L", (8, 8)))]), "its mode is L, not RGB"),
-    "transparent": (body(1, images=[encoded(Image.new("RGBA", (8, 8)))]), "its mode is RGBA"),
-    "sizes": (
-        body(2, images=[encoded(RGB), encoded(Image.new("RGB", (8, 9)))]),
-        "the images differ in size",
-    ),
-}
+    }
 
 
 @pytest.fixture(scope="module")
 def rows_server() -> Iterator[str]:
     with serving("x", Rows(), max_images=3, max_megabytes=0.01) as address:
         yield address
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_batch_is_refused_in_plain_words(name, rows_server):
-    request, words = REFUSED[name]
-    reply = WEB.post(f"{rows_server}/score", json=request)
-    assert reply.status_code == 422
-    assert words in reply.json()["detail"]
-
-
-def test_what_is_no_json_is_refused(rows_server):
-    reply = WEB.post(f"{rows_server}/score", content=b"\x80{")
-    assert reply.status_code == 422
 
 
 def test_too_many_images_or_bytes_are_refused(rows_server):
@@ -599,6 +534,6 @@ def test_too_many_images_or_bytes_are_refused(rows_server):
 
 def test_images_that_unfold_are_refused(monkeypatch):
     monkeypatch.setattr(protocol, "MAX_PIXELS", 128)
-    assert len(decode_batch(body(2), "x", 9).images) == 2
+    assert len(decode_images(encode_images(random_images(2)))) == 2
     with pytest.raises(TooLarge, match="image 0 has more than 42 pixels"):
-        decode_batch(body(3), "x", 9)
+        decode_images(encode_images(random_images(3)))
