@@ -172,7 +172,7 @@ def encode_images(images: Tensor) -> list[str]:
     return encoded
 
 
-def decode_images(images: Sequence[str]) -> Tensor:
+def decode_images(encoded: Sequence[str]) -> Tensor:
     """float32 ``[B, 3, H, W]`` in [0, 1] of base64 PNGs, on the CPU.
 
     Raises ValueError that says what is wrong with one, TooLarge for more than MAX_PIXELS pixels.
