@@ -59,7 +59,7 @@ setup(
     packages=find_packages(include=["diffusion_nft", "diffusion_nft.*"]),
     package_data={
         "diffusion_nft.shapes": ["pipeline/**/*"],
-        "diffusion_nft.reports": ["*.html", "*.css", "*.js"],
+        "diffusion_nft.reports": ["*.html", "*.css", "*.js", "*.md"],
     },
     install_requires=CORE,
     extras_require={

@@ -10,7 +10,15 @@ from typing import NoReturn
 import torch
 
 from diffusion_nft.rewards.combine import RewardError, UnscoredError
+from diffusion_nft.utils.devices import usable_device
 from diffusion_nft.utils.paths import expand
+
+
+def script_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help shows ``doc``, a script's docstring, with its line breaks."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def path_or_name(text: str) -> str:
@@ -45,13 +53,9 @@ def positive(text: str) -> int:
 def device(text: str) -> torch.device:
     """argparse's type of a device, which must be usable."""
     try:
-        chosen = torch.device(text)
-        torch.empty(0, device=chosen)
-    # Torch without that backend asserts, or has no kernel; with it, the number is too high.
-    except (RuntimeError, AssertionError, ImportError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text} cannot be used: {cause}") from error
-    return chosen
+        return usable_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def command(main: Callable[[], int | None]) -> NoReturn:

@@ -21,7 +21,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from benchmark import make_config
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,6 +33,7 @@ from transformers import (
 )
 
 from diffusion_nft.algorithms import Batch
+from diffusion_nft.benchmarks.epochs import make_config
 from diffusion_nft.benchmarks.models import ARCHITECTURES, CLIP_TOKENS, Setup
 from diffusion_nft.command_line import command, positive, user_path
 from diffusion_nft.distributed.ranks import Distributed
@@ -261,13 +261,12 @@ def parse_flags() -> argparse.Namespace:
 
 def count(args: argparse.Namespace, save_dir: str) -> dict[str, Any]:
     """Everything in GB, ready for JSON.  Raises ValueError for flags that no run could have."""
-    args.preset = args.rewards = None
-    args.set = [
+    changes = [
         ("resolution", args.resolution),
         ("train.lora_rank", args.rank),
         ("mixed_precision", args.precision),
     ]
-    shapes = Shapes(make_config(args, save_dir), args.arch)
+    shapes = Shapes(make_config(args.arch, save_dir, changes=changes), args.arch)
     # Random pipelines have no encoders.
     kept = {what: gb for what, gb in shapes.kept.items() if "encoders" not in what}
     encoders = {}

@@ -11,7 +11,7 @@ no model and no network.  The file opens offline and contains its images, curves
 import argparse
 from pathlib import Path
 
-from diffusion_nft.command_line import command, user_path
+from diffusion_nft.command_line import command, script_parser, user_path
 from diffusion_nft.reports.page import page
 from diffusion_nft.reports.runs import read_runs
 from diffusion_nft.utils.files import write_atomically
@@ -19,10 +19,7 @@ from diffusion_nft.utils.paths import prepare_folder
 
 
 def parse_flags() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=user_path, metavar="RUN", help="a run directory")
     add("--output", type=user_path, help="the HTML file")
@@ -32,7 +29,6 @@ def parse_flags() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Reads the runs, writes the report and prints its path."""
     args = parse_flags()
     runs = read_runs(args.runs)
     prepare_folder(args.output.parent)

@@ -12,18 +12,16 @@ command continues an interrupted call and makes nothing twice.  table.md and tab
 
 import argparse
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion_nft.command_line import command
-from diffusion_nft.data.prompts import Prompt, draw_lines, evaluated_lines
-from diffusion_nft.distributed.ranks import Distributed, check_shared, distributed
-from diffusion_nft.evaluation.evaluate import choose_rewards, complete
+from diffusion_nft.command_line import command, script_parser
+from diffusion_nft.data.prompts import draw_lines
+from diffusion_nft.distributed.ranks import check_shared, distributed
+from diffusion_nft.evaluation.evaluate import complete
 from diffusion_nft.evaluation.options import (
     EvalOptions,
     add_evaluation_flags,
     add_model_flags,
-    named_rewards,
     resolve_options,
 )
 from diffusion_nft.evaluation.results import (
@@ -31,10 +29,10 @@ from diffusion_nft.evaluation.results import (
     read_images,
     read_results,
     reserve_folder,
-    scored_by,
     write_json,
 )
 from diffusion_nft.evaluation.suites import SUITES, as_json, as_markdown, read_rows, result_table
+from diffusion_nft.evaluation.tasks import Task, suite_tasks, try_rewards
 from diffusion_nft.runs.environment import write_environment
 from diffusion_nft.runs.lock import only_writer
 from diffusion_nft.shapes import BUILT_IN_MODEL
@@ -46,83 +44,24 @@ NUM_IMAGES = 16
 TEST_SET_KEYS = ("dataset", "dataset_sha256", *PER_REWARD_SETTINGS)
 
 
-@dataclass(frozen=True)
-class Task:
-    """One test set of the suite."""
-
-    dataset: str
-    prompts: list[Prompt]
-    lines: list[int]  # of the test set, where the prompts stand
-    weights: dict[str, float]  # of its rewards
-    folder: Path
-
-
 def parse_flags() -> argparse.Namespace:
-    """The command line; ``options`` joins it with the checkpoint's run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     add_model_flags(parser)
     add_evaluation_flags(parser)
-    add = parser.add_argument
-    add("--suite", choices=sorted(SUITES), default="paper")
-    add("--datasets", help="only these of the suite, comma-separated")
+    parser.add_argument("--suite", choices=sorted(SUITES), default="paper")
+    parser.add_argument("--datasets", help="only these of the suite, comma-separated")
     args = parser.parse_args()
     args.options = resolve_options(args, SUITES[args.suite].settings)
     if args.suite != BUILT_IN_MODEL and args.options.run.get("pretrained.model") == BUILT_IN_MODEL:
         parser.error("this checkpoint is of the built-in model: --suite shapes")
     args.output_dir = args.output_dir or Path("reproductions", args.suite)
     args.model_dir = args.output_dir / args.options.folder_name(args.limit)
-    args.tasks = tasks(args)
+    args.tasks = suite_tasks(SUITES[args.suite], args, args.options, args.model_dir)
     return args
 
 
-def tasks(args: argparse.Namespace) -> list[Task]:
-    """The test sets to evaluate.  Raises ValueError, naming all of them, for what is not there."""
-    suite = SUITES[args.suite]
-    chosen = args.datasets.split(",") if args.datasets else suite.datasets
-    if unknown := [name for name in chosen if name not in suite.datasets]:
-        raise ValueError(f"--datasets {unknown[0]!r}: choose from {', '.join(suite.datasets)}")
-    skipped = set(filter(None, args.skip_rewards.split(",")))
-    found: list[Task] = []
-    problems: list[str] = []
-    unused = skipped | named_rewards(args)
-    for name in chosen:
-        weights = choose_rewards(name, "", "", args.options.run)
-        unused -= weights.keys()
-        weights = {reward: w for reward, w in weights.items() if reward not in skipped}
-        if not weights:
-            continue
-        try:
-            prompts, lines = evaluated_lines(name, args.limit)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        args.options.check_test_prompts(weights, prompts, lines)
-        found.append(Task(name, prompts, lines, weights, args.model_dir / name))
-    if problems:
-        raise ValueError("\n  ".join(["test sets are missing:", *problems]))
-    if not found:
-        raise ValueError(f"--skip_rewards leaves no reward in {', '.join(chosen)}")
-    if unused:
-        raise ValueError(f"{', '.join(sorted(unused))}: no such reward in {', '.join(chosen)}")
-    return found
-
-
-def check_rewards(options: EvalOptions, args: argparse.Namespace, dist: Distributed) -> None:
-    """Before any sampling: builds every reward that is still needed, one at a time.
-
-    Raises OSError, ImportError or ValueError of the first one that cannot be built.
-    """
-    needed = (task.weights.keys() - scored_by(task.folder) for task in args.tasks)
-    if dist.is_main:
-        for name in sorted(set().union(*needed)):
-            options.rewards({name: 1.0}, dist)
-    dist.barrier()
-
-
 def draw_grid(task: Task) -> None:
-    """A look at some images of a finished test set."""
+    """Saves some images of a finished test set as one."""
     shown = draw_lines(task.prompts, NUM_IMAGES)
     reward = next(iter(task.weights))
     scores, _ = read_results(task.folder, task.prompts)
@@ -136,7 +75,6 @@ def draw_grid(task: Task) -> None:
 
 
 def main() -> None:
-    """Parses, evaluates what is not yet there, prints the table."""
     args = parse_flags()
     options: EvalOptions = args.options
     with distributed(timeout_minutes=60) as dist:
@@ -148,12 +86,8 @@ def main() -> None:
         common = {key: value for key, value in records[0].items() if key not in TEST_SET_KEYS}
         with only_writer("--output_dir", args.model_dir, dist):
             reserve_folder(args.model_dir, common, dist)
-            unscored = any(task.weights.keys() - scored_by(task.folder) for task in args.tasks)
-            # One view for all ranks, as files may be seen at different moments.
-            if dist.broadcast_object(unscored):
-                check_rewards(options, args, dist)
-                if dist.is_main:
-                    write_environment(args.model_dir)
+            if try_rewards(args.tasks, options, dist) and dist.is_main:
+                write_environment(args.model_dir)
             for task, record in zip(args.tasks, records, strict=True):
                 dist.print_once(
                     f"{task.dataset}: {len(task.prompts)} lines, {', '.join(task.weights)}"

@@ -18,17 +18,14 @@ import sys
 
 import torch
 
-from diffusion_nft.command_line import command, device, positive
+from diffusion_nft.command_line import command, device, positive, script_parser
 from diffusion_nft.models.precision import set_tf32
 from diffusion_nft.rewards import REWARDS, build_reward, parse_option
 from diffusion_nft.rewards.serving.protocol import TOKEN_VARIABLE, shared_token
 
 
 def parse_flags() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--reward", required=True, choices=list(REWARDS))
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine")
     parser.add_argument("--port", type=_port, required=True, help="0: any that is free")

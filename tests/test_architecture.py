@@ -134,6 +134,14 @@ def test_no_file_is_longer_than_400_lines():
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
 
 
+def test_scripts_are_entry_points():
+    for path in (ROOT / "scripts").glob("*.py"):
+        scripts = {other.stem for other in path.parent.glob("*.py")}
+        assert not scripts & imports(path), path
+        if path.stem != "benchmark_memory":
+            assert len(path.read_text(encoding="utf-8").splitlines()) <= 135, path
+
+
 def test_nothing_catches_everything_silently():
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

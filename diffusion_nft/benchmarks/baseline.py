@@ -1,4 +1,4 @@
-"""The published algorithm, run the way its published implementation runs it; written anew.
+"""The published algorithm, run the way its published implementation runs it; reimplemented.
 
 What that way is: frozen weights in float32 under autocast; adapters beside their layers at every
 forward, of the old policy too; every image's prompt encoded with its image; three forwards for
@@ -164,7 +164,6 @@ class Published:
         return torch.cat([future.result().total for future in futures])
 
     def train(self, drawn: Drawn, r: Tensor, epoch: int) -> None:
-        """The updates of ``epoch``."""
         del epoch
         config, device = self.setup.config.train, self.setup.dist.device
         used = max(1, int(len(drawn.sigmas) * config.timestep_fraction))

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.images import Images
 from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.flops import Cost, backward_cost, decode_cost, forward_cost
 from diffusion_nft.rewards.combine import RewardSet
@@ -131,32 +132,36 @@ class Observer:
         phase.flops += rows * cost.flops
         phase.bytes += cost.bytes(rows, weight, element)
 
-    def _plain(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        count: Callable[..., None] = lambda phase, *args: None,
+    ) -> Callable[..., Any]:
+        """``function`` as phase ``name``; ``count(phase, *args)`` adds rows and costs of a call."""
+
         def call(*args: Any, **options: Any) -> Any:
             result, seconds = self._clock(function, *args, **options)
-            self._add(name, seconds)
+            count(self._add(name, seconds), *args)
             return result
 
         return call
 
-    def _encode(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(texts: list[str]) -> Conditioning:
-            result, seconds = self._clock(function, texts)
-            self._add("encode", seconds).rows += len(texts)
-            return result
+    def _count_texts(self, phase: Phase, texts: list[str]) -> None:
+        phase.rows += len(texts)
 
-        return call
-
-    def _decode(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _count_decode(self, phase: Phase, x0: Tensor) -> None:
         vae = self.way.model.vae
+        self._add_cost(phase, decode_cost(vae.config, x0.shape[-1]), len(x0), vae)
 
-        def call(x0: Tensor) -> Tensor:
-            result, seconds = self._clock(function, x0)
-            cost = decode_cost(vae.config, x0.shape[-1])
-            self._add_cost(self._add("decode", seconds), cost, len(x0), vae)
-            return result
+    def _count_backward(self, phase: Phase, *args: Any) -> None:
+        for cost, rows in self._awaiting:
+            self._add_cost(phase, cost, rows, self.way.model.pipe.transformer)
+        self._awaiting.clear()
 
-        return call
+    def _count_step(self, phase: Phase, *args: Any) -> None:
+        groups = self.way.optimizer.param_groups
+        phase.bytes += ADAM_PASSES * sum(w.nbytes for group in groups for w in group["params"])
 
     def _velocity(self, function: Callable[..., Any]) -> Callable[..., Any]:
         transformer = self.way.model.pipe.transformer
@@ -192,32 +197,9 @@ class Observer:
         without, beside = (forward_cost(*shape, rank).flops for rank in (0, self._rank))
         return self._rank if counter.get_total_flops() > (without + beside) / 2 else 0
 
-    def _backward(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        transformer = self.way.model.pipe.transformer
-
-        def call(*args: Any, **options: Any) -> None:
-            _, seconds = self._clock(function, *args, **options)
-            phase = self._add("backward", seconds)
-            for cost, rows in self._awaiting:
-                self._add_cost(phase, cost, rows, transformer)
-            self._awaiting.clear()
-
-        return call
-
-    def _optimizer(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        weights = [w for group in self.way.optimizer.param_groups for w in group["params"]]
-
-        def call(*args: Any, **options: Any) -> Any:
-            result, seconds = self._clock(function, *args, **options)
-            phase = self._add("optimizer", seconds)
-            phase.bytes += ADAM_PASSES * sum(weight.nbytes for weight in weights)
-            return result
-
-        return call
-
     def _reward(self, function: Callable[..., Any]) -> Callable[..., Any]:
         # In a thread of its own, beside the phases of the main one, which has the device's queue.
-        def call(rewards: RewardSet, images: Tensor, *args: Any) -> Any:
+        def call(rewards: RewardSet, images: Images, *args: Any) -> Any:
             started = time.perf_counter()
             scores = function(rewards, images, *args)
             phase = self.phases.setdefault("reward", Phase())
@@ -232,16 +214,14 @@ class Observer:
         @contextmanager
         def use_adapter(name: str) -> Iterator[None]:
             switch = function(name)
-            _, seconds = self._clock(switch.__enter__)
-            self._add("policy switch", seconds)
+            self._timed("policy switch", switch.__enter__)()
             self._policies.append(name)
-            with ExitStack() as leaving:
-                leaving.push(switch.__exit__)
+            try:
                 yield
-                leaving.pop_all()
-            self._policies.pop()
-            _, seconds = self._clock(switch.__exit__, None, None, None)
-            self._add("policy switch", seconds, calls=0)
+            finally:
+                self._policies.pop()
+                _, seconds = self._clock(switch.__exit__, None, None, None)
+                self._add("policy switch", seconds, calls=0)
 
         return use_adapter
 
@@ -260,19 +240,20 @@ class Observer:
     def watching(self) -> Iterator[None]:
         """Counts and times what the way does in the block."""
         way = self.way
+        timed = self._timed
         wrapped = [
             (way, "sample", partial(self._whole, "sample")),
             (way, "train", partial(self._whole, "train")),
-            (way.encoder, "encode", self._encode),
-            (way.model, "decode", self._decode),
+            (way.encoder, "encode", partial(timed, "encode", count=self._count_texts)),
+            (way.model, "decode", partial(timed, "decode", count=self._count_decode)),
             (way.model, "velocity", self._velocity),
             (way.switch, "use_adapter", self._use_adapter),
-            (way.optimizer, "step", self._optimizer),
-            (*way.waiting, partial(self._plain, "reward wait")),
+            (way.optimizer, "step", partial(timed, "optimizer", count=self._count_step)),
+            (*way.waiting, partial(timed, "reward wait")),
             (RewardSet, "__call__", self._reward),
-            (torch.autograd, "backward", self._backward),
-            (Distributed, "all_reduce_sum", partial(self._plain, "collectives")),
-            (Distributed, "gather_objects", partial(self._plain, "collectives")),
+            (torch.autograd, "backward", partial(timed, "backward", count=self._count_backward)),
+            (Distributed, "all_reduce_sum", partial(timed, "collectives")),
+            (Distributed, "gather_objects", partial(timed, "collectives")),
         ]
         with ExitStack() as stack:
             for owner, name, wrap in wrapped:
@@ -280,8 +261,8 @@ class Observer:
             yield
 
     def time(self, name: str, function: Callable[[], Any]) -> None:
-        """``function()`` as phase ``name``."""
-        self._plain(name, function)()
+        """Runs ``function`` as phase ``name``."""
+        self._timed(name, function)()
 
 
 def verdict(name: str, phase: Phase, peaks: Peaks) -> dict[str, Any]:

@@ -30,7 +30,7 @@ MIN_PAIRS = 3
 
 @dataclass(frozen=True)
 class Result:
-    """A result of scripts/experiments.py: its header, and its evaluations and epochs in order."""
+    """A result file of scripts/experiments.py: header, evaluations and epochs in their order."""
 
     about: dict[str, Any]
     rows: list[dict[str, Any]]
@@ -64,7 +64,7 @@ class Result:
         return math.nan if value is None else value
 
     def at(self, spent: float, key: str = COST) -> float:
-        """Strict accuracy after ``spent`` of ``key``, interpolated between evaluations."""
+        """Strict accuracy at ``spent`` of ``key``, interpolated between evaluations."""
         spendings, values = ([row[name] for row in self.evaluations] for name in (key, ACCURACY))
         return float(np.interp(spent, spendings, values))
 
@@ -99,7 +99,7 @@ def read(folder: Path) -> Results:
     for path in paths:
         about, *rows = read_lines(path) or [{}]
         if missing := {"variant", "seed", "baseline", "preset", "changes"} - about.keys():
-            raise ValueError(f"{path} is not a result: its first line has no {', '.join(missing)}")
+            raise ValueError(f"{path} is not a result: its first line lacks {', '.join(missing)}")
         result = Result(about, rows)
         if len(result.evaluations) < 2 or ACCURACY not in result.evaluations[0]:
             raise ValueError(f"{path} must hold two evaluations or more, with {ACCURACY}")

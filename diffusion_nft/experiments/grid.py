@@ -27,18 +27,24 @@ IRRELEVANT_KEYS = ("run_name", "save_dir", "save_freq", "checkpoint.", "log.", "
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One variant with one seed."""
+    """One variant of an experiment with one seed."""
 
-    experiment: str
-    question: str
-    baseline: str
-    watched: tuple[str, ...]
+    name: str  # of the experiment
+    experiment: Any  # of config/experiments.py
     variant: str
     seed: int
-    preset: str  # file:name
-    changes: dict[str, Any]
     config: ConfigDict
     result: Path
+
+    @property
+    def preset(self) -> str:
+        """file:name."""
+        variant = self.experiment.variants[self.variant]
+        return f"{os.path.relpath(ROOT / variant.file)}:{variant.preset}"
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        return self.experiment.changes(self.variant)
 
     @property
     def folder(self) -> Path:
@@ -46,12 +52,11 @@ class PlannedRun:
 
     @property
     def log(self) -> Path:
-        """Output of the training script."""
         return self.folder / LOG_FILE
 
     @property
     def title(self) -> str:
-        return f"{self.experiment} {self.variant} seed {self.seed}"
+        return f"{self.name} {self.variant} seed {self.seed}"
 
     @property
     def prompts(self) -> PromptHashes:
@@ -83,13 +88,16 @@ def plan(name: str, experiment: Any, args: argparse.Namespace) -> list[PlannedRu
 def make_run(
     name: str, experiment: Any, variant: str, seed: int, args: argparse.Namespace
 ) -> PlannedRun:
-    """One run of the experiment ``name``, with a checked configuration."""
-    chosen, changes = experiment.variants[variant], experiment.changes(variant)
-    stem = f"{variant}-seed{seed}"
-    for key in changes:
-        if key not in SCHEMA and not key.startswith("reward_fn."):
-            raise ValueError(f"{name}, variant {variant}: {key} {unknown_key(key)}")
+    """One run of the experiment ``name``, its configuration checked."""
+    chosen, changes, stem = (
+        experiment.variants[variant],
+        experiment.changes(variant),
+        f"{variant}-seed{seed}",
+    )
     try:
+        for key in changes:
+            if key not in SCHEMA and not key.startswith("reward_fn."):
+                raise ValueError(f"{key} {unknown_key(key)}")
         config = load_file(ROOT / chosen.file).get_config(chosen.preset)
         config.update_from_flattened_dict(changes)
         config.seed, config.save_dir = seed, str(args.runs / name / stem)
@@ -97,18 +105,8 @@ def make_run(
         expand_paths(config)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name}, variant {variant}: {error}") from error
-    return PlannedRun(
-        experiment=name,
-        question=experiment.question,
-        baseline=experiment.baseline,
-        watched=experiment.watched,
-        variant=variant,
-        seed=seed,
-        preset=f"{os.path.relpath(ROOT / chosen.file)}:{chosen.preset}",
-        changes=changes,
-        config=config,
-        result=args.results / name / f"{stem}.jsonl",
-    )
+    result = args.results / name / f"{stem}.jsonl"
+    return PlannedRun(name, experiment, variant, seed, config, result)
 
 
 def differences(
@@ -131,7 +129,7 @@ def differences(
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The first line of a result.  Raises ValueError if it is not a header."""
+    """The first line of a result.  Raises ValueError if ``path`` is not one."""
     with path.open(encoding="utf-8") as file:
         line = file.readline()
     try:

@@ -51,9 +51,8 @@ def model_shape(config: ConfigDict) -> tuple[dict[str, Any], int, int]:
             f"pretrained.model {name!r}: experiments count the FLOPs of {BUILT_IN_MODEL!r} or of a "
             "diffusers folder"
         )
-    transformer = read_object(folder / "transformer" / "config.json")
-    vae = read_object(folder / "vae" / "config.json")
-    tokenizer = read_object(folder / "tokenizer" / "tokenizer_config.json")
+    parts = ("transformer/config.json", "vae/config.json", "tokenizer/tokenizer_config.json")
+    transformer, vae, tokenizer = (read_object(folder / part) for part in parts)
     side = config.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
     text = tokenizer["model_max_length"] + config.pretrained.max_sequence_length
     return transformer, side, text
@@ -73,14 +72,9 @@ def threads(jobs: int) -> str:
 
 
 def place(run: PlannedRun) -> dict[str, Any]:
-    """The part of the header about the experiment; the rest is about the run alone."""
-    return {
-        "experiment": run.experiment,
-        "question": run.question,
-        "baseline": run.baseline,
-        "watched": run.watched,
-        "variant": run.variant,
-    }
+    """The header's part on the experiment; the rest is about the run alone."""
+    about = {key: getattr(run.experiment, key) for key in ("question", "baseline", "watched")}
+    return {"experiment": run.name, **about, "variant": run.variant}
 
 
 def header(run: PlannedRun, ratio: float, jobs: int) -> dict[str, Any]:
@@ -136,23 +130,19 @@ def rows(run: PlannedRun, ratio: float) -> Iterator[dict[str, Any]]:
                     f"{run.folder} and run it again"
                 ) from error
         if evaluation or row["epoch"] % every == 0:
-            kept = {
+            kept = {"seconds": seconds, "forward_equivalents": cost} | {
                 k: v
                 for k, v in row.items()
                 if k in EPOCH_METRICS or k.startswith(("eval/", "monitor/"))
             }
-            sums = {"seconds": seconds, "forward_equivalents": cost}
-            yield {"epoch": row["epoch"], "step": row["step"], **_rounded(sums | kept)}
+            rounded = {
+                k: float(f"{v:.{SIGNIFICANT_DIGITS}g}") if isinstance(v, float) else v
+                for k, v in kept.items()
+            }
+            yield {"epoch": row["epoch"], "step": row["step"], **rounded}
         ended = evaluation and row["epoch"] == run.config.num_epochs
     if not ended:
         raise Incomplete(f"it ended before epoch {run.config.num_epochs} was evaluated")
-
-
-def _rounded(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: float(f"{value:.{SIGNIFICANT_DIGITS}g}") if isinstance(value, float) else value
-        for key, value in values.items()
-    }
 
 
 def write_result(run: PlannedRun, jobs: int) -> dict[str, Any]:
@@ -164,10 +154,13 @@ def write_result(run: PlannedRun, jobs: int) -> dict[str, Any]:
     numbers = list(rows(run, ratio))
     ran = read_object(run.folder / CONFIG_FILE)
     refuse(run, run.folder, differences(run, ran, []))
-    lines = [_json(line) for line in (header(run, ratio, jobs), *numbers)]
-    run.result.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.result, ("\n".join(lines) + "\n").encode())
+    _write(run.result, header(run, ratio, jobs), "".join(f"{_json(row)}\n" for row in numbers))
     return numbers[-1]
+
+
+def _write(path: Path, header: dict[str, Any], rest: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, f"{_json(header)}\n{rest}".encode())
 
 
 def _json(line: dict[str, Any]) -> str:
@@ -185,22 +178,18 @@ def same_elsewhere(run: PlannedRun) -> Path | None:
         about = read_header(path)
         if path == run.result or "ran_as" in about or about["git_dirty"]:
             continue
-        if (
-            about["preset"] == run.preset
-            and about["changes"] == json.loads(json.dumps(run.changes))
-            and not changed_prompts(about.get("prompts", {}), run.prompts)
-            and not differences(run, about["config"], list(about["changes"]))
-        ):
+        # The header's changes went through JSON: tuples are lists there.
+        changes = json.loads(json.dumps(run.changes))
+        same = about["preset"] == run.preset and about["changes"] == changes
+        same = same and not changed_prompts(about.get("prompts", {}), run.prompts)
+        if same and not differences(run, about["config"], list(about["changes"])):
             found.append((about["date"], path))
     return max(found)[1] if found else None
 
 
 def take_over(run: PlannedRun, source: Path) -> None:
-    """Copies the result ``source`` to that of ``run``; the header names its origin."""
+    """Writes the numbers at ``source`` as the result of ``run``; the header names their origin."""
     first, _, rest = source.read_text(encoding="utf-8").partition("\n")
     about = json.loads(first)
     ran_as = f"{about['experiment']} {about['variant']}"
-    run.result.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        run.result, f"{_json(about | place(run) | {'ran_as': ran_as})}\n{rest}".encode()
-    )
+    _write(run.result, about | place(run) | {"ran_as": ran_as}, rest)

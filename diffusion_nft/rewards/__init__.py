@@ -19,7 +19,6 @@ import argparse
 import ast
 import importlib
 import inspect
-import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from typing import Any, Literal, Protocol, get_args, get_origin
 import torch
 from torch import Tensor
 
+from diffusion_nft.utils.devices import usable_device
 from diffusion_nft.utils.paths import expand
 
 # name -> "module:Class"; a module is imported only when its reward is built.
@@ -124,8 +124,10 @@ def build_reward(
         return RemoteReward(name, addresses, timeout=timeout)
     cls = reward_class(name)
     if "device" in options:
-        device = torch.device(options.pop("device"))
-        _insist_on(device, name)
+        try:
+            device = usable_device(options.pop("device"))
+        except ValueError as error:
+            raise ValueError(f"reward {name!r}: {error}") from error
     if "dtype" in options:
         options["dtype"] = DTYPES[options["dtype"]]
     for key, parameter in inspect.signature(cls).parameters.items():
@@ -189,16 +191,6 @@ def _fits(value: Any, annotation: Any) -> bool:
     return not JSON_TYPES.keys() >= set(kinds) or any(
         type(value) in JSON_TYPES[kind] for kind in kinds
     )
-
-
-def _insist_on(device: torch.device, name: str) -> None:
-    """ValueError if this process cannot use ``device``."""
-    try:
-        torch.empty(0, device=device)
-    # Torch without that backend asserts, or knows no kernel; with it, the number is too high.
-    except (RuntimeError, AssertionError, ImportError) as error:
-        cause = re.split(r"\n|\. ", str(error).strip())[0]
-        raise ValueError(f"the device of {name}, {device}, is not here: {cause}") from error
 
 
 def check_prompts(

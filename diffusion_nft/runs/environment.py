@@ -9,6 +9,7 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,13 +56,11 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def write_environment(run_dir: Path) -> None:
-    """Adds a line to ``environments.jsonl``: time of this start, versions, device, processes, git
-    revision, command line.  The lines of former starts stay.
-    """
+def environment() -> dict[str, Any]:
+    """Time, versions, device, processes, git revision and command line of this process."""
     status = _git("status", "--porcelain", "--untracked-files=no")
     cuda = torch.cuda.is_available()
-    environment = {
+    return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -74,5 +73,9 @@ def write_environment(run_dir: Path) -> None:
         "git_dirty": None if status is None else bool(status),
         "command": shlex.join(sys.argv),
     }
+
+
+def write_environment(run_dir: Path) -> None:
+    """Adds a line to ``environments.jsonl``, after those of former starts."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    append_line(run_dir / ENVIRONMENTS_FILE, json.dumps(environment))
+    append_line(run_dir / ENVIRONMENTS_FILE, json.dumps(environment()))

@@ -120,7 +120,7 @@ SERVER: dict[str, tuple[str, tuple[object, ...]]] = {
     ),
     "a deep option": ("shapes has no option 'x'", (*SHAPES, "--option", "x=" + "[" * 9999)),
     "an unknown device": ("", (*SHAPES, "--device", "gpu")),
-    "an absent device": ("is not here", (*SHAPES, "--option", "device=hpu:9")),
+    "an absent device": ("'hpu:9' cannot be used", (*SHAPES, "--option", "device=hpu:9")),
     "no images": ("must be at least 1, not 0", (*SHAPES, "--max_images", 0)),
     "no megabytes": ("must be a positive number", (*SHAPES, "--max_megabytes", "nan")),
     "infinite megabytes": ("must be a positive number", (*SHAPES, "--max_megabytes", "inf")),

@@ -1,11 +1,12 @@
 """The benchmark: its formulas against torch's own counter, and what it counts in an epoch."""
 
 import json
-import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,32 +14,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_nft.algorithms import Batch
 from diffusion_nft.algorithms.nft import NFT
+from diffusion_nft.benchmarks import scaling
+from diffusion_nft.benchmarks.baseline import Published
+from diffusion_nft.benchmarks.epochs import make_config, timed_epoch
+from diffusion_nft.benchmarks.models import ARCHITECTURES, Product, Setup
+from diffusion_nft.benchmarks.phases import Observer, Peaks, Phase, verdict
+from diffusion_nft.benchmarks.scaling import AXES, BENCHMARK, draw, exponent, measure, time_epochs
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.flow import add_noise
+from diffusion_nft.models.flops import Linear, backward_cost, decode_cost, forward_cost
 from diffusion_nft.rewards import parse_option
-from tests.launch import ROOT, one_thread
+from tests.launch import one_thread
 from tests.scripts.in_process import call, script
 
 RANK = 32
 SIZES = ("sample.num_groups=2", "sample.num_image_per_prompt=4", "sample.num_steps=4")
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield script("benchmark")
-    sys.path.remove(str(ROOT / "scripts"))
-
-
-def make_setup(benchmark, tmp_path, arch: str, *changes: str):
-    args = SimpleNamespace(
-        arch=arch,
-        preset="shapes_smoke",
-        rewards=None,
-        set=[*map(parse_option, ("train.timestep_fraction=0.5", *changes))],
-    )
-    config = benchmark.make_config(args, str(tmp_path))
-    return benchmark.Setup.of(config, Distributed(0, 1, 0, torch.device("cpu")), arch)
+def make_setup(tmp_path, arch: str, *changes: str) -> Setup:
+    options = [*map(parse_option, ("train.timestep_fraction=0.5", *changes))]
+    config = make_config(arch, str(tmp_path), preset="shapes_smoke", changes=options)
+    return Setup.of(config, Distributed(0, 1, 0, torch.device("cpu")), arch)
 
 
 def counted(work) -> tuple[object, int]:
@@ -49,10 +45,8 @@ def counted(work) -> tuple[object, int]:
 
 
 @pytest.mark.parametrize("arch, resolution", [("sd3.5-tiny", 128), ("shapes", 48)])
-def test_flops_by_formula_are_those_that_torch_counts(benchmark, tmp_path, arch, resolution):
-    import diffusion_nft.models.flops as formula
-
-    model = make_setup(benchmark, tmp_path, arch, f"resolution={resolution}").load()
+def test_flops_by_formula_are_those_that_torch_counts(tmp_path, arch, resolution):
+    model = make_setup(tmp_path, arch, f"resolution={resolution}").load()
     transformer, count = model.transformer, 3
     transformer.add_adapter(LoraConfig(r=RANK, target_modules=list(model.lora_targets)))
     x, sigma = torch.randn(count, *model.latent_shape((48, 48))), torch.full((count,), 0.5)
@@ -60,31 +54,24 @@ def test_flops_by_formula_are_those_that_torch_counts(benchmark, tmp_path, arch,
     shape = (transformer.config, x.shape[-1], cond.prompt_embeds.shape[1])
 
     v, flops = counted(lambda: model.velocity(x, sigma, cond))
-    assert flops == pytest.approx(count * formula.forward_cost(*shape, RANK).flops, rel=0.01)
+    assert flops == pytest.approx(count * forward_cost(*shape, RANK).flops, rel=0.01)
     _, flops = counted(lambda: v.sum().backward())
-    assert flops == pytest.approx(count * formula.backward_cost(*shape, RANK).flops, rel=0.01)
+    assert flops == pytest.approx(count * backward_cost(*shape, RANK).flops, rel=0.01)
     transformer.disable_adapters()
     _, flops = counted(lambda: model.velocity(x, sigma, cond))
-    assert flops == pytest.approx(count * formula.forward_cost(*shape).flops, rel=0.01)
+    assert flops == pytest.approx(count * forward_cost(*shape).flops, rel=0.01)
     _, flops = counted(lambda: model.decode(x))
-    cost = formula.decode_cost(model.vae.config, x.shape[-1])
+    cost = decode_cost(model.vae.config, x.shape[-1])
     assert flops == pytest.approx(count * cost.flops, rel=0.01)
 
 
-def test_bytes_count_weights_once_a_call_and_activations_once_a_sample(benchmark):
-    from diffusion_nft.models.flops import Linear
-
+def test_bytes_count_weights_once_a_call_and_activations_once_a_sample():
     cost = Linear(rows=5, n_in=3, n_out=7).forward(rank=0)
     assert cost.flops == 2 * 5 * 3 * 7
     assert cost.bytes(2, weight_size=4, element_size=2) == 3 * 7 * 4 + 2 * 5 * (3 + 7) * 2
 
 
-def test_the_medium_architecture_has_the_real_ones_size(benchmark):
-    from diffusers import SD3Transformer2DModel
-
-    from diffusion_nft.benchmarks.models import ARCHITECTURES
-    from diffusion_nft.models.flops import forward_cost
-
+def test_the_medium_architecture_has_the_real_ones_size():
     arguments = ARCHITECTURES["sd3.5-medium"].transformer
     with torch.device("meta"):
         model = SD3Transformer2DModel(**arguments)
@@ -98,11 +85,8 @@ def test_the_medium_architecture_has_the_real_ones_size(benchmark):
     assert forward_cost(model.config, 64, 205).flops == pytest.approx(flops, rel=0.01)
 
 
-def test_both_ways_have_the_same_loss_and_gradient(benchmark, tmp_path):
-    from diffusion_nft.benchmarks.baseline import Published
-    from diffusion_nft.benchmarks.models import Product
-
-    setup = make_setup(benchmark, tmp_path, "shapes", "nft.kl_weight=0.5", "nft.beta=0.5")
+def test_both_ways_have_the_same_loss_and_gradient(tmp_path):
+    setup = make_setup(tmp_path, "shapes", "nft.kl_weight=0.5", "nft.beta=0.5")
     ours, theirs = Product(setup), Published(setup)
     g = torch.Generator().manual_seed(3)
     for name in ("old", "current"):
@@ -133,11 +117,11 @@ def test_both_ways_have_the_same_loss_and_gradient(benchmark, tmp_path):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
 
 
-def test_it_counts_what_an_epoch_does_and_prints_it(benchmark, tmp_path, capsys):
+def test_it_counts_what_an_epoch_does_and_prints_it(tmp_path, capsys):
     output = tmp_path / "result.json"
     flags = [flag for change in SIZES for flag in ("--set", change)]
     call(
-        benchmark,
+        script("benchmark"),
         *("--preset", "shapes_smoke", "--arch", "sd3.5-tiny", "--repeats", 1, "--baseline"),
         *flags,
         *("--output", output),
@@ -165,20 +149,17 @@ def test_it_counts_what_an_epoch_does_and_prints_it(benchmark, tmp_path, capsys)
     assert (
         old["flops"] == current["flops"] > results["ours"]["phases"]["reference forward"]["flops"]
     )
-    ours, theirs = (results[way]["epoch_seconds"]["all"] for way in ("ours", "baseline"))
+    ours, theirs = (results[way]["seconds"]["epoch"]["all"] for way in ("ours", "baseline"))
     assert results["speedup"]["all"] == [theirs[0] / ours[0]]
     rate = results["ours"]["images_per_second"]["median"]
     assert rate == pytest.approx(samples / ours[0])
 
 
-def test_without_a_kl_term_ours_makes_no_reference_forward(benchmark, tmp_path):
-    from diffusion_nft.benchmarks.models import Product
-    from diffusion_nft.benchmarks.phases import Observer
-
-    way = Product(make_setup(benchmark, tmp_path, "shapes", "nft.kl_weight=0.0", *SIZES))
+def test_without_a_kl_term_ours_makes_no_reference_forward(tmp_path):
+    way = Product(make_setup(tmp_path, "shapes", "nft.kl_weight=0.0", *SIZES))
     observer = Observer(way)
     with one_thread(), observer.watching():
-        benchmark.run_epoch(way, 0)
+        timed_epoch(way, 0)
     assert observer.phases["current forward"].rows == 16
     assert "reference forward" not in observer.phases
 
@@ -187,9 +168,7 @@ def test_without_a_kl_term_ours_makes_no_reference_forward(benchmark, tmp_path):
     "flops, data, seconds, bound",
     [(100, 1, 1.5, "compute"), (1, 100, 15, "memory"), (100, 1, 3.5, "overhead")],
 )
-def test_a_phase_is_bound_by_what_takes_longest(benchmark, flops, data, seconds, bound):
-    from diffusion_nft.benchmarks.phases import Peaks, Phase, verdict
-
+def test_a_phase_is_bound_by_what_takes_longest(flops, data, seconds, bound):
     peaks = Peaks(flops=100.0, bandwidth=10.0)
     row = verdict("decode", Phase(seconds, 1, 1, flops, data), peaks)
     assert row["bound"] == bound and row["sentence"].startswith(f"{bound}-bound")
@@ -206,30 +185,40 @@ def test_a_phase_is_bound_by_what_takes_longest(benchmark, flops, data, seconds,
         (("--rewards", "prettiness"), "prettiness"),
     ],
 )
-def test_a_wrong_command_line_ends_with_one_line(benchmark, flags, message):
+def test_a_wrong_command_line_ends_with_one_line(flags, message):
     with pytest.raises(ValueError) as stopped:
-        call(benchmark, *flags)
+        call(script("benchmark"), *flags)
     assert message in str(stopped.value)
 
 
-def test_exponents_are_slopes_and_the_curves_are_drawn(benchmark, tmp_path):
-    scaling = script("benchmark_scaling")
+def test_exponents_are_slopes_and_the_curves_are_drawn(tmp_path):
     sizes = [1, 2, 4, 8]
     seconds = {"epoch": [3 * size**1.5 for size in sizes], "training": [2.0] * 4}
-    exponents = {part: scaling.exponent(sizes, values) for part, values in seconds.items()}
+    exponents = {part: exponent(sizes, values) for part, values in seconds.items()}
     assert exponents == pytest.approx({"epoch": 1.5, "training": 0.0})
     curve = {"sizes": sizes, "seconds": seconds, "exponents": exponents}
-    scaling.draw({"groups": curve, "ranks": curve}, tmp_path / "scaling.png")
+    draw({"groups": curve, "ranks": curve}, tmp_path / "scaling.png")
     with Image.open(tmp_path / "scaling.png") as image:
         assert image.width > image.height > 100
 
 
-def test_a_size_is_timed_with_the_products_own_epochs(benchmark, tmp_path):
-    scaling = script("benchmark_scaling")
-    axis = scaling.AXES["resolution"]
-    dist = Distributed(0, 1, 0, torch.device("cpu"))
-    with one_thread():
-        seconds, about = scaling.time_here(axis, 64, 1, dist, str(tmp_path))
-    assert about["preset_sizes"]["resolution"] == 64 and about["arch"] == "sd3.5-tiny"
-    assert min(seconds.values()) > 0
-    assert seconds["epoch"] == pytest.approx(seconds["sampling"] + seconds["training"])
+def test_a_size_is_timed_by_the_benchmark(tmp_path, monkeypatch):
+    commands = []
+
+    def run_here(command, **options):
+        commands.append(command)
+        flags = command[command.index(str(BENCHMARK)) + 1 :]
+        return SimpleNamespace(returncode=call(script("benchmark"), *flags) or 0)
+
+    monkeypatch.setattr(scaling, "subprocess", SimpleNamespace(run=run_here, DEVNULL=None))
+    monkeypatch.setattr(Peaks, "measure", lambda *given: Peaks(1e12, 1e10))
+    for name in ("ranks", "resolution"):
+        small = replace(AXES[name], fixed=SIZES, preset="shapes_smoke")
+        monkeypatch.setitem(AXES, name, small)
+    curve = measure("ranks", (1, 2), 1, tmp_path)
+    assert ["--nproc_per_node=1" in command for command in commands] == [True, False]
+    assert curve["exponents"].keys() == {"sampling", "training", "epoch"}
+    parts = zip(*curve["seconds"].values(), strict=True)
+    assert all(sampling + training == pytest.approx(epoch) for sampling, training, epoch in parts)
+    about = time_epochs(AXES["resolution"], 64, 1, tmp_path)["about"]
+    assert about["arch"] == "sd3.5-tiny" and about["preset_sizes"]["resolution"] == 64

@@ -1,8 +1,6 @@
 """The arithmetic of memory: against real allocations, and how it grows."""
 
-import sys
 from contextlib import contextmanager
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -11,9 +9,11 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers import T5Config, T5EncoderModel
 
+from diffusion_nft.benchmarks.epochs import make_config
+from diffusion_nft.benchmarks.models import Setup
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.policy import Policy
-from tests.launch import ROOT, one_thread
+from tests.launch import one_thread
 from tests.scripts.in_process import call, script
 
 PIXELS = 96
@@ -21,24 +21,17 @@ PIXELS = 96
 
 @pytest.fixture(scope="module")
 def module():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield script("benchmark_memory")
-    sys.path.remove(str(ROOT / "scripts"))
+    return script("benchmark_memory")
 
 
-def make_config(module, tmp_path, precision: str):
-    args = SimpleNamespace(
-        arch="sd3.5-tiny",
-        preset=None,
-        rewards=None,
-        set=[("resolution", PIXELS), ("mixed_precision", precision), ("train.lora_rank", 8)],
-    )
-    return module.make_config(args, str(tmp_path))
+def tiny_config(tmp_path):
+    changes = [("resolution", PIXELS), ("mixed_precision", "bf16"), ("train.lora_rank", 8)]
+    return make_config("sd3.5-tiny", str(tmp_path), changes=changes)
 
 
 @pytest.fixture(scope="module")
 def shapes(module, tmp_path_factory):
-    return module.Shapes(make_config(module, tmp_path_factory.mktemp("run"), "bf16"), "sd3.5-tiny")
+    return module.Shapes(tiny_config(tmp_path_factory.mktemp("run")), "sd3.5-tiny")
 
 
 @contextmanager
@@ -67,10 +60,7 @@ def allocated(work) -> int:
 
 def test_a_forward_and_backward_allocates_what_is_said(module, shapes, tmp_path):
     """Real tensors under torch's own autocast and attention, watched by its profiler."""
-    from diffusion_nft.benchmarks.models import Setup
-
-    config = make_config(module, tmp_path, "bf16")
-    setup = Setup.of(config, Distributed(0, 1, 0, torch.device("cpu")), "sd3.5-tiny")
+    setup = Setup.of(tiny_config(tmp_path), Distributed(0, 1, 0, torch.device("cpu")), "sd3.5-tiny")
     model = setup.load()
     policy = Policy(
         model.transformer,
@@ -83,7 +73,7 @@ def test_a_forward_and_backward_allocates_what_is_said(module, shapes, tmp_path)
     for weight in policy.parameters():
         weight.grad = torch.zeros_like(weight)
     size = 3
-    x, sigma = torch.randn(size, *model.latent_shape((48, 48))), torch.full((size,), 0.5)
+    x, sigma = torch.randn(size, *model.latent_shape((PIXELS, PIXELS))), torch.full((size,), 0.5)
     cond = model.encode(["a", "b", "c"])
 
     def real():

@@ -63,9 +63,7 @@ log(4, 2, **{"eval/total": 0.625, "eval/shapes/strict": 0.5, "eval/diversity": N
 
 @pytest.fixture(scope="module")
 def runner():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield script("experiments")
-    sys.path.remove(str(ROOT / "scripts"))
+    return script("experiments")
 
 
 @pytest.fixture
@@ -79,7 +77,7 @@ def tiny(runner, tmp_path, monkeypatch):
     train = tmp_path / "train.py"
     train.write_text(FAKE_TRAIN)
     monkeypatch.setattr(grid, "TRAIN", train)
-    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr("diffusion_nft.experiments.runner.POLL_SECONDS", 0.01)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     world = SimpleNamespace(steps=2, results=tmp_path / "results", runs=tmp_path / "runs")
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from scipy import special
 
-from diffusion_nft.experiments import comparison, tables
+from diffusion_nft.experiments import comparison, plots, tables
 from tests.scripts.in_process import call, script
 
 
@@ -62,9 +62,9 @@ def colours(path, height: int) -> set[tuple[int, ...]]:
         return {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
 
 
-def blue(plot) -> tuple[int, ...]:
+def blue() -> tuple[int, ...]:
     """The first variant's colour."""
-    return tuple(bytes.fromhex(plot.COLOURS[0].removeprefix("#")))
+    return tuple(bytes.fromhex(plots.COLOURS[0].removeprefix("#")))
 
 
 def row_of(results, variant: str) -> dict[str, str]:
@@ -172,12 +172,12 @@ def test_two_variants_are_compared_where_their_cheapest_run_ended(results):
     assert row_of(results, "shifted")["at, thousands"] == "2.0"
 
 
-def test_a_curve_is_the_mean_with_its_interval(plot, results):
+def test_a_curve_is_the_mean_with_its_interval(results):
     found = comparison.read(results)
-    x, means, halves = plot.curve(found["base"], "seconds")
+    x, means, halves = plots.curve(found["base"], "seconds")
     assert x == [0, 20, 40] and means == pytest.approx([0.25, 0.40, 0.55])
     assert halves == pytest.approx([0, 4.303 * 0.025 / 3**0.5, 4.303 * 0.05 / 3**0.5], rel=1e-3)
-    x, means, halves = plot.curve({1: found["base"][1]}, "forward_equivalents")
+    x, means, halves = plots.curve({1: found["base"][1]}, "forward_equivalents")
     assert x == [0, 1000, 2000] and means == [0.25, 0.375, 0.5] and np.isnan(halves).all()
 
 
@@ -196,7 +196,7 @@ def test_figure_and_page_are_made_and_the_page_tells_how(plot, results, tmp_path
     assert "| base | .500 → .500 | – | 0: .250, 1: .400, 2: .550 | – |" in lines
     assert "at revision 012345678, 012345678* (* with uncommitted changes)." in page
     assert "a backward pass is 1.250 of them" in page and "Machine: Cpu with 2 cores" in page
-    assert blue(plot) in colours(output / "made.png", 400)
+    assert blue() in colours(output / "made.png", 400)
 
 
 def test_without_a_baseline_there_is_no_test(plot, results, tmp_path):
@@ -238,7 +238,7 @@ def test_alarms_and_watched_metrics_are_shown(plot, results, tmp_path):
     page = (tmp_path / "made.md").read_text()
     assert "(made-watched.png)" in page
     for name, height in (("made-watched", 350), ("made", 500)):
-        assert colours(tmp_path / f"{name}.png", height) >= {blue(plot)}
+        assert colours(tmp_path / f"{name}.png", height) >= {blue()}
     table = [
         re.split(r" *\| +", line.strip("| ")) for line in page.splitlines() if line[:2] == "| "
     ]

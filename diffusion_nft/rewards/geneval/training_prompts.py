@@ -15,15 +15,25 @@ of a cup", and it is the same scene as "a bench right of a cup": each pair of ob
 comes in one order only, with each of the four relations.
 """
 
+import json
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations, permutations
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffusion_nft.data.prompts import Prompt, files_of, load_prompts
 from diffusion_nft.randomness import generator
-from diffusion_nft.rewards.geneval.vocabulary import COLORS, OBJECT_NAMES, RELATIONS, TAGS
+from diffusion_nft.rewards.geneval.vocabulary import (
+    COLORS,
+    OBJECT_NAMES,
+    RELATIONS,
+    TAGS,
+    check_metadata,
+)
+from diffusion_nft.utils.files import write_atomically
 
 # Lines of each tag in the published training set, relative to each other.
 TAG_SHARES: dict[str, int] = {
@@ -70,6 +80,46 @@ def generate(
         lines += _draw(tag, share, taken, seed)
     order = torch.randperm(num_prompts, generator=generator(seed, "geneval prompts", "lines"))
     return [lines[index] for index in order.tolist()]
+
+
+def write_training_prompts(folder: Path, num_prompts: int, seed: int) -> str:
+    """Writes training prompts, apart from the test prompts, into ``folder`` unless they are there;
+    returns a line for the user.
+
+    Raises FileExistsError if ``folder`` has other training prompts, ValueError as ``generate``.
+    """
+    target = folder / "train_metadata.jsonl"
+    if files_of(folder, "test"):
+        test = [prompt.metadata for prompt in checked_prompts(folder, "test")]
+        apart = f"apart from the {len(test):,} test prompts"
+    else:
+        test = []
+        apart = (
+            "NOT kept apart from the test prompts, which are missing: once test_metadata.jsonl is "
+            "there, delete this file and generate it again"
+        )
+    lines = generate(num_prompts, seed=seed, test=test)
+    content = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+    how, found = "already there", files_of(folder, "train")
+    if found and (found != [target] or target.read_bytes() != content):
+        raise FileExistsError(f"{found[0]} is there and kept: delete it to generate another")
+    if not found:
+        how = "written"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, content)
+    return f"{target} {how}, {num_prompts:,} prompts of seed {seed}, {apart}"
+
+
+def checked_prompts(folder: Path, split: str) -> list[Prompt]:
+    """The prompts of ``split``; ValueError with file and line if one cannot be judged."""
+    prompts = load_prompts(folder, split)
+    (path,) = files_of(folder, split)
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            check_metadata(prompt.metadata)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return prompts
 
 
 def shares(num_prompts: int, mix: Mapping[str, int]) -> dict[str, int]:

@@ -1,0 +1,76 @@
+"""The test sets of a suite that a command line asks for, and their rewards."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusion_nft.data.prompts import Prompt, evaluated_lines
+from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.evaluation.evaluate import choose_rewards
+from diffusion_nft.evaluation.options import EvalOptions, named_rewards
+from diffusion_nft.evaluation.results import scored_by
+from diffusion_nft.evaluation.suites import Suite
+
+
+@dataclass(frozen=True)
+class Task:
+    """One test set of a suite."""
+
+    dataset: str
+    prompts: list[Prompt]
+    lines: list[int]  # of the test set, where the prompts stand
+    weights: dict[str, float]  # of its rewards
+    folder: Path
+
+    @property
+    def missing_rewards(self) -> set[str]:
+        return self.weights.keys() - scored_by(self.folder)
+
+
+def suite_tasks(
+    suite: Suite, args: argparse.Namespace, options: EvalOptions, model_dir: Path
+) -> list[Task]:
+    """The test sets to evaluate.  Raises ValueError, naming all of them, for missing ones."""
+    chosen = args.datasets.split(",") if args.datasets else suite.datasets
+    if unknown := [name for name in chosen if name not in suite.datasets]:
+        raise ValueError(f"--datasets {unknown[0]!r}: choose from {', '.join(suite.datasets)}")
+    skipped = set(filter(None, args.skip_rewards.split(",")))
+    tasks: list[Task] = []
+    problems: list[str] = []
+    unused = skipped | named_rewards(args)
+    for name in chosen:
+        weights = choose_rewards(name, "", "", options.run)
+        unused -= weights.keys()
+        weights = {reward: w for reward, w in weights.items() if reward not in skipped}
+        if not weights:
+            continue
+        try:
+            prompts, lines = evaluated_lines(name, args.limit)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        options.check_test_prompts(weights, prompts, lines)
+        tasks.append(Task(name, prompts, lines, weights, model_dir / name))
+    if problems:
+        raise ValueError("\n  ".join(["test sets are missing:", *problems]))
+    if not tasks:
+        raise ValueError(f"--skip_rewards leaves no reward in {', '.join(chosen)}")
+    if unused:
+        raise ValueError(f"{', '.join(sorted(unused))}: no such reward in {', '.join(chosen)}")
+    return tasks
+
+
+def try_rewards(tasks: list[Task], options: EvalOptions, dist: Distributed) -> bool:
+    """Before any sampling, builds every reward that is still needed, one at a time, on the first
+    rank.  Returns whether there are any, the same on all ranks.
+
+    Raises OSError, ImportError or ValueError of the first one that cannot be built.
+    """
+    needed = set().union(*(task.missing_rewards for task in tasks))
+    # One view for all ranks, as files may be seen at different moments.
+    needed = dist.broadcast_object(needed)
+    if dist.is_main:
+        for name in sorted(needed):
+            options.rewards({name: 1.0}, dist)
+    dist.barrier()
+    return bool(needed)
