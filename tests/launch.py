@@ -18,6 +18,18 @@ from ml_collections import ConfigDict
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 280
+# Overrides of the smoke preset for a run of which little is asked: three epochs of one update.
+TINY: dict[str, Any] = {
+    "num_epochs": 3,
+    "sample.num_groups": 2,
+    "sample.num_image_per_prompt": 2,
+    "sample.num_steps": 2,
+    "train.gradient_step_per_epoch": 1,
+    "eval.at_start": False,
+    "eval_freq": 0,
+    "eval.num_prompts": 2,
+    "eval.num_steps": 2,
+}
 
 
 def environment() -> dict[str, str]:

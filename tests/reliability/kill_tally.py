@@ -26,25 +26,23 @@ from tests.reliability.faults import PHASES
 def table(results: list[Result]) -> str:
     """By kind and by phase: how many experiments, and how many ended as they should."""
 
-    def rows(title: str, names: list[str], groups: dict[str, list[Result]]) -> list[str]:
-        lines = [f"| {title} | experiments | as promised |", "|---|---:|---:|"]
-        for name in names:
-            if group := groups.get(name):
+    def phase(result: Result) -> str:
+        moment = result.strike.partition(",")[0]
+        return moment if moment in PHASES else "by the clock"
+
+    lines: list[str] = []
+    for title, names, of in (
+        ("what", [kind.name for kind in KINDS], lambda result: result.kind),
+        ("phase", [*PHASES, "by the clock"], phase),
+    ):
+        lines += [f"| {title} | experiments | as promised |", "|---|---:|---:|"]
+        for name in (*names, "all"):
+            group = [result for result in results if name in (of(result), "all")]
+            if group:
                 good = sum(not result.problems for result in group)
                 lines.append(f"| {name} | {len(group)} | {good} |")
-        good = sum(not result.problems for result in results)
-        return [*lines, f"| all | {len(results)} | {good} |", ""]
-
-    by_kind: dict[str, list[Result]] = {}
-    by_moment: dict[str, list[Result]] = {}
-    for result in results:
-        by_kind.setdefault(result.kind, []).append(result)
-        moment = result.strike.partition(",")[0]
-        by_moment.setdefault(moment if moment in PHASES else "by the clock", []).append(result)
-    return "\n".join(
-        rows("what", [kind.name for kind in KINDS], by_kind)
-        + rows("phase", [*PHASES, "by the clock"], by_moment)
-    )
+        lines.append("")
+    return "\n".join(lines)
 
 
 def main() -> int:

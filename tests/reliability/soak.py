@@ -9,7 +9,6 @@ first and the last fifth after a warm-up of a tenth are compared.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,10 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.launch import environment, train_command
+
 SETTINGS = {
     "sample.num_groups": 2,
     "sample.num_image_per_prompt": 2,
@@ -54,16 +56,13 @@ def epochs_made(path: Path) -> int:
 
 def watch(epochs: int, run_dir: Path) -> list[dict[str, float]]:
     """Runs ``epochs`` and looks after every one.  Raises RuntimeError if the run fails."""
-    command = [sys.executable, str(ROOT / "scripts/train_nft_sd3.py")]
-    command += [f"--config={ROOT}/config/nft.py:shapes_smoke", f"--config.save_dir={run_dir}"]
-    command += [f"--config.num_epochs={epochs}"]
-    command += [f"--config.{key}={value}" for key, value in SETTINGS.items()]
+    overrides = [f"{key}={value}" for key, value in (SETTINGS | {"num_epochs": epochs}).items()]
     rows: list[dict[str, float]] = []
     log = run_dir.with_suffix(".log")
     with (
         log.open("w") as output,
         subprocess.Popen(
-            command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            train_command(run_dir, *overrides), stdout=output, stderr=output, env=environment()
         ) as started,
     ):
         process = psutil.Process(started.pid)

@@ -95,6 +95,7 @@ EXPORT: dict[str, tuple[str, tuple[object, ...]]] = {
         "is no local path and could not be fetched",
         ("--lora_hf_path", "../../x", "--output_dir", "new"),
     ),
+    "no run there": ("/nowhere", ("--checkpoint_path", "/nowhere", "--output_dir", "new")),
     "a push nowhere": (
         "--push takes OWNER/NAME",
         ("--lora_hf_path", "pickle", "--output_dir", "new", "--push", "name"),
@@ -126,6 +127,10 @@ SERVER: dict[str, tuple[str, tuple[object, ...]]] = {
     "infinite megabytes": ("must be a positive number", (*SHAPES, "--max_megabytes", "inf")),
     "a host of NUL": ("", (*SHAPES, "--host", "a\0b")),
     "an open host": ("opens the server to other machines", (*SHAPES, "--host", "0.0.0.0")),
+    "an unknown engine": (
+        "rapidocr, paddleocr",
+        ("--reward", "ocr", *PORT, "--option", "backend=x"),
+    ),
     "threads below 1": (
         "the threads of the ocr reward must be at least 1",
         ("--reward", "ocr", *PORT, "--option", "threads=-1"),
@@ -143,6 +148,7 @@ def test_sample_refuses(case, here, monkeypatch, capsys):
 def test_export_refuses(case, here, monkeypatch, capsys):
     line = refused("export_lora", case, watch(monkeypatch), capsys)
     assert case.words in line and not (here / "new").exists()
+    assert (here / "full" / "x").read_text() == "x"
 
 
 def serve(*arguments: object, **options: object) -> None:

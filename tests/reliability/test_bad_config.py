@@ -182,6 +182,7 @@ def test_an_odd_value_may_be_valid(key, value, tmp_path):
     validate(config_with(key, value, str(tmp_path / "run")))
 
 
+NFT = ROOT / "config" / "nft.py"
 FLAGS = [
     Case("unknown key", "flags", "is an unknown key; did you mean seed", ["--config.sead=3"]),
     Case("key of a surrogate", "flags", "is an unknown key", ["--config.\udcff=3"]),
@@ -202,6 +203,8 @@ FLAGS = [
     ),
     Case("unknown flag", "flags", "Unknown command line flag", ["--nonsense"]),
     Case("an absent preset file", "flags", "no such file", ["--config=../../etc/nft.py:x"]),
+    Case("an unknown preset", "flags", "shapes_smoke", [f"--config={NFT}:shapez"]),
+    Case("a file without its preset", "flags", "shapes_smoke", [f"--config={NFT}"]),
     Case("a folder as preset", "flags", "no such file", ["--config=/:x"]),
     Case("a NUL in the preset", "flags", "a control character", ["--config=a\0b:x"]),
     Case("another reward", "flags", "does not hold 'ocr'", ["--config.reward_fn.ocr=1"]),

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import math
 import struct
@@ -18,7 +19,7 @@ from diffusion_nft.rewards import RewardOutput
 from diffusion_nft.rewards.serving.protocol import PROTOCOL, ScoringRequest, encode_images
 from diffusion_nft.rewards.serving.remote import RemoteReward
 from diffusion_nft.rewards.serving.server import create_app
-from tests.reliability.bad_inputs import CPU, Case, parametrized, pickles
+from tests.reliability.bad_inputs import CPU, pickles
 
 SECRET = "s3cret"
 IMAGES = encode_images(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
@@ -153,9 +154,9 @@ REQUESTS: dict[str, tuple[bytes, int, str]] = {
 }
 
 
-@parametrized([Case(f"request: {n}", "request", words, n) for n, (*_, words) in REQUESTS.items()])
-def test_a_bad_request_is_answered_by_name_and_reaches_no_reward(case, server):
-    body, status, words = REQUESTS[case.given]
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_bad_request_is_answered_by_name_and_reaches_no_reward(name, server):
+    body, status, words = REQUESTS[name]
     before = Counting.batches
     reply = server.post("/score", content=body)
     assert reply.status_code == status
@@ -178,10 +179,9 @@ def test_a_pickle_in_a_request_never_runs(wrapping, server, tmp_path):
 PATHS = ["/../../etc/passwd", "/%2e%2e/etc/passwd", "//etc/passwd", "/score/../x", "/\\x", "/%00"]
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_no_path_leads_to_a_file(path, server):
-    for method in ("GET", "POST", "PUT", "DELETE"):
-        assert server.request(method, path).status_code in (404, 405)
+def test_no_path_leads_to_a_file(server):
+    for method, path in itertools.product(("GET", "POST", "PUT", "DELETE"), PATHS):
+        assert server.request(method, path).status_code in (404, 405), path
 
 
 TOKENS = ["", SECRET, f"Basic {SECRET}", f"Bearer {SECRET}x", "Bearer é", "Bearer \x7f", "Bearer"]
@@ -245,13 +245,14 @@ def remote(reply, monkeypatch, health: object = HEALTH) -> RemoteReward:
     return RemoteReward("shapes", ("http://host:1",), rounds=1, pause=0.0)
 
 
-@parametrized([Case(f"answer: {n}", "answer", words, n) for n, (_, words) in ANSWERS.items()])
-def test_a_bad_answer_is_named_with_its_server(case, monkeypatch):
-    reward = remote(ANSWERS[case.given][0], monkeypatch)
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_bad_answer_is_named_with_its_server(name, monkeypatch):
+    given, words = ANSWERS[name]
+    reward = remote(given, monkeypatch)
     with warnings.catch_warnings(), pytest.raises(ConnectionError) as caught:
         warnings.simplefilter("ignore")
         reward(torch.rand(2, 3, 8, 8), ["a", "b"], [{}, {}])
-    assert case.words in str(caught.value) and "http://host:1" in str(caught.value)
+    assert words in str(caught.value) and "http://host:1" in str(caught.value)
 
 
 def test_a_sound_answer_is_read(monkeypatch):
@@ -259,21 +260,16 @@ def test_a_sound_answer_is_read(monkeypatch):
     assert found.scores.tolist() == [0.5, 1] and found.components["part"].isnan().tolist() == [1, 0]
 
 
-HEALTHS = {
-    "a list": ([], ConnectionError, "Input should be an object"),
-    "an empty object": ({}, ConnectionError, "protocol: Field required"),
-    "another protocol": (
-        HEALTH | {"protocol": 7},
-        ValueError,
-        f"has protocol 7, this run {PROTOCOL}",
-    ),
-    "another reward": (HEALTH | {"reward": "../ocr"}, ValueError, "serves reward '../ocr'"),
-}
+HEALTHS = [
+    ([], ConnectionError, "Input should be an object"),
+    ({}, ConnectionError, "protocol: Field required"),
+    (HEALTH | {"protocol": 7}, ValueError, f"has protocol 7, this run {PROTOCOL}"),
+    (HEALTH | {"reward": "../ocr"}, ValueError, "serves reward '../ocr'"),
+]
 
 
-@parametrized([Case(f"health: {n}", "reward", words, n) for n, (*_, words) in HEALTHS.items()])
-def test_a_bad_health_is_named_when_the_reward_is_built(case, monkeypatch):
-    health, error, words = HEALTHS[case.given]
+@pytest.mark.parametrize(("health", "error", "words"), HEALTHS)
+def test_a_bad_health_is_named_when_the_reward_is_built(health, error, words, monkeypatch):
     with warnings.catch_warnings(), pytest.raises(error) as caught:
         warnings.simplefilter("ignore")
         remote(b"", monkeypatch, health)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.images import Images
-from diffusion_nft.rewards import RewardOutput
+from diffusion_nft.rewards import REWARDS, RewardOutput
 from diffusion_nft.rewards.combine import (
     RewardError,
     RewardSet,
@@ -17,8 +18,9 @@ from diffusion_nft.rewards.combine import (
     UnscoredError,
     build_rewards,
 )
-from tests.launch import one_thread, smoke
-from tests.reliability.bad_inputs import CPU, Case, parametrized
+from diffusion_nft.runs.checkpoint import Checkpointer
+from tests.launch import TINY, make_trainer, one_thread, smoke
+from tests.reliability.bad_inputs import CPU
 
 LINE = {"prompt": "a circle", "include": [{"class": "circle", "count": 1}], "tag": "single_object"}
 ZEROS = torch.zeros(3)
@@ -81,11 +83,14 @@ def score(answer: Answer, weight: float = 1.0, count: int = 3):
     )
 
 
-@parametrized([Case(f"returns {n}", "score", words, n) for n, (_, words) in RETURNED.items()])
-def test_what_is_no_score_is_named_with_its_reward(case):
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_is_no_score_is_named_with_its_reward(name):
+    answer, words = RETURNED[name]
     with pytest.raises(RewardError, match="reward 'bad") as caught:
-        score(RETURNED[case.given][0])
-    assert case.words in str(caught.value)
+        score(answer)
+    assert words in str(caught.value)
+    if name == "an exception":
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "int64", "uint8", "bool", "float64"])
@@ -157,13 +162,8 @@ def test_a_reward_may_fail_on_as_many_images_as_are_allowed():
     assert found.reasons == {
         1: "image 1 ('bad'): reward 'fails' failed: ZeroDivisionError: no objects"
     }
-    alone = ask("bad", allowed=1)
-    assert Scores.concatenate([alone, found]).parts["fails/x"].nan_to_num(-1).tolist() == [
-        -1,
-        1,
-        -1,
-        1,
-    ]
+    both = Scores.concatenate([ask("bad", allowed=1), found])
+    assert both.parts["fails/x"].nan_to_num(-1).tolist() == [-1, 1, -1, 1]
     with pytest.raises(UnscoredError, match=r"4 of 4 .*'fails' failed: ZeroDivisionError"):
         ask("bad", "bad", "bad", "bad", allowed=1)
     with pytest.raises(RewardError, match="'fails' failed: ZeroDivisionError"):
@@ -200,24 +200,9 @@ def test_no_image_at_all_has_no_score():
 
 def test_a_bad_score_ends_a_run_with_its_state_saved(tmp_path, monkeypatch):
     """In training: RewardError, and a checkpoint of the last sound epoch."""
-    from diffusion_nft.distributed.ranks import Distributed
-    from diffusion_nft.rewards import REWARDS
-    from diffusion_nft.runs.checkpoint import Checkpointer
-    from tests.launch import make_trainer
-
     monkeypatch.setitem(REWARDS, "listing", f"{__name__}:Listing")
     monkeypatch.setattr(Listing, "sound", True)
-    config = smoke(
-        tmp_path,
-        {
-            "num_epochs": 3,
-            "sample.num_groups": 1,
-            "sample.num_image_per_prompt": 2,
-            "train.gradient_step_per_epoch": 1,
-            "eval.at_start": False,
-            "eval_freq": 0,
-        },
-    )
+    config = smoke(tmp_path, TINY)
     with config.unlocked():
         config.reward_fn = {"listing": 1.0}
     trainer = make_trainer(config, Distributed(0, 1, 0, CPU))

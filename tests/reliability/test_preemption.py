@@ -22,7 +22,7 @@ from diffusion_nft.rollout import gather_scores
 from diffusion_nft.run import run
 from diffusion_nft.runs.checkpoint import Checkpointer
 from diffusion_nft.trainer import Trainer
-from tests.launch import make_trainer, one_thread, smoke, train_here
+from tests.launch import TINY, make_trainer, one_thread, smoke, train_here
 from tests.reliability.compare import differences
 from tests.reliability.experiments import SETTINGS
 from tests.reliability.faults import Strike, struck
@@ -141,12 +141,12 @@ def test_a_stopped_run_saves_whole_epochs_and_ends_bitwise_equal(
 
 def test_a_stop_that_comes_while_a_stage_ends_is_not_forgotten_in_the_next(tmp_path):
     stages = ({"num_epochs": 1}, {"num_epochs": 1, "nft.beta": 0.5})
-    settings = {"sample.num_groups": 1, "stages": stages}
+    settings = TINY | {"stages": stages}
     struck_dir, other = tmp_path / "struck", tmp_path / "other"
 
     def train(run_dir: Path) -> None:
         with one_thread():
-            run(smoke(run_dir, SETTINGS | settings | {"log.num_images": 0}), ALONE)
+            run(smoke(run_dir, settings), ALONE)
 
     with struck(Strike("checkpoint", 1, signal="SIGTERM")), pytest.raises(Preempted):
         train(struck_dir)

@@ -42,16 +42,6 @@ def test_images_are_not_rounded_to_8_bits(reward):
     assert not torch.equal(*scores)
 
 
-def test_scores_do_not_depend_on_the_batch(reward, tiny_clip):
-    images = smooth_images(4, 64, 64)
-    together = reward(images, PROMPTS, [{}] * 4).scores
-    small = ClipScoreReward(device=CPU, model=tiny_clip, batch_size=3)
-    assert torch.allclose(small(images, PROMPTS, [{}] * 4).scores, together, atol=1e-6)
-    for i in range(4):
-        alone = reward(images[i : i + 1], PROMPTS[i : i + 1], [{}]).scores
-        assert torch.allclose(alone, together[i : i + 1], atol=1e-6)
-
-
 def test_a_prompt_counts_up_to_77_tokens(reward):
     images = smooth_images(1, 64, 64)
 

@@ -1,4 +1,4 @@
-"""Several rewards as one: the sum by hand, and what a bad reward leads to."""
+"""Several rewards as one: the sum by hand, and options (bad scores: tests/reliability)."""
 
 import math
 from pathlib import Path
@@ -42,31 +42,6 @@ class Length:
         )
 
 
-class Raises(Length):
-    def __call__(self, images, prompts, metadata):
-        raise KeyError("no such colour")
-
-
-class WrongLength(Length):
-    def __call__(self, images, prompts, metadata):
-        return RewardOutput(torch.zeros(len(prompts) + 1))
-
-
-class WrongShape(Length):
-    def __call__(self, images, prompts, metadata):
-        return RewardOutput(torch.zeros(len(prompts), 1))
-
-
-class WrongComponent(Length):
-    def __call__(self, images, prompts, metadata):
-        return RewardOutput(torch.zeros(len(prompts)), {"part": torch.zeros(1, 1)})
-
-
-class NotANumber(Length):
-    def __call__(self, images, prompts, metadata):
-        return RewardOutput(torch.tensor([0.0, math.nan, 1.0]))
-
-
 class Infinite(Length):
     def __call__(self, images, prompts, metadata):
         return RewardOutput(torch.tensor([0.0, math.inf, 1.0]))
@@ -87,12 +62,9 @@ class Takes(Length):
         self.options = (device, dtype, weights, model, batch_size)
 
 
-FAILURES = (Raises, WrongLength, WrongShape, WrongComponent, NotANumber, Infinite)
-
-
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    for cls in (Brightness, Length, Takes, *FAILURES):
+    for cls in (Brightness, Length, Takes, Infinite):
         monkeypatch.setitem(REWARDS, cls.__name__, f"{__name__}:{cls.__name__}")
 
 
@@ -115,15 +87,6 @@ def test_the_total_is_the_weighted_sum_in_float64():
     assert {v.dtype for v in (scores.total, *scores.parts.values())} == {torch.float64}
     partly = scores.parts["Brightness/partly"].tolist()
     assert partly[0] == 1 and math.isnan(partly[1]) and partly[2] == 3
-
-
-@pytest.mark.parametrize("cls", FAILURES)
-def test_a_bad_reward_is_an_error_that_names_it(cls):
-    with pytest.raises(RewardError, match=cls.__name__) as caught:
-        score(Brightness=1.0, **{cls.__name__: 1.0})
-    if cls is Raises:
-        assert "no such colour" in str(caught.value)
-        assert isinstance(caught.value.__cause__, KeyError)
 
 
 def test_a_weight_of_zero_scores_without_counting():

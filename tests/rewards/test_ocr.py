@@ -115,8 +115,8 @@ def test_check_prompts_names_the_lines():
     with pytest.raises(ValueError, match=r"cannot score line 31: .*: 'a cat'$"):
         check_prompts(["ocr"], ['a "b"', "a cat"], [{}] * 2, lines=[10, 30])
     with pytest.raises(ValueError) as caught:
-        check_prompts(["ocr"], ["x"] * 20_000, [{}] * 20_000)
-    assert "and 19997 more: lines 4, 5" in str(caught.value) and len(str(caught.value)) < 2000
+        check_prompts(["ocr"], ["x"] * 2000, [{}] * 2000)
+    assert "and 1997 more: lines 4, 5" in str(caught.value) and len(str(caught.value)) < 2000
 
 
 @pytest.fixture
@@ -147,10 +147,10 @@ def test_letters_are_those_of_the_engine_that_scores(abc):
 
 
 def image_of(text: str, blur: float = 0.0) -> Tensor:
-    """Black ``text`` on a light image; ``[1, 3, 256, 512]``."""
-    image = Image.new("RGB", (512, 256), (235, 230, 220))
+    """Black ``text`` on a light image; ``[1, 3, 512, 512]``."""
+    image = Image.new("RGB", (512, 512), (235, 230, 220))
     pen = ImageDraw.Draw(image)
-    pen.text((256, 128), text, (20, 20, 40), ImageFont.load_default(56), anchor="mm")
+    pen.text((256, 256), text, (20, 20, 40), ImageFont.load_default(56), anchor="mm")
     image = image.filter(ImageFilter.GaussianBlur(blur))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
 
@@ -162,38 +162,14 @@ def reward():
     return OcrReward(device=CPU, threads=1)
 
 
-def test_rapidocr_reads_the_right_text(reward):
-    images = torch.cat([image_of("OPEN 24 HOURS"), image_of("Hello World")])
-    prompts = ['A shop sign that reads "Open 24 Hours", at dusk', 'a mug saying "hello world"']
-    scores = reward(images, prompts, [{}] * 2).scores
-    assert scores.tolist() == [1.0, 1.0]
-
-
-def test_wrong_text_scores_what_the_formula_says(reward):
-    images = image_of("OPEN 24 HOURS").repeat(3, 1, 1, 1)
-    prompts = ['a sign "Open 25 Hours"', 'a sign "Open 24 Hourly"', 'a sign "qqqq"']
-    scores = reward(images, prompts, [{}] * 3).scores
-    assert scores.tolist() == pytest.approx([1 - 1 / 11, 1 - 2 / 12, 0.0])
-
-
-def test_degraded_text_scores_lower(reward):
-    images = torch.cat([image_of("Hello World", blur=20), torch.zeros(1, 3, 256, 512)])
-    scores = reward(images, ['a mug saying "hello world"'] * 2, [{}] * 2).scores
-    assert scores[0] < 0.5
-    assert scores[1] == 0.0
-
-
-def test_several_lines_are_read_from_the_top(reward):
-    scores = reward(image_of("GOOD\nMORNING"), ['a sign "Good Morning"'], [{}]).scores
-    assert scores.tolist() == [1.0]
-
-
-def test_scores_do_not_depend_on_the_batch(reward):
-    images = torch.cat([image_of("Hello World"), image_of("Hallo", blur=6)])
-    prompts = ['a mug saying "hello"'] * 2
-    together = reward(images, prompts, [{}] * 2).scores
-    alone = [reward(images[i : i + 1], prompts[:1], [{}]).scores for i in (1, 0)]
-    assert torch.equal(torch.cat(alone).flip(0), together)
+def test_rapidocr_reads_what_is_there(reward):
+    texts = ("OPEN 24 HOURS", "GOOD\nMORNING", "Hello World", "Hallo")
+    blurred = image_of("Hello World", blur=20), torch.zeros(1, 3, 512, 512)
+    images = torch.cat([*map(image_of, texts), *blurred])
+    asked = ["Open 24 Hours", "Good Morning", "hello world", *["hello"] * 3]
+    scores = reward(images, [f'a sign "{text}"' for text in asked], [{}] * 6).scores.tolist()
+    assert scores[:3] == [1.0] * 3 and scores[3] == pytest.approx(0.8)
+    assert scores[4] < 0.5 and scores[5] == 0.0
 
 
 def test_rapidocr_knows_its_letters(reward):
@@ -226,25 +202,6 @@ def test_a_failing_engine_is_an_error_and_no_zero(reward, monkeypatch):
         reward(image_of("x"), ['a "b"'], [{}])
 
 
-def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="'tesseract' is unknown; choose from rapidocr, paddleocr"):
-        OcrReward(device=CPU, backend="tesseract")
-
-
-@pytest.mark.parametrize(
-    ("backend", "module", "command"),
-    [
-        ("rapidocr", "rapidocr", r'pip install -e "\.\[ocr\]"'),
-        ("rapidocr", "onnxruntime", r'pip install -e "\.\[ocr\]"'),
-        ("paddleocr", "paddleocr", r"pip install paddlepaddle==2\.6\.2 paddleocr==2\.9\.1"),
-    ],
-)
-def test_without_the_engine_the_error_names_the_command(monkeypatch, backend, module, command):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=command):
-        OcrReward(device=CPU, backend=backend)
-
-
 class Paddle2:
     """The documented interface of PaddleOCR 2.x, as far as the reward uses it."""
 
@@ -252,7 +209,7 @@ class Paddle2:
         assert (use_angle_cls, lang, use_gpu) == (False, "en", False)
 
     def ocr(self, image, cls):
-        assert image.shape == (256, 512, 3) and image.dtype == np.uint8 and cls is False
+        assert image.shape == (512, 512, 3) and image.dtype == np.uint8 and cls is False
         if image.max() == 0:
             return [None]
         box = [[0, 0], [9, 0], [9, 9], [0, 9]]
@@ -271,7 +228,7 @@ class Paddle3:
         }
 
     def predict(self, image):
-        assert image.shape == (256, 512, 3) and image.dtype == np.uint8
+        assert image.shape == (512, 512, 3) and image.dtype == np.uint8
         if image.max() == 0:
             return [{"rec_texts": [], "rec_scores": []}]
         return [{"rec_texts": ["Hello ", "noise", "World"], "rec_scores": [0.9, 0.0, 0.8]}]
@@ -284,6 +241,6 @@ def test_both_generations_of_paddleocr(monkeypatch, version, engine):
     monkeypatch.setitem(sys.modules, "paddleocr", module)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     reward = OcrReward(device=CPU, backend="paddleocr", threads=1)
-    images = torch.cat([image_of("x"), torch.zeros(1, 3, 256, 512)])
+    images = torch.cat([image_of("x"), torch.zeros(1, 3, 512, 512)])
     scores = reward(images, ['a mug "hello world"'] * 2, [{}] * 2).scores
     assert scores.tolist() == [1.0, 0.0]

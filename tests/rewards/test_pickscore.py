@@ -1,6 +1,4 @@
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -38,17 +36,6 @@ def test_the_score_is_the_diagonal_of_transformers_logits_over_26(reward, refere
     assert torch.allclose(scores, expected, atol=1e-5)
 
 
-def test_scores_do_not_depend_on_the_batch(reward, tiny_clip):
-    images = smooth_images(4, 64, 64)
-    together = reward(images, PROMPTS, [{}] * 4).scores
-    small = PickScoreReward(device=CPU, model=tiny_clip, processor=tiny_clip, batch_size=3)
-    assert torch.allclose(small(images, PROMPTS, [{}] * 4).scores, together, atol=1e-6)
-    for i in range(4):
-        alone = reward(images[i : i + 1], PROMPTS[i : i + 1], [{}]).scores
-        assert torch.allclose(alone, together[i : i + 1], atol=1e-6)
-    assert reward(images[:0], [], []).scores.shape == (0,)
-
-
 def test_a_prompt_counts_up_to_77_tokens(reward):
     images = smooth_images(1, 64, 64)
 
@@ -63,10 +50,15 @@ def test_a_prompt_counts_up_to_77_tokens(reward):
 def test_bfloat16_keeps_the_scale(reward, tiny_clip):
     half = PickScoreReward(device=CPU, dtype=torch.bfloat16, model=tiny_clip, processor=tiny_clip)
     assert half.clip.logit_scale == reward.clip.logit_scale
-    images = smooth_images(4, 64, 64)
-    exact, rough = (r(images, PROMPTS, [{}] * 4).scores for r in (reward, half))
-    assert rough.dtype == torch.float32
-    assert torch.allclose(rough, exact, atol=0.1)
+
+
+def test_images_and_prompts_must_fit_one_another(reward):
+    for shape in ((3, 64, 64), (2, 1, 64, 64), (2, 64, 64, 3)):
+        with pytest.raises(ValueError, match=r"\[B, 3, H, W\]"):
+            reward(torch.zeros(shape), ["a"] * shape[0], [{}] * shape[0])
+    with pytest.raises(ValueError, match="2 images but 1 prompts"):
+        reward(smooth_images(2, 64, 64), ["a cat"], [{}])
+    assert reward(torch.zeros(0, 3, 64, 64), [], []).scores.shape == (0,)
 
 
 def test_no_gradient_and_nothing_to_train(reward):
@@ -90,16 +82,13 @@ def altered(tiny_clip, tmp_path):
     return alter
 
 
-def test_missing_weights_are_refused(altered, tiny_clip):
-    folder = altered(lambda weights: weights.pop("text_projection.weight"))
-    with pytest.raises(ValueError, match=r"missing: text_projection\.weight"):
-        PickScoreReward(device=CPU, model=folder, processor=tiny_clip)
+def test_missing_and_unexpected_weights_are_refused(altered, tiny_clip):
+    def change(weights):
+        del weights["text_projection.weight"]
+        weights["head"] = torch.zeros(1)
 
-
-def test_unexpected_weights_are_refused(altered, tiny_clip):
-    folder = altered(lambda weights: weights.update(head=torch.zeros(1)))
-    with pytest.raises(ValueError, match="unexpected: head"):
-        PickScoreReward(device=CPU, model=folder, processor=tiny_clip)
+    with pytest.raises(ValueError, match=r"missing: text_projection\.weight.*unexpected: head"):
+        PickScoreReward(device=CPU, model=altered(change), processor=tiny_clip)
 
 
 def test_position_ids_of_older_checkpoints_are_no_weights(altered, tiny_clip):
@@ -122,26 +111,3 @@ def test_a_model_out_of_reach_is_named(tmp_path, monkeypatch):
     absent = str(tmp_path / "PickScore_v1")
     with pytest.raises(OSError, match=r"PickScore_v1' is no local folder with a CLIPModel"):
         PickScoreReward(device=CPU, model=absent)
-
-
-def test_the_modules_import_without_the_model_packages():
-    """In the environment of a reward server there may be torch, numpy, Pillow and little else."""
-    absent = ("transformers", "torchvision", "open_clip", "rapidocr", "onnxruntime", "diffusers")
-    code = f"""
-import sys
-sys.modules.update(dict.fromkeys({absent}))
-import diffusion_nft.rewards.pickscore, diffusion_nft.rewards.clipscore
-import diffusion_nft.rewards.hpsv2, diffusion_nft.rewards.aesthetic, diffusion_nft.rewards.ocr
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize("shape", [(3, 64, 64), (2, 1, 64, 64), (2, 64, 64, 3)])
-def test_other_shapes_are_refused(reward, shape):
-    with pytest.raises(ValueError, match=r"\[B, 3, H, W\]"):
-        reward(torch.zeros(shape), ["a"] * shape[0], [{}] * shape[0])
-
-
-def test_one_prompt_an_image(reward):
-    with pytest.raises(ValueError, match="2 images but 1 prompts"):
-        reward(smooth_images(2, 64, 64), ["a cat"], [{}])

@@ -35,26 +35,23 @@ def test_the_lenient_rule_takes_a_blob_for_a_shape():
     image = torch.ones(1, 3, 48, 48)
     image[:, 1:, 2:14, 2:14] = 0.0
     image[:, :, 40:45, 40:45] = 0.2
-    caption = [{"include": [{"class": "square", "color": "red", "count": 1}]}]
-    caption_circle = [{"include": [{"class": "circle", "color": "red", "count": 1}]}]
-    for metadata in (caption, caption_circle):
+    for name in ("square", "circle"):
+        metadata = [{"include": [{"class": name, "color": "red", "count": 1}]}]
         standard, lenient = (
             ShapesReward(torch.device("cpu"), rule=rule)(image, [""], metadata)
             for rule in ("standard", "lenient")
         )
         assert lenient.scores >= standard.scores
         assert lenient.components["strict"] == standard.components["strict"] == 0
-    lenient = ShapesReward(torch.device("cpu"), rule="lenient")(image, [""], caption)
-    assert lenient.scores == 1
+        assert name == "circle" or lenient.scores == 1
 
 
 def test_the_lenient_rule_overlooks_further_objects():
     image = torch.ones(1, 3, 48, 48)
     for corner in (2, 18, 34):
         image[:, 1:, 2:14, corner : corner + 12] = 0.0
-    scores = {}
-    for count in (1, 2, 3, 4):
-        caption = [{"include": [{"class": "square", "color": "red", "count": count}]}]
-        scores[count] = ShapesReward(torch.device("cpu"), rule="lenient")(image, [""], caption)
-    assert [scores[count].scores.item() for count in (1, 2, 3, 4)] == [1, 1, 1, 0.75]
-    assert [scores[count].components["strict"].item() for count in (1, 2, 3, 4)] == [0, 0, 1, 0]
+    captions = [{"include": [{"class": "square", "color": "red", "count": n}]} for n in range(1, 5)]
+    reward = ShapesReward(torch.device("cpu"), rule="lenient")
+    found = reward(image.expand(4, -1, -1, -1), [""] * 4, captions)
+    assert found.scores.tolist() == [1, 1, 1, 0.75]
+    assert found.components["strict"].tolist() == [0, 0, 1, 0]

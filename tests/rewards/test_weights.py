@@ -12,7 +12,9 @@ import pytest
 import torch
 from rewards.conftest import CPU
 
-from diffusion_nft.rewards import REWARDS
+from diffusion_nft.rewards import REWARDS, build_reward
+from diffusion_nft.rewards.clip_common import Clip
+from diffusion_nft.rewards.geneval.colors import ARCHITECTURE
 from diffusion_nft.rewards.weights import (
     HUB_MODELS,
     NOTHING_TO_FETCH,
@@ -30,7 +32,7 @@ def test_a_missing_file_comes_with_the_command_the_address_and_the_place(
     monkeypatch.setenv("DIFFUSION_NFT_REWARD_CKPTS", str(tmp_path))
     file = WEIGHT_FILES[name]
     with pytest.raises(FileNotFoundError) as caught:
-        weight_file(name)
+        build_reward(name, CPU)
     for part in (
         f"python scripts/download.py {name}`",
         file.url,
@@ -78,8 +80,6 @@ def test_open_clip_takes_genevals_colours_from_the_same_place():
     open_clip = pytest.importorskip("open_clip")
     from open_clip import constants
 
-    from diffusion_nft.rewards.geneval.colors import ARCHITECTURE
-
     (model,) = HUB_MODELS["geneval"]
     # A trailing slash: the file's name is open_clip's default.
     assert open_clip.get_pretrained_cfg(ARCHITECTURE, "openai")["hf_hub"] == f"{model.repo}/"
@@ -87,8 +87,6 @@ def test_open_clip_takes_genevals_colours_from_the_same_place():
 
 
 def test_the_fetched_parts_are_enough_for_the_rewards_clip(tiny_clip, tmp_path):
-    from diffusion_nft.rewards.clip_common import Clip
-
     files = {path.name: path.read_bytes() for path in Path(tiny_clip).iterdir()}
     assert {"model.safetensors", "tokenizer_config.json"} <= files.keys()
     code = "import sys, json; from diffusion_nft.data.download import fetch_from_hub as f;"

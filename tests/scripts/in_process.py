@@ -1,6 +1,9 @@
 """The project's scripts, called in this process: it saves the seconds that importing takes."""
 
+import runpy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from diffusion_nft.validation.config_files import load_file
@@ -14,9 +17,21 @@ def script(name: str) -> ModuleType:
 
 def call(module: ModuleType, *flags: object) -> int | None:
     """``main()`` of a script with these flags; what it returns."""
-    before, sys.argv = sys.argv, [f"{module.__name__}.py", *map(str, flags)]
+    with one_thread(), flags_of(module.__name__, *flags):
+        return module.main()
+
+
+def command(name: str, *flags: object) -> None:
+    """``scripts/<name>.py`` as it is run from a shell: it ends with SystemExit."""
+    with one_thread(), flags_of(name, *flags):
+        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+
+
+@contextmanager
+def flags_of(name: str, *flags: object) -> Iterator[None]:
+    """``flags`` as those of a script."""
+    before, sys.argv = sys.argv, [f"{name}.py", *map(str, flags)]
     try:
-        with one_thread():
-            return module.main()
+        yield
     finally:
         sys.argv = before

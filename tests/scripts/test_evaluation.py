@@ -1,13 +1,12 @@
 """The evaluation command against the evaluation in training."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, insist, run, torchrun, train_here
-from tests.scripts.in_process import call, script
+from tests.launch import insist, run, torchrun, train_here
+from tests.scripts.in_process import call, command, script
 
 
 def evaluation(*flags: object) -> None:
@@ -31,14 +30,6 @@ def averages(folder: Path) -> dict:
 def scores(folder: Path) -> list[dict]:
     lines = (folder / "evaluation_results.jsonl").read_text().splitlines()
     return [json.loads(line)["scores"] for line in lines]
-
-
-def test_a_run_directory_gives_the_numbers_of_training(run_dir, tmp_path):
-    evaluation("--checkpoint_path", run_dir, "--output_dir", tmp_path, "--limit", 6)
-    trained = run_dir / "eval" / "epoch-000002"
-    assert scores(tmp_path) == scores(trained)
-    assert averages(tmp_path)["mean"] == averages(trained)["mean"]
-    assert averages(tmp_path)["tags"] == averages(trained)["tags"]
 
 
 def test_without_the_lora_the_numbers_are_the_base_models(run_dir, tmp_path):
@@ -97,12 +88,12 @@ def same_bytes(one: Path, other: Path) -> None:
 
 
 @pytest.mark.multiproc
-def test_three_processes_write_the_same_bytes(run_dir, tmp_path):
+def test_two_processes_write_the_same_bytes(run_dir, tmp_path):
     flags = ["--checkpoint_path", str(run_dir), "--limit", "7", "--batch_size", "2"]
     flags += ["--output_dir"]
-    insist(run(torchrun(3, "scripts/evaluation.py", *flags, str(tmp_path / "three"))))
+    insist(run(torchrun(2, "scripts/evaluation.py", *flags, str(tmp_path / "two"))))
     evaluation(*flags, tmp_path / "one")
-    same_bytes(tmp_path / "one", tmp_path / "three")
+    same_bytes(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.multiproc
@@ -119,12 +110,10 @@ def test_480_lines_on_1_2_and_3_processes(tmp_path):
     ("flags", "words"),
     [
         (("--dataset", "nowhere", "--reward", "shapes"), "nowhere"),
-        (("--dataset", "nowhere"), "nowhere"),
         (("--dataset", "shapes", "--reward", "pikscore"), "pikscore"),
         (("--dataset", "shapes", "--checkpoint_path", "/nowhere"), "/nowhere"),
         (("--dataset", "shapes", "--solver", "dmp2", "--pretrained", "shapes"), "dmp2"),
         (("--dataset", "shapes", "--limit", "0", "--pretrained", "shapes"), "limit"),
-        (("--dataset", "shapes", "--batch_size", "0", "--pretrained", "shapes"), "batch_size"),
         (("--dataset", "shapes", "--rescore"), "evaluation_results.jsonl"),
         (("--dataset", "shapes", "--pretrained", "shapes", "--resolution", "64"), "48 pixels only"),
         (("--dataset", "shapes", "--guidance_scale", "-3"), "[1, inf)"),
@@ -144,16 +133,8 @@ def test_480_lines_on_1_2_and_3_processes(tmp_path):
 )
 def test_mistakes_are_named(flags, words, tmp_path, capsys):
     small = ("--resolution", 48, "--max_sequence_length", 8, "--mixed_precision", "no")
-    # SystemExit is argparse's; the others become one line of the command.
-    with pytest.raises((SystemExit, ValueError, OSError)) as caught:
-        evaluation(*small, *flags, "--output_dir", tmp_path)
-    assert words in str(caught.value) + capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        command("evaluation", *small, *flags, "--output_dir", tmp_path)
+    # A message, or the status of argparse, which has printed one.
+    assert words in f"{caught.value.code}{capsys.readouterr().err}"
     assert not (tmp_path / "average_scores.json").exists()
-
-
-@pytest.mark.multiproc
-def test_a_mistake_costs_one_line():
-    done = run([sys.executable, str(ROOT / "scripts/evaluation.py"), "--dataset", "nowhere",
-                "--reward", "shapes"])  # fmt: skip
-    assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert "nowhere" in done.stderr.splitlines()[-1]

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,9 @@ import torch
 from absl import flags
 from ml_collections import config_flags
 
+from diffusion_nft.experiments import grid, results
 from diffusion_nft.solvers import solve
+from diffusion_nft.tracking.metrics import read_metrics
 from diffusion_nft.validation.config_files import load_file
 from diffusion_nft.validation.flat import flatten
 from tests.launch import ROOT, train_here
@@ -71,8 +74,6 @@ def tiny(runner, tmp_path, monkeypatch):
     """The command on an experiment of two variants and two seeds, with a training script that
     pretends; ``tiny.steps`` is what the second variant changes.
     """
-    import diffusion_nft.experiments.grid as grid
-
     real = load_file(ROOT / "config" / "experiments.py")
     train = tmp_path / "train.py"
     train.write_text(FAKE_TRAIN)
@@ -100,25 +101,20 @@ def tiny(runner, tmp_path, monkeypatch):
     return world
 
 
-def named_runs(runner, tmp_path):
-    """Every run of config/experiments.py."""
-    import diffusion_nft.experiments.grid as grid
-
-    args = SimpleNamespace(
-        seeds=None, variants=None, runs=tmp_path / "runs", results=tmp_path / "results"
-    )
-    for name, experiment in load_file(ROOT / "config" / "experiments.py").EXPERIMENTS.items():
-        yield name, experiment, grid.plan(name, experiment, args)
+@pytest.fixture(scope="module")
+def named_runs(runner):
+    """(experiment, its runs) by name, of config/experiments.py."""
+    args = SimpleNamespace(seeds=None, variants=None, runs=Path("runs"), results=Path("results"))
+    named = load_file(ROOT / "config" / "experiments.py").EXPERIMENTS
+    return {name: (one, grid.plan(name, one, args)) for name, one in named.items()}
 
 
 # Variants that are evaluated with guidance, after other epochs.
 GUIDED = ("flow-grpo-cfg", "cfg-lr-1e-3", "cfg-lr-3e-3", "cfg-in-evaluation")
 
 
-def test_the_named_experiments_are_sound_and_their_variants_evaluated_alike(runner, tmp_path):
-    import diffusion_nft.experiments.results as results
-
-    for name, experiment, runs in named_runs(runner, tmp_path):
+def test_the_named_experiments_are_sound_and_their_variants_evaluated_alike(named_runs):
+    for name, (experiment, runs) in named_runs.items():
         assert experiment.baseline in experiment.variants
         assert all(re.fullmatch(r"[a-z0-9_-]+", word) for word in (name, *experiment.variants))
         assert len({run.result for run in runs}) == len(experiment.variants) * len(experiment.seeds)
@@ -133,10 +129,9 @@ def test_the_named_experiments_are_sound_and_their_variants_evaluated_alike(runn
         assert all(key in kept or key.startswith("eval/") for key in experiment.watched)
 
 
-def test_fewer_and_more_steps_train_at_as_many_sigmas(runner, tmp_path):
+def test_fewer_and_more_steps_train_at_as_many_sigmas(named_runs):
     used = {}
-    (runs,) = (runs for name, _, runs in named_runs(runner, tmp_path) if name == "solvers")
-    for run in runs:
+    for run in named_runs["solvers"][1]:
         steps = run.config.sample.num_steps
         sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         start = torch.zeros(1, 1, 1, 1)
@@ -147,15 +142,26 @@ def test_fewer_and_more_steps_train_at_as_many_sigmas(runner, tmp_path):
     assert used["dpm2-10"] == used["dpm2-5"] == used["dpm2-20"] == 3
 
 
-def test_a_runs_command_gives_its_configuration(runner, tmp_path, monkeypatch):
-    for _, _, runs in named_runs(runner, tmp_path):
-        for run in runs:
-            values = flags.FlagValues()
-            # The parser of overrides looks there.
-            monkeypatch.setattr(sys, "argv", run.command())
-            config = config_flags.DEFINE_config_file("config", flag_values=values)
-            values(sys.argv)
-            assert flatten(config.value) == flatten(run.config)
+def test_a_runs_command_gives_its_configuration(named_runs, monkeypatch):
+    runs = [run for _, runs in named_runs.values() for run in runs]
+    # One run of each variant: the others differ in the seed alone.
+    for run in {(run.experiment, run.variant): run for run in runs}.values():
+        values = flags.FlagValues()
+        # The parser of overrides looks there.
+        monkeypatch.setattr(sys, "argv", run.command())
+        config = config_flags.DEFINE_config_file("config", flag_values=values)
+        values(sys.argv)
+        assert flatten(config.value) == flatten(run.config)
+
+
+def parts(result: Path) -> tuple[dict, str]:
+    """The header of a result, and the text of its rows."""
+    about, numbers = result.read_text().split("\n", 1)
+    return json.loads(about), numbers
+
+
+def put(result: Path, header: dict, numbers: str) -> None:
+    result.write_text(f"{json.dumps(header)}\n{numbers}")
 
 
 def test_every_variant_runs_with_every_seed_and_once(tiny, monkeypatch, capsys):
@@ -203,15 +209,14 @@ def test_what_another_experiment_has_run_is_taken_over(tiny, capsys):
     other = tiny.results / "other" / "less-seed1.jsonl"
     other.parent.mkdir()
     result = tiny.results / "tiny" / "few-seed1.jsonl"
-    about, numbers = result.read_text().split("\n", 1)
-    header = json.loads(about)
+    header, numbers = parts(result)
     theirs = header | {
         "experiment": "other",
         "variant": "less",
         "baseline": "more",
         "question": "?",
     }
-    other.write_text(f"{json.dumps(theirs)}\n{numbers}")
+    put(other, theirs, numbers)
     result.unlink()
     capsys.readouterr()
     tiny.run("--variants", "few")
@@ -219,12 +224,11 @@ def test_what_another_experiment_has_run_is_taken_over(tiny, capsys):
     assert f"tiny few seed 1: the run of {other}" in printed
     # Of seed 2 there is none.
     assert printed.count("started") == 1 and "tiny few seed 2: started" in printed
-    about, taken = result.read_text().split("\n", 1)
-    assert taken == numbers and json.loads(about) == header | {"ran_as": "other less"}
+    assert parts(result) == (header | {"ran_as": "other less"}, numbers)
     # The same changes of other settings are another run.
     result.unlink()
     theirs["config"]["train.learning_rate"] = 0.5
-    other.write_text(f"{json.dumps(theirs)}\n{numbers}")
+    put(other, theirs, numbers)
     for path in tiny.runs.rglob("*.jsonl"):
         path.unlink()
     tiny.run("--variants", "few", "--seeds", 1)
@@ -234,10 +238,9 @@ def test_what_another_experiment_has_run_is_taken_over(tiny, capsys):
 def test_results_on_other_prompts_are_neither_finished_nor_taken_over(tiny, capsys):
     tiny.run("--variants", "few", "--seeds", 1)
     result = tiny.results / "tiny" / "few-seed1.jsonl"
-    about, numbers = result.read_text().split("\n", 1)
-    header = json.loads(about)
+    header, numbers = parts(result)
     header["prompts"]["shapes"]["test"] = "0"
-    result.write_text(f"{json.dumps(header)}\n{numbers}")
+    put(result, header, numbers)
     with pytest.raises(ValueError, match="the test prompts of dataset shapes"):
         tiny.run("--variants", "few", "--seeds", 1)
     (tiny.results / "other").mkdir()
@@ -247,7 +250,7 @@ def test_results_on_other_prompts_are_neither_finished_nor_taken_over(tiny, caps
     assert "tiny few seed 1: started" in capsys.readouterr().out
     # Results of versions that did not note their prompts stay.
     del header["prompts"]
-    result.write_text(f"{json.dumps(header)}\n{numbers}")
+    put(result, header, numbers)
     tiny.run("--variants", "few", "--seeds", 1)
     assert "1 of them finished before" in capsys.readouterr().out
 
@@ -319,10 +322,9 @@ def test_results_of_a_variant_that_has_changed_are_refused(tiny, capsys):
 def test_a_key_of_a_later_version_does_not_make_results_old(tiny):
     tiny.run("--variants", "few", "--seeds", 1)
     result = tiny.results / "tiny" / "few-seed1.jsonl"
-    about, *rows = result.read_text().splitlines()
-    about = json.loads(about)
-    del about["config"]["train.ema_decay"], about["config"]["sample.num_steps"]
-    result.write_text("\n".join([json.dumps(about), *rows]))
+    header, numbers = parts(result)
+    del header["config"]["train.ema_decay"], header["config"]["sample.num_steps"]
+    put(result, header, numbers)
     with pytest.raises(ValueError) as stopped:
         tiny.run("--variants", "few", "--seeds", 1)
     # The variant sets this one itself.
@@ -369,8 +371,6 @@ def test_the_list_names_variants_and_finished_seeds(tiny, runner, capsys):
 
 
 def made_run(runner, tiny, variant: str = "plain", **changes):
-    import diffusion_nft.experiments.grid as grid
-
     experiment = runner.load_file(None).EXPERIMENTS["tiny"]
     args = SimpleNamespace(runs=tiny.runs, results=tiny.results)
     run = grid.make_run("tiny", experiment, variant, 1, args)
@@ -379,16 +379,10 @@ def made_run(runner, tiny, variant: str = "plain", **changes):
 
 
 def test_the_real_trainers_numbers_make_a_result(tiny, runner, tmp_path):
-    from diffusion_nft.experiments import results
-
     run = made_run(runner, tiny)
     train_here(run.folder, {"seed": 1, "eval.num_steps": 3})
     last = results.write_result(run, jobs=1)
-    epochs = [
-        row
-        for row in map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
-        if "time/epoch" in row
-    ]
+    epochs = [row for row in read_metrics(run.folder / "metrics.jsonl") if "time/epoch" in row]
     assert len(epochs) == 2 == last["epoch"]
     assert last["seconds"] == pytest.approx(sum(row["time/epoch"] for row in epochs), rel=1e-4)
     assert "eval/shapes/strict" in last and "eval/tag/colors/shapes/strict" in last
@@ -398,8 +392,6 @@ def test_the_real_trainers_numbers_make_a_result(tiny, runner, tmp_path):
 
 
 def test_the_flops_are_of_the_models_own_sizes(tiny, runner, shapes_model):
-    from diffusion_nft.experiments import results
-
     config = made_run(runner, tiny).config
     transformer, side, text = results.model_shape(config)
     assert (transformer["in_channels"], side, side) == shapes_model.latent_shape((48, 48))
@@ -410,13 +402,9 @@ def test_the_flops_are_of_the_models_own_sizes(tiny, runner, shapes_model):
 
 
 def test_a_result_of_a_long_run_stays_small(tiny, runner):
-    from diffusion_nft.experiments import results
-
     run = made_run(runner, tiny, num_epochs=500, eval_freq=50)
     run.folder.mkdir(parents=True)
-    tags = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-    names = [f"tag/{tag}/shapes/{rule}" for tag in tags for rule in ("strict", "stricter")]
-    names += ["total", "shapes", "shapes/strict", "shapes/stricter", "diversity", *tags]
+    names = ["total", "shapes/strict", *(f"tag/{number}/shapes/strict" for number in range(20))]
     lines = []
     for epoch in range(501):
         row = {"step": 2 * epoch, "epoch": epoch}
@@ -426,7 +414,6 @@ def test_a_result_of_a_long_run_stays_small(tiny, runner):
         if epoch % 50 == 0:
             lines.append(row | {f"eval/{name}": 1 / 7 for name in names})
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (run.folder / "config.json").write_text("{}")
     about = {"time": "", "device": "cpu", "git_revision": "", "git_dirty": False, "command": ""}
     (run.folder / "environments.jsonl").write_text(json.dumps(about) + "\n")
     (run.folder / "config.json").write_text(json.dumps({"eval.num_steps": 3}))

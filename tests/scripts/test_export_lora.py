@@ -14,7 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.models import build_model
 from diffusion_nft.models.lora import load_lora
+from diffusion_nft.models.precision import Precision
 from diffusion_nft.models.sampling import Sampler
 from diffusion_nft.policy import policy_of_lora
 from diffusion_nft.randomness import generator, normal
@@ -59,9 +61,6 @@ def exported(run_dir, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def ours(run_dir) -> torch.Tensor:
     """Latents by the checkpoint's LoRA in this project's own loading and sampling."""
-    from diffusion_nft.models import build_model
-    from diffusion_nft.models.precision import Precision
-
     about = {"name": "shapes", "max_sequence_length": 8}
     model = build_model("sd3", **about, dist=CPU, precision=Precision("no", CPU.device))
     sampler = Sampler("flow", STEPS, 1.0, (48, 48))
@@ -300,27 +299,3 @@ def test_only_push_uploads(run_dir, tmp_path, monkeypatch):
     assert Hub.calls == expected
     card = (tmp_path / "pushed" / "README.md").read_text()
     assert "# me/shapes-lora" in card and 'load_lora_weights("me/shapes-lora"' in card
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ((), "--checkpoint_path --lora_hf_path"),
-        (("--lora_hf_path", "x", "--push", "name"), "OWNER/NAME"),
-        (("--lora_hf_path", "x", "--push", "a/b/c"), "a/b/c"),
-        (("--checkpoint_path", "/nowhere"), "/nowhere"),
-    ],
-)
-def test_mistakes_are_named(flags, words, tmp_path, capsys):
-    with pytest.raises((SystemExit, ValueError, OSError)) as caught:
-        call(export, *flags, "--output_dir", tmp_path / "new")
-    assert words in str(caught.value) + capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
-
-
-def test_nothing_is_written_over(run_dir, tmp_path, capsys):
-    (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(SystemExit):
-        call(export, "--checkpoint_path", run_dir, "--output_dir", tmp_path)
-    assert "is not empty" in capsys.readouterr().err
-    assert (tmp_path / "README.md").read_text() == "mine"

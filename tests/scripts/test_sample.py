@@ -100,13 +100,6 @@ def test_a_failure_leaves_what_was_drawn_and_the_same_command_overwrites(tmp_pat
     assert np.array_equal(draw(tmp_path, *asked)[kept.stem], whole)
 
 
-def test_the_folder_is_tried_before_a_model_loads(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(sample, "load_model", None)
-    with pytest.raises(DiskError, match="file is not a folder"):
-        draw(tmp_path / "file", "--prompt", "a red circle")
-
-
 def test_the_base_beside_the_lora(tmp_path, lora):
     asked = [flag for prompt in PROMPTS for flag in ("--prompt", prompt)]
     pairs = draw(tmp_path / "pairs", *asked, "--lora_hf_path", lora, "--compare")
@@ -128,24 +121,6 @@ def holds(sheet: np.ndarray, image: np.ndarray) -> bool:
     rows, columns = (sheet.shape[i] - image.shape[i] + 1 for i in (0, 1))
     corners = np.argwhere((sheet[:rows, :columns] == image[0, 0]).all(-1))
     return any(np.array_equal(sheet[y : y + height, x : x + width], image) for y, x in corners)
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ((), "--prompt"),
-        (("--prompt", " "), "--prompt"),
-        (("--prompt", "x", "--compare"), "--compare needs"),
-        (("--prompt", "x", "--lora_hf_path", "a", "--checkpoint_path", "b"), "not allowed with"),
-        (("--prompts_file", "/nowhere"), "/nowhere"),
-        (("--prompt", "x", "--solver", "dmp2"), "dmp2"),
-    ],
-)
-def test_mistakes_are_named(flags, words, tmp_path, capsys):
-    with pytest.raises((SystemExit, ValueError, OSError)) as caught:
-        draw(tmp_path, *flags)
-    assert words in str(caught.value) + capsys.readouterr().err
-    assert not list(tmp_path.glob("*.png"))
 
 
 def test_the_lora_of_another_model_is_one_clear_line(tmp_path):

@@ -11,7 +11,7 @@ from diffusion_nft.rewards.geneval.colors import ColorClassifier
 
 
 @pytest.fixture
-def tiny_config() -> Mask2FormerConfig:
+def tiny_config():
     """The configuration that fits ``mmdet_state_dict(**TINY_DETECTOR)``."""
     backbone = {
         "model_type": "swin",
@@ -38,7 +38,7 @@ def tiny_config() -> Mask2FormerConfig:
 
 
 @pytest.fixture(scope="session")
-def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def tiny_clip(tmp_path_factory):
     """Name and weights of a CLIP with QuickGELU for open_clip."""
     folder = tmp_path_factory.mktemp("clip")
     for name, quick_gelu in (("geneval-tiny-quickgelu", True), ("geneval-tiny", False)):
@@ -73,6 +73,6 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture
-def tiny_colors(tiny_clip: tuple[str, str]) -> ColorClassifier:
+def tiny_colors(tiny_clip):
     name, weights = tiny_clip
     return ColorClassifier.load(torch.device("cpu"), weights, name)

@@ -28,7 +28,7 @@ def random_crops(number: int) -> list[Image.Image]:
     ]
 
 
-def test_crop_shows_the_object_on_grey() -> None:
+def test_crop_shows_the_object_on_grey():
     pixels = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
     mask = np.zeros((6, 8), dtype=bool)
     mask[2:4, 3:7] = True
@@ -39,13 +39,13 @@ def test_crop_shows_the_object_on_grey() -> None:
     assert np.array_equal(np.array(crop), expected)
 
 
-def test_crop_without_mask_and_with_fractions() -> None:
+def test_crop_without_mask_and_with_fractions():
     pixels = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
     crop = object_crop(Image.fromarray(pixels), Detection("cat", 0.9, (2.6, 1.4, 6.7, 4.2)))
     assert np.array_equal(np.array(crop), pixels[1:4, 3:7])
 
 
-def test_same_as_clip_prompt_by_prompt(tiny_colors: ColorClassifier) -> None:
+def test_same_as_clip_prompt_by_prompt(tiny_colors):
     crops, labels = random_crops(24), ["cat", "traffic light", "cup"] * 8
     got = tiny_colors(crops, labels)
 
@@ -69,7 +69,7 @@ def test_same_as_clip_prompt_by_prompt(tiny_colors: ColorClassifier) -> None:
     assert len(set(got)) > 1
 
 
-def test_lower_precision(tiny_clip: tuple[str, str], tiny_colors: ColorClassifier) -> None:
+def test_lower_precision(tiny_clip, tiny_colors):
     name, weights = tiny_clip
     half = ColorClassifier.load(CPU, weights, name, torch.bfloat16)
     assert {p.dtype for p in half.clip.parameters()} == {torch.bfloat16}
@@ -79,7 +79,7 @@ def test_lower_precision(tiny_clip: tuple[str, str], tiny_colors: ColorClassifie
     assert sum(same) >= 22
 
 
-def test_preparation_is_clips(tiny_colors: ColorClassifier) -> None:
+def test_preparation_is_clips(tiny_colors):
     """Short side bicubic, centre crop, OpenAI's mean and deviation."""
     crop = Image.new("RGB", (64, 32), (255, 0, 51))
     got = tiny_colors.preprocess(crop)
@@ -89,9 +89,7 @@ def test_preparation_is_clips(tiny_colors: ColorClassifier) -> None:
     torch.testing.assert_close(got, expected[:, None, None].expand(3, 32, 32))
 
 
-def test_text_features_are_computed_once(
-    tiny_colors: ColorClassifier, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_features_are_computed_once(tiny_colors, monkeypatch):
     texts, images = [], []
     encode_text, encode_image = tiny_colors.clip.encode_text, tiny_colors.clip.encode_image
 
@@ -113,7 +111,7 @@ def test_text_features_are_computed_once(
     assert (texts, images) == ([2 * 30, 30], [5, 1, 2])
 
 
-def test_published_model_has_quick_gelu() -> None:
+def test_published_model_has_quick_gelu():
     """OpenAI's weights need it; plain ViT-L-14 would build GELU and merely warn."""
 
     def activations(name: str) -> set[type]:
@@ -124,15 +122,13 @@ def test_published_model_has_quick_gelu() -> None:
     assert activations(ARCHITECTURE) == {QuickGELU}
 
 
-def test_a_model_without_quick_gelu_is_refused(tiny_clip: tuple[str, str]) -> None:
+def test_a_model_without_quick_gelu_is_refused(tiny_clip):
     for name in ("geneval-tiny", "ViT-L-14", "no-such-model"):
         with pytest.raises(ValueError, match=f"QuickGELU model.*not {name}"):
             ColorClassifier.load(CPU, tiny_clip[1], name)
 
 
-def test_loaded_weights_are_those_of_the_file(
-    tiny_colors: ColorClassifier, tiny_clip: tuple[str, str]
-) -> None:
+def test_loaded_weights_are_those_of_the_file(tiny_colors, tiny_clip):
     state = torch.load(tiny_clip[1], weights_only=True)
     loaded = tiny_colors.clip.state_dict()
     assert all(torch.equal(loaded[name], state[name]) for name in state)

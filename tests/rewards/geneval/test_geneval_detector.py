@@ -1,4 +1,7 @@
-"""Preparation of images and reading of logits, against mmdet's formulas and Pillow's resizing."""
+"""Preparation of images and reading of logits, against mmdet's formulas.
+
+test_geneval_golden.py compares the network's input and what is found in it with mmdet itself.
+"""
 
 import sys
 
@@ -7,13 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmdet_names import TINY_DETECTOR, mmdet_state_dict
-from PIL import Image
 from torch import Tensor, nn
-from transformers import Mask2FormerConfig
 
 from diffusion_nft.rewards.geneval.detector import (
     Detector,
-    mask_boxes,
     prepare,
     read_detections,
     resized_size,
@@ -36,51 +36,11 @@ CPU = torch.device("cpu")
         ((100, 1000), (133, 1333)),
     ],
 )
-def test_resized_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_resized_size(size, expected):
     assert resized_size(*size) == expected
 
 
-def test_normalisation_channels_and_padding() -> None:
-    image = torch.tensor([200.0, 100.0, 50.0])[None, :, None, None].expand(2, 3, 10, 20) / 255
-    got = prepare(image, (40, 80), "rgb")
-    assert got.shape == (2, 3, 64, 96)
-    expected = torch.tensor(
-        [(200 - 123.675) / 58.395, (100 - 116.28) / 57.12, (50 - 103.53) / 57.375]
-    )
-    torch.testing.assert_close(got[1, :, :40, :80], expected[:, None, None].expand(3, 40, 80))
-    # Grey, normalised like the image.
-    grey = torch.tensor([(128 - 123.675) / 58.395, (128 - 116.28) / 57.12, (128 - 103.53) / 57.375])
-    torch.testing.assert_close(got[1, :, 40:], grey[:, None, None].expand(3, 24, 96))
-    torch.testing.assert_close(got[1, :, :, 80:], grey[:, None, None].expand(3, 64, 16))
-
-    swapped = prepare(image, (40, 80), "swapped")[0, :, 0, 0]
-    expected = torch.tensor(
-        [(50 - 123.675) / 58.395, (100 - 116.28) / 57.12, (200 - 103.53) / 57.375]
-    )
-    torch.testing.assert_close(swapped, expected)
-
-
-def test_size_that_needs_no_padding() -> None:
-    assert prepare(torch.zeros(1, 3, 8, 8), (64, 32), "rgb").shape == (1, 3, 64, 32)
-
-
-def test_resizing_is_bilinear_in_whole_levels() -> None:
-    """Pillow's bilinear filter is the same one when it enlarges; test_geneval_golden.py has the
-    rounding.
-    """
-    pixels = np.random.default_rng(0).integers(0, 256, (13, 17, 3), dtype=np.uint8)
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
-    got = prepare(image, (40, 50), "rgb")[0, :, :40, :50]
-    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
-    levels = got * std[:, None, None] + mean[:, None, None]
-    torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
-    for channel in range(3):
-        plane = Image.fromarray(pixels[..., channel].astype(np.float32))
-        enlarged = np.array(plane.resize((50, 40), Image.Resampling.BILINEAR))
-        np.testing.assert_allclose(levels[channel], enlarged, atol=1, rtol=0)
-
-
-def test_shrinking_has_no_antialiasing() -> None:
+def test_shrinking_has_no_antialiasing():
     """One pixel of 4 x 4 is the mean of the middle 2 x 2, whatever lies around."""
     image = torch.zeros(1, 3, 4, 4)
     image[..., 1:3, 1:3] = 1
@@ -93,7 +53,7 @@ def logits_of(probabilities: list[list[float]]) -> Tensor:
     return torch.tensor(probabilities).log()
 
 
-def test_score_mask_and_box_by_hand() -> None:
+def test_score_mask_and_box_by_hand():
     masks = torch.full((2, 8, 10), -3.0)
     masks[0, 2:5, 3:9] = 2.0
     masks[0, 4, 8] = 0.0  # not above 0: outside
@@ -112,38 +72,6 @@ def test_score_mask_and_box_by_hand() -> None:
     assert [d.score for d in found] == pytest.approx([0.7 * sigmoid[0], 0.6 * sigmoid[1]], abs=1e-5)
     assert found[0].mask is not None
     assert np.array_equal(found[0].mask, (masks[0] > 0).numpy())
-
-
-def test_one_query_may_be_several_objects() -> None:
-    masks = torch.full((1, 4, 4), 9.0)
-    size = (4, 4)
-    found = read_detections(
-        logits_of([[0.45, 0.4, 0.15]]),
-        masks,
-        padded=size,
-        resized=size,
-        original=size,
-        names=("cat", "dog"),
-    )
-    assert [d.label for d in found] == ["cat", "dog"]
-
-
-def test_padding_is_cut_off_before_the_size_is_restored() -> None:
-    """Input 32 x 64, of which 24 x 40 are the image of 12 x 20; masks at a quarter."""
-    masks = torch.full((3, 8, 16), -5.0)
-    masks[0] = 5.0
-    masks[1, :, :5] = 5.0  # the left half: 20 of 40 columns, 10 of 20
-    masks[2, 7:, :] = 5.0  # rows 28 to 31: only padding
-    found = read_detections(
-        logits_of([[0.9, 0.1]] * 3),
-        masks,
-        padded=(32, 64),
-        resized=(24, 40),
-        original=(12, 20),
-        names=("cat",),
-    )
-    assert [d.box for d in found] == [(0, 0, 20, 12), (0, 0, 10, 12)]
-    assert all(d.mask is not None and d.mask.shape == (12, 20) for d in found)
 
 
 def mmdet_postprocess(
@@ -166,7 +94,7 @@ def mmdet_postprocess(
 
 
 @pytest.mark.parametrize("min_score", [0.0, 0.3])
-def test_same_as_mmdets_formula_on_random_logits(min_score: float) -> None:
+def test_same_as_mmdets_formula_on_random_logits(min_score):
     generator = torch.Generator().manual_seed(3)
     classes = 3 * torch.randn(12, 6, generator=generator)
     masks = 2 * torch.randn(12, 8, 16, generator=generator)
@@ -181,7 +109,7 @@ def test_same_as_mmdets_formula_on_random_logits(min_score: float) -> None:
         assert ours[1] == pytest.approx(theirs[1], abs=1e-5)
 
 
-def test_at_most_100_candidates_and_equal_ones_in_order() -> None:
+def test_at_most_100_candidates_and_equal_ones_in_order():
     size = (2, 2)
     found = read_detections(
         torch.zeros(60, 3),
@@ -196,20 +124,11 @@ def test_at_most_100_candidates_and_equal_ones_in_order() -> None:
     assert [d.label for d in found] == ["cat", "dog"] * 50
 
 
-def test_nothing_found() -> None:
+def test_nothing_found():
     size = (4, 4)
     geometry = {"padded": size, "resized": size, "original": size, "names": ("cat",)}
     assert read_detections(logits_of([[0.3, 0.7]]), torch.ones(1, 4, 4), **geometry) == []
     assert read_detections(logits_of([[0.9, 0.1]]), -torch.ones(1, 4, 4), **geometry) == []
-
-
-def test_mask_boxes() -> None:
-    masks = torch.zeros(3, 5, 7, dtype=torch.bool)
-    masks[0, 4, 6] = True
-    masks[1] = True
-    masks[2, 1, 2] = masks[2, 3, 5] = True
-    assert mask_boxes(masks).tolist() == [[6, 4, 7, 5], [0, 0, 7, 5], [2, 1, 6, 4]]
-    assert mask_boxes(masks[:0]).shape == (0, 4)
 
 
 class Constant(nn.Module):
@@ -229,20 +148,20 @@ class Constant(nn.Module):
         return classes, masks
 
 
-def test_without_opencv_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_opencv_the_error_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ImportError, match=r'pip install -e "\.\[geneval\]"'):
         Detector(Constant(), CPU)
 
 
-def test_one_pass_a_batch() -> None:
+def test_one_pass_a_batch():
     network = Constant()
     found = Detector(network, CPU, short_side=64)(torch.rand(5, 3, 16, 16))
     assert [x.shape for x in network.inputs] == [(5, 3, 64, 64)]
     assert [[(d.label, d.box) for d in one] for one in found] == [[("cat", (0, 0, 8, 16))]] * 5
 
 
-def test_channel_order_of_the_detector() -> None:
+def test_channel_order_of_the_detector():
     image = torch.rand(1, 3, 32, 32)
     seen = {}
     for order in ("swapped", "rgb"):
@@ -257,7 +176,7 @@ def test_channel_order_of_the_detector() -> None:
 
 
 @pytest.fixture
-def tiny_network(tiny_config: Mask2FormerConfig) -> Mask2Former:
+def tiny_network(tiny_config):
     """The real architecture, tiny and random."""
     source = mmdet_state_dict(version=3, **TINY_DETECTOR)
     source["panoptic_head.cls_embed.weight"] *= 6  # until it is sure enough to find things
@@ -271,7 +190,7 @@ def ramps() -> Tensor:
     return torch.stack([ramp.expand(3, 24, 40), 1 - ramp.expand(3, 24, 40)])
 
 
-def test_float16_finds_the_same(tiny_network: Mask2Former) -> None:
+def test_float16_finds_the_same(tiny_network):
     options = {"short_side": 64, "long_side": 100, "min_score": 0.27}
     exact = Detector(tiny_network, CPU, **options)(ramps())
     computed = []
@@ -287,7 +206,7 @@ def test_float16_finds_the_same(tiny_network: Mask2Former) -> None:
         assert [score for _, score in got] == pytest.approx([s for _, s in wanted], abs=0.05)
 
 
-def test_a_batch_is_its_images_one_by_one(tiny_network: Mask2Former) -> None:
+def test_a_batch_is_its_images_one_by_one(tiny_network):
     images = ramps()
     detector = Detector(tiny_network, CPU, short_side=64, long_side=100, min_score=0.1)
     together = detector(images)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Mask2FormerConfig
 
 from diffusion_nft.rewards.geneval.detector import Detector, prepare, resized_size
-from diffusion_nft.rewards.geneval.mask2former import Mask2Former, load_mask2former
+from diffusion_nft.rewards.geneval.mask2former import load_mask2former
 from diffusion_nft.rewards.geneval.vocabulary import OBJECT_NAMES
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -39,12 +39,12 @@ CONFIG = Mask2FormerConfig(
 
 
 @pytest.fixture(scope="module")
-def tensors() -> dict[str, Tensor]:
+def tensors():
     return load_file(GOLDEN / "mmdet.safetensors")
 
 
 @pytest.fixture
-def network(tensors: dict[str, Tensor], tmp_path: Path) -> Mask2Former:
+def network(tensors, tmp_path):
     """Read from a file in the published format."""
     state = {
         name.removeprefix("weights/"): tensor
@@ -61,7 +61,7 @@ def recorded_image(tensors: dict[str, Tensor], index: int) -> Tensor:
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_network_input(index: int, tensors: dict[str, Tensor]) -> None:
+def test_network_input(index, tensors):
     """The corner with the padding; one of 255 levels would be 0.017."""
     golden, image = RECORD["images"][index], recorded_image(tensors, index)
     resized = resized_size(*image.shape[-2:], *golden["sides"])
@@ -78,7 +78,7 @@ SCORE_OFF, MASK_OFF = 1e-4, 0.001
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_detections(index: int, tensors: dict[str, Tensor], network: Mask2Former) -> None:
+def test_detections(index, tensors, network):
     golden, image = RECORD["images"][index], recorded_image(tensors, index)
     short_side, long_side = golden["sides"]
     detect = Detector(

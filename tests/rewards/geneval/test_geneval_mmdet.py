@@ -93,9 +93,7 @@ NAME_3 = "panoptic_head.transformer_decoder.layers.0.cross_attn.attn.in_proj_bia
 
 
 @pytest.fixture(params=["2.28.2", "3.3.0"])
-def fake(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> FakeMmdet:
+def fake(request, tmp_path, monkeypatch):
     formats = {"2.28.2": (result_2, NAME_2), "3.3.0": (result_3, NAME_3)}
     fake = FakeMmdet(request.param, tmp_path, *formats[request.param])
     monkeypatch.setitem(sys.modules, "mmdet", fake.package)
@@ -104,14 +102,14 @@ def fake(
 
 
 @pytest.fixture
-def weights(tmp_path: Path) -> Path:
+def weights(tmp_path):
     """A checkpoint with the names of mmdet 2, as published."""
     path = tmp_path / "detector.pth"
     torch.save({"meta": {}, "state_dict": {NAME_2: torch.tensor([1.0, 2.0, 3.0])}}, path)
     return path
 
 
-def test_published_weights_fill_either_network(fake: FakeMmdet, weights: Path) -> None:
+def test_published_weights_fill_either_network(fake, weights):
     MmdetDetector(weights, torch.device("cuda", 1), sha256=None)
     assert fake.network.get_parameter(fake.parameter).tolist() == [1, 2, 3]
     assert fake.device == "cuda:1"
@@ -123,7 +121,7 @@ def test_published_weights_fill_either_network(fake: FakeMmdet, weights: Path) -
     assert fake.config == folder / name
 
 
-def test_results_become_detections(fake: FakeMmdet, weights: Path) -> None:
+def test_results_become_detections(fake, weights):
     detect = MmdetDetector(weights, CPU, sha256=None)
     both = detect(torch.zeros(2, 3, HEIGHT, WIDTH))
     assert len(both) == 2
@@ -140,7 +138,7 @@ def test_results_become_detections(fake: FakeMmdet, weights: Path) -> None:
 
 
 @pytest.mark.parametrize(("order", "seen"), [("swapped", [10, 20, 30]), ("rgb", [30, 20, 10])])
-def test_channel_order(fake: FakeMmdet, weights: Path, order: str, seen: list[int]) -> None:
+def test_channel_order(fake, weights, order, seen):
     """mmdet takes arrays for BGR; published rewards hand it RGB."""
     image = torch.tensor([10.0, 20.0, 30.0])[None, :, None, None].expand(1, 3, HEIGHT, WIDTH) / 255
     MmdetDetector(weights, CPU, sha256=None, channel_order=order)(image)
@@ -150,9 +148,7 @@ def test_channel_order(fake: FakeMmdet, weights: Path, order: str, seen: list[in
     assert (array == np.array(seen)).all()
 
 
-def test_the_reward_with_this_backend(
-    fake: FakeMmdet, weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_reward_with_this_backend(fake, weights, monkeypatch):
     """Colours and verdict are those of any backend."""
     seen = []
 
@@ -169,7 +165,7 @@ def test_the_reward_with_this_backend(
     assert seen == [((1, 1), "cat"), ((4, 4), "cat")]
 
 
-def test_what_does_not_fit_is_refused(fake: FakeMmdet, weights: Path) -> None:
+def test_what_does_not_fit_is_refused(fake, weights):
     with pytest.raises(ValueError, match="not 743b7d99"):
         MmdetDetector(weights, CPU)
     with pytest.raises(ValueError, match=r"channel order 'bgr' is unknown; choose from swapped"):
@@ -184,13 +180,13 @@ def test_what_does_not_fit_is_refused(fake: FakeMmdet, weights: Path) -> None:
 INSTALL = r"pip install --no-build-isolation mmcv-full==1\.7\.2 mmdet==2\.28\.2 .*mmdet==3\.3\.0"
 
 
-def test_without_mmdet(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_mmdet(weights, monkeypatch):
     monkeypatch.setitem(sys.modules, "mmdet", None)
     with pytest.raises(ImportError, match=INSTALL):
         GenEvalReward(CPU, backend="mmdet", detector_weights=weights, detector_sha256=None)
 
 
-def test_another_mmdet(fake: FakeMmdet, weights: Path) -> None:
+def test_another_mmdet(fake, weights):
     vars(fake.package)["__version__"] = "1.2.0"
     with pytest.raises(ImportError, match=rf"{INSTALL}\), not mmdet 1\.2\.0"):
         MmdetDetector(weights, CPU, sha256=None)

@@ -50,18 +50,18 @@ def verdict(
         (4, 4, True, True, 1.0),
     ],
 )
-def test_number(number: int, required: int, accuracy: bool, strict: bool, score: float) -> None:
+def test_number(number, required, accuracy, strict, score):
     got = verdict(cats(number), [{"class": "cat", "count": required}])
     assert got == Verdict(accuracy, strict, score)
 
 
-def test_two_objects_are_averaged() -> None:
+def test_two_objects_are_averaged():
     include = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1}]
     assert verdict(cats(1), include) == Verdict(False, False, 0.5)
     assert verdict(cats(1) + objects("dog", LEFT), include) == Verdict(True, True, 1.0)
 
 
-def test_exclude_concerns_the_benchmark_only() -> None:
+def test_exclude_concerns_the_benchmark_only():
     include, exclude = [{"class": "cat", "count": 2}], [{"class": "cat", "count": 3}]
     assert verdict(cats(2), include, exclude=exclude) == Verdict(True, True, 1.0)
     assert verdict(cats(3), include, exclude=exclude) == Verdict(False, False, 0.5)
@@ -82,11 +82,11 @@ def test_exclude_concerns_the_benchmark_only() -> None:
         (3, ["red", "blue"], Verdict(False, False, (0.5 + 0) / 2)),
     ],
 )
-def test_color(number: int, colors: list[str], expected: Verdict) -> None:
+def test_color(number, colors, expected):
     assert verdict(cats(number), [{"class": "cat", "count": 2, "color": "red"}], colors) == expected
 
 
-def test_only_objects_whose_color_can_matter_are_classified() -> None:
+def test_only_objects_whose_color_can_matter_are_classified():
     include = [
         {"class": "cat", "count": 2, "color": "red"},
         {"class": "cat", "count": 1, "color": "blue"},
@@ -104,72 +104,58 @@ def test_only_objects_whose_color_can_matter_are_classified() -> None:
 
 CAT = {"class": "cat", "count": 1}
 DOG_LEFT_OF_CAT = {"class": "dog", "count": 1, "position": ["left of", 0]}
+PLACED, RED_DOG = [CAT, DOG_LEFT_OF_CAT], [CAT, {**DOG_LEFT_OF_CAT, "color": "red"}]
+RED_CAT = [{**CAT, "color": "red"}, DOG_LEFT_OF_CAT]
+LEFT_DOG, RIGHT_DOG = objects("dog", LEFT), objects("dog", RIGHT)
+RIGHT_SURER, LEFT_SURER = (objects("dog", LEFT, RIGHT, scores=x) for x in ((0.5, 0.9), (0.9, 0.5)))
+ABOVE = [{"class": "cat", "count": 2}, {"class": "dog", "count": 2, "position": ["above", 0]}]
+TWO_CATS = objects("cat", (0, 80, 10, 90), (20, 80, 30, 90))
+BOTH_ABOVE = TWO_CATS + objects("dog", (0, 0, 10, 10), (20, 0, 30, 10))
+ONE_ABOVE = TWO_CATS + objects("dog", (0, 0, 10, 10), (20, 160, 30, 170))
 
 
-def test_position() -> None:
-    include = [CAT, DOG_LEFT_OF_CAT]
-    assert verdict(cats(1) + objects("dog", LEFT), include) == Verdict(True, True, 1.0)
-    # Cat 1, dog 1, and the published pair of terms 0 and 1 for a position that does not hold.
-    assert verdict(cats(1) + objects("dog", RIGHT), include) == Verdict(False, False, 0.75)
+@pytest.mark.parametrize(
+    ("detections", "include", "colors", "expected"),
+    [
+        (cats(1) + LEFT_DOG, PLACED, [], (True, True, 1.0)),
+        # Cat 1, dog 1, and the published pair of terms 0 and 1 for a position that does not hold.
+        (cats(1) + RIGHT_DOG, PLACED, [], (False, False, 0.75)),
+        # Without its target.
+        (LEFT_DOG, PLACED, [], (False, False, 1 / 3)),
+        # A second cat spoils the strict count, so that the dog has no target: 0, 1, 0.
+        (cats(2) + LEFT_DOG, PLACED, [], (True, False, 1 / 3)),
+        # 1 for the cat; 0 and 0 for the dogs, of which the benchmark looks at the most confident.
+        (cats(1) + RIGHT_SURER, PLACED, [], (False, False, 1 / 3)),
+        (cats(1) + LEFT_SURER, PLACED, [], (True, False, 1 / 3)),
+        # All pairs.
+        (BOTH_ABOVE, ABOVE, [], (True, True, 1.0)),
+        (ONE_ABOVE, ABOVE, [], (False, False, 0.75)),
+        # Not tested after a wrong colour.
+        (cats(1) + LEFT_DOG, RED_DOG, ["red"], (True, True, 1.0)),
+        (cats(1) + LEFT_DOG, RED_DOG, ["blue"], (False, False, (1 + 1 + 0) / 3)),
+        # Right colour, wrong place: 1, then 1, 1, 0, 1.
+        (cats(1) + RIGHT_DOG, RED_DOG, ["red"], (False, False, 0.8)),
+        # A target that failed by its colour.
+        (cats(1) + LEFT_DOG, RED_CAT, ["blue"], (False, False, (1 + 0 + 1 + 0) / 4)),
+        ([], RED_CAT, [], (False, False, 0.0)),
+    ],
+)
+def test_position(detections, include, colors, expected):
+    assert verdict(detections, include, colors) == Verdict(*expected)
 
 
-def test_position_without_its_target() -> None:
-    include = [CAT, DOG_LEFT_OF_CAT]
-    assert verdict(objects("dog", LEFT), include) == Verdict(False, False, 1 / 3)
-    # A second cat spoils the strict count, so that the dog has no target: 0, 1, 0.
-    assert verdict(cats(2) + objects("dog", LEFT), include) == Verdict(True, False, 1 / 3)
-
-
-def test_position_with_too_many_objects() -> None:
-    include = [CAT, DOG_LEFT_OF_CAT]
-    # 1 for the cat; 0 and 0 for the dogs, of which the benchmark looks at the most confident.
-    right_first = objects("dog", LEFT, RIGHT, scores=[0.5, 0.9])
-    left_first = objects("dog", LEFT, RIGHT, scores=[0.9, 0.5])
-    assert verdict(cats(1) + right_first, include) == Verdict(False, False, 1 / 3)
-    assert verdict(cats(1) + left_first, include) == Verdict(True, False, 1 / 3)
-
-
-def test_position_of_all_pairs() -> None:
-    include = [{"class": "cat", "count": 2}, {"class": "dog", "count": 2, "position": ["above", 0]}]
-    pair = objects("cat", (0, 80, 10, 90), (20, 80, 30, 90))
-    above = objects("dog", (0, 0, 10, 10), (20, 0, 30, 10))
-    one_above = objects("dog", (0, 0, 10, 10), (20, 160, 30, 170))
-    assert verdict(pair + above, include) == Verdict(True, True, 1.0)
-    assert verdict(pair + one_above, include) == Verdict(False, False, 0.75)
-
-
-def test_position_is_not_tested_after_a_wrong_color() -> None:
-    include = [CAT, {**DOG_LEFT_OF_CAT, "color": "red"}]
-    dog = objects("dog", LEFT)
-    assert verdict(cats(1) + dog, include, ["red"]) == Verdict(True, True, 1.0)
-    assert verdict(cats(1) + dog, include, ["blue"]) == Verdict(False, False, (1 + 1 + 0) / 3)
-    # Right colour, wrong place: 1, then 1, 1, 0, 1.
-    assert verdict(cats(1) + objects("dog", RIGHT), include, ["red"]) == Verdict(False, False, 0.8)
-
-
-def test_target_that_failed_by_its_color() -> None:
-    include = [{**CAT, "color": "red"}, DOG_LEFT_OF_CAT]
-    got = verdict(cats(1) + objects("dog", LEFT), include, ["blue"])
-    assert got == Verdict(False, False, (1 + 0 + 1 + 0) / 4)
-
-
-def test_bounded_grading() -> None:
+def test_bounded_grading():
     def bounded(detections: list[Detection], include: list[dict]) -> float:
         found = select_objects(detections, "position")
         return graded_score(found, {}, {"include": include}, "bounded")[0]
 
     assert bounded(cats(4), [CAT]) == 0
     assert bounded(cats(3), [{"class": "cat", "count": 2}]) == 0.5
-    assert bounded(cats(1) + objects("dog", RIGHT), [CAT, DOG_LEFT_OF_CAT]) == 2 / 3
-    assert bounded(cats(1) + objects("dog", LEFT), [CAT, DOG_LEFT_OF_CAT]) == 1
+    assert bounded(cats(1) + RIGHT_DOG, PLACED) == 2 / 3
+    assert bounded(cats(1) + LEFT_DOG, PLACED) == 1
 
 
-def test_no_detections() -> None:
-    include = [{**CAT, "color": "red"}, DOG_LEFT_OF_CAT]
-    assert verdict([], include) == Verdict(False, False, 0.0)
-
-
-def test_thresholds_are_strict() -> None:
+def test_thresholds_are_strict():
     detections = objects("cat", *[CENTRE] * 4, scores=[0.3, 0.31, 0.9, 0.91])
     kept = {tag: select_objects(detections, tag)["cat"] for tag in ("colors", "counting")}
     assert [cat.score for cat in kept["colors"]] == [0.91, 0.9, 0.31]
@@ -177,13 +163,13 @@ def test_thresholds_are_strict() -> None:
     assert select_objects(detections[:1], "colors") == {}
 
 
-def test_sixteen_objects_a_class_at_most() -> None:
+def test_sixteen_objects_a_class_at_most():
     scores = [0.5 + i / 100 for i in range(20)]
     found = select_objects(objects("cat", *[CENTRE] * 20, scores=scores), "colors")
     assert [cat.score for cat in found["cat"]] == sorted(scores, reverse=True)[:16]
 
 
-def test_ties_keep_their_order() -> None:
+def test_ties_keep_their_order():
     detections = objects("cat", LEFT, CENTRE, RIGHT, scores=[0.5, 0.6, 0.5])
     assert [cat.box for cat in select_objects(detections, "colors")["cat"]] == [CENTRE, LEFT, RIGHT]
 
@@ -209,5 +195,5 @@ def test_ties_keep_their_order() -> None:
         ((0, 0, 60, 10), (30, 40, 90, 50), {"above"}),
     ],
 )
-def test_relations(a: Box, b: Box, expected: set[str]) -> None:
+def test_relations(a, b, expected):
     assert relations(a, b) == expected
