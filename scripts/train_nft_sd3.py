@@ -42,7 +42,7 @@ FIX_REWARD_HINT = (
 
 
 def refuse(message: str) -> NoReturn:
-    """Ends the program; of a node's processes, which see the same files, one speaks."""
+    """Ends the program; one process of each node prints."""
     sys.exit(message if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
@@ -86,7 +86,6 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    """Validates, builds, trains."""
     if len(argv) > 1:
         sys.exit(f"unexpected argument {argv[1]!r}; overrides look like --config.KEY=VALUE")
     config = CONFIG.value

@@ -95,7 +95,7 @@ class Part:
         """Evaluated scores: total, rewards and components, diversity.  A total that equals the only
         reward is left out."""
         left_out = {NUM_SAMPLES.removeprefix("eval/")}
-        if list(self.rewards.values()) == [1] and self.rewards.keys() <= set(self._evaluated):
+        if list(self.rewards.values()) == [1] and set(self.rewards) <= set(self._evaluated):
             left_out.add("total")
         names = [name for name in self._evaluated if not name.startswith("tag/")]
         return sorted_names(name for name in names if name not in left_out)

@@ -286,13 +286,14 @@ def test_a_configured_reward_scores_every_image_in_order(name, request):
     assert torch.pdist(expected[:, None]).min() > 10 * case.atol
 
     reward = RewardSet.build({name: 1.0}, CPU, options={name: case.options})
-    scores = reward(Images.from_float(case.images), case.prompts, metadata)
+    images = Images.from_float(case.images)
+    scores = reward(images, case.prompts, metadata)
 
     assert scores.total.shape == (count,) and bool(scores.total.isfinite().all())
     torch.testing.assert_close(scores.total, expected, rtol=0, atol=case.atol)
     assert torch.equal(scores.parts[name], scores.total)
     for i in range(count):
-        alone = reward(case.images[i : i + 1], case.prompts[i : i + 1], metadata[i : i + 1])
+        alone = reward(images[i : i + 1], case.prompts[i : i + 1], metadata[i : i + 1])
         torch.testing.assert_close(alone.total, expected[i : i + 1], rtol=0, atol=case.atol)
     if case.near is not None:
         rough = build_reward(name, CPU, case.options | {"dtype": "bf16"})
