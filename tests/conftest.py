@@ -13,6 +13,12 @@ sys.path.insert(0, str(ROOT / "config"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with multi-process tests, which wait a lot, start first: the suite ends sooner."""
+    slow = {item.path for item in items if item.get_closest_marker("multiproc")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def smoke_config(tmp_path):
     """The smoke preset, writing below tmp_path."""
