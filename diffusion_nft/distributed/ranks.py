@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion_nft.utils.devices import usable_cpus
+
 
 class LostContact(ConnectionError):
     """Another rank ended, or did not answer in time."""
@@ -57,10 +59,11 @@ def check_launch() -> None:
 
 
 @contextmanager
-def _contact(rank: int, world_size: int) -> Iterator[None]:
-    """Turns the failure of a collective into LostContact."""
-    # Gloo has no class of its own; on a GPU an earlier kernel's failure may come up here.
-    failures = dist.DistError if torch.cuda.is_available() else RuntimeError
+def _contact(rank: int, world_size: int, backend: str = "gloo") -> Iterator[None]:
+    """Turns the failure of a collective of ``backend`` into LostContact."""
+    # Gloo does not have an exception class of its own; NCCL's call may also raise the failure of an
+    # earlier kernel, which is something else.
+    failures = dist.DistError if backend == "nccl" else RuntimeError
     started = time.monotonic()
     try:
         yield
@@ -101,7 +104,7 @@ class Distributed:
         if self.world_size == 1 or not tensors:
             return
         flat = torch.cat([t.reshape(-1) for t in tensors])
-        with _contact(self.rank, self.world_size):
+        with _contact(self.rank, self.world_size, "nccl" if flat.is_cuda else "gloo"):
             dist.all_reduce(flat)
         parts = flat.split([t.numel() for t in tensors])
         torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
@@ -138,9 +141,7 @@ class Distributed:
 
     def barrier(self) -> None:
         """Waits for every rank."""
-        if self.world_size > 1:
-            with _contact(self.rank, self.world_size):
-                dist.barrier()
+        self.gather_objects(None)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -172,7 +173,9 @@ def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Stor
 
 @contextmanager
 def distributed(timeout_minutes: float) -> Iterator[Distributed]:
-    """Joins the process group that torchrun describes (NCCL on GPUs, else gloo), and leaves it.
+    """Joins the process group that torchrun describes, and leaves it.
+
+    Objects travel over gloo, and so do tensors on CPUs; tensors on GPUs over NCCL.
 
     Raises LostContact if the ranks do not find one another in time, and as ``check_launch``.
     """
@@ -184,11 +187,16 @@ def distributed(timeout_minutes: float) -> Iterator[Distributed]:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        # The host waits for an NCCL collective, at most until the time-out, and raises its failure.
+        # Without this a watchdog thread aborts the process.  An update waits there in any case.
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(usable_cpus())
     if world_size > 1:
         timeout = datetime.timedelta(minutes=timeout_minutes)
         with _contact(rank, world_size):
             dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                 store=_store(rank, world_size, timeout),
                 rank=rank,
                 world_size=world_size,

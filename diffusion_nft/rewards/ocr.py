@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffusion_nft.images import to_pil
 from diffusion_nft.rewards import RewardOutput
+from diffusion_nft.utils.devices import usable_cpus
 
 if TYPE_CHECKING:
     from rapidocr import RapidOCR
@@ -126,7 +127,7 @@ class OcrReward:
             raise ValueError(f"the threads of the ocr reward must be at least 1, not {threads}")
         self.letters = engine_letters(backend)
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.read = BACKENDS[backend](threads or max(1, (os.cpu_count() or 1) // ranks))
+        self.read = BACKENDS[backend](threads or max(1, usable_cpus() // ranks))
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
         """Scores ``[B]`` in [0, 1] of ``images: [B, 3, H, W]`` in [0, 1].
