@@ -1,4 +1,4 @@
-"""Loading of Python files by path, such as those of config/, which is not a package."""
+"""Loading of configuration files by path, as config/ is not a package."""
 
 import importlib.util
 from pathlib import Path
