@@ -1,55 +1,50 @@
-"""Every configuration key, with its meaning and default.
+"""All configuration keys with their meaning and default.
 
-A preset (config/nft.py) starts from ``get_config()`` and changes what it must.  The tree is locked:
-a misspelt key is an error.  Allowed values are in
-``diffusion_nft/validation/schema.py``, which refuses a bad configuration before any model is
-loaded.  Every key can be set on the command line:
-``--config.train.learning_rate=1e-4``.
+Presets (config/nft.py) start from ``get_config()``.  The tree is locked: misspelt keys are errors.
+``diffusion_nft/validation/schema.py`` defines valid values and checks them before any model is
+loaded.  Every key can be set on the command line: ``--config.train.learning_rate=1e-4``.
 
-For whoever adds a key: with its default the numbers must be as they were before the key existed.  A
-run of an earlier version, whose files lack the key, is continued with the default.
+The default of a new key must not change the numbers: a run of an earlier version, whose files lack
+the key, is continued with the default.
 """
 
 import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The defaults: SD3.5-Medium at 512 px, the published hyper-parameters, no data, no reward."""
+    """The defaults: SD3.5-Medium at 512 px, published hyper-parameters, no prompts or rewards."""
     config = ml_collections.ConfigDict()
 
     # Name shown in wandb; empty: the last part of save_dir.
     config.run_name = ""
-    # The run directory.  The same command continues the run that lies there.
+    # The run directory.  The same command continues the run in it.
     config.save_dir = ""
-    # All randomness is a function of (seed, epoch, sample, purpose): never of ranks or batch sizes.
-    # Evaluation's noise too: compare the gains of runs whose seeds differ.
+    # All randomness is a function of (seed, epoch, sample, purpose), not of ranks or batch sizes,
+    # including that of evaluations: for runs with different seeds compare gains, not scores.
     config.seed = 42
     # The loss: a name in diffusion_nft.algorithms.ALGORITHMS.
     config.algorithm = "nft"
-    # One epoch = sample, score, train, refresh the old policy.  In a run in stages, the most it
-    # makes.
+    # One epoch = sample, score, train, update the old policy.  With stages, the maximum in total.
     config.num_epochs = 100_000
-    # A run in stages: a tuple of mappings, one a stage, each with its own "num_epochs" and, by
-    # dotted key, what is different in it: dataset, reward_fn (all of it), sample.*, nft.*, grpo.*,
-    # matching.*, eval.* and train.* but train.lora_* and train.adam_*.  Whatever a stage does not
-    # set is as below.
+    # A run in stages: a tuple of mappings, one per stage, with its "num_epochs" and changes of
+    # the values below by dotted key: dataset, reward_fn (as a whole), sample.*, nft.*, grpo.*,
+    # matching.*, eval.* and train.*, except train.lora_* and train.adam_*.
     #     config.stages = (
     #         {"num_epochs": 800},
     #         {"num_epochs": 300, "dataset": "geneval", "reward_fn": {"geneval": 1.0}},
     #     )
-    # The run then ends at the sum of them, or at the num_epochs above if that is less.  Weights,
-    # optimizer, EMA and the counts of epochs and steps, on which the schedules depend, go on.
+    # The run ends at the sum of their epochs, or at the num_epochs above if that is less.  Weights,
+    # optimizer, EMA and the counts of epochs and steps, on which the schedules depend, continue.
     config.stages = ()
     # Epochs between checkpoints, and between evaluations (0: only at the end).
     config.save_freq = 30
     config.eval_freq = 10
-    # Precision of the frozen weights and of autocast: fp16, bf16, no (fp32), fp64 (for
-    # verification).
+    # Precision of the frozen weights and of autocast: fp16, bf16, no (fp32) or fp64 (for checks).
     config.mixed_precision = "fp16"
-    # TF32 matrix products on GPUs that have them.
+    # TF32 matrix products on GPUs that support them.
     config.allow_tf32 = True
-    # Begin with the policies of another run (a checkpoint or a run directory); counters
-    # and optimizer start anew.  Where save_dir already holds checkpoints, those continue instead.
+    # Start from the policies of another run (a checkpoint or a run directory) with new counters and
+    # optimizer.  Ignored if save_dir already contains checkpoints.
     config.resume_from = ""
 
     config.pretrained = pretrained = ml_collections.ConfigDict()
@@ -59,78 +54,77 @@ def get_config() -> ml_collections.ConfigDict:
     pretrained.revision = ""
     # The family of the model: a name in diffusion_nft.models.MODELS.
     pretrained.model_type = "sd3"
-    # T5 tokens per prompt (CLIP's 77 are the model's own).
+    # T5 tokens per prompt (CLIP always uses 77).
     pretrained.max_sequence_length = 128
     # Pixels, height = width.
     config.resolution = 512
 
-    # A name under dataset/ or a folder, holding train/test .txt or _metadata.jsonl files.
+    # A name under dataset/ or a folder, with train and test .txt or _metadata.jsonl files.
     config.dataset = ""
-    # A run remembers its prompt files by their SHA-256.  True: it may continue with files that have
-    # changed since; scores on changed test prompts are not compared with former ones.
+    # True: the run may continue with prompt files that have changed (by SHA-256) since its last
+    # start; scores on changed test prompts are not compared with former ones.
     config.allow_changed_prompts = False
     # Reward name -> weight; the total is the weighted sum.  Names: diffusion_nft.rewards.REWARDS.
     config.reward_fn = ml_collections.ConfigDict({}, allow_dotted_keys=True)
-    # Reward name -> addresses of its servers (scripts/reward_server.py), which share the load; a
-    # reward without addresses is scored here.  In a preset, as for the options below:
+    # Reward name -> addresses of its servers (scripts/reward_server.py), which share the load;
+    # other rewards are scored locally.  In a preset, as for the options below:
     #     with config.reward_servers.unlocked():
     #         config.reward_servers.geneval = ("http://gpu7:8000", "http://gpu8:8000")
     # On the command line: --config.reward_servers="{'geneval': ('http://gpu7:8000',)}".  The
     # environment variable REWARD_SERVER_TOKEN holds the servers' token.
     config.reward_servers = ml_collections.ConfigDict({}, allow_dotted_keys=True)
-    # Seconds that a server may take for a batch, waiting for its turn included.
+    # Seconds that a server may take for a batch, including its queue.
     config.reward_server_timeout_seconds = 300.0
     # Reward name -> arguments of its class, such as {"ocr": {"backend": "paddleocr"}}.  "device"
-    # ("cpu", "cuda:1") moves the reward there; "dtype" is fp32, fp16 or bf16.
+    # ("cpu", "cuda:1") places the reward; "dtype" is fp32, fp16 or bf16.
     config.reward_options = ml_collections.ConfigDict({}, allow_dotted_keys=True)
-    # Images of an epoch, or of an evaluation, that may have no score: NaN or infinite images, and
-    # those on which a reward fails.  They are left out of all statistics and of training, and
-    # counted as reward/unscored and eval/unscored.  One more ends the run, which may go on with a
-    # larger number.
+    # Maximum number of images per epoch or evaluation without a score: NaN or infinite images, and
+    # those on which a reward fails.  They are excluded from statistics and training, and counted as
+    # reward/unscored and eval/unscored.  More end the run, which can continue with a larger number.
     config.max_unscored = 0
 
     config.sample = sample = ml_collections.ConfigDict()
-    # Prompts per epoch, and images per prompt.  Their product is the epoch's batch, on any number
-    # of GPUs: ranks take near-equal shares.
+    # Prompts per epoch, and images per prompt.  Their product is the epoch's batch in total; ranks
+    # take near-equal shares.
     sample.num_groups = 48
     sample.num_image_per_prompt = 24
-    # Images sampled at once on a rank: a memory knob, the results do not depend on it.
+    # Micro-batch of images sampled per rank; affects memory, not results.
     sample.batch_size = 16
     # Solver (a name in diffusion_nft.solvers.SOLVERS or a diffusers scheduler class) and its steps.
     sample.solver = "dpm2"
     sample.num_steps = 10
-    # Noise of the stochastic solvers flow, dance and ddim (0: their ODE); the others have none.
+    # Noise of the stochastic solvers flow, dance and ddim (0: their ODE); not used by the others.
     sample.noise_level = 0.7
-    # Classifier-free guidance of the rollout; 1 = none.  Of the losses only flow_grpo's uses it.
+    # Classifier-free guidance of the rollout (1: none).  Of the losses only flow_grpo uses it.
     sample.guidance_scale = 1.0
     # Standard deviation of the advantage over the whole epoch (True) or over each group (False).
     sample.global_std = True
-    # With several rewards: standardise each in its group before the weighted sum, so that a weight
-    # counts deviations of its reward, whatever the reward's scale.
+    # Standardise each reward per group before the weighted sum, so that weights do not depend on
+    # the rewards' scales.
     sample.standardize_rewards = False
 
     config.train = train = ml_collections.ConfigDict()
-    # (sample, sigma) pairs in one forward/backward on a rank: a memory knob.  0: as many as fit
-    # 90 % of the GPU's memory, to an eighth and at most 256, found by trying at each start (96 on
+    # Micro-batch of (sample, sigma) pairs per rank; affects memory, not results.  0: found by
+    # trials at each start to fill 90 % of the GPU's memory, to an eighth and at most 256 (96 on
     # CPUs).
     train.batch_size = 8
     # Optimizer steps per pass over the epoch's samples; each takes an equal share of every group.
     train.gradient_step_per_epoch = 1
     # Passes over the epoch's samples, each with fresh noise.
     train.num_inner_epochs = 1
-    # Share of the sampler's sigmas that each sample is trained at, drawn per sample:
+    # Fraction of the sampler's sigmas at which each sample is trained:
     # int(num_steps * timestep_fraction), at least 1.
     train.timestep_fraction = 0.99
-    # Which of them: random (any) | stratified (one of each equal stretch of the sampler's path) |
-    # first (the noisiest).
+    # Choice of these sigmas per sample: random | stratified (one per equal part of the sampler's
+    # path) | first (the noisiest).
     train.sigma_choice = "random"
-    # All images of a prompt are trained with the same noise and sigmas, not each with its own.
+    # Train all images of a prompt with the same noise and sigmas.
     train.shared_noise = False
-    # Leave out prompts whose images all scored the same: their advantages are zero.  What else the
-    # loss asks of them, such as the KL term, goes too.
+    # Skip prompts whose images all have the same score, and so zero advantage.  This drops their KL
+    # term, too.
     train.filter_zero_std_groups = False
     train.learning_rate = 3e-4
-    # Epochs in which the learning rate halves, again and again; 0: it is constant.
+    # Half-life of the learning rate in epochs; 0: constant.
     train.lr_half_life = 0.0
     train.adam_beta1 = 0.9
     train.adam_beta2 = 0.999
@@ -144,17 +138,17 @@ def get_config() -> ml_collections.ConfigDict:
     # LoRA on the attention projections.
     train.lora_rank = 32
     train.lora_alpha = 64
-    # A LoRA of this rank (a PEFT folder or a diffusers file) that the current and the old policy
-    # start from, and whose layers are trained; the reference stays the base.
+    # A LoRA of this rank (a PEFT folder or a diffusers file) from which the current and the old
+    # policy start, and whose layers are trained; the reference is the base model.
     train.lora_path = ""
-    # EMA of the trained weights, used for evaluation and export: decay min((1+s)/(10+s), ema_decay)
-    # at optimizer step s; 0 turns it off.
+    # EMA of the trained weights for evaluation and export, with decay min((1+s)/(10+s), ema_decay)
+    # at optimizer step s; 0: off.
     train.ema_decay = 0.9
-    # Updates in a row that may be skipped for a non-finite gradient before the run stops.
+    # Maximum number of consecutive updates skipped for a non-finite gradient.
     train.max_skipped_steps = 20
 
     config.nft = nft = ml_collections.ConfigDict()
-    # Mixing strength of the implicit positive and negative policy; 1/beta is the guidance strength.
+    # Mixing strength of the implicit positive and negative policies; 1/beta: guidance strength.
     nft.beta = 1.0
     # Weight of mean (v_theta - v_ref)^2.
     nft.kl_weight = 1e-4
@@ -162,81 +156,81 @@ def get_config() -> ml_collections.ConfigDict:
     nft.weighting = "adaptive"
     # False drops the (1-r) term: the paper's no-negative ablation.
     nft.negative_branch = True
-    # How fast the sampling policy follows, once an epoch: theta_old <- eta theta_old + (1 - eta)
-    # theta.  on_policy | linear_to_half | linear_to_095 | delayed_linear | constant_09, or
-    # linear:SLOPE:START:CAP, which is eta = min(SLOPE (optimizer step - START), CAP).
+    # Schedule of the decay eta of the sampling policy, updated once per epoch:
+    # theta_old <- eta theta_old + (1 - eta) theta.  on_policy | linear_to_half | linear_to_095 |
+    # delayed_linear | constant_09, or linear:SLOPE:START:CAP, with
+    # eta = min(SLOPE (optimizer step - START), CAP).
     nft.old_policy_decay = "linear_to_half"
 
-    # Of algorithm "flow_grpo".
+    # For algorithm "flow_grpo".
     config.grpo = grpo = ml_collections.ConfigDict()
-    # The ratio of new to old probability is clipped to 1 +- clip_range.  The log-probability of a
-    # step is a mean over its values, so ratios are close to 1.
+    # The ratio of new to old probability is clipped to 1 +- clip_range.  Ratios are close to 1, as
+    # the log-probability of a step is a mean over its elements.
     grpo.clip_range = 1e-4
-    # Weight of the divergence of a step's Gaussian from the reference's.
+    # Weight of the KL divergence of a step's Gaussian from the reference's.
     grpo.kl_weight = 0.04
 
-    # Of algorithms "reward_weighted", "advantage_weighted" and "best_of_n".
+    # For algorithms "reward_weighted", "advantage_weighted" and "best_of_n".
     config.matching = matching = ml_collections.ConfigDict()
-    # uniform | sigma | one_minus_sigma | adaptive: the flow-matching error (see algorithms/nft.py).
+    # Of the flow-matching error: uniform | sigma | one_minus_sigma | adaptive (algorithms/nft.py).
     matching.weighting = "uniform"
     # Weight of mean (v_theta - v_ref)^2.
     matching.kl_weight = 1e-4
-    # reward_weighted: a sample's weight is exp(advantage / temperature).
+    # reward_weighted: weight exp(advantage / temperature) per sample.
     matching.temperature = 1.0
-    # best_of_n: images of each prompt that are trained on.
+    # best_of_n: number of images per prompt to train on.
     matching.best_of = 1
     # advantage_weighted: the ratio exp(old error - new error) is clipped to 1 +- clip_range.
     matching.clip_range = 1.0
 
     config.eval = evaluation = ml_collections.ConfigDict()
-    # Rewards that are only evaluated, never trained on: held-out judges of what is gained.
+    # Rewards that are only evaluated, not trained on.
     evaluation.held_out_rewards = ()
-    # Lines of the test set to use, drawn once and for all; 0: all.
+    # Number of test lines, a fixed random subset; 0: all.
     evaluation.num_prompts = 0
     evaluation.num_steps = 40
     evaluation.solver = "flow"
     evaluation.guidance_scale = 1.0
-    # Images sampled at once.  Test lines are dealt to the ranks in chunks of this size.
+    # Micro-batch of images; test lines are distributed to the ranks in chunks of this size.
     evaluation.batch_size = 16
     # Evaluate before the first epoch.
     evaluation.at_start = True
 
-    # Alarms: signs that the reward rises at the cost of the images (tracking/monitor.py).
+    # Alarms for signs that the reward rises at the cost of the images (tracking/monitor.py).
     config.monitor = monitor = ml_collections.ConfigDict()
-    # off | warn | stop (after saving; the same command goes on to the next alarm) | raise_kl (an
-    # alarm doubles the weight of the KL term, up to 64 times; that stays for the run or its stage).
+    # off | warn | stop (after saving; the same command continues to the next alarm) | raise_kl (an
+    # alarm doubles the KL weight, up to 64 times, for the rest of the run or its stage).
     monitor.action = "warn"
     # Also evaluate brightness, saturation and edges, as the held-out reward image_statistics.
     monitor.image_statistics = False
-    # Alarming: an evaluated reward, or a component of one, lower than its best evaluation so far by
-    # more than so many standard errors, over all lines or those of a tag,
+    # Maximum drop of an evaluated reward or component below its best evaluation so far, over all
+    # lines or those of a tag, in standard errors.
     monitor.max_drop = 3.0
-    # a diversity lower than at first by more than this share,
+    # Maximum relative drop of diversity below the first evaluation.
     monitor.max_diversity_drop = 0.3
-    # a size of the latents, brightness, saturation or edges changed by more than this share,
+    # Maximum relative change of the latents' RMS, brightness, saturation or edges.
     monitor.max_image_change = 0.3
-    # and a distance to the reference, loss/kl, above this (0: any may be).
+    # Maximum distance to the reference, loss/kl (0: no limit).
     monitor.max_kl = 0.0
 
     config.checkpoint = checkpoint = ml_collections.ConfigDict()
-    # Newest checkpoints to keep (0: all); the best one by evaluation is kept besides.
+    # Number of newest checkpoints to keep (0: all); the best one by evaluation is also kept.
     checkpoint.keep = 3
 
     config.perf = perf = ml_collections.ConfigDict()
-    # Prompt embeddings kept in host memory, least recently used first out.
+    # Size of the LRU cache of prompt embeddings in host memory.
     perf.embed_cache_gb = 2.0
     # Keep the text encoders in host memory while they are not encoding.
     perf.offload_text_encoders = False
-    # Latents decoded at once.
+    # Micro-batch of decoded latents.
     perf.vae_batch_size = 8
     # Recompute activations in the backward pass: less memory, about a third more training time.
     perf.gradient_checkpointing = False
-    # Compile the transformer's blocks (torch.compile), for each policy and each size of a batch
-    # once: minutes at the start.
+    # torch.compile the transformer's blocks, once per policy and batch size: minutes at the start.
     perf.compile = False
 
     config.log = log = ml_collections.ConfigDict()
-    # online | offline | off.  Without a key, online becomes offline with one line.
+    # online | offline | off.  Without an API key, online falls back to offline.
     log.wandb = "online"
     log.wandb_project = "diffusion-nft"
     log.tensorboard = False
@@ -246,7 +240,7 @@ def get_config() -> ml_collections.ConfigDict:
     log.image_freq = 10
 
     config.distributed = distributed = ml_collections.ConfigDict()
-    # Time-out of collectives: a slow reward on one rank must not kill the others.
+    # Time-out of collectives, which must exceed the time of the slowest reward.
     distributed.timeout_minutes = 60.0
 
     return config.lock()

@@ -1,32 +1,22 @@
-"""Baselines on the built-in model that weight the flow-matching loss of the policy's own samples:
+"""Baselines on the built-in model with a weighted flow-matching loss on the policy's own samples:
 ``--config config/baselines.py:NAME``.
 
-They are config/nft.py:shapes under another algorithm (diffusion_nft/algorithms/matching.py), with
-its prompts, batch of an epoch, solver and learning rate, and each with the KL weight that did best
-in trials of shapes_demo's size (docs/experiments.md).  Cost and results at full size: not measured.
+They are config/nft.py:shapes with another algorithm (diffusion_nft/algorithms/matching.py) and the
+KL weight that performed best in trials of shapes_demo's size (docs/experiments.md).  Cost and
+results at full size: not measured.
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
-from types import ModuleType
 
 import ml_collections
 
-
-def _load_nft() -> ModuleType:
-    """config/nft.py, loaded from beside this file (torchrun has no ``config`` package)."""
-    spec = importlib.util.spec_from_file_location("_nft", Path(__file__).with_name("nft.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-NFT = _load_nft()
+# Loaded by path, as torchrun has no ``config`` package.
+NFT = runpy.run_path(str(Path(__file__).with_name("nft.py")))
 
 
 def _shapes(algorithm: str, name: str, *, kl_weight: float) -> ml_collections.ConfigDict:
-    config = NFT.shapes()
+    config = NFT["shapes"]()
     config.algorithm = algorithm
     config.save_dir = f"logs/baselines/shapes/{name}"
     config.matching.kl_weight = kl_weight
@@ -50,7 +40,7 @@ def shapes_awm() -> ml_collections.ConfigDict:
 
 
 def shapes_best_of_n() -> ml_collections.ConfigDict:
-    """Rejection fine-tuning: the best 4 of the 24 images of a prompt.
+    """Rejection fine-tuning on the best 4 of the 24 images per prompt.
 
     ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config
     config/baselines.py:shapes_best_of_n``

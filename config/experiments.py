@@ -1,8 +1,7 @@
-"""Named experiments: what ``scripts/experiments.py NAME`` runs, and what its plots compare.
+"""Named experiments, which ``scripts/experiments.py NAME`` runs and plots.
 
-An experiment asks one question of several variants, each a preset with changes, over the same
-seeds.  To add one: an entry in ``EXPERIMENTS``.  Names of experiments and variants become names of
-files.
+An experiment compares variants, each a preset with changes, over the same seeds.  To add one, add
+an entry to ``EXPERIMENTS``.  Names of experiments and variants are used in file names.
 """
 
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ SEEDS = (42, 43, 44, 45, 46)
 
 @dataclass(frozen=True)
 class Variant:
-    """The preset of a configuration file, and what is changed in it by dotted key."""
+    """A preset of a configuration file, and changes by dotted key."""
 
     preset: str
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -23,10 +22,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Experiment:
-    """``baseline``: the variant that the others are tested against.  ``common``: changes of every
-    variant, such as how often it is evaluated; a variant may have its own.  ``watched``: metrics
-    that are drawn beside strict accuracy; none: reward, distance to the reference, stricter
-    accuracy, diversity.
+    """``baseline``: the variant that the others are tested against.  ``common``: changes of all
+    variants, such as the frequency of evaluations, which a variant may override.  ``watched``:
+    metrics plotted next to strict accuracy; by default reward, distance to the reference, stricter
+    accuracy and diversity.
     """
 
     question: str
@@ -37,13 +36,13 @@ class Experiment:
     watched: tuple[str, ...] = ()
 
     def changes(self, variant: str) -> dict[str, Any]:
-        """What ``variant`` changes in its preset, by dotted key."""
+        """All changes of ``variant`` to its preset, by dotted key."""
         return {**self.common, **self.variants[variant].changes}
 
 
-# Five points a curve in the 24 epochs of shapes_demo; images are for looking, not for counting.
+# Five evaluations in the 24 epochs of shapes_demo, without images.
 DEMO_CURVE = {"eval_freq": 6, "log.num_images": 0}
-# Other algorithms in the epochs of shapes_demo; as many of them as cost the same.
+# Epochs of shapes_demo's size for other algorithms; their number is chosen for the same cost.
 DEMO_SIZE = {"sample.num_groups": 8, "train.lr_half_life": 0.0}
 GRPO_FILE, BASELINES_FILE = "config/grpo.py", "config/baselines.py"
 
@@ -61,12 +60,11 @@ CHEAP = {
 
 
 def dotted(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``changes`` whose names have a double underscore for the dot of a key, by dotted key."""
+    """``changes`` by dotted key, which their names write with a double underscore for the dot."""
     return {name.replace("__", "."): value for name, value in changes.items()}
 
 
 def demo(**changes: Any) -> Variant:
-    """shapes_demo with ``changes``."""
     return Variant("shapes_demo", dotted(changes))
 
 
@@ -77,8 +75,8 @@ def grpo(**changes: Any) -> Variant:
 
 
 def grpo_3_steps(**changes: Any) -> Variant:
-    """Flow-GRPO without guidance that trains at 3 of its 10 steps, drawn anew for each sample, as
-    shapes_demo does at 3 of 10 sigmas; 28 epochs.
+    """Flow-GRPO without guidance, trained at 3 of its 10 steps, drawn per sample, as shapes_demo is
+    at 3 of 10 sigmas; 28 epochs.
     """
     return grpo(
         train__timestep_fraction=0.3,
@@ -90,15 +88,15 @@ def grpo_3_steps(**changes: Any) -> Variant:
 
 
 def grpo_cfg(**changes: Any) -> Variant:
-    """Flow-GRPO with guidance 2 in rollout, training and evaluation: half of the epochs, since
-    every step passes through the transformer twice.
+    """Flow-GRPO with guidance 2 in rollout, training and evaluation: half of the epochs, as each
+    step takes two forwards.
     """
     own = {**DEMO_SIZE, "num_epochs": 7, "eval_freq": 3}
     return Variant("shapes_grpo_cfg", {**own, **dotted(changes)}, GRPO_FILE)
 
 
 def baseline(preset: str, **changes: Any) -> Variant:
-    """A preset of weighted matching, its epochs and KL weight those of shapes_demo."""
+    """A preset of weighted matching with the epochs and KL weight of shapes_demo."""
     own = {**DEMO_SIZE, "matching.kl_weight": 1e-4, "num_epochs": 24}
     return Variant(preset, {**own, **dotted(changes)}, BASELINES_FILE)
 
@@ -108,7 +106,7 @@ EXPERIMENTS = {
         question="Which cheaper epochs gain as much as those of shapes_demo?",
         variants={
             "faithful": demo(),
-            # As the presets of SD3.5: all sigmas but one, drawn anew for each sample.
+            # As in the presets of SD3.5: all sigmas except one, drawn per sample.
             "9-sigmas": demo(train__timestep_fraction=0.99, num_epochs=12),
             "stratified": demo(train__sigma_choice="stratified"),
             "2-stratified": demo(train__sigma_choice="stratified", train__timestep_fraction=0.2),
@@ -117,7 +115,7 @@ EXPERIMENTS = {
             "1-sigma": demo(train__timestep_fraction=0.1),
             "shared-noise": demo(train__shared_noise=True),
             "skip-flat": demo(train__filter_zero_std_groups=True),
-            # All that makes an epoch cheaper, and as many epochs more.
+            # All savings, with more epochs for the same cost.
             "cheap": Variant("shapes_demo", {**CHEAP, "num_epochs": 42}),
         },
         baseline="faithful",
@@ -140,7 +138,7 @@ EXPERIMENTS = {
             "lr-3e-3-clip-1e-3-no-kl": grpo(
                 train__learning_rate=3e-3, grpo__clip_range=1e-3, grpo__kl_weight=0.0
             ),
-            # As many epochs as cost the same: without KL term, and with 3 of 10 steps trained.
+            # More epochs for the same cost: without KL term, and with 3 of 10 steps trained.
             "lr-3e-3-clip-1e-3-no-kl-18": grpo(
                 train__learning_rate=3e-3,
                 grpo__clip_range=1e-3,
@@ -244,12 +242,12 @@ EXPERIMENTS = {
             "linear-to-half": demo(),
             "on-policy": demo(nft__old_policy_decay="on_policy"),
             "constant-09": demo(nft__old_policy_decay="constant_09"),
-            # In these 48 optimizer steps linear_to_half comes to 0.048, linear_to_095 is the same
-            # and delayed_linear is on_policy.  As published, ten times as fast:
+            # In these 48 optimizer steps linear_to_half and linear_to_095 reach 0.048, and
+            # delayed_linear is on_policy.  The published schedules, ten times as fast:
             "linear-to-half-x10": demo(nft__old_policy_decay="linear:0.01:0:0.5"),
-            # (at 0.999 from step 22: the second half samples with a policy that stands still)
+            # (at 0.999 from step 22: the policy that samples hardly changes in the second half)
             "delayed-x10": demo(nft__old_policy_decay="linear:0.075:7:0.999"),
-            # At its cap after 24 steps.
+            # Reaches its cap after 24 steps.
             "linear-to-095-x40": demo(nft__old_policy_decay="linear:0.04:0:0.95"),
         },
         baseline="linear-to-half",
@@ -258,20 +256,20 @@ EXPERIMENTS = {
     "beta_weighting": Experiment(
         question="How do the strength beta and the weighting of the loss matter?",
         variants={
-            # The old policy is nearly the trained one in these runs.  Where they are equal, as at
-            # the first of an epoch's two steps, the gradient is that of advantage-weighted matching
-            # whatever beta is; at the second beta pulls back.
+            # The old policy nearly equals the trained one in these runs.  Where they are equal, as
+            # at the first of an epoch's two steps, the gradient is that of advantage-weighted
+            # matching for any beta.
             "beta-1": demo(),
             "beta-001": demo(nft__beta=0.01),
             "beta-01": demo(nft__beta=0.1),
             "beta-10": demo(nft__beta=10.0),
-            # With an old policy that lags, beta matters at both.
+            # With an old policy that lags, beta matters at both steps.
             "lag-beta-1": demo(nft__old_policy_decay="linear:0.01:0:0.5"),
             "lag-beta-01": demo(nft__old_policy_decay="linear:0.01:0:0.5", nft__beta=0.1),
             "uniform": demo(nft__weighting="uniform"),
             "sigma": demo(nft__weighting="sigma"),
             "one-minus-sigma": demo(nft__weighting="one_minus_sigma"),
-            # What advantage-weighted matching has in the experiment `matching`.
+            # As advantage-weighted matching in the experiment `matching`.
             "uniform-kl-01": demo(nft__weighting="uniform", nft__kl_weight=0.1),
         },
         baseline="beta-1",
@@ -282,18 +280,18 @@ EXPERIMENTS = {
         variants={
             # 8 groups of 24, the deviation of the epoch, no guidance.
             "kl-1e-4": demo(),
-            # No pass of the reference: as many epochs as cost the same.
+            # Without forwards of the reference: more epochs for the same cost.
             "kl-0": demo(nft__kl_weight=0.0, num_epochs=28),
             "kl-1e-2": demo(nft__kl_weight=1e-2),
-            # What serves advantage-weighted matching best (matching_tuning).
+            # The best weight for advantage-weighted matching (matching_tuning).
             "kl-01": demo(nft__kl_weight=0.1),
             "group-std": demo(sample__global_std=False),
-            # The same 192 samples an epoch in more or larger groups.
+            # The same 192 samples per epoch in more or larger groups.
             "24x8": demo(sample__num_groups=24, sample__num_image_per_prompt=8),
             "4x48": demo(sample__num_groups=4, sample__num_image_per_prompt=48),
-            # The same training as kl-1e-4, evaluated with guidance, before it too.
+            # The same training as kl-1e-4, all evaluations with guidance.
             "cfg-in-evaluation": demo(eval__guidance_scale=2.0),
-            # Guidance in the rollout, none in evaluation; the epochs that cost the same.
+            # Guidance in the rollout, not in evaluation; fewer epochs for the same cost.
             "cfg-in-rollout": demo(sample__guidance_scale=2.0, num_epochs=17),
         },
         baseline="kl-1e-4",

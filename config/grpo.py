@@ -1,34 +1,24 @@
 """Flow-GRPO presets (arXiv 2505.05470): ``--config config/grpo.py:NAME``.
 
-They are the DiffusionNFT presets of config/nft.py under the other algorithm: the same prompts,
-rewards and batch of an epoch.  The published values are those of the Flow-GRPO code for
-SD3.5-Medium.  The weight of the KL term is in units of the paper's term, which on these steps is
-4.4 times that of the published code: 0.009 here pulls as 0.04 does there (docs/deviations.md).
+They are presets of config/nft.py with the other algorithm, and the same prompts, rewards and batch
+per epoch.  The published values are those of the Flow-GRPO code for SD3.5-Medium.  The KL weight
+refers to the paper's term, which on these steps is 4.4 times that of the published code: 0.009 here
+corresponds to 0.04 there (docs/deviations.md).
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
-from types import ModuleType
 
 import ml_collections
 
-
-def _load_nft() -> ModuleType:
-    """config/nft.py, loaded from beside this file (torchrun has no ``config`` package)."""
-    spec = importlib.util.spec_from_file_location("_nft", Path(__file__).with_name("nft.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-NFT = _load_nft()
+# Loaded by path, as torchrun has no ``config`` package.
+NFT = runpy.run_path(str(Path(__file__).with_name("nft.py")))
 
 
 def _flow_grpo(
     config: ml_collections.ConfigDict, *, kl_weight: float, guidance_scale: float
 ) -> ml_collections.ConfigDict:
-    """``config`` with Flow-GRPO in the place of NFT: 10 noisy steps, all but the last trained."""
+    """``config`` with Flow-GRPO instead of NFT: 10 noisy steps, all except the last trained."""
     config.algorithm = "flow_grpo"
     config.save_dir = config.save_dir.replace("logs/nft/", "logs/grpo/")
     config.sample.solver = "flow"
@@ -50,7 +40,7 @@ def sd3_geneval_grpo() -> ml_collections.ConfigDict:
     ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config
     config/grpo.py:sd3_geneval_grpo``
     """
-    return _flow_grpo(NFT.sd3_geneval(), kl_weight=0.009, guidance_scale=4.5)
+    return _flow_grpo(NFT["sd3_geneval"](), kl_weight=0.009, guidance_scale=4.5)
 
 
 def sd3_ocr_grpo() -> ml_collections.ConfigDict:
@@ -58,7 +48,7 @@ def sd3_ocr_grpo() -> ml_collections.ConfigDict:
 
     ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/grpo.py:sd3_ocr_grpo``
     """
-    return _flow_grpo(NFT.sd3_ocr(), kl_weight=0.009, guidance_scale=4.5)
+    return _flow_grpo(NFT["sd3_ocr"](), kl_weight=0.009, guidance_scale=4.5)
 
 
 def sd3_pickscore_grpo() -> ml_collections.ConfigDict:
@@ -67,17 +57,17 @@ def sd3_pickscore_grpo() -> ml_collections.ConfigDict:
     ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config
     config/grpo.py:sd3_pickscore_grpo``
     """
-    return _flow_grpo(NFT.sd3_pickscore(), kl_weight=0.0023, guidance_scale=4.5)
+    return _flow_grpo(NFT["sd3_pickscore"](), kl_weight=0.0023, guidance_scale=4.5)
 
 
 def shapes_grpo() -> ml_collections.ConfigDict:
-    """The built-in model without guidance: the epochs of config/nft.py:shapes.
+    """The built-in model without guidance, with the epochs of config/nft.py:shapes.
 
     Cost and result: not measured.
 
     ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/grpo.py:shapes_grpo``
     """
-    return _flow_grpo(NFT.shapes(), kl_weight=0.009, guidance_scale=1.0)
+    return _flow_grpo(NFT["shapes"](), kl_weight=0.009, guidance_scale=1.0)
 
 
 def shapes_grpo_cfg() -> ml_collections.ConfigDict:
@@ -87,7 +77,7 @@ def shapes_grpo_cfg() -> ml_collections.ConfigDict:
 
     ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/grpo.py:shapes_grpo_cfg``
     """
-    config = _flow_grpo(NFT.shapes(), kl_weight=0.009, guidance_scale=2.0)
+    config = _flow_grpo(NFT["shapes"](), kl_weight=0.009, guidance_scale=2.0)
     config.save_dir += "_cfg"
     return config
 

@@ -1,26 +1,20 @@
 """DiffusionNFT presets: ``--config config/nft.py:NAME``.
 
-A preset is one function.  Copy one, change it, run it.  No preset knows the number of GPUs: the
-epoch's batch is ``sample.num_groups x sample.num_image_per_prompt`` on any number of them.
+A preset is a function.  To make your own, copy one and change it.  Presets do not depend on the
+number of GPUs: the epoch's batch is ``sample.num_groups * sample.num_image_per_prompt`` images.
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
 
 import ml_collections
 
-
-def _base() -> ml_collections.ConfigDict:
-    """The defaults, loaded from base.py beside this file (torchrun has no ``config`` package)."""
-    spec = importlib.util.spec_from_file_location("_base", Path(__file__).with_name("base.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+# Loaded by path, as torchrun has no ``config`` package.
+BASE = runpy.run_path(str(Path(__file__).with_name("base.py")))
 
 
 def _sd3(dataset: str, name: str, **rewards: float) -> ml_collections.ConfigDict:
-    config = _base()
+    config = BASE["get_config"]()
     config.dataset = dataset
     config.save_dir = f"logs/nft/sd3/{name}"
     with config.reward_fn.unlocked():
@@ -39,8 +33,8 @@ def sd3_geneval() -> ml_collections.ConfigDict:
 
 
 def sd3_ocr() -> ml_collections.ConfigDict:
-    """Text rendering on SD3.5-Medium, as published for 8 GPUs of 80 GB but for the OCR, RapidOCR
-    instead of PaddleOCR (docs/rewards.md).  Cost here: not measured.
+    """Text rendering on SD3.5-Medium, as published for 8 GPUs of 80 GB, with RapidOCR instead of
+    PaddleOCR (docs/rewards.md).  Cost here: not measured.
 
     ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_ocr``
     """
@@ -80,10 +74,10 @@ def sd3_multi_reward() -> ml_collections.ConfigDict:
 
 
 def sd3_multi_reward_paper() -> ml_collections.ConfigDict:
-    """The paper's multi-reward model: five stages, 1600 epochs, with 8 GPUs of 80 GB in mind.
+    """The paper's multi-reward model: five stages, 1600 epochs, meant for 8 GPUs of 80 GB.
 
-    PickScore, CLIPScore and HPSv2.1 on Pick-a-Pic prompts; then GenEval's prompts and reward beside
-    those three; both again, for less; then OCR beside them, whose old policy ends slower.
+    PickScore, CLIPScore and HPSv2.1 on Pick-a-Pic prompts; then GenEval's prompts, with its reward
+    added; both again, shorter; then OCR's, with a higher cap of the old policy's decay.
 
     ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config
     config/nft.py:sd3_multi_reward_paper``
@@ -106,8 +100,8 @@ def sd3_multi_reward_paper() -> ml_collections.ConfigDict:
 
 
 def _one_gpu(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Fit one card of 24-48 GB: a ninth of the published batch, small micro-batches, capped test
-    set.
+    """For one GPU of 24-48 GB: a ninth of the published batch, small micro-batches, 128 test
+    prompts.
     """
     config.save_dir += "_1gpu"
     config.sample.num_groups = 8
@@ -123,9 +117,9 @@ def _one_gpu(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def sd3_geneval_1gpu() -> ml_collections.ConfigDict:
-    """GenEval on one card of 24-48 GB.
+    """GenEval on one GPU of 24-48 GB.
 
-    Memory by arithmetic: 19 GB while encoding, 11 GB while training, the reward's models beside it
+    Estimated memory: 19 GB while encoding, 11 GB while training, plus the reward's models
     (docs/benchmarks.md).  Memory and cost on a GPU: not measured.
 
     ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:sd3_geneval_1gpu``
@@ -134,9 +128,9 @@ def sd3_geneval_1gpu() -> ml_collections.ConfigDict:
 
 
 def sd3_pickscore_1gpu() -> ml_collections.ConfigDict:
-    """PickScore on one card of 24-48 GB.
+    """PickScore on one GPU of 24-48 GB.
 
-    Memory by arithmetic: 19 GB while encoding, 11 GB while training, PickScore's 3.9 beside it
+    Estimated memory: 19 GB while encoding, 11 GB while training, plus 3.9 GB of PickScore
     (docs/benchmarks.md).  Memory and cost on a GPU: not measured.
 
     ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config
@@ -146,8 +140,8 @@ def sd3_pickscore_1gpu() -> ml_collections.ConfigDict:
 
 
 def _fast(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Train each sample at 2 sigmas of 10, one of each half of the sampler's path, and no prompts
-    whose images all scored the same.
+    """Train each sample at 2 of 10 sigmas, one per half of the sampler's path, and skip prompts
+    whose images all have the same score.
     """
     config.save_dir += "_fast"
     config.train.timestep_fraction = 0.2
@@ -157,9 +151,9 @@ def _fast(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def sd3_geneval_fast() -> ml_collections.ConfigDict:
-    """GenEval with 2 sigmas a sample instead of 9: by FLOPs 2.6 times less work an epoch.
+    """GenEval with 2 sigmas per sample instead of 9: 2.6 times fewer FLOPs per epoch.
 
-    Why: on the built-in model few sigmas learn more than 9 from the same compute, though less an
+    On the built-in model, fewer sigmas learn more than 9 from the same compute, though less per
     epoch (docs/experiments.md).  Not tried on SD3.5; cost not measured.
 
     ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_geneval_fast``
@@ -175,7 +169,7 @@ def shapes() -> ml_collections.ConfigDict:
 
     ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:shapes``
     """
-    config = _base()
+    config = BASE["get_config"]()
     config.save_dir = "logs/nft/shapes/full"
     config.pretrained.model = "shapes"
     config.pretrained.max_sequence_length = 8
@@ -203,7 +197,7 @@ def shapes() -> ml_collections.ConfigDict:
 
 
 def shapes_demo() -> ml_collections.ConfigDict:
-    """The built-in model in a few minutes on 2 CPU cores: what ``make demo`` runs.
+    """The built-in model in a few minutes on 2 CPU cores; ``make demo`` runs it.
 
     Measured on 2 CPU cores: 145 s for the 24 epochs; strict held-out accuracy .485 to .762, .444
     to .696 and .463 to .710 for seeds 42, 43 and 44 (docs/experiments.md).
@@ -232,12 +226,12 @@ def shapes_fast() -> ml_collections.ConfigDict:
 
 
 def shapes_stages() -> ml_collections.ConfigDict:
-    """A run in two stages on the built-in model: first what the captions say, then small JPEGs too.
+    """A run in two stages on the built-in model, the second of which also rewards small JPEGs.
 
-    Measured with seed 42 on one CPU core, another job beside it: 4 min 20 s; strict held-out
-    accuracy .485 to .723 in the first stage and to .758 in the second (.748 in another run, with
-    two threads).  The mean JPEG grew from 1173 to 1180 bytes in the first stage and shrank to 1171
-    in the second.
+    Measured with seed 42 on one CPU core next to another job: 4 min 20 s; strict held-out accuracy
+    .485 to .723 in the first stage and to .758 in the second (.748 in another run, with two
+    threads).  The mean JPEG grew from 1173 to 1180 bytes in the first stage and shrank to 1171 in
+    the second.
 
     ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:shapes_stages``
     """
@@ -249,7 +243,7 @@ def shapes_stages() -> ml_collections.ConfigDict:
         {
             "num_epochs": 8,
             "reward_fn": {"shapes": 1.0, "jpeg_compressibility": 0.5},
-            # The sizes of JPEGs vary by thousandths, the other reward by tenths.
+            # JPEG sizes vary by thousandths, the other reward by tenths.
             "sample.standardize_rewards": True,
             "eval.held_out_rewards": (),
         },
@@ -258,7 +252,7 @@ def shapes_stages() -> ml_collections.ConfigDict:
 
 
 def shapes_smoke() -> ml_collections.ConfigDict:
-    """Two tiny epochs of the built-in model in seconds: for tests, it learns nothing.
+    """Two tiny epochs of the built-in model in seconds, for tests; it does not learn.
 
     ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:shapes_smoke``
     """

@@ -1,4 +1,4 @@
-"""Builds the trainer of a run's stage from its configuration."""
+"""Builds the trainer of a stage from its configuration."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from diffusion_nft.runs.environment import write_environment
 from diffusion_nft.runs.run_dir import check_prompts_kept, write_config
 from diffusion_nft.runs.state import TrainingState, stage_number, starting_modules
 from diffusion_nft.tracking.evaluator import Evaluator
-from diffusion_nft.tracking.metrics import Timer, make_metrics
+from diffusion_nft.tracking.metrics import Metrics, Timer
 from diffusion_nft.tracking.monitor import Monitor
 from diffusion_nft.trainer import Trainer
 from diffusion_nft.update import build_learner
@@ -29,11 +29,10 @@ from diffusion_nft.validation.stages import Stage, stages_of
 def build_trainer(
     config: ConfigDict, dist: Distributed, stage: Stage, checkpoint: Checkpoint | None
 ) -> Trainer:
-    """The trainer of ``stage`` of the run of a valid ``config``, which continues from
-    ``checkpoint``, the newest one (None: there is none).
+    """The trainer of ``stage`` of a valid ``config``, which continues from ``checkpoint``, the
+    newest one, if any.
 
-    Raises RunDirError if prompts have changed since, and whatever a model or a reward that cannot
-    be loaded raises, before any sampling.
+    Raises RunDirError if prompts have changed since, and errors of loading models and rewards.
     """
     own = stage.config
     train_prompts, test_prompts, test_lines = load_checked_prompts(own)
@@ -59,7 +58,7 @@ def build_trainer(
     if dist.is_main:
         write_config(config)
         write_environment(Path(own.save_dir))
-    metrics = make_metrics(config, Path(own.save_dir), dist.is_main)
+    metrics = Metrics(config, Path(own.save_dir), enabled=dist.is_main)
     if checkpoint is None:
         metrics.truncate(-1)
     else:

@@ -1,4 +1,4 @@
-"""What the scripts share: types of flags, and how a command ends."""
+"""Shared by the scripts: types of flags, and exit messages."""
 
 import argparse
 import os
@@ -15,14 +15,14 @@ from diffusion_nft.utils.paths import expand
 
 
 def script_parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help shows ``doc``, a script's docstring, with its line breaks."""
+    """A parser whose help shows a script's docstring ``doc`` with its line breaks."""
     return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def path_or_name(text: str) -> str:
-    """argparse's type of a path that may also be a name, as of a model: ``~`` is expanded."""
+    """argparse type of a path or a name, as of a model; expands ``~``."""
     if not text.strip():
         raise argparse.ArgumentTypeError("must not be empty")
     try:
@@ -32,26 +32,26 @@ def path_or_name(text: str) -> str:
 
 
 def user_path(text: str) -> Path:
-    """argparse's type of a path: ``~`` is expanded."""
+    """argparse type of a path; expands ``~``."""
     return Path(path_or_name(text))
 
 
 def natural(text: str) -> int:
-    """argparse's type of a count that may be 0."""
+    """argparse type of an integer >= 0."""
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """argparse's type of a count."""
+    """argparse type of an integer >= 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
     return int(text)
 
 
 def device(text: str) -> torch.device:
-    """argparse's type of a device, which must be usable."""
+    """argparse type of a usable device."""
     try:
         return usable_device(text)
     except ValueError as error:
@@ -59,16 +59,18 @@ def device(text: str) -> torch.device:
 
 
 def command(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a script's ``main`` and exits with its status; an error that the user can fix, or a
-    failure after which the same command continues, is one line on stderr.
+    """Runs a script's ``main`` and exits with its status.
+
+    Errors that the user can fix, and failures after which the same command continues, exit with one
+    line on stderr.
     """
     try:
         status = main()
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read the output has seen enough (``| head``).  Python flushes once more at exit.
+        # The reader has closed the pipe (``| head``).  Python flushes once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # as a program that SIGPIPE ends
+        sys.exit(141)  # as for SIGPIPE
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except UnscoredError as error:

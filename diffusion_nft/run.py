@@ -1,4 +1,4 @@
-"""A whole run: its stages, one after the other."""
+"""A whole run: its stages in order."""
 
 import gc
 from collections.abc import Iterator
@@ -22,16 +22,15 @@ from diffusion_nft.validation.stages import Stage, stages_of
 
 
 class StartError(Exception):
-    """A run or one of its stages cannot start, for a reason that its user can remove."""
+    """A run or one of its stages cannot start, for a reason that the user can fix."""
 
 
 def run(config: ConfigDict, dist: Distributed) -> None:
-    """Trains ``config`` to its end from wherever its run directory stands.
+    """Trains ``config`` to its end, continuing from its run directory.
 
-    A stage goes on from the checkpoint that ends the one before, as it would after an interruption
-    between them, and so to the same weights.  The model is loaded again for each stage: seconds,
-    against hundreds of epochs.  A finished run says again what it gained, without loading a model.
-    Raises StartError, and what ``Trainer.run`` raises.
+    Each stage continues from the checkpoint that ends the previous one and loads the model again
+    (in seconds), so that a run interrupted between stages ends with the same weights.  A finished
+    run prints its result without loading a model.  Raises StartError, and as ``Trainer.run``.
     """
     dist.print_once(devices(dist))
     folder = Path(config.save_dir)
@@ -58,16 +57,14 @@ def _run(config: ConfigDict, dist: Distributed) -> None:
             trainer = build_trainer(config, dist, stage, checkpoint)
         checkpoint = None  # frees its tensors
         _train(trainer, dist, last=stage is todo[-1])
-        # Two models would not fit the device; a trainer's parts refer to each other.
+        # Frees the model before the next is loaded; a trainer's parts refer to each other.
         del trainer
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def devices(dist: Distributed) -> str:
-    """What the ranks compute on, in a line; a GPU that a build for CUDA cannot use should show
-    before a large model crawls on CPUs.
-    """
+    """The ranks' devices in one line, with a hint if a CUDA build of torch finds no GPU."""
     if dist.device.type == "cuda":
         return f"{dist.world_size} process(es), this one on {torch.cuda.get_device_name()}"
     build = f"torch {torch.__version__}"
@@ -79,7 +76,7 @@ def devices(dist: Distributed) -> str:
 def _train(trainer: Trainer, dist: Distributed, *, last: bool) -> None:
     with stop_on_signals():
         trainer.run()
-        # One that came too late for this stage must not be forgotten in the next.
+        # A request that came too late for this stage ends the run before the next.
         if not last and any(dist.gather_objects(requested())):
             raise Preempted
         if not last:
@@ -90,7 +87,7 @@ def _train(trainer: Trainer, dist: Distributed, *, last: bool) -> None:
 def _start_errors() -> Iterator[None]:
     try:
         yield
-    except LostContact:  # no mistake of the user's: the same command continues
+    except LostContact:  # not an error of the user: the same command continues
         raise
     except (ValueError, OSError, ImportError) as error:
         raise StartError(f"{type(error).__name__}: {error}") from error
@@ -99,11 +96,11 @@ def _start_errors() -> Iterator[None]:
 def _unfinished(
     stages: list[Stage], checkpoint: Checkpoint | None, dist: Distributed
 ) -> list[Stage]:
-    """The stages that have epochs to make, an evaluation, or images to draw."""
+    """The stages with epochs to train, an evaluation to make, or images to draw."""
 
     def finished(stage: Stage) -> bool:
         images = Path(stage.config.save_dir, images_file(stage.number))
-        # What a stage drew can only be drawn while its own state is the newest.
+        # A stage's images can only be drawn while its own state is the newest.
         passed = checkpoint is not None and stage_number(checkpoint) > stage.number
         drawn = passed or not stage.config.log.num_images or images.exists()
         return all(dist.gather_objects(drawn and is_finished(stage, checkpoint)))
@@ -112,15 +109,15 @@ def _unfinished(
 
 
 def _check_ahead(stages: list[Stage], dist: Distributed) -> None:
-    """Refuses now what would stop a later one of ``stages``, days from now: prompts that are not
-    there or do not fit, a reward whose package, weights or server are missing.
+    """Raises now what would stop a later one of ``stages``: missing or unfit prompts, and rewards
+    whose package, weights or server are missing.
     """
     known: set[str] = set()
     for i, stage in enumerate(stages):
         names = set(reward_weights(stage.config)[1])
         if i > 0:
             load_checked_prompts(stage.config)
-            # One at a time, and dropped at once.
+            # One at a time, so that each is freed before the next.
             for name in sorted(names - known):
                 build_named(stage.config, [name], dist)
         known |= names

@@ -15,7 +15,7 @@ from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores
 from diffusion_nft.rollout import Rollout, generate_rollouts, rollout_metrics
 from diffusion_nft.runs.state import TrainingState
 from diffusion_nft.tracking.evaluator import Evaluator, is_due
-from diffusion_nft.tracking.metrics import NullMetrics, Timer
+from diffusion_nft.tracking.metrics import Metrics, Timer
 from diffusion_nft.tracking.monitor import Alarm, Monitor
 from diffusion_nft.tracking.plan import describe
 from diffusion_nft.update import Learner
@@ -36,7 +36,7 @@ class Trainer:
         evaluator: Evaluator,
         monitor: Monitor,
         state: TrainingState,
-        metrics: NullMetrics,
+        metrics: Metrics,
         timer: Timer,
     ):
         self.stage, self.config, self.dist = stage, stage.config, dist

@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_geneval
 
-Any number of processes, from one, makes the same images and the same updates.  Every key of the
-preset can be overridden, as in ``--config.train.learning_rate=1e-4``.  The same command continues
-an interrupted run.
+Images and updates are the same on any number of processes.  Every key of the preset can be
+overridden, as in ``--config.train.learning_rate=1e-4``.  The same command continues an interrupted
+run.
 """
 
 import os
@@ -20,39 +20,39 @@ from diffusion_nft.validation.schema import SCHEMA, expand_paths, unknown_key, v
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="path:preset")
 PRESET = "a preset is named as config/nft.py:PRESET"
-# Keys that hold a mapping of rewards, and how one is written.
+# Keys that map reward names to values -> example.
 MAPPINGS = {
     "reward_fn": "{'ocr': 1.0}",
     "reward_servers": "{'ocr': ('http://host:8000',)}",
     "reward_options": "{'ocr': {'backend': 'paddleocr'}}",
 }
-# All of them may differ when a run continues.
+# All of these keys may change when a run continues.
 OUT_OF_MEMORY_HINT = (
-    "on a GPU without room lower train.batch_size, sample.batch_size, eval.batch_size or "
+    "on a GPU out of memory, lower train.batch_size, sample.batch_size, eval.batch_size or "
     "perf.vae_batch_size, or turn on perf.gradient_checkpointing or perf.offload_text_encoders"
 )
 LEAVE_OUT_HINT = (
-    "again: --config.max_unscored=N leaves up to N images of an epoch, or of an evaluation, out of "
-    "everything and counts them"
+    "rerunning would meet them again: --config.max_unscored=N leaves out up to N images per epoch "
+    "or evaluation and counts them"
 )
 FIX_REWARD_HINT = (
-    "once the cause is fixed (or with --config.max_unscored=N, if the reward fails on single "
-    "images, to leave up to N of them out)"
+    "once the cause is fixed (or with --config.max_unscored=N, which leaves out up to N images, "
+    "if the reward fails on single ones)"
 )
 
 
 def refuse(message: str) -> NoReturn:
-    """Ends the program; one process of each node prints."""
+    """Ends the program; only the first process of each node prints ``message``."""
     sys.exit(message if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
 def _mapping(key: str) -> bool:
-    """Whether ``key`` is an entry of a mapping of rewards."""
+    """True for an entry of a mapping of rewards."""
     return key.startswith(tuple(f"{name}." for name in MAPPINGS))
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Reads preset and overrides; a wrong one ends the program with one line."""
+    """Parses preset and overrides; an invalid one ends the program with one line."""
     argv, preset = list(argv), ""
     for i, argument in enumerate(argv):
         name, sign, value = argument.partition("=")
@@ -72,7 +72,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (ValueError, TypeError, LookupError, AttributeError, OSError, flags.Error) as error:
-        # absl puts its own line before the preset's message.
+        # absl prepends a line to the preset's message.
         message = str(error).splitlines()[-1]
         for argument in argv:
             name = argument.partition("=")[0].removeprefix("--config.")
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         refuse(str(error))
     expand_paths(config)
-    # Loading the model libraries takes seconds: a wrong configuration should not have to wait.
+    # Importing the model libraries takes seconds, which an invalid configuration need not wait for.
     from torch import OutOfMemoryError
 
     from diffusion_nft.distributed.preemption import Preempted
@@ -116,9 +116,7 @@ def main(argv: list[str]) -> None:
             except Alarm as error:
                 refuse(f"{error}; the state is saved, {go_on}")
             except UnscoredError as error:
-                refuse(
-                    f"{error}; the state is saved; starting again would meet them {LEAVE_OUT_HINT}"
-                )
+                refuse(f"{error}; the state is saved; {LEAVE_OUT_HINT}")
             except RewardError as error:
                 refuse(f"{error}; the state is saved; {FIX_REWARD_HINT}, {go_on}")
             except OutOfMemoryError as error:

@@ -214,7 +214,7 @@ def test_training_from_a_lora_starts_all_adapters_there_and_keeps_the_reference(
     for key, value in other.policy.state("current").items():
         assert torch.equal(value, state[key] * (factor if ".lora_B." in key else 1))
     wrong = smoke(tmp_path / "d", TINY | {"train.lora_path": lora, "train.lora_rank": 4})
-    with pytest.raises(ValueError, match=r"rank 32; --config\.train\.lora_rank=32 trains it"):
+    with pytest.raises(ValueError, match=r"rank 32; use --config\.train\.lora_rank=32"):
         make_trainer(wrong, CPU)
 
 

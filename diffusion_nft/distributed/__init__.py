@@ -1,1 +1,1 @@
-"""Ranks, collectives, and requests to stop."""
+"""Ranks, collectives, and stopping on request."""

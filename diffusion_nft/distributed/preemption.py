@@ -1,8 +1,8 @@
-"""Stopping on request: the SIGTERM of a cluster that wants its machines back, or Ctrl-C.
+"""Stopping on request: SIGTERM by a cluster's scheduler, or Ctrl-C.
 
-The handler only makes a note.  The loops over micro-batches look at it, and the ranks agree to stop
-in exchanges that they make anyway: a signal may reach some of them only, or each at another moment.
-A note is never taken back, so a rank that broke off its share always tells the others.
+The handler only records the signal.  The loops over micro-batches check it, and the ranks agree to
+stop in collectives that they need anyway, as a signal may reach only some ranks, or at different
+times.  A recorded signal is never cleared, so a rank that stopped early always tells the others.
 """
 
 import signal
@@ -11,29 +11,28 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# What a rank tells the others instead of its results.
 REASON = "a stop was asked for"
 
 _received: list[int] = []
 
 
 class Preempted(Exception):
-    """The run was asked to stop.  Raised on every rank at the same point of the program."""
+    """The run was asked to stop.  Raised on all ranks at the same point of the program."""
 
     def __init__(self, reason: str = REASON):
         super().__init__(reason)
 
 
 def requested() -> bool:
-    """Whether this process was asked to stop since ``stop_on_signals`` began."""
+    """True if this process has received a signal within ``stop_on_signals``."""
     return bool(_received)
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Within the block SIGTERM and the first SIGINT ask the run to stop; a second SIGINT kills.
+    """Within the block, SIGTERM and the first SIGINT request a stop; a second SIGINT kills.
 
-    Main thread only.  The former handlers come back at the end.
+    Main thread only.  The former handlers are restored at the end.
     """
     before = {number: signal.signal(number, _note) for number in SIGNALS}
     try:
@@ -47,5 +46,5 @@ def stop_on_signals() -> Iterator[None]:
 def _note(number: int, frame: FrameType | None) -> None:
     _received.append(number)
     if number == signal.SIGINT:
-        # The default kills even while the interpreter waits inside a library.
+        # The default handler kills even while the interpreter waits inside a library.
         signal.signal(signal.SIGINT, signal.SIG_DFL)

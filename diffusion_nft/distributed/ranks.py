@@ -1,8 +1,8 @@
-"""Ranks and what they exchange.  A plain process without torchrun is a world of one.
+"""Ranks and collectives.  A process without torchrun is a world of one.
 
-Gradients travel in one flat all-reduce per optimizer step instead of through DDP: the policy
+Gradients are summed in one flat all-reduce per optimizer step instead of by DDP: the policy
 switches adapters between forwards, ranks may have unequal shares or none, and one collective of
-sample-weighted sums is both exact and cheaper than hooks that fire at every backward pass.
+sample-weighted sums is exact and cheaper than hooks at every backward pass.
 """
 
 import datetime
@@ -26,15 +26,15 @@ from diffusion_nft.utils.devices import usable_cpus
 
 
 class LostContact(ConnectionError):
-    """Another rank ended, or did not answer in time."""
+    """Another rank ended or did not answer in time."""
 
 
 class LaunchError(ValueError):
-    """Several processes were launched without ranks: each would do all of the work."""
+    """Several processes were launched without ranks, so that each would do all of the work."""
 
 
-# Launcher -> the variable by which it tells a process how many it has started.  Not SLURM_NTASKS:
-# in an sbatch script that is the allocation's, and a plain command there is one process.
+# Launcher -> its variable for the number of processes.  Not SLURM_NTASKS: in an sbatch script it is
+# that of the allocation, even for a command that is a single process.
 LAUNCHERS = {
     "srun": "SLURM_STEP_NUM_TASKS",
     "mpirun": "OMPI_COMM_WORLD_SIZE",  # Open MPI
@@ -43,11 +43,11 @@ LAUNCHERS = {
 
 
 def check_launch() -> None:
-    """Raises LaunchError in a process that was started next to others and has no RANK."""
+    """Raises LaunchError in one of several processes that have no RANK."""
     if "RANK" in os.environ:
         return
     counts = {name: os.environ.get(variable, "1") for name, variable in LAUNCHERS.items()}
-    if os.environ.get("SLURM_PROCID", "0") != "0":  # of an allocation's tasks not the first
+    if os.environ.get("SLURM_PROCID", "0") != "0":  # not the first task of an allocation
         counts["srun"] = os.environ.get("SLURM_NTASKS", "several")
     for launcher, count in counts.items():
         if count != "1":
@@ -68,7 +68,7 @@ def _contact(rank: int, world_size: int, backend: str = "gloo") -> Iterator[None
     try:
         yield
     except failures as error:
-        # Of gloo's text the first sentence, without the place in its source.
+        # The first sentence of gloo's text, without its source location.
         cause = re.sub(r"^\[\S*\] ", "", str(error)).partition("\n")[0].partition(". ")[0]
         raise LostContact(
             f"rank {rank} of {world_size} on host {socket.gethostname()} lost contact with the "
@@ -78,10 +78,10 @@ def _contact(rank: int, world_size: int, backend: str = "gloo") -> Iterator[None
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process' place in the job.
+    """This process in the job.
 
-    What needs other ranks raises LostContact if one of them has ended, or does not take part within
-    the time-out of ``distributed``.
+    Collectives raise LostContact if another rank has ended, or does not take part within the
+    time-out of ``distributed``.
     """
 
     rank: int
@@ -91,16 +91,16 @@ class Distributed:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that writes shared files and prints."""
+        """True on rank 0, which writes shared files and prints."""
         return self.rank == 0
 
     def print_once(self, text: str) -> None:
-        """Prints ``text`` once for the whole job, above any progress bar."""
+        """Prints ``text`` on the main rank, above any progress bar."""
         if self.is_main:
             tqdm.write(text)
 
     def all_reduce_sum(self, tensors: list[Tensor]) -> None:
-        """Sums ``tensors`` (one dtype, one device) over the ranks in place, in one collective."""
+        """Sums ``tensors`` of one dtype and device over the ranks in place, in one collective."""
         if self.world_size == 1 or not tensors:
             return
         flat = torch.cat([t.reshape(-1) for t in tensors])
@@ -110,9 +110,7 @@ class Distributed:
         torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """``value`` of every rank, in rank order, on every rank (pickled between our own
-        processes).
-        """
+        """``value`` of every rank, in rank order, on every rank (pickled for transport)."""
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
@@ -121,9 +119,7 @@ class Distributed:
         return gathered
 
     def sum_numbers(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """The sum over the ranks of each of ``values`` (numbers or tensors of one element), in rank
-        order; a rank may lack some.
-        """
+        """The sum of each of ``values`` over the ranks; a rank may lack some."""
         totals: dict[str, float] = {}
         for own in self.gather_objects({key: float(value) for key, value in values.items()}):
             for key, value in own.items():
@@ -131,7 +127,7 @@ class Distributed:
         return totals
 
     def broadcast_object(self, value: Any) -> Any:
-        """``value`` of rank 0 on every rank (pickled between our own processes)."""
+        """``value`` of rank 0 on every rank (pickled for transport)."""
         if self.world_size == 1:
             return value
         sent = [value]
@@ -145,10 +141,7 @@ class Distributed:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Lets the first rank of each node run the block before the others (downloads, caches).
-
-        The others wait for all nodes' first ranks.
-        """
+        """Runs the block on the first rank of each node before all others (downloads, caches)."""
         if self.local_rank != 0:
             self.barrier()
         try:
@@ -159,11 +152,11 @@ class Distributed:
 
 
 def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
-    """Where the ranks find one another.
+    """The store through which the ranks rendezvous.
 
-    A torchrun that restarts its ranks keeps the store, and with it the addresses of the dead ones
-    (pytorch issue 135712): each attempt gets names of its own.  On several nodes, whose torchruns
-    count their restarts each for itself, only TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps.
+    A torchrun that restarts its ranks keeps the store with the addresses of the dead ones (pytorch
+    issue 135712), so each attempt gets its own prefix.  On several nodes, where each torchrun
+    counts its own restarts, this requires TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
     """
     store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
     one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
@@ -173,11 +166,11 @@ def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Stor
 
 @contextmanager
 def distributed(timeout_minutes: float) -> Iterator[Distributed]:
-    """Joins the process group that torchrun describes, and leaves it.
+    """Joins the process group of torchrun during the block.
 
     Objects travel over gloo, and so do tensors on CPUs; tensors on GPUs over NCCL.
 
-    Raises LostContact if the ranks do not find one another in time, and as ``check_launch``.
+    Raises LostContact if the ranks do not rendezvous in time, and as ``check_launch``.
     """
     check_launch()
     rank = int(os.environ.get("RANK", 0))
@@ -204,23 +197,23 @@ def distributed(timeout_minutes: float) -> Iterator[Distributed]:
                 device_id=device if device.type == "cuda" else None,
             )
     yield Distributed(rank, world_size, local_rank, device)
-    # Not after an error: leaving the group waits for ranks that wait for this one, and the process
-    # could not end to tell torchrun of its failure.
+    # Not after an error: leaving the group would wait for ranks that wait for this one, and the
+    # process could not end and report its failure to torchrun.
     if world_size > 1:
         dist.destroy_process_group()
 
 
-# A network file system's client may not know of a new folder for as long (NFS: acdirmax, 60 s).
+# Time after which a network file system's client sees a new folder (NFS: acdirmax).
 SHARED_FOLDER_TIMEOUT_S = 60.0
 
 
 def check_shared(
     key: str, folder: Path, dist: Distributed, patience_s: float = SHARED_FOLDER_TIMEOUT_S
 ) -> None:
-    """Makes ``folder``, the value of ``key``, and insists that all ranks see the same one.
+    """Creates ``folder``, the value of ``key``, and checks that all ranks see the same one.
 
-    Raises OSError on every rank, naming those that see another: on nodes with disks of their own, a
-    run would start but never resume.
+    Raises OSError on every rank, naming those that do not: on nodes with local disks a run would
+    start but could not resume.
     """
     if dist.world_size == 1:
         return
@@ -246,7 +239,7 @@ def check_shared(
 
 
 def _blind(file: Path, dist: Distributed, patience_s: float) -> list[str]:
-    """Where ``file`` does not appear within ``patience_s`` seconds of rank 0's clock."""
+    """The places where ``file`` does not appear within ``patience_s`` seconds of rank 0's clock."""
     end = time.monotonic() + patience_s
     place = f"in {file.parent.resolve()} on host {socket.gethostname()}"
     while True:

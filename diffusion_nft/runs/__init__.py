@@ -1,1 +1,1 @@
-"""A run on disk: its directory, checkpoints and training state."""
+"""Runs on disk: run directory, checkpoints and training state."""

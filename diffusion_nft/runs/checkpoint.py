@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill at any moment.
 
 A checkpoint is a folder of safetensors and JSON, written under a temporary name, fsynced and
-renamed, with a manifest of every file's size and SHA-256.  Nothing is ever pickled or unpickled.
+renamed, with a manifest of each file's size and SHA-256.  Pickle is not used.
 """
 
 import json
@@ -22,12 +22,12 @@ from torch import Tensor
 from diffusion_nft.utils.files import DiskError, sha256, sync, write_atomically
 
 FOLDER, STATE, MANIFEST, BEST = "checkpoints", "state.json", "manifest.json", "best.json"
-# A checkpoint that is being written or deleted, and one that waits to be replaced by its successor.
+# Name prefixes of a checkpoint being written or deleted, and of one set aside for its replacement.
 TEMPORARY_PREFIX, REPLACED_PREFIX = ".tmp-", ".replaced-"
 
 
 class CheckpointError(DiskError):
-    """A checkpoint could not be written, or what is on disk is not what was written."""
+    """A checkpoint could not be written, or is damaged."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Checkpoint:
 
 
 class Checkpointer:
-    """The checkpoints of ``run_dir``: the newest ``keep`` (0: all) and the best one are kept."""
+    """The checkpoints of ``run_dir``; keeps the newest ``keep`` (0: all) and the best one."""
 
     def __init__(self, run_dir: Path, keep: int = 3):
         self._folder = Path(run_dir) / FOLDER
@@ -55,13 +55,13 @@ class Checkpointer:
         write_extra: Callable[[Path], None] | None = None,
         best: bool = False,
     ) -> Path:
-        """Writes ``checkpoints/checkpoint-<step>/`` and returns it: there whole, or not at all.
+        """Writes ``checkpoints/checkpoint-<step>/`` atomically and returns its path.
 
-        Every group of ``tensors`` becomes ``<name>.safetensors``, ``state`` (JSON-able) becomes
-        state.json, and ``write_extra(folder)`` may add files.  A checkpoint of the same step is
-        replaced.  ``best`` marks this one to be kept; the best one's name is in the state as
-        ``best`` too, so that no kill parts it from the rest.  If the disk refuses, raises
-        CheckpointError naming the path; the former checkpoints are then untouched.
+        Each group of ``tensors`` becomes ``<name>.safetensors``, ``state`` becomes state.json, and
+        ``write_extra(folder)`` may add files.  A checkpoint of the same step is replaced.  ``best``
+        marks this one as best; the state also records the best one's name, in case a kill prevents
+        the update of best.json.  Raises CheckpointError naming the path if the disk fails, leaving
+        former checkpoints untouched.
         """
         final = self._folder / f"checkpoint-{step}"
         temporary = self._folder / f"{TEMPORARY_PREFIX}{final.name}"
@@ -84,29 +84,29 @@ class Checkpointer:
         return final
 
     def latest(self) -> Path | None:
-        """The checkpoint of the highest step, unverified; None if there is none."""
+        """The checkpoint of the highest step, unverified, or None."""
         found = self._found()
         return found[max(found)] if found else None
 
     def best(self) -> Path | None:
-        """The checkpoint last saved as best, unverified; None if there is none.
+        """The checkpoint last saved as best, unverified, or None.
 
-        If best.json is missing or damaged (which costs a warning), or names none that is there, it
-        is the one that the newest readable state names.
+        If best.json is missing, damaged (with a warning) or outdated, the newest readable state
+        tells which it is.
         """
         found = {path.name: path for path in self._found().values()}
         return found.get(self._noted_best()) or found.get(self._stated_best())
 
     def restore_best(self, checkpoint: Checkpoint) -> None:
-        """Makes best.json agree with ``checkpoint``, from which the run goes on.
+        """Makes best.json agree with ``checkpoint``, from which the run continues.
 
-        A kill or a full disk may have left it behind; after damage to newer checkpoints it is
-        ahead.  It stays as it is if ``checkpoint`` names no best one, or one that is gone.
-        Raises CheckpointError if the disk refuses.
+        It is older after a kill or on a full disk, and newer if later checkpoints are damaged.  It
+        is unchanged if ``checkpoint`` names no best one, or one that no longer exists.
+        Raises CheckpointError if the disk fails.
         """
         name = checkpoint.state.get("best")
         if name in {path.name for path in self._found().values()}:
-            with _disk_errors("the best checkpoint could not be noted"):
+            with _disk_errors("the name of the best checkpoint could not be written"):
                 self._note_best(name)
 
     def _note_best(self, name: str | None) -> None:
@@ -114,28 +114,30 @@ class Checkpointer:
             write_atomically(self._folder / BEST, _json({"checkpoint": name}))
 
     def _noted_best(self) -> str:
-        """The name in best.json; empty if there is none."""
+        """The name in best.json, or ""."""
         path = self._folder / BEST
         if not path.is_file():
             return ""
         try:
             return str(read_json(path).get("checkpoint"))
         except CheckpointError as error:
-            warnings.warn(f"{error}: the newest checkpoint says which was the best", stacklevel=3)
+            warnings.warn(
+                f"{error}: using the best one named by the newest checkpoint", stacklevel=3
+            )
             return ""
 
     def _stated_best(self) -> str:
-        """The name in the newest state that can be read; empty if there is none."""
+        """The name in the newest readable state, or ""."""
         for _, path in sorted(self._found().items(), reverse=True):
             with suppress(CheckpointError):
                 return str(read_json(path / STATE).get("best"))
         return ""
 
     def load_latest(self) -> Checkpoint | None:
-        """The newest checkpoint that verifies; None if there are no checkpoints.
+        """The newest intact checkpoint, or None if there are no checkpoints.
 
-        A warning names each damaged one that is passed over.  Raises CheckpointError if all are
-        damaged: starting from nothing is for the user to decide.
+        Warns of each damaged one that is skipped.  Raises CheckpointError if all are damaged: only
+        the user may decide to start from scratch.
         """
         failures = []
         for _, path in sorted(self._found().items(), reverse=True):
@@ -148,11 +150,11 @@ class Checkpointer:
                 warnings.warn(f"{'; '.join(failures)}; falling back to {path}", stacklevel=2)
             return checkpoint
         if failures:
-            raise CheckpointError(f"no checkpoint can be used: {'; '.join(failures)}")
+            raise CheckpointError(f"all checkpoints are damaged: {'; '.join(failures)}")
         return None
 
     def _found(self) -> dict[int, Path]:
-        """Step -> folder.  A folder set aside counts while its successor is not in place."""
+        """Step -> folder, which may be one set aside whose replacement is not in place."""
         found = {}
         for prefix in (REPLACED_PREFIX, ""):
             for path in self._folder.glob(f"{prefix}checkpoint-*"):
@@ -162,7 +164,7 @@ class Checkpointer:
         return found
 
     def _put_in_place(self, temporary: Path, final: Path) -> None:
-        """Renames; a folder cannot replace a folder, so the former one steps aside for a moment."""
+        """Renames ``temporary``; an existing folder is set aside, as a rename cannot replace it."""
         aside = final.with_name(f"{REPLACED_PREFIX}{final.name}")
         if final.exists():
             os.replace(final, aside)
@@ -176,7 +178,7 @@ class Checkpointer:
         shutil.rmtree(aside, ignore_errors=True)
 
     def _clean_up(self) -> None:
-        """Removes what a crash or a busy file system left, and puts back what was set aside."""
+        """Removes leftovers of a crash, and restores a folder set aside without replacement."""
         for aside in self._folder.glob(f"{REPLACED_PREFIX}checkpoint-*"):
             final = aside.with_name(aside.name.removeprefix(REPLACED_PREFIX))
             if final.exists():
@@ -187,19 +189,19 @@ class Checkpointer:
             shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self, step: int, best: str | None) -> None:
-        """Keeps the newest up to ``step`` and the one named ``best``.
+        """Deletes all up to ``step`` except the newest ones and the one named ``best``.
 
-        Later ones can only be damaged ones that were passed over at the start: they are not counted
-        among the newest, and are left for people to look at.
+        Later ones are damaged ones that were skipped at the start: they do not count as newest,
+        and are kept for inspection.
         """
         found = self._found()
         older = sorted((s for s in found if s <= step), reverse=True)
         for s in older[self._keep :] if self._keep else []:
             if found[s].name != best:
-                # Renamed first, so that a kill leaves no half checkpoint under a valid name.
-                doomed = found[s].with_name(f"{TEMPORARY_PREFIX}{found[s].name}")
-                os.replace(found[s], doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                # Renamed first, so that a kill leaves no incomplete checkpoint under a valid name.
+                deleted = found[s].with_name(f"{TEMPORARY_PREFIX}{found[s].name}")
+                os.replace(found[s], deleted)
+                shutil.rmtree(deleted, ignore_errors=True)
 
 
 def _fill(
@@ -208,7 +210,7 @@ def _fill(
     state: dict[str, Any],
     write_extra: Callable[[Path], None] | None,
 ) -> None:
-    """Writes all files of a checkpoint into the empty ``folder`` and makes them durable."""
+    """Writes and fsyncs all files of a checkpoint into the empty ``folder``."""
     _write(folder / STATE, _json(state))
     for name, group in tensors.items():
         plain = {key: value.detach().cpu().contiguous() for key, value in group.items()}
@@ -228,15 +230,15 @@ def _fill(
 def load_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in folder ``path``, on the CPU.
 
-    Raises CheckpointError naming the folder and the file if one is missing, of another size or of
-    other content than the manifest says.
+    Raises CheckpointError naming the folder and the file if one is missing, or does not match the
+    manifest's size and SHA-256.
     """
     manifest = read_json(path / MANIFEST)
     try:
         groups = [str(name) for name in manifest["tensors"]]
         files = {str(k): (int(v["size"]), str(v["sha256"])) for k, v in manifest["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} is no manifest") from error
+        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} is invalid") from error
     for name in (STATE, *(f"{group}.safetensors" for group in groups)):
         if name not in files:
             raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} lacks {name}")
@@ -252,7 +254,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _damage(file: Path, size: int, digest: str) -> str:
-    """What is wrong with ``file``; empty if nothing is."""
+    """The damage of ``file``, or ""."""
     if not file.is_file():
         return "is missing"
     if file.stat().st_size != size:
@@ -261,7 +263,7 @@ def _damage(file: Path, size: int, digest: str) -> str:
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint that ``path`` means: itself, or the latest of a run directory.
+    """``path`` itself if it is a checkpoint, or the latest one of a run directory.
 
     Raises ValueError if there is none.
     """
@@ -277,15 +279,15 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file ``path`` of a checkpoint; CheckpointError if it cannot be had."""
+    """The object in the JSON file ``path`` of a checkpoint; CheckpointError if it is damaged."""
     with _disk_errors(f"{path} cannot be read"):
         data = path.read_bytes()
     try:
         value = json.loads(data)
-    except (ValueError, RecursionError) as error:  # the latter: nested too deep
+    except (ValueError, RecursionError) as error:  # the latter if nested too deeply
         raise CheckpointError(f"checkpoint {path.parent}: {path.name} is not JSON") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"checkpoint {path.parent}: {path.name} holds no JSON object")
+        raise CheckpointError(f"checkpoint {path.parent}: {path.name} is not a JSON object")
     return value
 
 
@@ -296,7 +298,7 @@ def _write(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _disk_errors(what: str) -> Iterator[None]:
-    """Turns what the disk raises into a CheckpointError that begins with ``what``."""
+    """Turns errors of the disk into a CheckpointError that begins with ``what``."""
     try:
         yield
     except (OSError, SafetensorError) as error:

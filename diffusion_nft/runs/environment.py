@@ -1,4 +1,4 @@
-"""What a run was started with: versions, device, revision, command."""
+"""The environment of a run: versions, device, git revision, command."""
 
 import json
 import os
@@ -33,7 +33,7 @@ RECORDED_PACKAGES = (
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command in this package's folder; None without git or a repository."""
+    """Output of a git command in this package's folder, or None without git or a repository."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
@@ -50,14 +50,12 @@ def _version(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
 
 def environment() -> dict[str, Any]:
-    """Time, versions, device, processes, git revision and command line of this process."""
     status = _git("status", "--porcelain", "--untracked-files=no")
     cuda = torch.cuda.is_available()
     return {
@@ -76,6 +74,6 @@ def environment() -> dict[str, Any]:
 
 
 def write_environment(run_dir: Path) -> None:
-    """Adds a line to ``environments.jsonl``, after those of former starts."""
+    """Appends ``environment()`` to ``environments.jsonl``, one line per start of the run."""
     run_dir.mkdir(parents=True, exist_ok=True)
     append_line(run_dir / ENVIRONMENTS_FILE, json.dumps(environment()))

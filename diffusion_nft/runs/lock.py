@@ -1,9 +1,8 @@
-"""One process at a time writes to a folder.
+"""A lock that lets one process at a time write to a folder.
 
-The kernel holds the lock for the process and drops it however the process ends, so a crash cannot
-leave it behind.  It is a POSIX record lock (``lockf``) rather than ``flock``: children made by a
-fork, such as a reward's workers, do not inherit it and cannot keep it after a kill, and network
-file systems honour it between hosts.
+The kernel releases the lock when the process ends, even after a crash.  It is a POSIX record lock
+(``lockf``) rather than ``flock``: forked children, such as a reward's workers, do not inherit it,
+and network file systems honour it between hosts.
 """
 
 import fcntl
@@ -25,11 +24,10 @@ class FolderInUse(OSError):
 
 @contextmanager
 def only_writer(key: str, folder: Path, dist: Distributed) -> Iterator[None]:
-    """Makes ``folder``, the value of ``key``, and locks it on the main rank during the block.
+    """Creates ``folder``, the value of ``key``, and locks it on the main rank during the block.
 
     Raises FolderInUse on every rank, naming host and process, if another process holds the lock.
-    Where the folder cannot be locked (a file system without locks, a read-only disk), prints that
-    and continues.
+    Prints a warning if the folder cannot be locked (a file system without locks, a read-only disk).
     """
     lock, in_use, new = None, "", not folder.exists()
     if dist.is_main:
@@ -37,7 +35,7 @@ def only_writer(key: str, folder: Path, dist: Distributed) -> Iterator[None]:
             lock = _lock(folder)
         except FolderInUse as error:
             in_use = (
-                f"{key} = {str(folder)!r} is in use by {error}; wait until that ends, or choose "
+                f"{key} = {str(folder)!r} is in use by {error}; wait until it ends, or choose "
                 f"another {key}"
             )
         except OSError as error:
@@ -51,7 +49,7 @@ def only_writer(key: str, folder: Path, dist: Distributed) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            # Removed while it is held: whoever has opened it meanwhile finds it gone (see _lock).
+            # Removed while locked: a process that has opened it checks for that (see _lock).
             with suppress(OSError):
                 (folder / LOCK_FILE).unlink()
                 if new:
@@ -62,7 +60,7 @@ def only_writer(key: str, folder: Path, dist: Distributed) -> Iterator[None]:
 def _lock(folder: Path) -> int:
     """The descriptor of the locked file; closing it unlocks.
 
-    Raises FolderInUse, with the holder as its text, or OSError if the file cannot be locked.
+    Raises FolderInUse with the holder as its text, or OSError if the file cannot be locked.
     """
     path = folder / LOCK_FILE
     while True:
@@ -84,7 +82,7 @@ def _lock(folder: Path) -> int:
 
 
 def _is_file(path: Path, descriptor: int) -> bool:
-    """Whether ``descriptor`` is of the file that is at ``path`` now."""
+    """True if ``path`` is still the file of ``descriptor``."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -92,7 +90,7 @@ def _is_file(path: Path, descriptor: int) -> bool:
 
 
 def _write_holder(descriptor: int) -> None:
-    """Writes who holds the lock, for the message of others; on a full disk they do without."""
+    """Writes the lock's holder for the error messages of others, except on a full disk."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     text = f"process {os.getpid()} on host {socket.gethostname()} since {now}"
     with suppress(OSError):

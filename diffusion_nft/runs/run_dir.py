@@ -1,4 +1,4 @@
-"""The run directory: which configuration it belongs to, and whether a new one may continue it."""
+"""The run directory's configuration, and the changes with which a run may continue."""
 
 import json
 import re
@@ -17,8 +17,8 @@ CONFIG_FILE = "config.json"
 # Sections whose keys are names that users choose.
 OPEN_SECTIONS = ("reward_fn.", "reward_servers.", "reward_options.", "stages.")
 
-# Options of every reward that say where it computes, how fast and how often it tries, and move
-# scores by rounding at most: a reward that ran out of memory, or gave no score, can go on.
+# Options of rewards that set device, batch size, concurrency and retries, and change scores by
+# rounding at most: they may change after a reward ran out of memory or failed.
 PLACING_OPTIONS = (
     "device",
     "batch_size",
@@ -30,8 +30,8 @@ PLACING_OPTIONS = (
     "base_url",
     "api_key",
 )
-# Patterns of keys that may change between two starts of one run: they do not alter the trained
-# numbers (alarms, where they raise the KL term's weight, do so openly).
+# Patterns of keys that may change between two starts of one run, as they do not alter training
+# (except alarms that raise the KL term's weight, which are logged).
 CHANGEABLE_KEYS = (
     "run_name",
     "save_dir",
@@ -58,7 +58,7 @@ CHANGEABLE_KEYS = (
 
 
 def deciding_options(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each reward the options that its scores depend on."""
+    """The options of each reward that affect its scores."""
     return {
         name: {key: value for key, value in own.items() if key not in PLACING_OPTIONS}
         for name, own in options.items()
@@ -66,14 +66,14 @@ def deciding_options(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
 
 
 class RunDirError(ValueError):
-    """The run directory belongs to another configuration, or to other prompts."""
+    """The run directory belongs to another configuration or to other prompts."""
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line per key that differs between two flat configurations and alters the numbers."""
+    """One line per differing key of two flat configurations that alters training."""
     lines = []
     for key in sorted(old.keys() | new.keys()):
-        # A stage sets the same keys; but where it ends tells what is trained on next.
+        # A stage's keys follow the same rules, except num_epochs, which sets where the next begins.
         name = re.sub(r"^stages\.\d+\.(?!num_epochs$)", "", key)
         free = any(fnmatchcase(name, pattern) for pattern in CHANGEABLE_KEYS)
         before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
@@ -89,10 +89,10 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def check_run_dir(config: ConfigDict) -> None:
-    """Refuses to continue ``config.save_dir`` with a configuration that alters the numbers.
+    """Raises RunDirError if ``config`` cannot continue the run in ``config.save_dir``: naming the
+    differing keys that alter training, or if the stored configuration is damaged.
 
-    A key that the run does not have, as its version did not, is at its default there.
-    Raises RunDirError with the differing keys, or if the file cannot be read.  Writes nothing.
+    Keys that the run's version did not have are compared by their defaults.
     """
     path = Path(config.save_dir) / CONFIG_FILE
     if not path.exists():
@@ -109,14 +109,14 @@ def check_run_dir(config: ConfigDict) -> None:
         raise RunDirError(
             f"{config.save_dir} holds a run with another configuration:\n  "
             + "\n  ".join(lines)
-            + "\nchoose another --config.save_dir, or give the former values; another run begins "
-            f"with the policies of this one by --config.resume_from={config.save_dir}"
+            + "\nchoose another --config.save_dir, or use the former values; to start a new run "
+            f"from the policies of this one, use --config.resume_from={config.save_dir}"
         )
 
 
 def check_prompts_kept(config: ConfigDict, former: PromptHashes, now: PromptHashes) -> None:
-    """Refuses to continue ``config.save_dir`` on prompt files that have changed since, unless
-    ``config.allow_changed_prompts``.  Raises RunDirError naming the files.
+    """Raises RunDirError naming the prompt files that have changed since the run's last start,
+    unless ``config.allow_changed_prompts``.
     """
     changed = changed_prompts(former, now)
     if changed and not config.allow_changed_prompts:
@@ -128,13 +128,13 @@ def check_prompts_kept(config: ConfigDict, former: PromptHashes, now: PromptHash
         raise RunDirError(
             f"{config.save_dir} holds a run on other prompts; these files have changed since:\n  "
             + "\n  ".join(lines)
-            + "\nput the former files back, choose another --config.save_dir, or continue with the "
+            + "\nrestore the former files, choose another --config.save_dir, or continue with the "
             "new files by --config.allow_changed_prompts=True"
         )
 
 
 def write_config(config: ConfigDict) -> None:
-    """Writes ``config.json`` into the run directory, replacing it at once."""
+    """Writes ``config.json`` into the run directory atomically."""
     folder = Path(config.save_dir)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(flatten(config), indent=2, sort_keys=True) + "\n"

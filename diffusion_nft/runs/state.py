@@ -1,4 +1,4 @@
-"""What continuing a run needs, on disk and back: the policies, the optimizer, the counters."""
+"""Saving and restoring the state of a run: policies, optimizer and counters."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,7 +24,7 @@ from diffusion_nft.update import Learner
 from diffusion_nft.validation.flat import flatten, with_defaults
 from diffusion_nft.validation.stages import Stage
 
-# What a LoRA's numbers mean depends on these.
+# Keys that must agree for a LoRA's weights to mean the same.
 SOURCE_KEYS = (
     "pretrained.model",
     "pretrained.revision",
@@ -35,7 +35,7 @@ SOURCE_KEYS = (
 
 
 def newest_checkpoint(config: ConfigDict, dist: Distributed) -> Checkpoint | None:
-    """The newest sound checkpoint of the run, the same one on every rank; None at a first start.
+    """The newest intact checkpoint of the run, the same one on every rank; None at a first start.
 
     Raises OSError if the ranks see different ones, or all are damaged.
     """
@@ -43,19 +43,19 @@ def newest_checkpoint(config: ConfigDict, dist: Distributed) -> Checkpoint | Non
     found = dist.gather_objects(own and own.path.name)
     if len(set(found)) > 1:
         raise OSError(
-            f"ranks see different checkpoints in {config.save_dir} ({found}): save_dir must lie "
-            "on a file system that all nodes share"
+            f"ranks see different checkpoints in {config.save_dir} ({found}): save_dir must be on "
+            "a file system that all nodes share"
         )
     return own
 
 
 def stage_number(checkpoint: Checkpoint) -> int:
-    """The stage that wrote ``checkpoint``, from 1; 0 if its run has no stages."""
+    """The stage of ``checkpoint``, from 1; 0 in a run without stages."""
     return checkpoint.state.get("stage", 0)
 
 
 def is_finished(stage: Stage, checkpoint: Checkpoint | None) -> bool:
-    """Whether the run has made, and evaluated, all epochs of ``stage`` by ``checkpoint``."""
+    """True if at ``checkpoint`` all epochs of ``stage`` are trained and evaluated."""
     if checkpoint is None:
         return False
     state = checkpoint.state
@@ -64,11 +64,11 @@ def is_finished(stage: Stage, checkpoint: Checkpoint | None) -> bool:
 
 
 def starting_modules(config: ConfigDict, checkpoint: Checkpoint | None) -> list[str]:
-    """The modules with LoRA in what the run continues from (``checkpoint``) or begins from; none
-    for the base model.
+    """The modules with LoRA that the run continues from (``checkpoint``) or starts from; none for
+    the base model.
 
-    Raises ValueError or OSError if a run cannot begin from what ``config`` names, as far as that is
-    known without the model.
+    Raises ValueError or OSError if ``resume_from`` or ``train.lora_path`` cannot be used, as far as
+    that is known without the model.
     """
     if checkpoint is None and config.resume_from:
         checkpoint = _source(config)
@@ -78,19 +78,19 @@ def starting_modules(config: ConfigDict, checkpoint: Checkpoint | None) -> list[
 
 
 def _lora(config: ConfigDict) -> Lora:
-    """The LoRA of ``train.lora_path``; ValueError if there is none, or it has another rank."""
+    """The LoRA of ``train.lora_path``; ValueError if it is missing or of another rank."""
     path, rank = config.train.lora_path, config.train.lora_rank
     lora = load_lora(Path(path))
     if lora.rank != rank:
         raise ValueError(
             f"train.lora_rank = {rank}: the LoRA of train.lora_path = {path!r} has rank "
-            f"{lora.rank}; --config.train.lora_rank={lora.rank} trains it"
+            f"{lora.rank}; use --config.train.lora_rank={lora.rank}"
         )
     return lora
 
 
 def _source(config: ConfigDict) -> Checkpoint:
-    """The checkpoint of ``resume_from``; ValueError if its policies mean something else here."""
+    """The checkpoint of ``resume_from``; ValueError if ``SOURCE_KEYS`` differ."""
     source = load_checkpoint(resolve_checkpoint(Path(config.resume_from)))
     ours, theirs = flatten(config), with_defaults(source.state["config"])
     wrong = [
@@ -107,21 +107,13 @@ def _source(config: ConfigDict) -> Checkpoint:
 
 
 class KeepsBaselines(Protocol):
-    """What alarms compare with, saved with the run."""
+    """The part of ``Monitor`` that is saved with the run."""
 
     state: dict[str, Any]
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a former ``state``."""
-        ...
-
-    def forget_evaluation(self) -> None:
-        """Former evaluations do not compare with what follows."""
-        ...
-
-    def forget_epoch(self) -> None:
-        """Former epochs do not compare with what follows."""
-        ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def forget_evaluation(self) -> None: ...
+    def forget_epoch(self) -> None: ...
 
 
 class TrainingState:
@@ -136,20 +128,20 @@ class TrainingState:
         monitor: KeepsBaselines,
         prompts: PromptHashes,
     ):
-        self.prompts = prompts  # of this stage and later ones
+        self.prompts = prompts  # of this and later stages
         self.stage, self.config = stage, stage.config
         self.dist, self.monitor = dist, monitor
         self.learner, self.policy = learner, learner.policy
         self.checkpointer = Checkpointer(
             Path(self.config.save_dir), keep=self.config.checkpoint.keep
         )
-        self.epoch = 0  # epochs made
-        self.evaluated = False  # this epoch, in this stage
-        self.best_score: float | None = None  # of eval/total, in this stage
-        self.test_set = 0  # how often the test prompts have changed
+        self.epoch = 0  # number of epochs trained
+        self.evaluated = False  # at this epoch, in this stage
+        self.best_score: float | None = None  # highest eval/total of this stage
+        self.test_set = 0  # number of changes of the test prompts
 
     def start(self, checkpoint: Checkpoint | None) -> None:
-        """Begins where ``checkpoint`` stands, or, without one, as the configuration asks."""
+        """Restores ``checkpoint``, or without one starts as the configuration asks."""
         assert checkpoint is not None or not self.stage.first_epoch
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -169,9 +161,9 @@ class TrainingState:
         state = checkpoint.state
         if state["epoch"] < self.stage.first_epoch:
             raise CheckpointError(
-                f"the newest sound checkpoint, {checkpoint.path}, is of epoch {state['epoch']}; "
-                f"{self.stage.title} begins after epoch {self.stage.first_epoch}: start the run "
-                "again, and it goes on from there"
+                f"the newest intact checkpoint, {checkpoint.path}, is of epoch {state['epoch']}; "
+                f"{self.stage.title} begins after epoch {self.stage.first_epoch}: rerun the same "
+                "command to continue from that checkpoint"
             )
         self._on_main(partial(self.checkpointer.restore_best, checkpoint))
         self._load_policies(checkpoint)
@@ -188,13 +180,13 @@ class TrainingState:
         new_test_set = (dataset, "test") in changed
         self.test_set = state.get("test_set", 0) + new_test_set
         if stage_number(checkpoint) < self.stage.number:
-            return  # scores of another stage do not compare
+            return  # scores of different stages are not comparable
         self.evaluated = state["evaluated"] and not new_test_set
         self.monitor.load_state_dict(state["monitor"])
         if (dataset, "train") in changed:
             self.monitor.forget_epoch()
         now, former = flatten(self.config), with_defaults(state["config"])
-        # Under other evaluation settings, or on other test prompts, the scores do not compare.
+        # Scores under other evaluation settings or on other test prompts are not comparable.
         settings = [key for key in former if key.startswith("eval.") and key != "eval.batch_size"]
         same = not new_test_set and all(now.get(key) == former[key] for key in settings)
         self.best_score = state["best_score"] if same else None
@@ -202,14 +194,14 @@ class TrainingState:
             self.monitor.forget_evaluation()
 
     def save(self, *, best: bool = False) -> None:
-        """Writes a checkpoint of everything, and the LoRA for users; waits for all ranks.
+        """Writes a checkpoint with the LoRA for users; waits for all ranks.
 
-        If the disk refuses, raises CheckpointError on every rank.
+        Raises CheckpointError on every rank if the disk fails.
         """
         self._on_main(partial(self._write, best))
 
     def _on_main(self, write: Callable[[], None]) -> None:
-        """Main rank writes, the others wait; CheckpointError on every rank if that fails."""
+        """Calls ``write`` on the main rank; raises its CheckpointError on every rank."""
         failure = ""
         if self.dist.is_main:
             try:
@@ -245,7 +237,7 @@ class TrainingState:
 
 
 def flatten_optimizer(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """``state_dict()`` of an Adam as tensors ``"<index>.<name>"`` and the JSON-able rest."""
+    """``state_dict()`` of an Adam as tensors ``"<index>.<name>"`` and the rest for JSON."""
     entries = [(i, k, v) for i, entry in state_dict["state"].items() for k, v in entry.items()]
     tensors = {f"{i}.{k}": v for i, k, v in entries if isinstance(v, Tensor)}
     values: dict[str, dict[str, Any]] = {str(i): {} for i in state_dict["state"]}
@@ -256,11 +248,11 @@ def flatten_optimizer(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], di
 
 
 def unflatten_optimizer(tensors: dict[str, Tensor], state: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of ``flatten_optimizer``, also after safetensors and JSON: ready to be loaded."""
+    """The inverse of ``flatten_optimizer``, also after safetensors and JSON."""
     entries = {int(index): dict(values) for index, values in state["state"].items()}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         entries[int(index)][name] = value
-    # JSON knows no tuples; betas is the one that Adam has.
+    # Adam's betas are a tuple, which JSON turns into a list.
     groups = [group | {"betas": tuple(group["betas"])} for group in state["param_groups"]]
     return {"state": entries, "param_groups": groups}

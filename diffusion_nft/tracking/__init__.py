@@ -1,1 +1,1 @@
-"""What a run logs and prints."""
+"""Logs, alarms, evaluations and printed summaries of a run."""

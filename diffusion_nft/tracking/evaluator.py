@@ -1,4 +1,4 @@
-"""Evaluations while a run trains: when they are due, what they log, and the best score so far."""
+"""Evaluations during a run: schedule, logging, and the best score so far."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from diffusion_nft.evaluation.results import Evaluation, write_results
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.runs.state import TrainingState
 from diffusion_nft.tracking.grids import save_grid
-from diffusion_nft.tracking.metrics import NullMetrics, Timer
+from diffusion_nft.tracking.metrics import Metrics, Timer
 from diffusion_nft.tracking.monitor import Monitor
 from diffusion_nft.tracking.summary import TEST_SET, compare_images, images_file, result
 
@@ -20,9 +20,7 @@ def is_due(epoch: int, every: int) -> bool:
 
 
 class Evaluator:
-    """Evaluates the policies of ``state`` on the test ``prompts``, which stand at ``lines`` of the
-    test set.
-    """
+    """Evaluates the policies of ``state`` on test ``prompts``; ``lines`` are their line numbers."""
 
     def __init__(
         self,
@@ -32,7 +30,7 @@ class Evaluator:
         lines: list[int],
         *,
         dist: Distributed,
-        metrics: NullMetrics,
+        metrics: Metrics,
         monitor: Monitor,
         timer: Timer,
     ):
@@ -44,7 +42,7 @@ class Evaluator:
         self.before_after = self.run_dir / images_file(self.stage.number)
 
     def evaluate(self, number: int | None = None) -> Evaluation:
-        """``number`` test lines, or all, under the evaluation settings, with the active policy."""
+        """Evaluates the active policy on ``number`` test lines, or all."""
         count = len(self.prompts)
         chosen = draw_lines(self.prompts, count if number is None else number)
         return evaluate(
@@ -58,8 +56,8 @@ class Evaluator:
         )
 
     def evaluate_if_due(self) -> bool | None:
-        """Evaluates the EMA weights if this epoch asks for it: True if they are the best so far,
-        False if not, None if no evaluation is due.
+        """Evaluates the EMA weights if this epoch is due: True if they are the best so far, False
+        if not, None if no evaluation is due.
         """
         config, state = self.config, self.state
         at_start = state.epoch == self.stage.first_epoch
@@ -70,14 +68,14 @@ class Evaluator:
             evaluation = self.evaluate()
         score = self._log(evaluation)
         best = state.best_score is None or score > state.best_score
-        # The checkpoint at a later stage's start belongs to the stage before.
+        # The checkpoint at a later stage's start belongs to the previous stage.
         if best and not (at_start and state.epoch):
             state.best_score = score
         state.evaluated = True
         return best
 
     def _log(self, evaluation: Evaluation) -> float:
-        """Logs and writes ``evaluation``; returns its mean total."""
+        """Logs and writes ``evaluation``; returns eval/total."""
         epoch, column = self.state.epoch, self.stage.column
         values = evaluation.metrics() | self.timer.pop() | self.monitor.evaluation(evaluation)
         if self.config.max_unscored:
@@ -101,13 +99,13 @@ class Evaluator:
         return score
 
     def discard_result(self) -> None:
-        """Removes the images of before and after."""
+        """Removes the before/after images."""
         if self.dist.is_main:
             self.before_after.unlink(missing_ok=True)
 
     def finish(self, *, trained: bool) -> None:
-        """Draws the same test lines by the base and by the EMA weights, unless nothing was
-        ``trained`` since they were drawn, and prints what the stage gained.
+        """Draws the before/after images, by the base and the EMA weights, unless nothing was
+        ``trained`` since they were drawn; prints the stage's result.
         """
         count = self.config.log.num_images
         drawn = self.dist.broadcast_object(self.before_after.exists())

@@ -12,22 +12,22 @@ from PIL import Image, ImageDraw, ImageFont
 from diffusion_nft.images import Images, save_png
 from diffusion_nft.utils.files import naming, write_atomically
 
-# Images with a shorter side than this, in pixels, are enlarged by a whole factor.
+# Images with a shorter side than this, in pixels, are enlarged by an integer factor.
 READABLE_SIDE = 144
 MARGIN, PAIR_GAP, CELL_GAP = 11, 6, 16
 LINE_SPACING = 1.3
 MAX_CAPTION_LINES = 4
-# Characters of a caption that are laid out: more than its lines can hold.
+# Longest part of a caption that is laid out, in characters.
 MAX_CAPTION = 2000
 
-# Pillow's bundled font has little more than ASCII.  These characters are replaced, accents are
-# dropped, and a run of other characters becomes BOX, which is drawn as an empty box.
+# Pillow's bundled font covers little more than ASCII.  These characters are replaced, accents are
+# removed, and a run of other characters becomes BOX, which is drawn as an empty box.
 REPLACEMENTS = str.maketrans(
     {"→": "->", "·": "-", "–": "-", "—": "-", "“": '"', "”": '"', "‘": "'", "’": "'"}
 )
 BOX = "\ufffd"
 
-# Key of ``Image.info`` for the captions of a grid that does not show all of them in full.
+# Key of ``Image.info`` for the captions of a grid that shortens some of them.
 CAPTIONS = "captions"
 
 WHITE, INK, GREY, FRAME = (255, 255, 255), (32, 33, 36), (110, 113, 118), (205, 208, 212)
@@ -38,9 +38,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def save_grid(grid: Image.Image, path: Path) -> None:
-    """Writes ``path`` as ``save_png``, and ``full_captions`` to a ``.txt`` file of the same name,
-    which is removed if the image shows them all.
-    """
+    """Writes ``path``, and ``full_captions``, if any, to a ``.txt`` file of the same name."""
     text_file, captions = path.with_suffix(".txt"), full_captions(grid)
     with naming(text_file):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,12 +49,12 @@ def save_grid(grid: Image.Image, path: Path) -> None:
 
 
 def full_captions(grid: Image.Image) -> str:
-    """The captions of ``grid``, numbered, one per line; empty if the image shows each in full."""
+    """The numbered captions of ``grid``, one per line; empty if none is shortened."""
     return grid.info.get(CAPTIONS, "")
 
 
 def _enlarged(images: Images) -> list[Image.Image]:
-    """Images of at least READABLE_SIDE; pixels are repeated, so they show what was scored."""
+    """Images with sides of at least READABLE_SIDE, by repeating pixels."""
     if len(images) == 0:
         raise ValueError("a grid needs at least one image")
     pil_images = images.to_pil()
@@ -67,12 +65,12 @@ def _enlarged(images: Images) -> list[Image.Image]:
 
 
 def _font(cell_width: int) -> Font:
-    """Pillow's bundled font, in a size for images ``cell_width`` pixels wide."""
+    """Pillow's bundled font in a size for images ``cell_width`` pixels wide."""
     return ImageFont.load_default(min(28, max(13, cell_width // 18)))
 
 
 def _wrapped(text: str, width: float, font: Font) -> list[str]:
-    """Lines of ``text``, each at most ``width`` pixels; an ellipsis ends text that is cut off."""
+    """Lines of ``text``, each at most ``width`` pixels; shortened text ends in an ellipsis."""
     plain = unicodedata.normalize("NFKD", text[:MAX_CAPTION].translate(REPLACEMENTS))
     plain = "".join(char for char in plain if not unicodedata.combining(char))
     plain = re.sub(r"[^\s!-~]+(\s+[^\s!-~]+)*", BOX, plain)
@@ -86,8 +84,8 @@ def _wrapped(text: str, width: float, font: Font) -> list[str]:
 
 
 def _captions(texts: Sequence[str], width: float, font: Font) -> tuple[list[list[str]], str]:
-    """Lines of each of ``texts``, and ``full_captions``.  A text that cannot be drawn in full
-    begins with its number, by which it is found there.
+    """Lines of each of ``texts``, and ``full_captions``.  A text that is not drawn in full starts
+    with its number there.
     """
     drawn, incomplete = [], False
     numbered = [f"{number}: {' '.join(text.split())}" for number, text in enumerate(texts, start=1)]
@@ -106,7 +104,7 @@ def _cell(
     caption: list[str],
     font: Font,
 ) -> Image.Image:
-    """Framed images side by side, each with lines in a colour under it, above a caption."""
+    """Framed images side by side, each with coloured label lines below, above a caption."""
     _, top, _, bottom = font.getbbox("Ay")
     line = math.ceil((bottom - top) * LINE_SPACING)
     label_lines = max(len(lines) for lines, _ in labels)
@@ -130,7 +128,7 @@ def _cell(
 
 
 def _sheet(cells: list[Image.Image], columns: int, captions: str) -> Image.Image:
-    """All cells in rows of ``columns`` on white; ``captions``: the sheet's ``full_captions``."""
+    """Rows of ``columns`` cells on white; ``captions`` are the sheet's ``full_captions``."""
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     heights = [max(cell.height for cell in row) + CELL_GAP for row in rows]
     width = len(rows[0]) * (cells[0].width + CELL_GAP) - CELL_GAP
@@ -154,9 +152,9 @@ def image_grid(
 ) -> Image.Image:
     """``images`` in rows of ``columns``, each with its caption below.
 
-    ``scores: [B]`` adds a line with the number.  Small images are enlarged to at least 144 px.
-    A caption that cannot be drawn in full begins with its number in ``full_captions``.
-    Raises ValueError if there is no image or a length differs.
+    ``scores: [B]`` adds a line with the score.  Small images are enlarged to at least 144 px.
+    A caption that is not drawn in full starts with its number in ``full_captions``.
+    Raises ValueError without images or if lengths differ.
     """
     pil_images = _enlarged(images)
     width = pil_images[0].width
@@ -180,11 +178,11 @@ def side_by_side(
     columns: int = 2,
     labels: tuple[str, str] = ("before", "after"),
 ) -> Image.Image:
-    """Pairs of images of the same prompts, ``columns`` pairs a row, labelled, captions below as
-    in ``image_grid``.
+    """Labelled pairs of images of the same prompts, ``columns`` pairs per row, with captions as in
+    ``image_grid``.
 
-    ``before_scores, after_scores: [B]`` follow the labels, the second in green if it is higher, in
-    red if it is lower.  Raises ValueError if there is no image or a length differs.
+    ``before_scores, after_scores: [B]`` follow the labels, the second in green if higher and in red
+    if lower.  Raises ValueError without images or if lengths differ.
     """
     pairs = list(zip(_enlarged(before), _enlarged(after), strict=True))
     width = pairs[0][0].width
@@ -218,7 +216,7 @@ def _number(score: float, digits: int) -> str:
 
 
 def _change_color(old: float | None, new: float | None) -> Color:
-    """Green for a gain and red for a loss that two decimals show; grey otherwise."""
+    """Green for a gain and red for a loss of at least 0.005; grey otherwise."""
     if old is None or new is None or not abs(new - old) >= 0.005:
         return GREY
     return GAIN if new > old else LOSS

@@ -1,7 +1,7 @@
-"""The log of a run: metrics.jsonl, images, wandb and tensorboard if wanted, and a timer.
+"""The log of a run: metrics.jsonl, images, optionally wandb and tensorboard; and a timer.
 
 metrics.jsonl has one JSON object per line with ``step`` (optimizer steps), ``epoch`` and keys
-``reward/*, loss/*, optim/*, time/*, eval/*``.  Only the main rank writes.
+``reward/*, loss/*, optim/*, time/*, eval/*``.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from ml_collections import ConfigDict
 from torch import Tensor
 
 from diffusion_nft.images import Images
@@ -28,10 +29,10 @@ QUARTILES = {"q25": 0.25, "q50": 0.5, "q75": 0.75}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl, in order; empty without the file.
+    """The rows of a metrics.jsonl in order; empty if the file does not exist.
 
-    A half-written last line (of a killed run) is left out.  Raises ValueError, naming the line, if
-    any other is not a JSON object with ``step`` and ``epoch``.
+    Skips an incomplete last line, of a killed run.  Raises ValueError naming any other line that is
+    not a JSON object with ``step`` and ``epoch``.
     """
     rows = read_lines(path)
     for number, row in enumerate(rows, start=1):
@@ -45,14 +46,14 @@ def _is_row(value: Any) -> bool:
 
 
 def _finite(value: float) -> float | None:
-    """``value`` as JSON can hold it: ints stay ints, NaN and infinities become None."""
+    """``value`` for JSON: ints stay ints, NaN and infinities become None."""
     if isinstance(value, int):
         return int(value)
     return float(value) if math.isfinite(value) else None
 
 
 def _scalars(values: Mapping[str, float | Tensor]) -> dict[str, float | None]:
-    """``values`` as JSON can hold them, of a distribution its quartiles."""
+    """``values`` for JSON; a distribution becomes its quartiles."""
     row: dict[str, float | None] = {}
     for key, value in values.items():
         if isinstance(value, Tensor):
@@ -63,28 +64,23 @@ def _scalars(values: Mapping[str, float | Tensor]) -> dict[str, float | None]:
     return row
 
 
-class NullMetrics:
-    """The methods of Metrics, without effect: for all ranks except the main one."""
+class Metrics:
+    """Writes to ``run_dir``, and to wandb and tensorboard as ``config.log`` asks; does nothing
+    unless ``enabled``, as on ranks other than the main one.
 
-    def log(self, values: Mapping[str, float | Tensor], *, step: int, epoch: int) -> None:
-        pass
+    ``config`` is the run's whole configuration.  If wandb cannot start (no key, no network, not
+    installed), prints a line and continues.  Raises ImportError if tensorboard is asked for and not
+    installed.
+    """
 
-    def log_images(
-        self,
-        name: str,
-        images: Images,
-        captions: Sequence[str],
-        scores: Sequence[float],
-        *,
-        epoch: int,
-    ) -> None:
-        pass
-
-    def truncate(self, step: int, epoch: int | None = None, stage: int | None = None) -> None:
-        pass
-
-    def close(self, *, failed: bool = False) -> None:
-        pass
+    def __init__(self, config: ConfigDict, run_dir: Path, *, enabled: bool = True):
+        self._run_dir, self._enabled = run_dir, enabled
+        self._path = run_dir / METRICS_FILE
+        self._tensorboard = self._wandb = None
+        if enabled:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._tensorboard = _start_tensorboard(run_dir) if config.log.tensorboard else None
+            self._wandb = _start_wandb(config, run_dir)
 
     def __enter__(self) -> Self:
         return self
@@ -92,30 +88,16 @@ class NullMetrics:
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         self.close(failed=kind is not None)
 
-
-class Metrics(NullMetrics):
-    """Writes to ``run_dir``, and to wandb and tensorboard as ``config.log`` says.
-
-    ``config`` is the run's whole configuration (an ml_collections tree).  If wandb cannot start (no
-    key, no network, not installed), a line is printed and the run continues.  Raises ImportError if
-    tensorboard is wanted and missing.
-    """
-
-    def __init__(self, config: Any, run_dir: Path):
-        self._run_dir = run_dir
-        self._path = run_dir / METRICS_FILE
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._tensorboard = _start_tensorboard(run_dir) if config.log.tensorboard else None
-        self._wandb = _start_wandb(config, run_dir)
-
     def log(self, values: Mapping[str, float | Tensor], *, step: int, epoch: int) -> None:
         """Appends one line of ``values``; NaN and infinities are written as null.
 
-        A tensor ``[N]`` is a distribution: the line has its quartiles ``KEY_q25``, ``KEY_q50`` and
-        ``KEY_q75``, and wandb and tensorboard also get a histogram ``KEY``.  NaN is left out.
-        The line is on the disk on return, before any later checkpoint: a resumed run does not log
-        the epochs before its checkpoint again.  Raises DiskError if it cannot be written.
+        A tensor ``[N]`` is a distribution, whose NaN are ignored: the line has its quartiles
+        ``KEY_q25``, ``KEY_q50`` and ``KEY_q75``, wandb and tensorboard also a histogram ``KEY``.
+        The line is fsynced, so that it precedes any later checkpoint: a resumed run does not log
+        epochs before its checkpoint again.  Raises DiskError if it cannot be written.
         """
+        if not self._enabled:
+            return
         assert not {"step", "epoch"} & values.keys(), "step and epoch are arguments of log()"
         scalars = _scalars(values)
         row = {"step": step, "epoch": epoch, **scalars}
@@ -130,7 +112,7 @@ class Metrics(NullMetrics):
             import wandb
 
             drawn = {key: wandb.Histogram(value.tolist()) for key, value in histograms.items()}
-            # Without step=: wandb would drop what a resumed run logs again.  The x axis is "step".
+            # Without step=, as wandb would drop rows that a resumed run logs again.
             self._wandb.log(known | drawn)
         if self._tensorboard is not None:
             for key in scalars.keys() & known.keys():
@@ -148,10 +130,10 @@ class Metrics(NullMetrics):
         *,
         epoch: int,
     ) -> None:
-        """Saves the grid of ``images`` as ``images/<name>-<epoch>.png`` ("/" in ``name`` becomes
-        "_"), with its ``full_captions``; no images give no file.
+        """Saves a grid as ``images/<name>-<epoch>.png`` ("/" in ``name`` becomes "_"), with its
+        ``full_captions``; nothing without images.
         """
-        if not len(images):
+        if not self._enabled or not len(images):
             return
         grid = image_grid(images, captions, columns=GRID_COLUMNS, scores=scores)
         path = self._run_dir / "images" / f"{name.replace('/', '_')}-{epoch:06d}.png"
@@ -170,15 +152,15 @@ class Metrics(NullMetrics):
             self._tensorboard.flush()
 
     def truncate(self, step: int, epoch: int | None = None, stage: int | None = None) -> None:
-        """Drops the lines after optimizer step ``step``, and after ``epoch`` and ``stage`` if
-        given, atomically, and incomplete or damaged lines.
+        """Atomically removes lines after optimizer step ``step``, and after ``epoch`` and ``stage``
+        if given, and damaged lines.
 
-        Called when a run continues from a checkpoint, so that every epoch is there once; -1 drops
+        Called when a run continues from a checkpoint, so that each epoch is logged once; -1 removes
         everything.  ``epoch`` matters if all updates of an epoch were skipped, so that the step did
         not change; ``stage`` if the next stage was evaluated at its start, which has the step and
-        the epoch at which the former one ended.
+        the epoch at which the previous one ended.
         """
-        if self._path.exists():
+        if self._enabled and self._path.exists():
             last_epoch = math.inf if epoch is None else epoch
             last_stage = math.inf if stage is None else stage
 
@@ -210,10 +192,6 @@ class Metrics(NullMetrics):
             self._wandb = None
 
 
-def make_metrics(config: Any, run_dir: Path, is_main: bool) -> NullMetrics:
-    return Metrics(config, run_dir) if is_main else NullMetrics()
-
-
 def _start_tensorboard(run_dir: Path, purge_step: int | None = None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -223,15 +201,15 @@ def _start_tensorboard(run_dir: Path, purge_step: int | None = None) -> Any:
 
 
 def _wandb_id(run_dir: Path) -> str:
-    """The id of the wandb run, the same when the run is resumed."""
+    """The id of the wandb run, which stays the same when the run is resumed."""
     path = run_dir / WANDB_ID_FILE
     if not path.exists():
         write_atomically(path, os.urandom(4).hex().encode())
     return path.read_text().strip()
 
 
-def _start_wandb(config: Any, run_dir: Path) -> Any:
-    """A wandb run, or None if it is off or cannot start.  WANDB_MODE overrides ``online``."""
+def _start_wandb(config: ConfigDict, run_dir: Path) -> Any:
+    """A wandb run, or None if off or not available.  WANDB_MODE overrides ``online``."""
     mode = config.log.wandb
     if mode == "off":
         return None
@@ -265,7 +243,7 @@ def _start_wandb(config: Any, run_dir: Path) -> Any:
 
 
 class Timer:
-    """Seconds by phase.  On CUDA a phase ends when the work that it queued has ended."""
+    """Seconds per phase.  On CUDA a phase ends when its queued work has finished."""
 
     def __init__(self, device: torch.device | None = None):
         self._device = device
@@ -273,7 +251,7 @@ class Timer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the wall time of the block to ``name``.  A block that raises is not counted."""
+        """Adds the wall time of the block to ``name``, unless it raises."""
         started = time.perf_counter()
         yield
         if self._device is not None and self._device.type == "cuda":
@@ -281,6 +259,6 @@ class Timer:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
     def pop(self) -> dict[str, float]:
-        """``{"time/<phase>": seconds}`` since the last pop, and starts again from zero."""
+        """``{"time/<phase>": seconds}`` since the last pop; resets to zero."""
         seconds, self._seconds = self._seconds, {}
         return {f"time/{name}": value for name, value in seconds.items()}

@@ -1,10 +1,10 @@
-"""Alarms for damage that a rising reward may hide.
+"""Alarms for damage to the images that a rising reward may hide.
 
-Every evaluated reward and component, over all test lines and by tag, is compared with its best
-value so far: a loss often undoes a former gain, and in one tag only.  The diversity of images, and
-their brightness, saturation and edges (with ``monitor.image_statistics``), are compared with the
-first evaluation, the size of clean latents with the first epoch; the distance to the reference has
-a fixed limit.  The limits are ``monitor.*`` of the configuration.
+Each evaluated reward and component, over all test lines and per tag, is compared with its best
+value so far, as a loss often undoes an earlier gain, and in a single tag.  Diversity, and
+brightness, saturation and edges (``monitor.image_statistics``), are compared with the first
+evaluation, the RMS of clean latents with the first epoch; the distance to the reference has a fixed
+limit.  The limits are ``monitor.*`` of the configuration.
 """
 
 import math
@@ -17,40 +17,38 @@ from diffusion_nft.algorithms import Algorithm
 from diffusion_nft.evaluation.results import Evaluation
 from diffusion_nft.rewards import IMAGE_STATISTICS
 
-# Prefix of metrics that are 1 if the limit of the named metric is passed, else 0.
+# Prefix of metrics that are 1 if the named metric is beyond its limit, else 0.
 ALARM = "monitor/alarm/"
-# Tags with fewer test lines than this are not compared: their spread is not well known.
+# Tags with fewer test lines are not compared, as their standard error is unreliable.
 MIN_LINES_OF_TAG = 20
-# Metrics that the line of an alarm names at most.
+# Maximum number of metrics that an alarm's line names.
 MAX_NAMED = 4
 # Factor by which an alarm raises the weight of the KL term (action ``raise_kl``), and its limit.
 KL_FACTOR, MAX_KL_FACTOR = 2.0, 64.0
 
 
 def is_image_statistic(name: str) -> bool:
-    """True for brightness and the like, of which neither more nor less is better."""
+    """True for brightness, saturation and edges, which have no better direction."""
     return name.partition("/")[0] == IMAGE_STATISTICS
 
 
 class Alarm(RuntimeError):
-    """An alarm that ends the run, after its state is saved (``monitor.action = "stop"``)."""
+    """Ends the run after its state is saved (``monitor.action = "stop"``)."""
 
 
 class Monitor:
-    """Compares evaluations and epochs with former ones, and acts on alarms (``monitor.action``).
-
-    Where that is the action, an alarm scales ``algorithm``'s KL term; ``print_once`` prints a line
-    once.
+    """Compares evaluations and epochs with former ones, and acts on alarms (``monitor.action``),
+    which may scale the KL term of ``algorithm``.
     """
 
     def __init__(self, config: ConfigDict, algorithm: Algorithm, print_once: Callable[[str], None]):
         self.limits = config.monitor
         self.algorithm, self.print_once = algorithm, print_once
         self._alarm = ""
-        # For resuming, with two more keys.  "evaluation": name -> (mean, standard error), the best
-        # so far for a score, otherwise the first; "x0_rms": of the first epoch.  "alarming": True
-        # if the last epoch passed a limit; "unheard": limits passed since an alarm that an epoch
-        # gave, which the next evaluation repeats.
+        # Saved with the run, with two more keys: "evaluation", name -> (mean, standard error) of
+        # the best evaluation for a score, otherwise of the first; "x0_rms" of the first epoch.
+        # "alarming": the last epoch was beyond a limit; "unheard": texts of limits still exceeded
+        # after an epoch's alarm, which the next evaluation repeats.
         self.state: dict[str, Any] = {
             "alarms": 0,
             "kl_factor": 1.0,
@@ -63,17 +61,17 @@ class Monitor:
         self.algorithm.scale_kl(self.state["kl_factor"])
 
     def forget_evaluation(self) -> None:
-        """Makes the next evaluation the first, as former ones had other settings."""
+        """Makes the next evaluation the first, after a change of its settings."""
         self.state.pop("evaluation", None)
 
     def forget_epoch(self) -> None:
-        """Makes the next epoch the first, as former ones had other prompts."""
+        """Makes the next epoch the first, after a change of prompts."""
         self.state.pop("x0_rms", None)
 
     def epoch(self, values: Mapping[str, float]) -> dict[str, float]:
         """Checks the metrics of an epoch; returns ``monitor/*`` for the log.
 
-        A limit that stays passed for several epochs is one alarm, and one more at each evaluation.
+        A limit exceeded for several epochs is one alarm, and one more at each evaluation.
         """
         checks = {}
         if most := self.limits.max_kl:
@@ -92,7 +90,7 @@ class Monitor:
     def evaluation(self, evaluation: Evaluation) -> dict[str, float]:
         """Checks an evaluation; returns ``monitor/*`` for the log.
 
-        All scores of a tag are one check, as they are closely related.
+        All scores of a tag are a single check, as they are closely related.
         """
         former = self.state.setdefault("evaluation", {})
         checks: dict[str, str] = {}
@@ -115,7 +113,7 @@ class Monitor:
         return self._act(checks, self.state["unheard"] + [text for text in checks.values() if text])
 
     def _act(self, checks: Mapping[str, str], found: list[str]) -> dict[str, float]:
-        """Raises an alarm if there are texts ``found``; returns the metrics of all ``checks``."""
+        """Gives an alarm of the texts ``found``, if any; returns the metrics of all ``checks``."""
         if self.limits.action == "off":
             return {}
         if found:
@@ -134,7 +132,7 @@ class Monitor:
         return sums | {f"{ALARM}{name}": float(bool(text)) for name, text in checks.items()}
 
     def progress(self) -> dict[str, int]:
-        """Values for the progress bar: none before the first alarm."""
+        """Values for the progress bar; none before the first alarm."""
         return {"alarms": self.state["alarms"]} if self.state["alarms"] else {}
 
     def stop_if_alarmed(self) -> None:
@@ -143,10 +141,10 @@ class Monitor:
             raise Alarm(f"{self._alarm} (monitor.action = 'stop')")
 
     def _dropped(self, name: str, now: tuple, best: tuple) -> str:
-        """Text for a score that fell by more standard errors of the difference than allowed.
+        """Text for a score that fell by more than ``max_drop`` standard errors, else "".
 
-        The errors are treated as independent, which overestimates that of the difference: both
-        evaluations have the same lines and noise.
+        The errors are treated as independent, which overestimates the difference's, as both
+        evaluations share lines and noise.
         """
         error, drop = math.hypot(now[1], best[1]), best[0] - now[0]
         if drop <= self.limits.max_drop * error:
@@ -161,9 +159,8 @@ class Monitor:
 
 
 def _watched(evaluation: Evaluation) -> dict[str, tuple[float, float | None]]:
-    """(mean, standard error) of everything that ``eval/NAME`` logs, by name.
-
-    Scores without an error, of a single prompt, are left out.
+    """NAME -> (mean, standard error) of all ``eval/NAME`` except scores of a single prompt, which
+    have no error.
     """
     summary = evaluation.averages()
     means = dict(summary["mean"])

@@ -1,4 +1,4 @@
-"""Estimates before a run: memory from sizes, time per epoch from one measured forward."""
+"""Estimates before a run: memory from tensor sizes, time per epoch from one measured forward."""
 
 import math
 import time
@@ -20,7 +20,7 @@ CURRENT_FORWARDS = 3
 
 
 def describe(stage: Stage, model: Model, policy: Policy, dist: Distributed) -> str:
-    """Text about ``stage``: data and rewards, and memory and seconds per epoch of this rank."""
+    """Describes ``stage``: data, rewards, and this rank's estimated memory and time per epoch."""
     config = stage.config
     share = -(-config.sample.num_groups * config.sample.num_image_per_prompt // dist.world_size)
     seconds = share * forwards_per_sample(config) * _seconds_per_forward(config, model, share)
@@ -28,7 +28,7 @@ def describe(stage: Stage, model: Model, policy: Policy, dist: Distributed) -> s
         outline(stage),
         "estimated memory, without activations, which grow with the micro-batches:",
     ]
-    # A trajectory has its start and its end, and the end is kept once more.
+    # A trajectory includes its start and its end, which is stored a second time.
     kept = config.sample.num_steps + 2 if build_algorithm(config).on_trajectories else 1
     latent_shape = model.latent_shape(image_size(config))
     sizes = memory(model, policy, share * kept, latent_shape)
@@ -54,19 +54,19 @@ def outline(stage: Stage) -> str:
 
 
 def forwards_per_sample(config: ConfigDict) -> float:
-    """Forward-equivalents of one sample in an epoch: sampling, then training at its sigmas."""
+    """Forward-equivalents per sample and epoch: sampling, then training at its sigmas."""
     guided = 2 if config.sample.guidance_scale > 1 else 1
     calls, visited = _solver_calls(config.sample.solver, config.sample.num_steps)
     sigmas = max(1, int(visited * config.train.timestep_fraction))
     algorithm = build_algorithm(config)
     no_grad = len(algorithm.policies) - 1
-    current = CURRENT_FORWARDS + config.perf.gradient_checkpointing  # recomputing is one more
+    current = CURRENT_FORWARDS + config.perf.gradient_checkpointing  # one more
     training = sigmas * (no_grad + current) * config.train.num_inner_epochs
     return calls * guided + training * (guided if algorithm.on_trajectories else 1)
 
 
 def _solver_calls(name: str, num_steps: int) -> tuple[int, int]:
-    """Number of velocities that a solver evaluates, and of sigmas that it visits."""
+    """Number of velocities that a solver evaluates, and of its sigmas."""
     calls = 0
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
@@ -82,8 +82,8 @@ def _solver_calls(name: str, num_steps: int) -> tuple[int, int]:
 def memory(
     model: Model, policy: Policy, num_latents: int, latent_shape: tuple[int, ...]
 ) -> list[tuple[str, float]]:
-    """(what, GB) of everything whose size is known before the first step; ``num_latents`` of
-    ``latent_shape`` are kept for the training of an epoch.
+    """(name, GB) of all parts of known size, with ``num_latents`` of ``latent_shape`` stored per
+    epoch.
     """
     parts = {what: sum(map(_nbytes, networks)) for what, networks in model.parts().items()}
     lora = sum(p.nbytes for p in policy.parameters())
@@ -100,13 +100,13 @@ def memory(
 
 
 def _nbytes(module: nn.Module) -> int:
-    # With buffers: the table of positions is a tenth of SD3.5-Medium's transformer.
+    # With buffers, as the position embeddings are a tenth of SD3.5-Medium's transformer.
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 @torch.no_grad()
 def _seconds_per_forward(config: ConfigDict, model: Model, share: int) -> float:
-    """Seconds per sample of a forward at the sampling micro-batch, after a warm-up."""
+    """Seconds per sample of a forward of ``sample.batch_size``, after a warm-up."""
     size = min(config.sample.batch_size, share)
     x = torch.zeros(size, *model.latent_shape(image_size(config)), device=model.device)
     x = x.to(model.precision.trained_dtype)
@@ -114,6 +114,6 @@ def _seconds_per_forward(config: ConfigDict, model: Model, share: int) -> float:
     cond = model.encode([""] * size)
     float(model.velocity(x, sigma, cond).sum())
     started = time.perf_counter()
-    # Fetching the sum's value waits for the device.
+    # float() waits for the device.
     float(model.velocity(x, sigma, cond).sum())
     return (time.perf_counter() - started) / size

@@ -1,4 +1,4 @@
-"""The result of a run: a table of its first and last evaluation, and images side by side."""
+"""The result of a run: a table of its first and last evaluation, and before/after images."""
 
 from pathlib import Path
 from typing import Any
@@ -10,32 +10,30 @@ from diffusion_nft.evaluation.results import NUM_SAMPLES, Evaluation
 from diffusion_nft.tracking.grids import side_by_side
 from diffusion_nft.tracking.metrics import METRICS_FILE, read_metrics
 
-# Metric that counts the changes of the test prompts; absent before the first change.
+# Metric that counts changes of the test prompts; absent before the first change.
 TEST_SET = "test_set"
 
 
 def images_file(stage: int) -> str:
-    """File name of the images at the end of ``stage``; 0: a run without stages."""
+    """File name of the before/after images of ``stage`` (0: of a run without stages)."""
     return f"before_after_stage{stage}.png" if stage else "before_after.png"
 
 
 def stage_evaluations(path: Path, stage: int) -> list[dict[str, Any]]:
-    """The evaluations of ``stage`` in the metrics file ``path``; 0: of a run without stages."""
+    """The evaluations of ``stage`` (0: of a run without stages) in the metrics file ``path``."""
     rows = read_metrics(path)
     return [row for row in rows if "eval/total" in row and row.get("stage", 0) == stage]
 
 
 def comparable(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of a stage's ``evaluations`` with the same test prompts, and as many test lines, as the
-    last one.
-    """
+    """Those of a stage's ``evaluations`` with the test prompts and number of lines of the last."""
     tests = [(row.get(NUM_SAMPLES), row.get(TEST_SET)) for row in evaluations]
     return [row for row, test in zip(evaluations, tests, strict=True) if test == tests[-1]]
 
 
 def result_table(run_dir: Path, stage: int = 0) -> str:
-    """First and last comparable evaluation of ``stage`` (0: of a run without stages), a row per
-    metric and tag; says so if there is none.
+    """Table of the first and last comparable evaluation of ``stage`` (0: of a run without stages),
+    one row per metric and tag, or a line if there is none.
     """
     name = f"stage {stage}" if stage else ""
     rows = comparable(stage_evaluations(run_dir / METRICS_FILE, stage))
@@ -59,14 +57,14 @@ def result_table(run_dir: Path, stage: int = 0) -> str:
 
 
 def result(run_dir: Path, stage: int = 0) -> str:
-    """``result_table`` of ``stage``, and the path of its images."""
+    """``result_table`` of ``stage`` and the path of its images."""
     images = run_dir / images_file(stage)
     where = f"\nbefore/after images: {images}" if images.exists() else ""
     return result_table(run_dir, stage) + where
 
 
 def compare_images(before: Evaluation, after: Evaluation) -> Image:
-    """The same test lines by two policies, each pair with its scores."""
+    """Pairs of images of the same test lines by two policies, with their scores."""
     lines = before.image_lines
     return side_by_side(
         before.images,

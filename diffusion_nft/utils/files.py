@@ -1,5 +1,4 @@
-"""Small files that a power cut must not halve (written beside, made durable, renamed); JSON that
-may be damaged; hashes."""
+"""Small files that are written atomically and durably; reading JSON that may be damaged; hashes."""
 
 import errno
 import hashlib
@@ -12,14 +11,12 @@ from typing import Any
 
 
 class DiskError(OSError):
-    """A file of a run could not be written, or holds something else than was written."""
+    """A file of a run could not be written, or is damaged."""
 
 
 def sync(path: Path) -> None:
-    """Waits until the file, or the entries of the folder, are on the disk.
-
-    Some network file systems cannot do that for a folder and say EINVAL: there the rename itself is
-    all that can be had.
+    """fsync of a file or folder.  Ignores EINVAL for a folder, which some network file systems
+    return.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -32,14 +29,13 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of the file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turns an OSError of the block into a DiskError: ``path`` could not be written, and why."""
+    """Turns an OSError of the block into a DiskError that names ``path``."""
     try:
         yield
     except OSError as error:
@@ -48,8 +44,9 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces ``path`` by a file holding ``data``; a reader sees the old content or the new, after
-    a power cut as well.  Raises DiskError naming the path, which is then as it was.
+    """Replaces the content of ``path`` by ``data`` atomically, also in case of a power cut.
+
+    Raises DiskError naming the path, which then is unchanged.
     """
     temporary = path.with_name(f".tmp-{path.name}")
     with naming(path):
@@ -64,9 +61,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds ``line`` to the text file ``path``, durably.
+    """Appends ``line`` to the text file ``path`` with fsync.
 
-    A half line that a crash left at its end goes first.  Raises DiskError naming the path.
+    First removes an incomplete last line, left by a crash.  Raises DiskError naming the path.
     """
     with naming(path), path.open("ab+") as file:
         size = file.seek(0, os.SEEK_END)

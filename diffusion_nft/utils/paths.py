@@ -1,5 +1,4 @@
-"""Paths as users write them: ``~`` is expanded, what cannot be a path is refused, and a folder to
-write in is tried before any work."""
+"""Paths given by users: expansion of ``~``, validation, and folders checked to be writable."""
 
 import errno
 import os
@@ -11,15 +10,15 @@ from diffusion_nft.utils.files import DiskError, naming
 
 
 def is_line(text: str) -> bool:
-    """Whether ``text`` has no control characters (line ends, NUL) and no half surrogate pairs."""
+    """True if ``text`` has no control characters (line ends, NUL) and no unpaired surrogates."""
     return not {"Cc", "Cs"} & {unicodedata.category(char) for char in text}
 
 
 def expand(text: str) -> str:
-    """``text`` with a leading ``~`` or ``~user`` replaced by that home folder; otherwise unchanged.
+    """``text`` with a leading ``~`` or ``~user`` replaced by that home folder.
 
-    Raises ValueError if it holds a control character, or for a user without a home folder; the
-    message does not repeat ``text``.
+    Raises ValueError for a control character or a user without a home folder; its message does not
+    repeat ``text``.
     """
     if not is_line(text):
         raise ValueError("is not a path: it holds a control character")
@@ -31,9 +30,9 @@ def expand(text: str) -> str:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Creates ``folder`` if need be, and tries to write in it.
+    """Creates ``folder`` if it does not exist, and checks that it is writable.
 
-    Raises DiskError naming it, so that a command can end before its work rather than after.
+    Raises DiskError naming it, so that a command fails before its work rather than after.
     """
     if folder.exists() and not folder.is_dir():
         raise DiskError(errno.ENOTDIR, f"{folder} is not a folder")

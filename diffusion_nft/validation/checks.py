@@ -1,6 +1,6 @@
-"""What one key of a configuration may hold, whatever the other keys hold.
+"""Checks of single values of a configuration.
 
-Each check takes a value and returns what is wrong with it and what would be valid, or None.
+A check takes a value and returns None if it is valid, otherwise what would be valid.
 """
 
 import difflib
@@ -25,16 +25,15 @@ from diffusion_nft.utils.paths import expand, is_line
 
 Check = Callable[[Any], str | None]
 
-# What the kernels count with.
 MAX_INT64 = 2**63 - 1
-# A branch, a tag or a commit; the hub's cache makes a file name of it.
+# A branch, tag or commit; the hub's cache uses it as a file name.
 REVISION = re.compile(r"\w[\w./-]*", re.ASCII)
 
 
 def is_finite_number(value: Any) -> bool:
-    """True for an int of 64 bits or a finite float (numpy's float64 is one), but for no bool.
+    """True for an int of 64 bits or a finite float (including numpy's float64), not for a bool.
 
-    Others, such as fractions or numpy's integers, have no place in the JSON that a run writes.
+    Other numbers, such as fractions or numpy's integers, cannot be written as JSON.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
@@ -42,18 +41,17 @@ def is_finite_number(value: Any) -> bool:
 
 
 def is_section(value: Any) -> bool:
-    """True for a mapping, a ConfigDict included."""
     return isinstance(value, Mapping | ConfigDict)
 
 
 def did_you_mean(name: Any, choices: Collection[str]) -> str:
-    """``" (did you mean 'x'?)"`` for the choice that ``name`` comes close to, else empty."""
+    """``" (did you mean 'x'?)"`` for a choice spelled like ``name``, else empty."""
     close = difflib.get_close_matches(str(name), choices, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def integer(low: int, high: int | None = None) -> Check:
-    """An integer from ``low`` to ``high``, both included; 64 bits where there is no ``high``."""
+    """An integer from ``low`` to ``high``, inclusive; of 64 bits without ``high``."""
     valid = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
     last = MAX_INT64 if high is None else high
 
@@ -68,7 +66,7 @@ def integer(low: int, high: int | None = None) -> Check:
 
 
 def number(interval: str) -> Check:
-    """A finite number in ``interval``, written as in mathematics: ``[0, 1)``, ``(0, inf)``."""
+    """A finite number in ``interval``, such as ``[0, 1)`` or ``(0, inf)``."""
     low, high = (float(end) for end in interval[1:-1].split(","))
 
     def check(value: Any) -> str | None:
@@ -81,8 +79,6 @@ def number(interval: str) -> Check:
 
 
 def one_of(choices: Collection[str]) -> Check:
-    """One of the ``choices``."""
-
     def check(value: Any) -> str | None:
         if isinstance(value, str) and value in choices:
             return None
@@ -92,31 +88,30 @@ def one_of(choices: Collection[str]) -> Check:
 
 
 def flag(value: Any) -> str | None:
-    """A bool."""
     return None if isinstance(value, bool) else "must be True or False"
 
 
 def text(value: Any) -> str | None:
-    """A line of text, which may be empty."""
+    """One line of text, possibly empty."""
     return None if isinstance(value, str) and is_line(value) else "must be text in one line"
 
 
 def filled_text(value: Any) -> str | None:
-    """A line of text with more than spaces."""
+    """One line of text that is not blank."""
     filled = isinstance(value, str) and value.strip() and is_line(value)
     return None if filled else "must be text, not empty, in one line"
 
 
 def revision(value: Any) -> str | None:
-    """A revision on the hub, or empty text."""
+    """A revision on the hub, or "" for the default branch."""
     if isinstance(value, str) and (not value or (REVISION.fullmatch(value) and ".." not in value)):
         return None
     return "must be text that names a branch, a tag or a commit, or empty for the default branch"
 
 
 def _path(value: Any) -> Path | None:
-    """Where the path ``value`` leads; None if there can be no such place: control characters, a
-    part too long, links in a circle, a folder that this user may not enter, no such user's home.
+    """``value`` as an expanded path; None if no such path can exist: control characters, a name
+    too long, circular links, a folder without permission, or the home of an unknown user.
     """
     try:
         path = Path(expand(value))
@@ -137,34 +132,34 @@ def _is_folder(value: Any) -> bool:
 
 
 def new_folder(value: Any) -> str | None:
-    """The path of a folder that may not exist yet."""
+    """The path of a folder that exists or can be created."""
     if not isinstance(value, str) or not value.strip():
         return "must be the path of the run directory, not empty"
     path = _path(value)
     if path is None:
         return (
-            "must be a path that can be had: no part too long, no control characters, no links in "
-            "a circle, no folder that you may not enter, no ~name of a user without a home"
+            "must be a valid path: no name too long, no control characters, no circular links, no "
+            "folder without permission, no ~name of a user without a home"
         )
     there = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
     if not there.is_dir():
         return (
-            "is a file; must be a folder, which is created if need be"
+            "is a file; must be a folder, which is created if it does not exist"
             if there == path
-            else f"cannot be created: {there} is no folder"
+            else f"cannot be created: {there} is not a folder"
         )
     return None if os.access(there, os.W_OK) else f"cannot be written: no permission in {there}"
 
 
 def folder_or_empty(value: Any) -> str | None:
-    """The path of a folder, or empty text."""
+    """The path of a folder, or "" for none."""
     if value == "" or _is_folder(value):
         return None
     return "must be the path of a folder that exists, or empty for none"
 
 
 def lora_or_empty(value: Any) -> str | None:
-    """The path of something that may be a LoRA (it is read later), or empty text."""
+    """The path of files that look like a LoRA (they are read later), or "" for none."""
     if value == "":
         return None
     path = _path(value) if isinstance(value, str) else None
@@ -179,7 +174,7 @@ def lora_or_empty(value: Any) -> str | None:
 
 
 def model(value: Any) -> str | None:
-    """A base model: a folder, a name on the hub, the built-in one."""
+    """A base model: a diffusers folder, a hub name, or the built-in model."""
     if isinstance(value, str):
         hub = HUB_NAME.fullmatch(value) and ".." not in value
         folder = _is_folder(value) and Path(expand(value), PIPELINE_INDEX).is_file()
@@ -193,7 +188,7 @@ def model(value: Any) -> str | None:
 
 
 def solver(value: Any) -> str | None:
-    """A solver of ours or of diffusers."""
+    """A built-in solver or a diffusers scheduler."""
     if not isinstance(value, str) or not is_line(value):
         return "must be the name of a solver"
     try:
@@ -204,7 +199,6 @@ def solver(value: Any) -> str | None:
 
 
 def old_policy_decay(value: Any) -> str | None:
-    """A schedule of NFT's old policy."""
     if not isinstance(value, str):
         return one_of(OLD_POLICY_DECAYS)(value)
     try:
@@ -215,7 +209,6 @@ def old_policy_decay(value: Any) -> str | None:
 
 
 def dataset(value: Any) -> str | None:
-    """A prompt set with both splits."""
     if not isinstance(value, str):
         return "must be the name of a prompt set, or the path of a folder"
     try:
@@ -246,12 +239,12 @@ def reward_weights(value: Any) -> str | None:
 
 
 def reward_names(value: Any) -> str | None:
-    """Any number of different reward names."""
+    """Distinct reward names, possibly none."""
     if not isinstance(value, tuple | list) or not all(isinstance(name, str) for name in value):
         return "must be a tuple of reward names, such as ('aesthetic', 'ocr')"
     complaints = _unknown_rewards(value)
     if len(set(value)) < len(value):
-        complaints.append("a name comes twice")
+        complaints.append("a name is repeated")
     return "; ".join(complaints) or None
 
 
@@ -265,7 +258,7 @@ def reward_addresses(value: Any) -> str | None:
             complaints.append(f"{name!r} needs a tuple of addresses, as ('http://host:8000',)")
             continue
         complaints += [
-            f"{address!r} is no address: it takes http or https, a host and a port, as in "
+            f"{address!r} is not an address: it takes http or https, a host and a port, as in "
             "http://host:8000"
             for address in addresses
             if not _is_address(address)
@@ -274,12 +267,12 @@ def reward_addresses(value: Any) -> str | None:
 
 
 def _is_address(value: Any) -> bool:
-    """An http(s) URL of a host and maybe a port, without user, path and query."""
+    """True for an http(s) URL of a host and an optional port, without user, path and query."""
     if not isinstance(value, str) or value.split() != [value] or "@" in value:
         return False
     try:
         url = urlsplit(value)
-        # As the client will read it: a host that no name can be is an error of its own there.
+        # The client's parser refuses invalid host names, which urlsplit accepts.
         httpx.URL(value)
         plain = value in (f"http://{url.netloc}", f"https://{url.netloc}")
         return plain and url.port != 0 and bool(url.hostname)

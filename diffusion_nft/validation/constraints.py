@@ -1,7 +1,6 @@
-"""Values of a configuration that are each valid and cannot go together."""
+"""Checks across keys of a configuration: values that are valid alone but not together."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from functools import partial
 
 from diffusion_nft.algorithms import algorithm_class
@@ -9,18 +8,10 @@ from diffusion_nft.data.prompts import SPLITS, split_file
 from diffusion_nft.shapes import BUILT_IN_LENGTH, BUILT_IN_MODEL, BUILT_IN_RESOLUTION
 from diffusion_nft.solvers import STOCHASTIC_SOLVERS, check_solver
 
-# SD3: its VAE makes a latent of 8 x 8 pixels, its transformer a token of 2 x 2 latents.
+# SD3: a latent covers 8 x 8 pixels (VAE), a token 2 x 2 latents (transformer).
 PIXELS_PER_TOKEN = 16
-# Rewards that read the metadata of a prompt, not only its text.
+# Rewards that read a prompt's metadata.
 METADATA_REWARDS = ("geneval", "shapes")
-
-
-@dataclass(frozen=True)
-class Combination:
-    """Keys whose values, each valid, cannot go together; ``check`` takes them in this order."""
-
-    keys: tuple[str, ...]
-    check: Callable[..., str | None]
 
 
 def _some_sigma_is_trained(num_steps: int, timestep_fraction: float) -> str | None:
@@ -41,7 +32,7 @@ def _steps_share_groups(gradient_steps: int, images: int) -> str | None:
 def _resolution_fits(resolution: int, model: str) -> str | None:
     if model == BUILT_IN_MODEL:
         right = resolution == BUILT_IN_RESOLUTION
-        return None if right else f"the built-in model draws at {BUILT_IN_RESOLUTION} pixels only"
+        return None if right else f"the built-in model draws {BUILT_IN_RESOLUTION} pixels only"
     if resolution % PIXELS_PER_TOKEN == 0:
         return None
     below = resolution - resolution % PIXELS_PER_TOKEN
@@ -55,7 +46,7 @@ def _length_fits(length: int, model: str) -> str | None:
 
 
 def _one_start(resume_from: str, lora_path: str) -> str | None:
-    return "a run begins from one of them" if resume_from and lora_path else None
+    return "a run can start from only one of them" if resume_from and lora_path else None
 
 
 def _noise_level_fits(solver: str, noise_level: float) -> str | None:
@@ -67,7 +58,7 @@ def _noise_level_fits(solver: str, noise_level: float) -> str | None:
 
 
 def _steps_are_random(algorithm: str, solver: str, noise_level: float) -> str | None:
-    """A step without noise has no density, and so no gradient of one."""
+    """A step without noise has no density and so no policy gradient."""
     if not algorithm_class(algorithm).on_trajectories or (
         solver in STOCHASTIC_SOLVERS and noise_level > 0
     ):
@@ -110,7 +101,7 @@ def _metadata_is_there(
 
 def _held_out(reward_fn: Collection[str], rewards: Collection[str]) -> str | None:
     trained = [name for name in rewards if name in reward_fn]
-    return f"{trained[0]!r} is trained on, and so evaluated anyway" if trained else None
+    return f"{trained[0]!r} is in reward_fn, and so evaluated anyway" if trained else None
 
 
 def _in_use(
@@ -122,7 +113,7 @@ def _in_use(
 
 def _options_are_local(options: Collection[str], reward_servers: Collection[str]) -> str | None:
     served = [name for name in options if name in reward_servers]
-    return f"{served[0]!r} is served: its options go to its server" if served else None
+    return f"{served[0]!r} is served: its options belong to its server" if served else None
 
 
 def _kl_is_there(
@@ -132,31 +123,30 @@ def _kl_is_there(
         return None
     if action == "raise_kl":
         return "a weight of 0 cannot be raised"
-    return "without a KL term its distance is not known" if max_kl else None
+    return "loss/kl is not measured without a KL term" if max_kl else None
 
 
 def _sizes_are_few(batch_size: int, compiled: bool) -> str | None:
-    return "every size that is tried would be compiled" if compiled and not batch_size else None
+    return "every batch size tried would be compiled" if compiled and not batch_size else None
 
 
-COMBINATIONS = (
+# Keys, and a check that takes their values in this order.
+COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     *(
-        Combination(
+        (
             ("algorithm", "monitor.action", "monitor.max_kl", f"{section}.kl_weight"),
             partial(_kl_is_there, section),
         )
         for section in ("nft", "grpo", "matching")
     ),
-    Combination(("sample.num_steps", "train.timestep_fraction"), _some_sigma_is_trained),
-    Combination(
-        ("train.gradient_step_per_epoch", "sample.num_image_per_prompt"), _steps_share_groups
-    ),
-    Combination(("resolution", "pretrained.model"), _resolution_fits),
-    Combination(("pretrained.max_sequence_length", "pretrained.model"), _length_fits),
-    Combination(("resume_from", "train.lora_path"), _one_start),
-    Combination(("sample.solver", "sample.noise_level"), _noise_level_fits),
-    Combination(("algorithm", "sample.solver", "sample.noise_level"), _steps_are_random),
-    Combination(
+    (("sample.num_steps", "train.timestep_fraction"), _some_sigma_is_trained),
+    (("train.gradient_step_per_epoch", "sample.num_image_per_prompt"), _steps_share_groups),
+    (("resolution", "pretrained.model"), _resolution_fits),
+    (("pretrained.max_sequence_length", "pretrained.model"), _length_fits),
+    (("resume_from", "train.lora_path"), _one_start),
+    (("sample.solver", "sample.noise_level"), _noise_level_fits),
+    (("algorithm", "sample.solver", "sample.noise_level"), _steps_are_random),
+    (
         (
             "algorithm",
             "sample.solver",
@@ -166,14 +156,12 @@ COMBINATIONS = (
         ),
         _trained_steps_are_random,
     ),
-    Combination(
-        ("algorithm", "matching.best_of", "sample.num_image_per_prompt"), _some_are_left_out
-    ),
-    Combination(("train.batch_size", "perf.compile"), _sizes_are_few),
-    Combination(("reward_fn", "dataset"), partial(_metadata_is_there, SPLITS)),
-    Combination(("eval.held_out_rewards", "dataset"), partial(_metadata_is_there, ("test",))),
-    Combination(("reward_fn", "eval.held_out_rewards"), _held_out),
-    Combination(("reward_servers", "reward_fn", "eval.held_out_rewards"), _in_use),
-    Combination(("reward_options", "reward_fn", "eval.held_out_rewards"), _in_use),
-    Combination(("reward_options", "reward_servers"), _options_are_local),
+    (("algorithm", "matching.best_of", "sample.num_image_per_prompt"), _some_are_left_out),
+    (("train.batch_size", "perf.compile"), _sizes_are_few),
+    (("reward_fn", "dataset"), partial(_metadata_is_there, SPLITS)),
+    (("eval.held_out_rewards", "dataset"), partial(_metadata_is_there, ("test",))),
+    (("reward_fn", "eval.held_out_rewards"), _held_out),
+    (("reward_servers", "reward_fn", "eval.held_out_rewards"), _in_use),
+    (("reward_options", "reward_fn", "eval.held_out_rewards"), _in_use),
+    (("reward_options", "reward_servers"), _options_are_local),
 )

@@ -1,4 +1,4 @@
-"""The flat view of a configuration: its leaves by dotted key, as a run keeps them."""
+"""The flat view of a configuration: its leaves by dotted key, as stored with a run."""
 
 import functools
 from collections.abc import Mapping
@@ -13,10 +13,9 @@ BASE_CONFIG = Path(__file__).resolve().parents[2] / "config" / "base.py"
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
-    """``{"train.learning_rate": 3e-4, ...}``: the leaves of a configuration by dotted key, with
-    lists for tuples, as JSON gives them back.
+    """``{"train.learning_rate": 3e-4, ...}``: the leaves of a configuration by dotted key.
 
-    What the second of ``stages`` sets stands under ``stages.2.``.
+    Tuples become lists, as in JSON; values of the second of ``stages`` are under ``stages.2.``.
     """
     flat: dict[str, Any] = {}
     for key, value in config.items():
@@ -36,14 +35,12 @@ def defaults() -> Mapping[str, Any]:
 
 
 def with_defaults(former: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat configuration that a run keeps, with the defaults of keys that the version which
-    wrote it did not have.
-    """
+    """A run's flat configuration, with defaults for keys that the version it used did not have."""
     return {**defaults(), **former}
 
 
 def unflatten(flat: Mapping[str, Any]) -> ConfigDict:
-    """The configuration whose leaves by dotted key are ``flat``."""
+    """The inverse of ``flatten``, for a configuration without stages."""
     tree: dict[str, Any] = {}
     for key, value in flat.items():
         *path, name = key.split(".")

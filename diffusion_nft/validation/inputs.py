@@ -1,4 +1,4 @@
-"""What a configuration names: prompts that its rewards can score, and the rewards themselves."""
+"""The prompts and rewards of a configuration."""
 
 from collections.abc import Iterable
 
@@ -18,8 +18,8 @@ from diffusion_nft.rewards.combine import build_rewards
 
 
 def reward_weights(config: ConfigDict) -> tuple[dict[str, float], dict[str, float]]:
-    """Reward -> weight of what ``config`` trains on, and of what it evaluates: those held out and
-    those that ``monitor.image_statistics`` watches, too, at 0.
+    """Reward name -> weight for training and for evaluation, which adds held-out rewards and
+    those of ``monitor.image_statistics`` with weight 0.
     """
     trained = config.reward_fn.to_dict()
     watched = (IMAGE_STATISTICS,) if config.monitor.image_statistics else ()
@@ -28,11 +28,11 @@ def reward_weights(config: ConfigDict) -> tuple[dict[str, float], dict[str, floa
 
 
 def load_checked_prompts(config: ConfigDict) -> tuple[list[Prompt], list[Prompt], list[int]]:
-    """The training prompts of ``config``, the lines of the test set that it evaluates, and where
-    they stand in it.
+    """The training prompts of ``config``, the evaluated test prompts, and their line numbers in
+    the test set.
 
-    Raises ValueError or OSError if they cannot be had, or one of the rewards cannot score them;
-    ImportError if a reward's package is missing.
+    Raises ValueError or OSError if they cannot be read or a reward cannot score them, ImportError
+    if a reward's package is missing.
     """
     train = load_prompts(config.dataset, "train")
     test, lines = evaluated_lines(config.dataset, config.eval.num_prompts)
@@ -56,27 +56,20 @@ def load_checked_prompts(config: ConfigDict) -> tuple[list[Prompt], list[Prompt]
 
 
 def hash_prompts(datasets: Iterable[str], dist: Distributed) -> dict[str, dict[str, str]]:
-    """``hash_splits`` of this rank.
-
-    Raises ValueError on every rank if the ranks, whose nodes may have disks of their own, have
-    different files.
-    """
+    """``hash_splits`` of ``datasets``; ValueError on every rank if the files of ranks differ."""
     own = hash_splits(datasets)
     first, *others = dist.gather_objects(own)
     for rank, theirs in enumerate(others, start=1):
         for dataset, split in changed_prompts(first, theirs):
             raise ValueError(
-                f"dataset = {dataset!r}: the {split} prompts of rank {rank} are not those of rank "
-                "0; all nodes need the same files"
+                f"dataset = {dataset!r}: the {split} prompts of rank {rank} differ from those of "
+                "rank 0; all nodes need the same files"
             )
     return own
 
 
 def build_named(config: ConfigDict, names: Iterable[str], dist: Distributed) -> dict[str, Reward]:
-    """The rewards ``names``, where and with the options that ``config`` says.
-
-    Raises what ``build_rewards`` raises.
-    """
+    """``build_rewards`` of ``names`` with the options and servers of ``config``."""
     return build_rewards(
         names,
         dist.device,

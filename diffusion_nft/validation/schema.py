@@ -1,8 +1,8 @@
-"""The one check of a whole configuration, before any model is loaded.
+"""Validation of a whole configuration, before any model is loaded.
 
-``SCHEMA`` says what each key of config/base.py may hold, ``constraints.py`` which values cannot go
-together, ``PUBLISHED_KEYS`` what became of the keys of the published code.  ``validate`` reports
-every problem at once, one a line: the key, its value, and what would be valid.
+``SCHEMA`` maps each key of config/base.py to its check, ``constraints.py`` holds the checks across
+keys, and ``PUBLISHED_KEYS`` maps the keys of the published code to ours.  ``validate`` reports all
+problems together, one per line: the key, its value, and what would be valid.
 """
 
 import difflib
@@ -23,14 +23,14 @@ from diffusion_nft.validation.checks import Check, is_section
 from diffusion_nft.validation.constraints import COMBINATIONS, PIXELS_PER_TOKEN
 from diffusion_nft.validation.stages import merged_configs, stage_problems
 
-# Keys whose value is a path, or may be one; a dataset is expanded where it is looked up.
+# Keys whose value is or may be a path (a dataset's path is expanded where it is looked up).
 PATHS = ("save_dir", "resume_from", "pretrained.model", "train.lora_path")
-# Characters of a value that an error quotes.
+# Longest quotation of a value in an error, in characters.
 MAX_SHOWN = 400
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; ``problems`` holds one line for each thing to repair."""
+    """An invalid configuration; ``problems`` holds one line per problem."""
 
     def __init__(self, problems: list[str]):
         self.problems = tuple(problems)
@@ -59,12 +59,12 @@ SCHEMA: dict[str, Check] = {
     "allow_changed_prompts": checks.flag,
     "reward_fn": checks.reward_weights,
     "reward_servers": checks.reward_addresses,
-    # Beyond, the clocks of sockets and collectives overflow.
+    # Larger values overflow the clocks of sockets and collectives.
     "reward_server_timeout_seconds": checks.number("(0, 1e6]"),
     "reward_options": checks.reward_options,
     "max_unscored": checks.integer(0),
     "sample.num_groups": checks.integer(1),
-    # An image alone in its group is its own mean: its advantage is 0, and nothing is learnt.
+    # In a group of one image the advantage is always 0.
     "sample.num_image_per_prompt": checks.integer(2),
     "sample.batch_size": checks.integer(1),
     "sample.solver": checks.solver,
@@ -135,7 +135,7 @@ SCHEMA: dict[str, Check] = {
 SECTIONS = frozenset(key.rpartition(".")[0] for key in SCHEMA) - {""}
 
 
-# Key of the published code -> (our key, what differs); an empty key: there is nothing to set.
+# Key of the published code -> (our key or "" if there is none, what differs).
 PUBLISHED_KEYS: dict[str, tuple[str, str]] = {
     "beta": ("nft.beta", "the mixing strength of the implicit policies"),
     "train.beta": ("nft.kl_weight", "the weight of the KL term"),
@@ -143,16 +143,19 @@ PUBLISHED_KEYS: dict[str, tuple[str, str]] = {
         "nft.old_policy_decay",
         "0 is on_policy, 1 is linear_to_half, 2 is delayed_linear",
     ),
-    "prompt_fn": ("dataset", "the files of the folder tell the format"),
+    "prompt_fn": ("dataset", "the format follows from the files in the folder"),
     "per_prompt_stat_tracking": (
         "sample.global_std",
         "the mean is the group's; the deviation is the epoch's (True) or the group's (False)",
     ),
-    "use_lora": ("", "training is always of a LoRA; its size is train.lora_rank"),
-    "logdir": ("save_dir", "logs lie in the run directory"),
-    "num_checkpoint_limit": ("checkpoint.keep", "the best one is kept besides; 0 keeps all"),
-    "debug": ("", "for a run of seconds take the preset shapes_smoke"),
-    "sample.train_batch_size": ("sample.batch_size", "a memory knob, free of the group size"),
+    "use_lora": ("", "a LoRA is always trained; its size is train.lora_rank"),
+    "logdir": ("save_dir", "logs are written to the run directory"),
+    "num_checkpoint_limit": ("checkpoint.keep", "the best one is also kept; 0 keeps all"),
+    "debug": ("", "for a run of seconds use the preset shapes_smoke"),
+    "sample.train_batch_size": (
+        "sample.batch_size",
+        "limits memory only, independent of the group size",
+    ),
     "sample.num_batches_per_epoch": (
         "sample.num_groups",
         "prompts per epoch, on all GPUs together",
@@ -174,7 +177,7 @@ PUBLISHED_KEYS: dict[str, tuple[str, str]] = {
     "test.*": ("eval.*", "num_steps, batch_size, guidance_scale, num_prompts, solver"),
 }
 
-# Abbreviations that are no part of the name of a key -> a part of it.
+# Abbreviations that users may write for a part of a key's name.
 ABBREVIATIONS = {
     "lr": "learning_rate",
     "bs": "batch_size",
@@ -185,15 +188,16 @@ ABBREVIATIONS = {
 
 
 def validate(config: ConfigDict) -> None:
-    """Raise ConfigError, listing every problem, unless ``config`` can run, on any number of ranks.
+    """Raises ConfigError with every problem of ``config``.
 
-    Of a run in stages each is checked as a whole, and what is wrong in all of them is said once.
+    For a run in stages, the merged configuration of each stage is checked; a problem that all
+    stages share is reported once.
     """
     values = dict(_leaves(config))
     missing = _missing(values)
     if "stages" in missing or not values["stages"]:
         return _raise(_problems(values))
-    # Only what is whole can be merged.
+    # Only a complete configuration can be merged.
     _raise([*missing.values(), *stage_problems(values["stages"])])
     total = SCHEMA["num_epochs"](values["num_epochs"])
     own = [f"num_epochs = {_show(values['num_epochs'])}: {total}"] if total else []
@@ -209,19 +213,18 @@ def validate(config: ConfigDict) -> None:
 
 
 def expand_paths(config: ConfigDict) -> None:
-    """Expands ``~`` in the paths of a valid ``config``, in place."""
+    """Expands ``~`` in the paths of a valid ``config`` in place."""
     flat = dict(_leaves(config))
     config.update_from_flattened_dict({key: expand(flat[key]) for key in PATHS})
 
 
 def _raise(problems: list[str]) -> None:
-    """ConfigError if there are any ``problems``."""
     if problems:
         raise ConfigError(problems)
 
 
 def _missing(values: Mapping[str, Any]) -> dict[str, str]:
-    """Key -> what it must hold, of every key that ``values`` lacks."""
+    """Missing key -> its problem."""
     return {
         key: f"{key} is missing: {check(None)}"
         for key, check in SCHEMA.items()
@@ -230,7 +233,7 @@ def _missing(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _problems(values: Mapping[str, Any]) -> list[str]:
-    """Everything that is wrong with a whole configuration without stages."""
+    """The problems of a whole configuration without stages."""
     problems: dict[str, str] = {}
     for key, value in values.items():
         complaint = SCHEMA[key](value) if key in SCHEMA else unknown_key(key)
@@ -240,9 +243,9 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def validate_settings(values: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless those keys of a configuration that ``values`` has can go together.
+    """Raises ConfigError with the problems of a part of a configuration, as a script's options.
 
-    For scripts that need a part of a configuration; keys that no configuration has are ignored.
+    Keys outside of the schema are ignored.
     """
     complaints = {key: SCHEMA[key](value) for key, value in values.items() if key in SCHEMA}
     problems = {k: f"{k} = {_show(values[k])}: {c}" for k, c in complaints.items() if c}
@@ -250,18 +253,18 @@ def validate_settings(values: Mapping[str, Any]) -> None:
 
 
 def _with_combinations(problems: Mapping[str, str], values: Mapping[str, Any]) -> list[str]:
-    """The ``problems`` of single keys, and those of combinations of the other ones."""
+    """The ``problems`` of single keys, then those of combinations of valid keys."""
     combined = []
-    for combination in COMBINATIONS:
-        if all(key in values and key not in problems for key in combination.keys):
-            complaint = combination.check(*(values[key] for key in combination.keys))
-            given = ", ".join(f"{key} = {_show(values[key])}" for key in combination.keys)
+    for keys, check in COMBINATIONS:
+        if all(key in values and key not in problems for key in keys):
+            complaint = check(*(values[key] for key in keys))
+            given = ", ".join(f"{key} = {_show(values[key])}" for key in keys)
             combined += [f"{given}: {complaint}"] if complaint else []
     return [*problems.values(), *combined]
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every value; a mapping that is itself a key, or empty, is a value."""
+    """(dotted key, value) of every value; a mapping that is a key or empty counts as a value."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if is_section(value) and key not in SCHEMA and (len(value) or key in SECTIONS):
@@ -271,14 +274,14 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _show(value: Any) -> str:
-    """``value`` as Python writes it, in one line, its middle left out where it is long."""
+    """``repr`` of ``value`` in one line, shortened in the middle to MAX_SHOWN characters."""
     line = " ".join(repr(value.to_dict() if isinstance(value, ConfigDict) else value).split())
     half = MAX_SHOWN // 2
     return line if len(line) <= MAX_SHOWN else f"{line[:half]} ... {line[-half:]}"
 
 
 def unknown_key(key: str) -> str:
-    """What to write instead of a key that base.py does not have."""
+    """The problem of a key that is not in the schema, with a suggestion."""
     if key in SECTIONS:
         keys = ", ".join(known for known in SCHEMA if known.startswith(f"{key}."))
         return f"is a section, not a value; it holds {keys}"
@@ -287,21 +290,25 @@ def unknown_key(key: str) -> str:
         ours, note = published
         advice = f"use {ours}" if ours else "drop it"
         return f"is a key of the published code; {advice}{f' ({note})' if note else ''}"
-    close = _namesakes(key) or difflib.get_close_matches(key, SCHEMA, n=1)
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    return f"is an unknown key{hint or '; the keys are in config/base.py'}"
+    similar = " or ".join(_similar_keys(key))
+    hint = f"did you mean {similar}?" if similar else "the keys are in config/base.py"
+    return f"is an unknown key; {hint}"
 
 
-def _namesakes(key: str) -> list[str]:
-    """The known keys whose name is that of ``key``, or holds it as whole words, of which the last
-    may be cut short: those with the fewest other words, of the same section if there are any.
+def _similar_keys(key: str) -> list[str]:
+    """The known keys whose name contains that of ``key`` as words, of which the last may be cut
+    short, or else is spelled similarly.
+
+    Keys of the same section or of none come first, then names with the fewest words.
     """
     section, _, name = key.rpartition(".")
     name = ABBREVIATIONS.get(name, name)
-    others: dict[str, tuple[int, bool]] = {}
-    for known in SCHEMA:
-        last = known.rpartition(".")[2]
-        if len(name) > 1 and re.search(rf"(^|_){re.escape(name)}", last):
-            others[known] = (last.count("_") - name.count("_"), last != name)
-    found = [known for known in others if others[known] == min(others.values())]
-    return [known for known in found if known.rpartition(".")[0] == section] or found
+    names = {known: known.rpartition(".")[2] for known in SCHEMA}
+    words = re.compile(rf"(^|_){re.escape(name)}")
+    found = [known for known in names if len(name) > 1 and words.search(names[known])]
+    if not found:
+        close = difflib.get_close_matches(name, names.values(), n=1)
+        found = [known for known in names if names[known] in close]
+    found = [known for known in found if known.rpartition(".")[0] in (section, "")] or found
+    fewest = min((names[known].count("_") for known in found), default=0)
+    return [known for known in found if names[known].count("_") == fewest]

@@ -1,11 +1,10 @@
-"""A run in stages: other prompts, rewards or hyper-parameters from some epoch on.
+"""Runs in stages, which change prompts, rewards or hyper-parameters at given epochs.
 
-``config.stages`` is a tuple of mappings, one a stage: ``num_epochs``, and what it sets by dotted
-key.  Policies, optimizer state, EMA, and the counts of epochs and optimizer steps go on from stage
-to stage.  So do the schedules that are functions of them: the old policy's decay, and the learning
-rate's halving.  The paper's multi-reward recipe needs that: its last stage caps the decay
-min(0.001 s, .95) higher than the others, and lasts 100 steps; counted from its own start, the decay
-would end at .1 and never come near the cap.
+``config.stages`` is a tuple of mappings, one per stage: ``num_epochs``, and changed values by
+dotted key.  Policies, optimizer state, EMA and the counts of epochs and optimizer steps continue
+from stage to stage, and so do the schedules of the old policy's decay and the learning rate.  The
+paper's multi-reward recipe relies on it: its last stage, of 100 steps, raises the cap of the decay
+min(0.001 s, .95), which would end at .1 if the steps were counted per stage.
 """
 
 import copy
@@ -15,45 +14,43 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-# What a stage may set, beside its num_epochs: these keys, and those of these sections.
+# Keys and sections that a stage may set, in addition to its num_epochs.
 KEYS, SECTIONS = ("dataset", "reward_fn"), ("sample", "train", "nft", "grpo", "matching", "eval")
-# The shape of the LoRA and the constants of the optimizer go with the state that goes on.
+# The LoRA's shape and the optimizer's constants belong to the state that continues.
 FIXED_PREFIXES = ("train.lora_", "train.adam_")
 SETTABLE_KEYS = (
-    "a stage sets num_epochs, dataset, reward_fn, nft.*, grpo.*, matching.*, sample.*, eval.* and "
-    "train.*, without train.lora_* and train.adam_*"
+    "a stage may set num_epochs, dataset, reward_fn, nft.*, grpo.*, matching.*, sample.*, eval.* "
+    "and train.*, without train.lora_* and train.adam_*"
 )
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run: the epochs from ``first_epoch`` on, to the ``num_epochs`` of ``config``."""
+    """The epochs of a run from ``first_epoch`` up to ``config.num_epochs``."""
 
     config: ConfigDict  # complete, without stages
-    number: int = 0  # from 1; 0: the run has no stages
-    count: int = 1  # of the run's stages that num_epochs leaves
-    first_epoch: int = 0  # epochs that all stages before have made
+    number: int = 0  # from 1; 0 in a run without stages
+    count: int = 1  # number of stages that begin before the run's num_epochs
+    first_epoch: int = 0  # number of epochs in all previous stages
 
     @property
     def title(self) -> str:
-        """``"stage 2 of 5"``; empty if the run has no stages."""
+        """``"stage 2 of 5"``, or "" in a run without stages."""
         return f"stage {self.number} of {self.count}" if self.number else ""
 
     @property
     def folder(self) -> str:
-        """Where results of this stage lie apart from those of others; empty without stages."""
+        """Subfolder of the stage's results, or "" in a run without stages."""
         return f"stage-{self.number}" if self.number else ""
 
     @property
     def column(self) -> dict[str, int]:
-        """What every row of the log says of the stage; nothing if the run has no stages."""
+        """Entry of the stage in each row of the log; empty in a run without stages."""
         return {"stage": self.number} if self.number else {}
 
 
 def stage_problems(stages: Any) -> list[str]:
-    """What is wrong with the form of ``config.stages``, a line for each thing; values are not
-    looked at.
-    """
+    """The problems of the form of ``config.stages``, one per line; values are not checked."""
     if not isinstance(stages, tuple | list) or not all(map(_is_mapping, stages)):
         shown = stages.to_dict() if isinstance(stages, ConfigDict) else stages
         return [
@@ -74,11 +71,11 @@ def stage_problems(stages: Any) -> list[str]:
 
 
 def merged_configs(config: ConfigDict) -> list[ConfigDict]:
-    """A complete configuration for each of ``config.stages``, or ``config`` itself without any.
+    """The complete configuration of each of ``config.stages``, or ``config`` itself without any.
 
-    ``num_epochs`` is the epoch at which the stage ends, whatever ``config.num_epochs`` is.  Of
-    ``reward_servers`` and ``reward_options``, which hold for the whole run, a stage has what its
-    rewards need.  ``stage_problems`` must have found none; values are taken as they are.
+    ``num_epochs`` becomes the epoch at which the stage ends, regardless of ``config.num_epochs``.
+    ``reward_servers`` and ``reward_options``, which belong to the whole run, are reduced to the
+    stage's rewards.  The form of ``stages`` must be valid (``stage_problems``); values need not be.
     """
     if not config.stages:
         return [config]
@@ -97,7 +94,7 @@ def merged_configs(config: ConfigDict) -> list[ConfigDict]:
 
 
 def stages_of(config: ConfigDict) -> list[Stage]:
-    """The stages of a valid ``config`` that begin before its ``num_epochs``, which ends the last.
+    """The stages of a valid ``config`` that begin before its ``num_epochs``, where the run ends.
 
     Without ``config.stages`` the whole run is one stage.
     """
@@ -123,9 +120,7 @@ def _is_settable(key: Any) -> bool:
 
 
 def _merge(config: ConfigDict, stage: Mapping[str, Any]) -> ConfigDict:
-    """A copy of ``config`` with the values of ``stage``, of whatever type: they are checked as
-    those of any configuration.
-    """
+    """A copy of ``config`` with the unchecked values of ``stage``."""
     merged = copy.deepcopy(config)
     with merged.unlocked(), merged.ignore_type():
         merged.stages = ()
@@ -138,6 +133,6 @@ def _merge(config: ConfigDict, stage: Mapping[str, Any]) -> ConfigDict:
 
 
 def _names(rewards: Any) -> set[str]:
-    """The names in a mapping or tuple of rewards; none in what is neither."""
+    """The names in a mapping or tuple of rewards; empty for an invalid value."""
     listed = _is_mapping(rewards) or isinstance(rewards, tuple | list)
     return {name for name in rewards if isinstance(name, str)} if listed else set()

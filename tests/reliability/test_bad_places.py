@@ -48,9 +48,9 @@ SAVE_DIR = [
     Case("save_dir of nobody", "validation", "without a home", ("save_dir", "~nobody-at-all/run")),
     Case("save_dir file", "validation", "is a file; must be a folder", ("save_dir", "file")),
     Case("save_dir device", "validation", "is a file; must be a folder", ("save_dir", "/dev/null")),
-    Case("save_dir below a file", "validation", "is no folder", ("save_dir", "file/a/b")),
+    Case("save_dir below a file", "validation", "is not a folder", ("save_dir", "file/a/b")),
     Case("save_dir dangling", "validation", "must be a folder", ("save_dir", "dangling")),
-    Case("save_dir below dangling", "validation", "is no folder", ("save_dir", "dangling/a")),
+    Case("save_dir below dangling", "validation", "is not a folder", ("save_dir", "dangling/a")),
     Case("save_dir spaces", "validation", "not empty", ("save_dir", "  ")),
 ]
 KEYS = {

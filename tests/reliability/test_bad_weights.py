@@ -302,10 +302,10 @@ def manifest(text: str) -> Callable[[Path], None]:
 
 SOURCES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no JSON": (manifest("{"), "manifest.json is not JSON"),
-    "a list": (manifest("[]"), "holds no JSON object"),
-    "an empty object": (manifest("{}"), "is no manifest"),
+    "a list": (manifest("[]"), "is not a JSON object"),
+    "an empty object": (manifest("{}"), "manifest.json is invalid"),
     "no files": (manifest('{"tensors": ["current"], "files": {}}'), "lacks state.json"),
-    "files of a list": (manifest('{"tensors": [], "files": []}'), "is no manifest"),
+    "files of a list": (manifest('{"tensors": [], "files": []}'), "manifest.json is invalid"),
     "another content": (lambda f: os.truncate(f / STATE, 10), "has 10 bytes, not"),
     "a missing file": (lambda f: (f / "ema.safetensors").unlink(), "ema.safetensors is missing"),
     "another base": (other(**{"pretrained.model": "../x"}), "pretrained.model = 'shapes', there"),
@@ -328,7 +328,7 @@ def test_a_bad_checkpoint_to_begin_from_is_refused_before_the_model(
 
 STARTS = [
     Case("start: pickle", "start", "is a pickle, which can run code", "pickle"),
-    Case("start: rank", "start", "has rank 2; --config.train.lora_rank=2 trains it", "sound"),
+    Case("start: rank", "start", "has rank 2; use --config.train.lora_rank=2", "sound"),
     Case("start: damaged", "start", "is no safetensors file", "damaged"),
 ]
 

@@ -163,7 +163,9 @@ def test_a_best_checkpoint_whose_note_was_not_written_stays_the_best(tmp_path, m
     with pytest.raises(CheckpointError if full else Killed):
         save(Checkpointer(tmp_path), 4, best=True)
     if full:
-        with pytest.raises(CheckpointError, match=r"best checkpoint could not be noted.*No space"):
+        with pytest.raises(
+            CheckpointError, match=r"name of the best checkpoint could not be written.*No space"
+        ):
             resume(Checkpointer(tmp_path))
     monkeypatch.undo()
     checkpointer = Checkpointer(tmp_path, keep=1)
@@ -265,9 +267,9 @@ DAMAGES = {
     "empty manifest": (manifest(""), "manifest.json"),
     "zeros": (manifest("\0" * 99), "manifest.json"),
     "a list": (manifest("[]"), "manifest.json"),
-    "no files": (manifest('{"tensors": []}'), "manifest.json is no manifest"),
-    "other types": (manifest('{"tensors": [], "files": {"a": 1}}'), "manifest.json is no manifest"),
-    "an infinite size": (manifest(INFINITE), "manifest.json is no manifest"),
+    "no files": (manifest('{"tensors": []}'), "manifest.json is invalid"),
+    "other types": (manifest('{"tensors": [], "files": {"a": 1}}'), "manifest.json is invalid"),
+    "an infinite size": (manifest(INFINITE), "manifest.json is invalid"),
     "nested too deep": (manifest("[" * 100_000), "manifest.json is not JSON"),
     "nothing listed": (manifest('{"tensors": [], "files": {}}'), "manifest.json lacks state.json"),
 }
@@ -305,7 +307,7 @@ def test_a_damaged_note_of_the_best_does_not_lose_it(tmp_path, damage):
     if damage in (None, b"{}"):
         save(checkpointer, 4)
     else:
-        with pytest.warns(UserWarning, match=r"best\.json.*newest checkpoint says"):
+        with pytest.warns(UserWarning, match=r"best\.json.*named by the newest"):
             save(checkpointer, 4)
     assert steps(tmp_path) == [2, 4]
     assert_is_step(tmp_path, 4)
@@ -369,7 +371,7 @@ def test_a_folder_that_cannot_be_made_durable_is_no_failure(tmp_path, monkeypatc
 
 def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path):
     flip_a_byte(save(Checkpointer(tmp_path), 2))
-    with pytest.raises(CheckpointError, match=r"no checkpoint can be used.*checkpoint-2"):
+    with pytest.raises(CheckpointError, match=r"all checkpoints are damaged.*checkpoint-2"):
         Checkpointer(tmp_path).load_latest()
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffusion_nft.images import Images
 from diffusion_nft.runs.environment import write_environment
-from diffusion_nft.tracking.metrics import Metrics, NullMetrics, Timer, make_metrics, read_metrics
+from diffusion_nft.tracking.metrics import Metrics, Timer, read_metrics
 
 FOREIGN, CAPTIONS = Images.from_float(torch.zeros(2, 3, 8, 8)), ["a circle", "一只猫"]
 R = torch.tensor([1.0, 0.25, math.nan, 0.5, 0.0, 0.75])
@@ -30,7 +30,7 @@ def lines(run_dir: Path) -> list[str]:
 
 
 def test_a_line_is_valid_json_and_there_at_once(tmp_path):
-    with make_metrics(config(), tmp_path / "run", True) as metrics:
+    with Metrics(config(), tmp_path / "run") as metrics:
         values = {
             "reward/mean": 0.1,
             "reward/tag": math.nan,
@@ -122,9 +122,7 @@ def test_read_metrics_names_a_damaged_line(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    metrics = make_metrics(config(wandb="online"), tmp_path / "run", False)
-    assert type(metrics) is NullMetrics
-    with metrics:
+    with Metrics(config(wandb="online"), tmp_path / "run", enabled=False) as metrics:
         metrics.log({"a": 1.0}, step=1, epoch=1)
         metrics.log_images("train", FOREIGN, CAPTIONS, [0.0, 1.0], epoch=1)
         metrics.truncate(0)

@@ -115,7 +115,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("reward_servers", {"shapes": "http://host:8000"}, "'shapes' needs a tuple of addresses"),
     ("reward_servers", {"shapes": ()}, "'shapes' needs a tuple of addresses"),
     *(
-        ("reward_servers", {"shapes": ("http://fine:1", address)}, f"{address!r} is no address")
+        ("reward_servers", {"shapes": ("http://fine:1", address)}, f"{address!r} is not an address")
         for address in (
             "host:8000",
             "ftp://host:8000",
@@ -198,7 +198,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("eval.held_out_rewards", "aesthetic", "a tuple of reward names"),
     ("eval.held_out_rewards", (3,), "a tuple of reward names"),
     ("eval.held_out_rewards", ("asthetic",), "did you mean 'aesthetic'?"),
-    ("eval.held_out_rewards", ("aesthetic", "aesthetic"), "comes twice"),
+    ("eval.held_out_rewards", ("aesthetic", "aesthetic"), "is repeated"),
     ("eval.num_prompts", -1, COUNT_OR_NONE),
     ("eval.num_steps", 0, COUNT),
     ("eval.solver", "euler", "choose from flow, dance, ddim, dpm1, dpm2"),
@@ -358,7 +358,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"reward_fn": {"shapes": 1.0}, "eval.held_out_rewards": ("ocr", "shapes")},
-        "'shapes' is trained on",
+        "'shapes' is in reward_fn",
     ),
     (
         {
@@ -416,10 +416,10 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
         )
         for name, section, action, complaint in (
             ("nft", "nft", "raise_kl", "a weight of 0 cannot be raised"),
-            ("best_of_n", "matching", "warn", "without a KL term its distance is not known"),
+            ("best_of_n", "matching", "warn", "is not measured without a KL term"),
         )
     ),
-    ({"train.batch_size": 0, "perf.compile": True}, "every size that is tried would be compiled"),
+    ({"train.batch_size": 0, "perf.compile": True}, "every batch size tried would be compiled"),
     (
         {"algorithm": "best_of_n", "matching.best_of": 4, "sample.num_image_per_prompt": 4},
         "must be fewer than 4",
@@ -438,7 +438,7 @@ def test_impossible_combination(changes: dict[str, Any], valid: str) -> None:
 def test_a_run_begins_from_another_run_or_from_a_lora(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").touch()
     line = only_problem({"resume_from": str(tmp_path), "train.lora_path": str(tmp_path)})
-    assert line.endswith(": a run begins from one of them")
+    assert line.endswith(": a run can start from only one of them")
 
 
 def test_a_held_out_reward_reads_the_metadata_of_the_test_split_alone(tmp_path: Path) -> None:
