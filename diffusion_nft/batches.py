@@ -1,5 +1,5 @@
-"""The training batches of an epoch: which (sample, sigma) pairs each optimizer step trains on, the
-model's inputs for them, and how many of them the device holds.
+"""Training batches of an epoch: the (sample, sigma) pairs of each optimizer step, the model's
+inputs for them, and the search for the largest micro-batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,22 +16,22 @@ from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.randomness import generator, normal
 from diffusion_nft.rollout import Rollout
 
-# A row of this rank's share of the samples, and the index of a sigma.
+# Index of a sample among this rank's, and index of a sigma.
 Pair = tuple[int, int]
 
-# Share of the device's memory that a trial may take: the rest is for fragmentation.
+# Largest share of the device's memory for a trial; the rest allows for fragmentation.
 USABLE_MEMORY = 0.9
-# This many pairs keep any device busy; more only make the search longer.
+# Enough pairs to keep any device busy; a higher limit only prolongs the search.
 MAX_MICRO_BATCH = 256
-# On CPUs memory is no limit; 96 pairs of the built-in model are within 13 % of the fastest size.
+# On CPUs, where memory is not the limit: within 13 % of the fastest size for the built-in model.
 CPU_MICRO_BATCH = 96
 
 
 def choose_sigma_indices(available: int, used: int, choice: str, rng: torch.Generator) -> list[int]:
-    """``used`` of the ``available`` sigmas at which a sample is trained.
+    """Indices of the ``used`` sigmas, of ``available`` ones, at which a sample is trained.
 
-    random: any.  stratified: one from each of ``used`` equal parts of the sampler's path, by
-    systematic sampling, so that all sigmas are equally likely.  first: the noisiest.
+    random: without replacement.  stratified: one from each of ``used`` equal parts of the sampler's
+    path, by systematic sampling, so that all sigmas are equally likely.  first: the noisiest.
     """
     if choice == "random":
         return torch.randperm(available, generator=rng)[:used].tolist()
@@ -42,7 +42,7 @@ def choose_sigma_indices(available: int, used: int, choice: str, rng: torch.Gene
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``, copied without waiting for a GPU."""
+    """``tensor`` on ``device``; the copy to a GPU is asynchronous."""
     if device.type == "cuda" and tensor.device != device:
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor
@@ -53,13 +53,13 @@ class StepPairs:
     """The pairs of one optimizer step."""
 
     pairs: list[Pair]  # of this rank
-    total: int  # by which the global sum of their losses is divided
-    key: tuple[int, int]  # epoch and pass over its samples, which the noise depends on
+    total: int  # divisor of the sum of losses over all ranks
+    key: tuple[int, int]  # of the noise: epoch and pass over its samples
 
 
 class EpochBatches:
-    """The training data of an epoch: ``rollout``, and the algorithm's ``weights: [N]`` of all its
-    samples (NaN leaves a sample out).
+    """The training data of an epoch: ``rollout`` and the algorithm's ``weights: [N]`` of its
+    samples; those with NaN are not used.
     """
 
     def __init__(
@@ -88,23 +88,22 @@ class EpochBatches:
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of this rank's samples in one pass."""
+        """This rank's pairs in one pass."""
         return len(self.rollout.indices) * self.sigmas_per_sample
 
     def steps(self) -> Iterator[StepPairs]:
-        """The optimizer steps of the epoch."""
         for inner in range(self.train.num_inner_epochs):
             key = (self.epoch, inner)
             parts = self._split(key)
             for part in range(self.train.gradient_step_per_epoch):
                 chosen = parts == part
-                # Scored samples count in the mean even if they are skipped because they have no
-                # gradient, so the global number of pairs is known without communication.
+                # Scored samples count in the mean even if they are skipped for lack of a gradient,
+                # so the global number of pairs is known without communication.
                 total = self.sigmas_per_sample * int((chosen & self._scored).sum())
                 yield StepPairs(self._pairs(chosen & self._trained, key), total, key)
 
     def _split(self, key: tuple[int, int]) -> Tensor:
-        """The optimizer step of each sample ``[N]``; each has an equal share of every group."""
+        """Optimizer step of each sample, ``[N]``: every group is split equally among the steps."""
         steps = torch.empty(len(self.weights) // self.group_size, self.group_size, dtype=torch.long)
         for group, row in enumerate(steps):
             rng = generator(self.seed, *key, group, "split")
@@ -124,15 +123,14 @@ class EpochBatches:
         return pairs
 
     def _noise_key(self, index: int) -> int:
-        """The sample whose number keys the noise and the sigmas of sample ``index``: itself, or
-        the first of its group.
+        """Index that keys the noise and the sigmas of sample ``index``: its own, or that of the
+        first sample in its group (``train.shared_noise``).
         """
         return index - index % (self.group_size if self.train.shared_noise else 1)
 
     def batch(
         self, pairs: list[Pair], key: tuple[int, int]
     ) -> tuple[Batch | Transitions, Conditioning]:
-        """The algorithm's batch of ``pairs``, and their prompts."""
         rows, sigma_indices = torch.tensor(pairs).T.contiguous()
         device = self.rollout.x0.device
         on_device = to_device(rows, device)
@@ -150,7 +148,6 @@ class EpochBatches:
         sigma_indices: Tensor,
         weight: Tensor,
     ) -> Batch:
-        """Clean samples with new noise, keyed by (seed, epoch, pass, sample, sigma)."""
         rollout = self.rollout
         x0 = rollout.x0[rows]
         samples = [(self._noise_key(rollout.indices[row]), sigma) for row, sigma in pairs]
@@ -160,7 +157,6 @@ class EpochBatches:
         return Batch(x0, noise, add_noise(x0, noise, sigma), sigma, weight)
 
     def _transitions(self, rows: Tensor, sigma_indices: Tensor, weight: Tensor) -> Transitions:
-        """Steps that the sampler took."""
         assert self.rollout.trajectory is not None
         xs, log_probs = self.rollout.trajectory
         steps = to_device(sigma_indices, rows.device)
@@ -176,8 +172,8 @@ class EpochBatches:
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest size up to ``limit``, to an eighth, for which ``fits(size)`` holds, if it holds
-    for all smaller ones; 0 if not even for 1.
+    """The largest size up to ``limit``, to within 1/8, for which ``fits(size)``, which must be
+    monotonic, is True; 0 if none.
     """
     low, high = 0, 1
     while high <= limit and fits(high):
@@ -193,10 +189,10 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def fitting_micro_batch(run: Callable[[int], None], limit: int, device: torch.device) -> int:
-    """The largest size for which ``run(size)``, a forward and a backward, stays within the share
-    USABLE_MEMORY of the memory of ``device``.
+    """The largest size for which ``run(size)``, a forward and a backward, fits in the share
+    USABLE_MEMORY of the memory of ``device``; of CPUs, at most CPU_MICRO_BATCH.
 
-    Raises torch.OutOfMemoryError, with advice, if there is none.
+    Raises torch.OutOfMemoryError, with advice, if a size of 1 does not fit.
     """
     if device.type != "cuda":
         return min(limit, CPU_MICRO_BATCH)
@@ -217,7 +213,7 @@ def fitting_micro_batch(run: Callable[[int], None], limit: int, device: torch.de
     torch.cuda.empty_cache()
     if not found:
         raise torch.OutOfMemoryError(
-            "not even one (sample, sigma) pair can be trained in the memory of the GPU; set "
+            "a single (sample, sigma) pair does not fit in the GPU's memory; set "
             "perf.gradient_checkpointing = True and perf.offload_text_encoders = True"
         )
     return found

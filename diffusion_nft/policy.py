@@ -4,9 +4,9 @@
 the base without LoRA.  Exactly one is active at a time; ``with policy.use_adapter("old"): ...``
 switches and restores.
 
-An adapter adds two thin products to each layer it is on, which cost more than their arithmetic.
-Where no precision is lost by it, the adapters that are not trained are therefore merged with the
-base into weights of their own; the base's weights are never written to.
+The two low-rank products of an adapter are slow for their FLOPs.  Adapters that are not trained are
+therefore merged with the base into separate weights, unless this would lose precision; the weights
+of the base are never written to.
 """
 
 import warnings
@@ -31,9 +31,9 @@ REFERENCE = "reference"
 class LoraLinear(lora.Linear):
     """``x -> W x + b + scaling B A x``, or ``merged_weight x + b``.
 
-    PEFT's own forward copies ``x`` to the adapter's dtype and, under autocast, back; it scales
-    ``B A x`` in one more pass over memory and adds it in another.  On a GPU such passes take about
-    as long as ``W x``.  Here the product's own kernel scales and adds.
+    PEFT's forward converts ``x`` to the adapter's dtype and, under autocast, back; it scales and
+    adds ``B A x`` in two more passes over memory.  On a GPU each takes about as long as ``W x``.
+    Here the kernel of the second product scales and adds.
     """
 
     base_layer: nn.Linear
@@ -65,11 +65,11 @@ class LoraLinear(lora.Linear):
 
 
 class Policy:
-    """LoRA adapters on ``transformer`` (changed in place), which is frozen otherwise.
+    """LoRA adapters on ``transformer``, which is changed in place and otherwise frozen.
 
-    ``targets``: the linear layers that carry LoRA, by their names or the ends of them.  ``seed``
-    fixes the initial A matrices (Gaussian, std 1/rank; B is zero), so every rank starts equal.
-    Trained weights are stored in ``dtype``.  Raises ValueError if the transformer lacks a target.
+    ``targets``: names, or ends of names, of the linear layers with LoRA.  ``seed``: of the initial
+    A matrices (Gaussian, std 1/rank; B is zero), which are equal on every rank.  ``dtype``: of the
+    trained weights.  Raises ValueError if the transformer lacks a target.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Policy:
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
         config._register_custom_module({nn.Linear: LoraLinear})
         with warnings.catch_warnings():
-            # PEFT warns of a second adapter on one model, which is what this class is for.
+            # PEFT warns of a second adapter on one model, which is intended here.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             for name in ADAPTERS:
                 transformer.add_adapter(config, adapter_name=name)  # pyright: ignore[reportCallIssue]
@@ -107,7 +107,7 @@ class Policy:
                 weight.requires_grad_(name == "current")
         weights = [layer.base_layer.weight for layer in self._layers.values()]
         self._merges = all(resolves_lora_updates(weight, dtype) for weight in weights)
-        # One adapter at a time, with the versions of the weights it was merged from.
+        # One adapter at a time: its name, the versions of its weights, the merged weights.
         self._merged: tuple[tuple[str, list[int]], list[Tensor]] | None = None
         self._activate("current")
         self.load("current", self._initial_state(seed, rank))
@@ -128,7 +128,6 @@ class Policy:
         }
 
     def parameters(self, name: str = "current") -> list[nn.Parameter]:
-        """The weights of adapter ``name``, in a fixed order."""
         return list(self._weights[name].values())
 
     def state(self, name: str) -> dict[str, Tensor]:
@@ -139,7 +138,7 @@ class Policy:
     def load(self, name: str, state: dict[str, Tensor], *, others: bool = True) -> None:
         """Sets adapter ``name`` (and, if ``others``, every adapter) to ``state``.
 
-        Raises ValueError naming a few keys if ``state`` has other keys or shapes than the adapter.
+        Raises ValueError if the keys or shapes of ``state`` differ from the adapter's.
         """
         weights = self._weights[name]
         wrong = sorted(
@@ -158,28 +157,24 @@ class Policy:
         self._activate(self._active)
 
     def load_lora(self, lora: Lora) -> None:
-        """Sets every adapter to ``lora``, whose strength it keeps; the reference stays the base.
-
-        Raises ValueError if it does not fit the modules and the rank.
-        """
+        """Sets every adapter to ``lora``.  Raises ValueError if its modules or rank differ."""
         self.load("current", scaled(lora.state, 1 / self.scaling))
 
     def lora(self, name: str, base_model: str) -> Lora:
-        """Adapter ``name`` as a LoRA of ``base_model``, for other programs."""
+        """Adapter ``name`` as a LoRA with ``alpha = rank``."""
         return Lora(scaled(self.state(name), self.scaling), base_model)
 
     @torch.no_grad()
     def ema_update(self, name: str, decay: float) -> None:
-        """``name <- decay name + (1 - decay) current``: the old policy's and the EMA's update."""
+        """``name <- decay name + (1 - decay) current``."""
         own = [weight.detach() for weight in self.parameters(name)]
         current = [weight.detach() for weight in self.parameters("current")]
         torch._foreach_lerp_(own, current, 1 - decay)
         self._activate(self._active)
 
     def _activate(self, name: str) -> None:
-        # PEFT's own set_adapter also walks every parameter to set requires_grad, which costs more
-        # than a small forward; here only "current" ever requires a gradient, so two fields are
-        # enough.
+        # PEFT's set_adapter also sets requires_grad of every parameter, which is slower than a
+        # small forward.  Here only "current" ever requires a gradient.
         merged = self._merged_weights(name) if self._merges and name in ("old", "ema") else None
         for i, layer in enumerate(self._layers.values()):
             layer.merged_weight = merged[i] if merged else None
@@ -189,11 +184,11 @@ class Policy:
         self._active = name
 
     def _merged_weights(self, name: str) -> list[Tensor]:
-        """Of adapter ``name``, one a layer; made anew if its weights have changed since."""
-        # Whatever writes to a tensor in place counts up its version.
+        """One per layer, of adapter ``name``; recomputed if its weights have changed."""
+        # Every in-place write to a tensor increments its version.
         state = name, [weight._version for weight in self.parameters(name)]
         if self._merged is None or self._merged[0] != state:
-            self._merged = None  # frees the other adapter's first
+            self._merged = None  # frees the memory before the next allocation
             self._merged = state, [layer.merge_weight(name) for layer in self._layers.values()]
         return self._merged[1]
 
@@ -211,7 +206,7 @@ class Policy:
 
 
 def unusual_modules(model: Any, modules: Iterable[str]) -> str:
-    """How the layers ``modules`` differ from those that training adapts; empty if not at all."""
+    """Differences between ``modules`` and the layers of ``model.lora_targets``; "" if none."""
     names = (name for name, _ in model.transformer.named_modules())
     ends = tuple(f".{target}" for target in model.lora_targets)
     usual, own = {name for name in names if name.endswith(ends)}, set(modules)
@@ -223,7 +218,7 @@ def unusual_modules(model: Any, modules: Iterable[str]) -> str:
 
 
 def policy_of_lora(model: Any, lora: Lora) -> Policy:
-    """A policy on ``model``'s transformer, of ``lora``, active; it has the LoRA's modules and rank.
+    """A policy on ``model``'s transformer, with the modules, rank and weights of ``lora``, active.
 
     Raises ValueError if it does not fit.
     """
@@ -232,12 +227,12 @@ def policy_of_lora(model: Any, lora: Lora) -> Policy:
         targets=lora.modules,
         rank=lora.rank,
         alpha=lora.rank,
-        seed=0,  # of the initial weights, which the LoRA's replace
+        seed=0,  # the initial weights are replaced
         dtype=model.precision.trained_dtype,
     )
     policy.load_lora(lora)
-    # All adapters are equal now, and this one may be merged, as when training evaluates.  Not under
-    # autocast of float32 weights (``match_published``), which would round the merged ones.
+    # All adapters are equal; "ema" may be merged, as in evaluations during training.  Not under
+    # autocast of float32 weights (``match_published``), which would round the merged weights.
     if model.precision.compute_dtype == model.precision.trained_dtype:
         policy._activate("ema")
     return policy

@@ -1,4 +1,4 @@
-"""Prompts -> latents, images and scores, with the old policy and any black-box solver."""
+"""An epoch's samples: latents, images and scores, from the old policy and any solver."""
 
 import math
 from collections.abc import Sequence
@@ -21,29 +21,29 @@ from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores
 from diffusion_nft.rewards.worker import ScoringWorker, gather_scores
 from diffusion_nft.solvers import Trajectory
 
-# Images per line of the grids that are logged.
+# Images per row of the logged grids.
 GRID_COLUMNS = 4
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """An epoch's samples: scores of all of them, latents of this rank's share."""
+    """An epoch's N samples: the scores of all, the latents of the n on this rank."""
 
     scores: Scores  # of all N samples, in order
     diversity: float
-    indices: range  # this rank's samples, n of them
+    indices: range  # of this rank's samples
     x0: Tensor  # [n, C, h, w]
-    cond: Conditioning  # of the prompts in this rank's share, each once
-    cond_rows: Tensor  # [n]: the row of ``cond`` of each sample
+    cond: Conditioning  # of this rank's prompts, one row each
+    cond_rows: Tensor  # [n]: row of ``cond`` per sample
     x0_rms: float  # root mean square of all scored latents
-    sigmas: Tensor  # [N]: distinct non-zero noise levels that the solver visited; empty if n is 0
-    images: Images  # up to num_images, of this rank
-    shown: list[int]  # which of the N samples those are
-    trajectory: Trajectory | None = None  # of n samples, xs [N + 1, n, C, h, w]; if asked for
+    sigmas: Tensor  # [S]: distinct non-zero noise levels visited by the solver; empty if n is 0
+    images: Images  # up to num_images of this rank's, for the log
+    shown: list[int]  # indices of these images
+    trajectory: Trajectory | None = None  # xs [S + 1, n, C, h, w]; only if requested
 
 
 def rollout_metrics(rollout: Rollout, r: Tensor, group_size: int) -> dict[str, float | Tensor]:
-    """``reward/*`` of an epoch for the log; ``r: [N]`` is the optimality of its samples."""
+    """``reward/*`` of an epoch; ``r: [N]``: optimality probabilities of its samples."""
     stats = statistics(rollout.scores.total, group_size)
     values: dict[str, float | Tensor] = {
         "reward/mean": stats.mean,
@@ -58,8 +58,8 @@ def rollout_metrics(rollout: Rollout, r: Tensor, group_size: int) -> dict[str, f
 
 
 def shown_samples(indices: range, group_size: int, number: int) -> list[int]:
-    """Up to ``number`` of a rank's samples for a grid of GRID_COLUMNS, of as many prompts as there
-    are lines: a line or more is of one prompt, where its share of the group fills them.
+    """Up to ``number`` of a rank's samples for a grid of GRID_COLUMNS columns, from as many prompts
+    as the grid has rows: each prompt fills one or more rows if this rank has enough of its samples.
     """
     groups: dict[int, list[int]] = {}
     for i in indices:
@@ -85,11 +85,11 @@ def generate_rollouts(
     """Samples ``num_image_per_prompt`` images of each prompt with the model's active adapter.
 
     Sample i of the epoch belongs to group ``i // num_image_per_prompt``; its noise is keyed by
-    (seed, epoch, i).  Ranks take contiguous near-equal shares.  Scoring runs in the background of
-    sampling.  ``trajectories``: also keep what led to the latents.  ``ahead``: prompts of the next
-    epoch, which are encoded while the last scores are on their way, unless text encoders are
-    offloaded.  Raises RewardError on every rank if a reward fails on any, and Preempted if any was
-    asked to stop.
+    (seed, epoch, i).  Each rank samples a contiguous, near-equal share, and scores in a background
+    thread.  ``trajectories``: also return the solver's intermediate latents.  ``ahead``: prompts of
+    the next epoch, encoded while the last images are scored, unless text encoders are offloaded.
+    Raises RewardError on every rank if a reward fails on any, Preempted on every rank if a stop was
+    requested on any.
     """
     size = config.sample.num_image_per_prompt
     indices = shard(len(prompts) * size, dist.rank, dist.world_size)
@@ -122,7 +122,7 @@ def generate_rollouts(
             thumbs.append(thumbnails(images))
             if chosen := [i - rows.start for i in rows if i in shown]:
                 kept.append(images[chosen].to("cpu"))
-        # Encoders that visit the device would meet the last scores there.
+        # Offloaded encoders would compete with the reward models for the device's memory.
         early = config.perf.embed_cache_gb and not config.perf.offload_text_encoders
         if early and not requested():
             model.encode_cached([prompt.text for prompt in ahead[groups_here]])
@@ -139,6 +139,9 @@ def generate_rollouts(
     squares = dist.sum_numbers({"x0": mine.double().square().sum()})
     num_values = int(scored.sum()) * math.prod(shape)
     groups = [i // size for i in range(len(prompts) * size)]
+    trajectory = None
+    if chains:
+        trajectory = Trajectory(*(torch.cat(parts, dim=1) for parts in zip(*chains, strict=True)))
     return Rollout(
         scores=scores,
         diversity=diversity(all_thumbs, groups),
@@ -150,7 +153,5 @@ def generate_rollouts(
         sigmas=sigmas,
         images=Images.concatenate(kept),
         shown=shown,
-        trajectory=Trajectory(*(torch.cat(parts, dim=1) for parts in zip(*chains, strict=True)))
-        if chains
-        else None,
+        trajectory=trajectory,
     )

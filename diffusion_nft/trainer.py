@@ -23,7 +23,7 @@ from diffusion_nft.validation.stages import Stage
 
 
 class Trainer:
-    """Trains one stage of a run, from wherever ``state`` stands to its ``num_epochs``."""
+    """Trains one stage of a run, from epoch ``state.epoch`` to ``num_epochs``."""
 
     def __init__(
         self,
@@ -47,10 +47,10 @@ class Trainer:
         self.epoch_prompts: list[Prompt] = []
 
     def run(self) -> None:
-        """Trains, then prints the result and draws the images of before and after.
+        """Trains, then prints the result and saves sample images from before and after training.
 
-        If a reward fails, a stop is requested, or an alarm ends the run (``monitor.action``), the
-        state is saved before the error is raised.
+        The state is saved before RewardError (a reward failed), Preempted (a stop was requested) or
+        Alarm (``monitor.action = "stop"``) is raised.
         """
         before = self.state.epoch
         try:
@@ -69,9 +69,10 @@ class Trainer:
     def _train(self) -> None:
         config, state = self.config, self.state
         if state.epoch < config.num_epochs:
-            self.evaluator.discard_result()  # of an earlier end, before num_epochs was raised
+            # Left by an earlier end of this run if num_epochs was raised since.
+            self.evaluator.discard_result()
             self.dist.print_once(describe(self.stage, self.model, self.policy, self.dist))
-        # At the stage's start, or an evaluation that a failing reward or a stop left out.
+        # Of the stage's start, or one missed because of a failed reward or a stop.
         best = self.evaluator.evaluate_if_due()
         if best is not None and state.epoch > self.stage.first_epoch:
             state.save(best=best)
@@ -97,16 +98,15 @@ class Trainer:
                 progress.set_postfix(reward | self.monitor.progress())
 
     def _run_epoch(self) -> dict[str, Any]:
-        """One epoch; returns its metrics."""
         started = time.perf_counter()
         self.model.pop_forward_counts()
-        # Sample and score images of each prompt with the old policy.
+        # Sample images of each prompt with the old policy, and score them.
         rollout = self._sample()
-        # Rewards, normalised in each group, become optimality probabilities (or another weight).
+        # Normalise rewards per group; convert to optimality probabilities (or other weights).
         size = self.config.sample.num_image_per_prompt
         advantages = self._advantages(rollout.scores)
         weights = self.algorithm.sample_weights(advantages, size)
-        # Gradient steps on the forward process; then the EMA and the old policy follow.
+        # Gradient steps on the forward process, then the update of the old policy.
         with self.timer.phase("train"):
             values = self.learner.train_epoch(rollout, weights, epoch=self.state.epoch)
         self.state.epoch += 1
@@ -136,7 +136,6 @@ class Trainer:
         return epoch_prompts(self.train_prompts, groups, seed=seed, epoch=epoch)
 
     def _advantages(self, scores: Scores) -> Tensor:
-        """``[N]``, not clipped."""
         config = self.config.sample
         size, total = config.num_image_per_prompt, scores.total
         if config.standardize_rewards:
@@ -155,7 +154,6 @@ class Trainer:
     def _epoch_metrics(
         self, rollout: Rollout, advantages: Tensor, seconds: float
     ) -> dict[str, Any]:
-        """``reward/*``, ``cost/*`` and ``time/*``."""
         train = self.config.train
         r = optimality(advantages, adv_clip_max=train.adv_clip_max, adv_mode=train.adv_mode)
         values: dict[str, Any] = {}

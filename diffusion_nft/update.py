@@ -1,8 +1,8 @@
-"""The policy's update: every optimizer step of an epoch.
+"""The optimizer steps of an epoch.
 
 The batch of an optimizer step is global.  Its loss is the mean over all (sample, sigma) pairs of
-all ranks, accumulated over micro-batches with exact weights, so neither the number of ranks nor the
-micro-batch size changes it; gradients are reduced over the ranks once per step.
+all ranks, accumulated over micro-batches with exact weights, so it depends neither on the number of
+ranks nor on the micro-batch size.  Gradients are reduced over the ranks once per step.
 """
 
 import math
@@ -27,13 +27,13 @@ from diffusion_nft.rollout import Rollout
 
 
 def learning_rate(initial: float, half_life: float, epoch: int) -> float:
-    """The rate of ``epoch``: it halves every ``half_life`` epochs, or is constant if that is 0."""
+    """Learning rate of ``epoch``: halved every ``half_life`` epochs, constant if that is 0."""
     return initial * 0.5 ** (epoch / half_life) if half_life else initial
 
 
 class Learner:
-    """Trains ``policy`` on ``model`` with the loss of ``algorithm``: optimizer, loss scaling, EMA
-    and old policy, and the counters of optimizer steps.
+    """Trains ``policy`` on ``model`` with the loss of ``algorithm``: optimizer, loss scaling,
+    updates of the EMA and the old policy, and counters of optimizer steps.
     """
 
     def __init__(
@@ -58,10 +58,9 @@ class Learner:
         self.step = 0  # updates made
         self.skipped = 0  # updates skipped because of a non-finite gradient
         self.skipped_in_row = 0
-        self._micro_batch = config.train.batch_size  # 0: not yet known
+        self._micro_batch = config.train.batch_size  # 0: to be determined in the first epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's and the loss scaler's state, and the counters."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
@@ -71,21 +70,20 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from an earlier ``state_dict``."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.precision.scaler.load_state_dict(state["scaler"])
         self.step, self.skipped = state["step"], state["skipped"]
         self.skipped_in_row = state["skipped_in_row"]
 
     def train_epoch(self, rollout: Rollout, weights: Tensor, *, epoch: int) -> dict[str, float]:
-        """Updates ``current``, ``ema`` and ``old`` from an epoch's samples; returns ``loss/*`` and
+        """Updates ``current``, ``ema`` and ``old`` on an epoch's samples; returns ``loss/*`` and
         ``optim/*``.
 
-        ``weights: [N]`` are the algorithm's, of all samples; NaN leaves a sample out.
+        ``weights: [N]``: from ``Algorithm.sample_weights``; samples with NaN are not used.
 
-        Raises FloatingPointError after more than ``train.max_skipped_steps`` skipped updates in a
-        row.  If any rank was asked to stop, raises Preempted on every rank, with weights, moments
-        and counters as before the epoch.
+        Raises FloatingPointError after more than ``train.max_skipped_steps`` consecutive skipped
+        updates.  If a stop was requested on any rank, raises Preempted on every rank, with weights,
+        moments and counters restored to those before the epoch.
         """
         config = self.config.train
         rate = learning_rate(config.learning_rate, config.lr_half_life, epoch)
@@ -131,15 +129,15 @@ class Learner:
     def _step(self, batches: EpochBatches, step: StepPairs) -> tuple[float, dict[str, Tensor]]:
         """One update.
 
-        Returns the gradient's norm, and the sums of losses and metrics over this rank's pairs.
+        Returns the norm of the gradient, and the sums of losses and metrics over this rank's pairs.
         A non-finite gradient is the same on every rank, so all ranks skip the update together.
-        Raises Preempted on every rank, before the update, if any was asked to stop.
+        Raises Preempted on every rank, before the update, if a stop was requested on any.
         """
         sums: dict[str, Tensor] = {}
         scaler, parameters = self.precision.scaler, self.policy.parameters()
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        # The scaler wants a loss to have been scaled, also on a rank without pairs.
+        # The scaler requires a scaled loss, also on a rank without pairs.
         scaler.scale(torch.zeros((), device=self.dist.device))
         for start in range(0, len(step.pairs), self._micro_batch):
             if requested():
@@ -160,7 +158,7 @@ class Learner:
         self.dist.all_reduce_sum([*gradients, stop])
         scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.train.max_grad_norm)
-        finite = bool(torch.isfinite(norm))  # waits for the device: what follows costs nothing
+        finite = bool(torch.isfinite(norm))  # synchronises: the next .item() is free
         if stop.item():
             raise Preempted
         if finite:
@@ -177,22 +175,21 @@ class Learner:
         if self.skipped_in_row > limit:
             raise FloatingPointError(
                 f"{self.skipped_in_row} updates in a row had a non-finite gradient "
-                f"(train.max_skipped_steps = {limit}); the last checkpoint is unchanged: allow "
-                "more of them, or begin another run with resume_from = this one's save_dir and a "
-                "lower train.learning_rate or mixed_precision = 'bf16'"
+                f"(train.max_skipped_steps = {limit}); the last checkpoint is unchanged: raise the "
+                "limit, or start another run with resume_from = this one's save_dir and a lower "
+                "train.learning_rate or mixed_precision = 'bf16'"
             )
         return float(norm), sums
 
     def _loss(
         self, batches: EpochBatches, pairs: list[Pair], key: tuple[int, int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses and metrics ``[B]`` of ``pairs``."""
         batch, cond = batches.batch(pairs, key)
         sigma = to_device(batch.sigma, self.dist.device).to(self.precision.trained_dtype)
         return self.algorithm.loss(self._velocity(batch.xt, sigma, cond), batch)
 
     def _velocity(self, xt: Tensor, sigma: Tensor, cond: Conditioning) -> PolicyVelocity:
-        # Trajectories are trained under the guidance that they were sampled with, others without.
+        # Trajectories are trained with the guidance of the rollout, clean samples without any.
         guided = self.algorithm.on_trajectories
         scale = self.config.sample.guidance_scale if guided else 1.0
         predict = guided_velocity(self.model, cond, scale)
@@ -204,8 +201,6 @@ class Learner:
         return velocity
 
     def _find_micro_batch(self, batches: EpochBatches) -> int:
-        """The number of pairs that the device can train on simultaneously."""
-
         def run(size: int) -> None:
             losses, _ = self._loss(batches, [(0, 0)] * size, (0, 0))
             losses.sum().backward()
@@ -218,8 +213,8 @@ class Learner:
 
     @contextmanager
     def _restored_if_preempted(self, names: Iterable[str]) -> Iterator[None]:
-        """Restores the policies ``names`` and the ``state_dict`` if the block raises Preempted; the
-        copies are in host memory.  No names: nothing is copied, nothing restored.
+        """Restores the policies ``names`` and the ``state_dict``, from copies in host memory, if
+        the block raises Preempted.  Without names, nothing is copied or restored.
         """
 
         def copied(value: Any) -> Any:
@@ -243,9 +238,9 @@ class Learner:
 def build_learner(
     config: ConfigDict, dist: Distributed, model: Model, lora_modules: Iterable[str] = ()
 ) -> Learner:
-    """The learner of ``config`` on ``model``, with a new policy and algorithm.
+    """A Learner with a new policy and algorithm.
 
-    ``lora_modules``: the layers that carry LoRA; none: those of the model's family.
+    ``lora_modules``: layers with LoRA; by default ``model.lora_targets``.
     """
     policy = Policy(
         model.transformer,

@@ -1,12 +1,7 @@
-"""Algorithms by name: what the trainer minimises.
+"""Training algorithms by name, and the interface that they implement.
 
-An algorithm is built from the config.  It turns advantages into weights of samples, and offers
-``loss(velocity, batch)``; ``velocity(policy)`` is the prediction of ``current`` (with gradient),
-``old`` or ``reference`` (without) at the batch's noisy latents.  It knows nothing of ranks,
-precision, checkpoints or logging.
-
-Most algorithms train on the forward process, on clean samples that are noised anew (``Batch``).  A
-policy gradient trains on the steps that the sampler took (``Transitions``).
+Most algorithms train on the forward process, on clean samples with new noise (``Batch``).  A policy
+gradient trains on the sampler's own steps (``Transitions``).
 """
 
 import importlib
@@ -15,6 +10,8 @@ from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 from torch import Tensor
+
+from diffusion_nft.advantages import shaped
 
 # config.algorithm -> "module:Class".
 ALGORITHMS: dict[str, str] = {
@@ -34,7 +31,7 @@ class Batch:
     noise: Tensor
     xt: Tensor
     sigma: Tensor
-    weight: Tensor  # what ``Algorithm.sample_weights`` gave the sample
+    weight: Tensor  # of the sample, from ``Algorithm.sample_weights``
 
 
 @dataclass(frozen=True)
@@ -43,73 +40,75 @@ class Transitions:
 
     xt: Tensor
     xt_next: Tensor
-    sigma: Tensor  # [B], on the CPU, as ``solvers.sde_step`` wants it
+    sigma: Tensor  # [B], on the CPU, as required by ``solvers.sde_step``
     sigma_next: Tensor  # [B], on the CPU
-    log_prob: Tensor  # [B]: of the step under the policy that took it
+    log_prob: Tensor  # [B]: of the step under the policy that sampled it
     weight: Tensor  # [B], as in ``Batch``
 
 
 class PolicyVelocity(Protocol):
-    """Velocity ``[B, C, h, w]`` of a policy by name."""
+    """Velocity ``[B, C, h, w]`` at the batch's noisy latents, predicted by the policy ``current``
+    (with gradient), ``old`` or ``reference`` (both without).
+    """
 
-    def __call__(self, policy: str) -> Tensor:
-        """Of ``current``, ``old`` or ``reference``."""
-        ...
+    def __call__(self, policy: str) -> Tensor: ...
 
 
-class Algorithm(Protocol):
-    """The contract between a loss and the trainer."""
+class Algorithm:
+    """Base class of the algorithms: a loss, and the weights of samples in it.
 
-    # The section of the configuration that has its own keys, ``kl_weight`` among them.
+    Independent of ranks, precision, checkpoints and logging.
+    """
+
+    # Section of the configuration with the algorithm's own keys, including ``kl_weight``.
     section: str
-    # Whether ``loss`` takes Transitions, not a Batch.  Velocities then have the rollout's guidance,
-    # as the steps were taken with it; otherwise they have none.
-    on_trajectories: bool
-    # Whether samples of weight 0 are left out: they count in the mean, and cost nothing.
-    skips_weightless: bool
-    kl_weight: float  # of the distance to the reference in the loss
+    # True: ``loss`` takes Transitions, and velocities use the rollout's guidance.  False: it takes
+    # a Batch, and velocities are unguided.
+    on_trajectories = False
+    # True: samples of weight 0 count in the mean but are not trained on.
+    skips_weightless = False
+
+    def __init__(self, config: ConfigDict):
+        self.kl_weight: float = config[self.section].kl_weight
+        self.shaping = dict(adv_clip_max=config.train.adv_clip_max, adv_mode=config.train.adv_mode)
 
     def scale_kl(self, factor: float) -> None:
-        """Multiplies ``kl_weight``: the monitor raises it after an alarm."""
-        ...
+        """Multiplies the weight of the KL term; called by the monitor after an alarm."""
+        self.kl_weight *= factor
 
     @property
     def policies(self) -> tuple[str, ...]:
-        """The policies whose velocity ``loss`` asks for."""
-        ...
+        """Policies whose velocity ``loss`` needs; the reference only if there is a KL term."""
+        return ("current", *(["reference"] if self.kl_weight else []))
 
     def sample_weights(self, advantages: Tensor, group_size: int) -> Tensor:
-        """``[N]`` weights of all samples of an epoch, from their advantages ``[N]`` (float64, not
-        clipped), a group's samples side by side.  NaN for a sample without a score, which is
-        not trained on.
+        """``[N]`` weights of an epoch's samples, by default their clipped and shaped advantages.
+
+        ``advantages: [N]``, float64, not clipped, consecutive samples of a group adjacent.  NaN
+        for a sample without a score, which is not trained on.
         """
-        ...
+        del group_size
+        return shaped(advantages, **self.shaping)
 
     def loss(self, velocity: PolicyVelocity, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """``[B]`` losses and detached ``[B]`` metrics; the trainer weights and reduces them."""
-        ...
+        """``[B]`` losses and detached ``[B]`` metrics; the caller weights and reduces them."""
+        raise NotImplementedError
 
     def old_policy_decay(self, step: int) -> float:
-        """eta after global optimizer step ``step``: old <- eta old + (1 - eta) current."""
-        ...
+        """eta of ``old <- eta old + (1 - eta) current`` after optimizer step ``step``, counted from
+        the start of training; by default 0, so each epoch samples with the newest policy.
+        """
+        del step
+        return 0.0
+
+    def _reference(self, velocity: PolicyVelocity) -> Tensor | None:
+        return velocity("reference") if "reference" in self.policies else None
 
 
-class KLWeighted:
-    """An algorithm's ``kl_weight`` and its scaling."""
-
-    kl_weight: float
-
-    def scale_kl(self, factor: float) -> None:
-        """Multiplies ``kl_weight`` by ``factor``."""
-        self.kl_weight *= factor
-
-
-def algorithm_class(name: str) -> Any:
-    """The class of algorithm ``name``."""
+def algorithm_class(name: str) -> type[Algorithm]:
     module, _, cls = ALGORITHMS[name].partition(":")
     return getattr(importlib.import_module(module), cls)
 
 
-def build_algorithm(config: ConfigDict) -> Any:
-    """The algorithm that ``config.algorithm`` names."""
+def build_algorithm(config: ConfigDict) -> Algorithm:
     return algorithm_class(config.algorithm)(config)

@@ -197,11 +197,7 @@ class Published:
             velocity("current"),
             old,
             reference,
-            x0=batch.x0,
-            noise=batch.noise,
-            xt=batch.xt,
-            sigma=batch.sigma,
-            r=batch.weight,
+            batch,
             kl_weight=self.algorithm.kl_weight,
             **self.algorithm.options,
         )

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_nft.algorithms import Batch
+from diffusion_nft.algorithms.matching import matching_loss
 from diffusion_nft.algorithms.nft import nft_loss, old_policy_schedule
 
 SHAPE = (3, 2, 4, 4)
@@ -44,17 +46,9 @@ def ours(arrays, sigma, r, requires_grad=False, **options):
     tensors["v"].requires_grad_(requires_grad)
     s = torch.from_numpy(sigma)
     xt = (1 - s.view(-1, 1, 1, 1)) * tensors["x0"] + s.view(-1, 1, 1, 1) * tensors["noise"]
-    losses, metrics = nft_loss(
-        tensors["v"],
-        tensors["v_old"],
-        tensors["v_ref"],
-        x0=tensors["x0"],
-        noise=tensors["noise"],
-        xt=xt,
-        sigma=s,
-        r=torch.from_numpy(r),
-        **options,
-    )
+    batch = Batch(tensors["x0"], tensors["noise"], xt, s, torch.from_numpy(r))
+    velocities = (tensors[name] for name in ("v", "v_old", "v_ref"))
+    losses, metrics = nft_loss(*velocities, batch, **options)
     return losses, metrics, tensors["v"]
 
 
@@ -124,12 +118,12 @@ def test_at_the_old_policy_the_gradient_is_advantage_weighted_flow_matching(beta
 
 
 def test_kl_without_a_reference_is_refused():
-    x = torch.zeros(1, 1, 2, 2)
-    one = torch.ones(1)
-    with pytest.raises(ValueError, match="kl_weight"):
-        nft_loss(
-            x, x, None, x0=x, noise=x, xt=x, sigma=one, r=one, beta=1, kl_weight=1, adv_clip_max=5
-        )
+    x, one = torch.zeros(1, 1, 2, 2), torch.ones(1)
+    batch = Batch(x, x, x, one, one)
+    with pytest.raises(ValueError, match=r"kl_weight is 0\.3"):
+        nft_loss(x, x, None, batch, beta=1, kl_weight=0.3, adv_clip_max=5)
+    with pytest.raises(ValueError, match=r"kl_weight is 0\.3"):
+        matching_loss(x, None, batch, kl_weight=0.3)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffusion_nft.algorithms import Batch
 from diffusion_nft.algorithms.nft import nft_loss
 from diffusion_nft.flow import add_noise
 from diffusion_nft.models.precision import Precision, resolves_lora_updates
@@ -77,11 +78,7 @@ def lora_gradient(name: str, scale: float) -> torch.Tensor:
         v,
         v.detach(),
         v.detach(),
-        x0=x0,
-        noise=noise,
-        xt=xt,
-        sigma=sigma,
-        r=torch.tensor([0.6, 0.4, 0.55, 0.3]),
+        Batch(x0, noise, xt, sigma, torch.tensor([0.6, 0.4, 0.55, 0.3])),
         beta=1.0,
         kl_weight=1e-4,
         adv_clip_max=5.0,

@@ -3,11 +3,12 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from diffusion_nft.algorithms import KLWeighted
+from diffusion_nft.algorithms import Algorithm, build_algorithm
 from diffusion_nft.data.prompts import Prompt
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.evaluation.results import Evaluation
@@ -19,10 +20,8 @@ from tests.launch import make_trainer, one_thread, smoke
 CPU = torch.device("cpu")
 
 
-def weighted(kl_weight: float) -> KLWeighted:
-    algorithm = KLWeighted()
-    algorithm.kl_weight = kl_weight
-    return algorithm
+def weighted(kl_weight: float) -> Algorithm:
+    return build_algorithm(smoke(Path(), {"nft.kl_weight": kl_weight}))
 
 
 def evaluation(
