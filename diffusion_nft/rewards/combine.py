@@ -82,8 +82,8 @@ def build_rewards(
     reward_servers: Mapping[str, Sequence[str]] | None = None,
     timeout: float = REWARD_SERVER_TIMEOUT,
 ) -> dict[str, Reward]:
-    """Builds each of the rewards ``names`` once: as a client of its ``reward_servers``, if any, or in
-    this process with its ``options`` (both by name).  Raises the errors of ``build_reward``.
+    """Builds each of the rewards ``names`` once: as a client of its ``reward_servers``, if any,
+    else in this process with its ``options`` (both by name).  Raises as ``build_reward``.
     """
     options, reward_servers = options or {}, reward_servers or {}
     return {

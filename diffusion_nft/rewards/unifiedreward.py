@@ -64,8 +64,8 @@ MAX_QUOTED = 500
 def score_of(answer: str) -> float | None:
     """The rating in [1, 5] after ``Final Score:`` in the model's ``answer``, or None."""
     match = SCORE.search(answer)
-    mark = float(match[1]) if match else 0.0
-    return mark if 1 <= mark <= MAX_SCORE else None
+    rating = float(match[1]) if match else 0.0
+    return rating if 1 <= rating <= MAX_SCORE else None
 
 
 class UnifiedRewardReward:
@@ -137,11 +137,11 @@ class UnifiedRewardReward:
         # Threads and connections end with the call; threads may share the client.
         with self._client(self.timeout) as client, ThreadPoolExecutor(self.concurrency) as pool:
             # The first error ends ``map``, which cancels the calls that have not started.
-            marks = pool.map(
-                lambda pair: self._mark(client, *pair), zip(pil_images, prompts, strict=True)
+            ratings = pool.map(
+                lambda pair: self._rate(client, *pair), zip(pil_images, prompts, strict=True)
             )
             bar = tqdm(
-                marks,
+                ratings,
                 desc="unifiedreward",
                 total=len(prompts),
                 delay=BAR_DELAY,
@@ -149,11 +149,11 @@ class UnifiedRewardReward:
                 disable=os.environ.get("RANK", "0") != "0",
             )
             answers = list(bar)
-        marks = torch.tensor([mark for mark, _ in answers], dtype=torch.float64)
+        ratings = torch.tensor([rating for rating, _ in answers], dtype=torch.float64)
         reasons = {row: reason for row, (_, reason) in enumerate(answers) if reason}
-        return RewardOutput(marks / MAX_SCORE, reasons=reasons)
+        return RewardOutput(ratings / MAX_SCORE, reasons=reasons)
 
-    def _mark(self, client: "OpenAI", image: Image.Image, prompt: str) -> tuple[float, str]:
+    def _rate(self, client: "OpenAI", image: Image.Image, prompt: str) -> tuple[float, str]:
         """The rating in [1, 5] of one image and "", or NaN and the reason."""
         png = io.BytesIO()
         image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(png, format="PNG")
@@ -180,9 +180,9 @@ class UnifiedRewardReward:
             except (ValueError, KeyError, IndexError, TypeError):
                 answer = body  # not a chat completion
                 continue
-            mark = score_of(answer)
-            if mark is not None:
-                return mark, ""
+            rating = score_of(answer)
+            if rating is not None:
+                return rating, ""
         return math.nan, (
             f"got no rating from 1 to 5 after 'Final Score:' in max_unparsable = "
             f"{self.max_unparsable} answers of {self.model} at {self.base_url}; the last one was "
@@ -197,8 +197,8 @@ class UnifiedRewardReward:
             names = [str(entry["id"]) for entry in json.loads(body)["data"]]
         except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"{self.base_url} does not serve OpenAI's API (does it end in /v1?): /models returns "
-                f"{self._quoted(body)}"
+                f"{self.base_url} does not serve OpenAI's API (does it end in /v1?): /models "
+                f"returns {self._quoted(body)}"
             ) from None
         if model in names:
             return model
@@ -206,8 +206,8 @@ class UnifiedRewardReward:
             if name.rstrip("/").endswith(f"/{model}"):
                 return name
         raise ValueError(
-            f"the server at {self.base_url} serves {', '.join(names) or 'no model'}, not {model}: set "
-            f"model or {MODEL_VARIABLE}, or start a server with: {START_COMMAND}"
+            f"the server at {self.base_url} serves {', '.join(names) or 'no model'}, not {model}: "
+            f"set model or {MODEL_VARIABLE}, or start a server with: {START_COMMAND}"
         )
 
     def _client(self, timeout: float) -> "OpenAI":
