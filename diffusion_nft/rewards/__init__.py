@@ -1,18 +1,18 @@
-"""Rewards: the registry, what a reward is, and what it returns.
+"""Rewards: the registry and the interface.
 
-A reward is a callable class built once per process::
+A reward is a callable class that is built once per process::
 
     class MyReward:
         def __init__(self, device: torch.device, *, batch_size: int = 16): ...
         def __call__(self, images, prompts, metadata) -> RewardOutput: ...
 
 ``images: float [B, 3, H, W] in [0, 1]`` on any device, ``prompts: list[str]``, ``metadata:
-list[dict]`` (the lines of the data set).  Add one line to REWARDS to register it.  A reward that
-cannot score raises, or returns NaN for the images that it cannot score; never a silent zero.
+list[dict]`` (the lines of the data set).  One line in REWARDS registers it.  For an image that it
+cannot score, a reward raises an error or returns NaN, never a silent zero.
 
-A reward whose packages cannot live beside those of training runs behind ``server.py``, in an
-environment with no more than numpy, pillow, torch, fastapi (with pydantic) and uvicorn: this
-package and the modules of REWARDS import nothing else of weight before their reward is built.
+A reward whose packages conflict with those of training runs in a server (``serving/``), in a
+separate environment with numpy, pillow, torch, fastapi and uvicorn.  This package and the modules
+of REWARDS therefore import no other large package before a reward is built.
 """
 
 import argparse
@@ -48,11 +48,10 @@ REWARDS: dict[str, str] = {
     "image_statistics": "diffusion_nft.rewards.image_statistics:ImageStatistics",
 }
 
-# The reward whose score and components ``monitor.image_statistics`` watches.
+# The reward that ``monitor.image_statistics`` watches.
 IMAGE_STATISTICS = "image_statistics"
-# Rewards that cannot score every prompt -> "module:function" of a text, its metadata and the
-# reward's options (None: it is served, and its server has them), which raises ValueError for one
-# that it cannot score.
+# Rewards that cannot score every prompt -> "module:function" that raises ValueError for a prompt
+# that cannot be scored.  Arguments: prompt, metadata, the reward's options (None if it is served).
 PROMPT_CHECKS: dict[str, str] = {
     "geneval": "diffusion_nft.rewards.geneval.vocabulary:check_prompt",
     "ocr": "diffusion_nft.rewards.ocr:check_prompt",
@@ -62,10 +61,10 @@ PROMPT_CHECKS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class RewardOutput:
-    """``scores: [B]`` and named ``components: [B]``, which are logged; higher is better for both.
+    """``scores: [B]`` and named ``components: [B]`` for the log; higher is better for both.
 
-    NaN in a component means "does not apply to this sample" and is left out of its mean.  A score
-    of NaN means that this image could not be scored; ``reasons`` says why, by row.
+    A component of NaN does not apply to the image and is left out of the mean.  A score of NaN:
+    the image could not be scored, for the reason in ``reasons`` (by row).
     """
 
     scores: Tensor
@@ -74,16 +73,16 @@ class RewardOutput:
 
 
 class Reward(Protocol):
-    """Anything that scores a batch of images."""
+    """Scores a batch of ``images: [B, 3, H, W]`` in [0, 1]."""
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
-        """Scores of ``images: [B, 3, H, W]`` in [0, 1]."""
-        ...
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict]
+    ) -> RewardOutput: ...
 
 
-# How the options of a configuration write a torch dtype.
+# Names of torch dtypes in reward options.
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# What a configuration writes for an argument that is annotated so.
+# Annotation of an argument -> types of its value in a configuration.
 JSON_TYPES: dict[Any, tuple[type, ...]] = {
     bool: (bool,),
     int: (int,),
@@ -93,9 +92,9 @@ JSON_TYPES: dict[Any, tuple[type, ...]] = {
     NoneType: (NoneType,),
 }
 
-# Lines of a prompt set that an error shows, and characters of the numbers of further ones.
+# Lines of a prompt set that an error quotes, and characters for the numbers of further lines.
 MAX_SHOWN, MAX_NUMBERS = 3, 800
-# Seconds that a served reward may take for one request, waiting for its turn included.
+# Seconds per request to a reward server, including the wait in its queue.
 REWARD_SERVER_TIMEOUT = 300.0
 
 
@@ -107,18 +106,18 @@ def build_reward(
     *,
     timeout: float = REWARD_SERVER_TIMEOUT,
 ) -> Reward:
-    """The reward ``name``, ready to score: in this process, or at the server ``addresses``.
+    """Builds the reward ``name``: in this process, or as a client of the servers at ``addresses``.
 
     ``options``: keyword arguments of its class as plain values (``check_options``); a served reward
-    takes none, its server has them.  ``timeout``: seconds a request of a served one.  Raises
-    ValueError for an unknown name or option, or a device that is not there; a missing package,
-    weight file or server is the reward's own ImportError or OSError.
+    takes them from its server.  ``timeout``: seconds per request to a server.  Raises ValueError
+    for an unknown name, option or device, ImportError for a missing package, and OSError for a
+    missing weight file or server.
     """
     options = dict(options or {})
     check_options(name, options)
     if addresses:
         if options:
-            raise ValueError(f"reward {name!r} is served: its options belong to its server")
+            raise ValueError(f"reward {name!r} is served: pass its options to its server")
         from diffusion_nft.rewards.serving.remote import RemoteReward
 
         return RemoteReward(name, addresses, timeout=timeout)
@@ -137,43 +136,50 @@ def build_reward(
 
 
 def reward_class(name: str) -> Any:
-    """The class of the reward ``name``; ValueError if there is none."""
+    """Raises ValueError for an unknown name."""
     if name not in REWARDS:
         raise ValueError(f"reward {name!r} is unknown; choose from {', '.join(REWARDS)}")
     return _named(REWARDS[name])
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the reward ``name`` takes ``options``.
+    """Raises ValueError unless ``options`` are keyword arguments of the class of ``name``.
 
-    They are the keyword arguments of its class, as values that a configuration can hold: "device"
-    is text such as "cuda:1", "dtype" one of DTYPES, a path is text.
+    Values are those that a configuration can hold: a path or "device" (e.g. "cuda:1") is a string,
+    "dtype" a key of DTYPES.
     """
     known = inspect.signature(reward_class(name)).parameters
     for key, value in options.items():
         if key not in known:
             raise ValueError(f"{name} has no option {key!r}; choose from {', '.join(known)}")
-        if not _fits(value, known[key].annotation):
-            kind = inspect.formatannotation(known[key].annotation)
+        annotation = known[key].annotation
+        if get_origin(annotation) is Literal and value not in get_args(annotation):
+            choices = ", ".join(map(str, get_args(annotation)))
+            raise ValueError(f"the {key} of {name} must be one of {choices}, not {value!r}")
+        if not _fits(value, annotation):
+            kind = inspect.formatannotation(annotation)
             raise ValueError(f"the {key} of {name} must be of the type {kind}, not {value!r}")
-        if isinstance(value, str) and Path in get_args(known[key].annotation):
+        if isinstance(value, str) and Path in get_args(annotation):
             try:
                 expand(value)
             except ValueError as error:
                 raise ValueError(f"the {key} of {name}, {value!r}, {error}") from error
     size = options.get("batch_size", 1)
     if type(size) is not int or size < 1:
-        raise ValueError(f"the batch_size of {name} must be a whole number from 1, not {size!r}")
-    if str(options.get("dtype", "fp32")) not in DTYPES:
-        raise ValueError(f"the dtype of {name} must be one of {', '.join(DTYPES)}")
+        raise ValueError(f"the batch_size of {name} must be an integer of at least 1, not {size!r}")
+    dtype, device = str(options.get("dtype", "fp32")), str(options.get("device", "cpu"))
+    if dtype not in DTYPES:
+        raise ValueError(f"the dtype of {name} must be one of {', '.join(DTYPES)}, not {dtype!r}")
     try:
-        torch.device(str(options.get("device", "cpu")))
+        torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"the device of {name} must be such as 'cpu' or 'cuda:1'") from error
+        raise ValueError(
+            f"the device of {name} must be 'cpu', 'cuda' or such as 'cuda:1', not {device!r}"
+        ) from error
 
 
 def parse_option(text: str) -> tuple[str, Any]:
-    """argparse's type of ``KEY=VALUE``: the value is a Python literal, or else text."""
+    """argparse type for ``KEY=VALUE``: the value is a Python literal if it parses as one."""
     key, sign, value = text.partition("=")
     if not sign:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
@@ -184,10 +190,8 @@ def parse_option(text: str) -> tuple[str, Any]:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """True if ``value`` can be an argument of this type, or the type is not in JSON_TYPES."""
+    """True if ``value`` fits ``annotation``, or the annotation is not in JSON_TYPES."""
     kinds = get_args(annotation) or (annotation,)
-    if get_origin(annotation) is Literal:
-        return value in kinds
     return not JSON_TYPES.keys() >= set(kinds) or any(
         type(value) in JSON_TYPES[kind] for kind in kinds
     )
@@ -202,12 +206,11 @@ def check_prompts(
     reward_servers: Mapping[str, Sequence[str]] | None = None,
     lines: Sequence[int] | None = None,
 ) -> None:
-    """Raises ValueError if one of the rewards ``names`` cannot score every one of ``prompts``, with
-    the line numbers of those that it cannot.
+    """Raises ValueError, with line numbers, for prompts that one of the rewards cannot score.
 
-    ``options`` and ``reward_servers``: by name, as of ``combine.build_rewards``.  ``lines``: where
-    each prompt stands in its file, from 0 (None: as here).  Raises ImportError if a package that a
-    reward needs for this is missing.
+    ``options`` and ``reward_servers``: by name, as in ``combine.build_rewards``.  ``lines``: the
+    line of each prompt in its file, from 0 (default: its position in ``prompts``).  Raises
+    ImportError if a package that the check needs is missing.
     """
     options, reward_servers = options or {}, reward_servers or {}
     for name in names:
@@ -226,7 +229,7 @@ def check_prompts(
 
 
 def _listing(problems: Mapping[int, str]) -> str:
-    """The problems of the first lines, by line number, and the numbers of the others."""
+    """The problems of the first MAX_SHOWN lines, and the numbers of the others."""
     shown = [f"line {number}: {problem}" for number, problem in problems.items()][:MAX_SHOWN]
     if rest := [str(number) for number in problems][MAX_SHOWN:]:
         numbers = textwrap.shorten(", ".join(rest), MAX_NUMBERS, placeholder=" ...")
@@ -235,6 +238,6 @@ def _listing(problems: Mapping[int, str]) -> str:
 
 
 def _named(reference: str) -> Any:
-    """The object behind "module:name"."""
+    """Imports "module:name"."""
     module, _, attribute = reference.partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -5,15 +5,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffusion_nft.rewards import RewardOutput
-from diffusion_nft.rewards.clip_common import Clip, score_in_batches
+from diffusion_nft.rewards.clip_common import BatchedReward, Clip
 from diffusion_nft.rewards.weights import load_torch_file, load_weights, weight_file
 
 
 class AestheticMLP(nn.Module):
     """768-1024-128-64-16-1 without activations: an affine map, as published.
 
-    The dropouts, idle in evaluation, keep the published names of the layers (0, 2, 4, 6, 7).
+    The dropout layers only keep the published parameter names (layers 0, 2, 4, 6, 7).
     """
 
     def __init__(self):
@@ -34,12 +33,12 @@ class AestheticMLP(nn.Module):
         return self.layers(features).squeeze(1)
 
 
-class AestheticReward:
-    """The predicted rating, of 1 to 10 (about 4 to 7 in practice); the prompt plays no part.
+class AestheticReward(BatchedReward):
+    """Predicted rating from 1 to 10 (about 4 to 7 in practice), independent of the prompt.
 
-    ``model``: CLIP ViT-L/14, a hub name or a local folder; ``weights``: the predictor's file, None
-    for the one in reward_ckpts.  Raises OSError (FileNotFoundError for the predictor) if one cannot
-    be had and ValueError if the weights do not fit.
+    ``model``: CLIP ViT-L/14, a hub name or a local folder; ``weights``: the predictor's file
+    (default: the one in reward_ckpts).  Raises OSError if either is not available and ValueError if
+    the weights do not fit.
     """
 
     def __init__(
@@ -58,11 +57,5 @@ class AestheticReward:
         self.clip = Clip(model, processor=model, device=device, dtype=dtype)
         self.batch_size = batch_size
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
-        """Scores ``[B]`` of ``images: [B, 3, H, W]`` in [0, 1]."""
-        del metadata
-        return RewardOutput(score_in_batches(self._score, images, prompts, self.batch_size))
-
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        del prompts
         return self.mlp(self.clip.image_features(self.clip.pixels(images)))

@@ -1,19 +1,17 @@
-"""CLIPScore: how well an image fits its prompt, by OpenAI's CLIP (arXiv 2104.08718)."""
+"""CLIPScore: similarity of image and prompt under OpenAI's CLIP (arXiv 2104.08718)."""
 
 import torch
 from torch import Tensor
 
-from diffusion_nft.rewards import RewardOutput
-from diffusion_nft.rewards.clip_common import Clip, score_in_batches
+from diffusion_nft.rewards.clip_common import BatchedReward, Clip
 
 
-class ClipScoreReward:
+class ClipScoreReward(BatchedReward):
     """logits_per_image[i, i] / 100 = exp(logit_scale) cos(text, image) / 100 with CLIP ViT-L/14.
 
     The scale is 100 in OpenAI's weights, so this is the cosine, about 0.15 to 0.35 in practice.
-    As published the float images are resized bilinearly, without a detour by 8 bits and
-    Pillow's bicubic.  ``model``: a hub name or a local folder.  Raises OSError if it cannot be had
-    and ValueError if the weights do not fit.
+    As published, images are resized as floats (bilinear), not by Pillow.  ``model``: a hub name or
+    a local folder.  Raises OSError if it is not available and ValueError if the weights do not fit.
     """
 
     def __init__(
@@ -26,11 +24,6 @@ class ClipScoreReward:
     ):
         self.clip = Clip(model, processor=model, device=device, dtype=dtype)
         self.batch_size = batch_size
-
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
-        """Scores ``[B]`` of ``images: [B, 3, H, W]`` in [0, 1] for their prompts."""
-        del metadata
-        return RewardOutput(score_in_batches(self._score, images, prompts, self.batch_size))
 
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         cosine = self.clip.cosine(self._pixels(images), prompts)

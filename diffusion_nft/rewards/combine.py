@@ -1,4 +1,4 @@
-"""Several rewards as one: the weighted sum, and every reward's own scores and components."""
+"""Weighted sum of several rewards, with the scores and components of each."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,30 +13,29 @@ from torch import Tensor
 from diffusion_nft.images import Images
 from diffusion_nft.rewards import REWARD_SERVER_TIMEOUT, Reward, RewardOutput, build_reward
 
-# Their squares are summed in standard deviations and errors.
+# Larger scores would overflow where squares are summed (standard deviations, errors).
 MAX_SCORE_MAGNITUDE = 1e100
-
-
-# Failures of a reward's surroundings, which say nothing of single images.
+# Errors of a reward's environment, not of single images.
 ENVIRONMENT_ERRORS = (OSError, ImportError, MemoryError, torch.OutOfMemoryError)
 # Images without a score that an error names.
 MAX_NAMED = 3
 
 
 class RewardError(RuntimeError):
-    """A reward failed or returned something that is no score."""
+    """A reward failed or returned invalid scores."""
 
 
 class UnscoredError(RewardError):
-    """More images have no score than ``max_unscored`` allows."""
+    """More than ``max_unscored`` images have no score."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of B images: ``total: [B]``, the weighted sum, and ``parts``: every reward's scores and
-    components (``name`` and ``name/component``) ``[B]``; float64 on the CPU.
+    """Scores of B images, float64 on the CPU.
 
-    A total of NaN: the image has no score; ``reasons`` says why, by row.
+    ``total: [B]``: the weighted sum, NaN for an image without a score.  ``parts``: scores and
+    components ``[B]`` of every reward, named ``name`` and ``name/component``.  ``reasons``: by row,
+    why an image has no score.
     """
 
     total: Tensor
@@ -45,7 +44,7 @@ class Scores:
 
     @staticmethod
     def concatenate(items: "list[Scores]") -> "Scores":
-        """Scores of consecutive batches as one; no items give no rows."""
+        """Joins the scores of consecutive batches."""
         if not items:
             return Scores(torch.zeros(0, dtype=torch.float64), {})
         # A batch without any score may lack the components.
@@ -66,7 +65,7 @@ class Scores:
         return Scores(torch.cat([item.total for item in items]), parts, reasons)
 
     def check_unscored(self, limit: int) -> None:
-        """Raises UnscoredError, naming the first of them, if more than ``limit`` have no score."""
+        """Raises UnscoredError if more than ``limit`` images have no score."""
         if len(self.reasons) > limit:
             named = "; ".join(islice(self.reasons.values(), MAX_NAMED))
             raise UnscoredError(
@@ -83,9 +82,8 @@ def build_rewards(
     reward_servers: Mapping[str, Sequence[str]] | None = None,
     timeout: float = REWARD_SERVER_TIMEOUT,
 ) -> dict[str, Reward]:
-    """The rewards ``names``, each built once, by name: served where ``reward_servers`` has
-    addresses for it, else in this process with its ``options``.  Raises what ``build_reward``
-    raises.
+    """Builds each of the rewards ``names`` once: as a client of its ``reward_servers``, if any,
+    else in this process with its ``options`` (both by name).  Raises as ``build_reward``.
     """
     options, reward_servers = options or {}, reward_servers or {}
     return {
@@ -97,16 +95,16 @@ def build_rewards(
 
 
 class RewardSet:
-    """The weighted sum of ``rewards``, and the scores of each.
+    """Weighted sum of ``rewards``, with the scores of each.
 
-    ``weights``: reward name -> weight; 0 holds a reward out: it is scored and logged, and is no
-    part of the total.  ``rewards`` may hold more than the weights name: sets of different weights
-    share them.  ``options``: what rewards of this process were built with, by name; half-made
-    evaluations are recognised by it.  ``max_unscored``: how many images of a call may have no
-    score, because they have NaN or infinite values or because a reward fails on them.
+    ``weights``: reward name -> weight; a reward of weight 0 is held out: scored and logged, but not
+    part of the total.  ``rewards`` may have further entries, so that several sets can share them.
+    ``options``: the options of local rewards, by name, which identify an unfinished evaluation.
+    ``max_unscored``: number of images per call that may have no score, because they have NaN or
+    infinite values or because a reward fails on them.
 
-    Rewards receive the float32 values of 8-bit images, which are also what is saved as PNG or sent
-    to a server: a score does not depend on where or when it is computed.
+    Rewards receive float32 values of 8-bit images, the same that are saved as PNG or sent to a
+    server, so that a score does not depend on where it is computed.
     """
 
     def __init__(
@@ -131,7 +129,7 @@ class RewardSet:
         timeout: float = REWARD_SERVER_TIMEOUT,
         max_unscored: int = 0,
     ) -> Self:
-        """A set of its own rewards; the other arguments are those of ``build_rewards``."""
+        """Builds the rewards, too; for the other arguments see ``build_rewards``."""
         rewards = build_rewards(
             weights, device, options=options, reward_servers=reward_servers, timeout=timeout
         )
@@ -150,11 +148,11 @@ class RewardSet:
         metadata: list[dict],
         names: Sequence[str] | None = None,
     ) -> Scores:
-        """Scores B ``images`` on any device.  ``names``: of the images, for errors.
+        """Scores B ``images`` on any device.  ``names``: names of the images, for errors.
 
-        Raises RewardError, naming the reward, if one raises or returns anything but B scores and
-        components of B numbers within MAX_SCORE_MAGNITUDE or NaN; also if the weighted sum is
-        beyond it.  Raises UnscoredError if more than ``max_unscored`` images have no score.
+        Raises RewardError if a reward raises, returns anything but B scores and components of B
+        numbers each, or if a number or the weighted sum exceeds MAX_SCORE_MAGNITUDE.  Raises
+        UnscoredError if more than ``max_unscored`` images have no score.
         """
         names = names or [f"image {row}" for row in range(len(prompts))]
         scores = Scores(torch.zeros(len(prompts), dtype=torch.float64), {})
@@ -163,19 +161,17 @@ class RewardSet:
             scores.total[row] = math.nan
             scores.reasons.setdefault(row, f"{names[row]} ({prompts[row]!r}): {why}")
 
-        valid = images.finite.tolist()
-        for row in (row for row, sound in enumerate(valid) if not sound):
-            leave_out(row, "it has NaN or infinite values")
+        kept = []
+        for row, finite in enumerate(images.finite.tolist()):
+            if finite:
+                kept.append(row)
+            else:
+                leave_out(row, "it has NaN or infinite values")
         scores.check_unscored(self.max_unscored)
-        if scores.reasons:  # the others alone are scored
-            kept = [row for row, sound in enumerate(valid) if sound]
-            images = images[kept]
-            here, lines = [prompts[row] for row in kept], [metadata[row] for row in kept]
-        else:
-            kept, here, lines = [*range(len(prompts))], prompts, metadata
-        values = images.to_float()
+        values = images[kept].to_float()
+        batch = (values, [prompts[row] for row in kept], [metadata[row] for row in kept])
         for name, reward in self._rewards.items() if kept or not prompts else ():
-            output = self._score(name, reward, values, here, lines)
+            output = self._score(name, reward, *batch)
             for key, column in _checked(name, output, len(kept)).items():
                 scores.parts[key] = torch.full_like(scores.total, math.nan)
                 scores.parts[key][kept] = column
@@ -187,7 +183,7 @@ class RewardSet:
             raise RewardError(
                 f"the weighted sum of the rewards {self.weights} is {_first(scores.total, wrong)}"
             )
-        # An image that one reward could not score is out of the others' statistics, too.
+        # An image without a score is left out of the statistics of every reward.
         for column in scores.parts.values():
             column[scores.total.isnan()] = math.nan
         return scores
@@ -195,7 +191,6 @@ class RewardSet:
     def _score(
         self, name: str, reward: Reward, images: Tensor, prompts: list[str], metadata: list[dict]
     ) -> RewardOutput:
-        """What ``reward`` returns; RewardError if it fails."""
         call = partial(score_apart, reward) if self.max_unscored else reward
         try:
             return call(images, prompts, metadata)
@@ -206,10 +201,10 @@ class RewardSet:
 def score_apart(
     reward: Reward, images: Tensor, prompts: list[str], metadata: list[dict]
 ) -> RewardOutput:
-    """What ``reward`` returns; if it raises, it is asked image by image, and those on which it
-    raises have no score.
+    """The output of ``reward``; if it raises, it is called per image, and images on which it raises
+    have no score.
 
-    Raises its error if that is not an image's (ENVIRONMENT_ERRORS).
+    Errors of the environment (ENVIRONMENT_ERRORS) are raised.
     """
     try:
         return reward(images, prompts, metadata)
@@ -233,7 +228,7 @@ def score_apart(
 
 
 def _first(values: Tensor, wrong: Tensor) -> str:
-    """The first of ``values: [B]`` where ``wrong: [B]`` holds, in words."""
+    """Describes the first of ``values: [B]`` where ``wrong: [B]`` is True."""
     row = int(wrong.nonzero()[0])
     value = float(values[row])
     complaint = f"beyond ±{MAX_SCORE_MAGNITUDE:g}" if math.isfinite(value) else "not finite"
@@ -241,24 +236,20 @@ def _first(values: Tensor, wrong: Tensor) -> str:
 
 
 def _checked(name: str, output: object, count: int) -> dict[str, Tensor]:
-    """Scores and components of ``output``, which the reward ``name`` returned for ``count``
-    images, as ``Scores.parts`` holds them.
-    """
+    """Scores and components of the reward ``name`` for ``count`` images, as in ``Scores.parts``."""
     if not isinstance(output, RewardOutput):
-        raise RewardError(f"reward {name!r} returned {type(output).__name__}, no RewardOutput")
-    if not isinstance(output.components, Mapping):
-        kind = type(output.components).__name__
-        raise RewardError(f"reward {name!r} returned components as {kind}, no mapping")
-    if not isinstance(output.reasons, Mapping):
-        kind = type(output.reasons).__name__
-        raise RewardError(f"reward {name!r} returned reasons as {kind}, no mapping")
+        raise RewardError(f"reward {name!r} returned {type(output).__name__}, not a RewardOutput")
+    for key in ("components", "reasons"):
+        if not isinstance(value := getattr(output, key), Mapping):
+            kind = type(value).__name__
+            raise RewardError(f"reward {name!r} returned {key} as {kind}, not as a mapping")
     values = {name: output.scores}
     values |= {f"{name}/{key}": value for key, value in output.components.items()}
     checked: dict[str, Tensor] = {}
     for key, value in values.items():
         if not isinstance(value, Tensor) or value.is_complex():
             kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-            raise RewardError(f"reward {key!r} returned {kind}, no tensor of real numbers")
+            raise RewardError(f"reward {key!r} returned {kind}, not a tensor of real numbers")
         if value.shape != (count,):
             raise RewardError(
                 f"reward {key!r} returned shape {tuple(value.shape)} for {count} images"

@@ -1,37 +1,34 @@
-"""HPSv2.1: human preference, by a CLIP ViT-H/14 tuned on rankings (arXiv 2306.09341)."""
+"""HPSv2.1: a CLIP ViT-H/14 fine-tuned on human preferences (arXiv 2306.09341)."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_nft.images import to_pil, to_uint8
-from diffusion_nft.rewards import RewardOutput
-from diffusion_nft.rewards.clip_common import score_in_batches
+from diffusion_nft.rewards.clip_common import BatchedReward
 from diffusion_nft.rewards.weights import load_torch_file, load_weights, weight_file
 
 if TYPE_CHECKING:
     from open_clip import CLIP
 
-BACKENDS = ("open_clip", "hpsv2x")
 
+class HPSv2Reward(BatchedReward):
+    """cos(image, text) without a scale; about 0.2 to 0.35 in practice.
 
-class HPSv2Reward:
-    """cos(image, text) with no scale; about 0.2 to 0.35 in practice.
-
-    Images of 8 bits; as published, their values in [0, 1] are resized to a long side of 224 in
-    floating point (bicubic, antialiased, neither rounded nor clamped), padded with black and
-    normalised by OpenAI's mean and std.  The published code computes in float16 autocast; float32
-    here moves scores by rounding only.
+    As published, 8-bit images are resized to a long side of 224 in floating point (bicubic,
+    antialiased, neither rounded nor clamped), padded with black and normalised by OpenAI's mean and
+    std.  Prompts are truncated to 77 tokens.  The published code computes in float16 autocast;
+    float32 here changes scores by rounding only.
 
     ``backend``: "open_clip", or "hpsv2x" for that package's own model, tokenizer and preprocessing,
-    which needs an environment of its own.  ``model_name``: an architecture of the backend;
-    ``weights``: its checkpoint, None for the one in reward_ckpts.  Raises ImportError without the
-    backend's package, FileNotFoundError without the checkpoint and ValueError for an unknown
-    backend or if checkpoint and architecture do not fit.
+    which needs a separate environment.  ``model_name``: an architecture of the backend;
+    ``weights``: its checkpoint (default: the one in reward_ckpts).  Raises ImportError without the
+    backend's package, FileNotFoundError without the checkpoint and ValueError if checkpoint and
+    architecture do not fit.
     """
 
     def __init__(
@@ -40,12 +37,10 @@ class HPSv2Reward:
         *,
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
-        backend: str = "open_clip",
+        backend: Literal["open_clip", "hpsv2x"] = "open_clip",
         model_name: str = "ViT-H-14",
         weights: Path | None = None,
     ):
-        if backend not in BACKENDS:
-            raise ValueError(f"backend {backend!r} is unknown; choose from {', '.join(BACKENDS)}")
         path = weights or weight_file("hpsv2")
         build = _hpsv2x if backend == "hpsv2x" else _open_clip
         model, self.tokenizer, self.preprocess = build(model_name)
@@ -56,11 +51,6 @@ class HPSv2Reward:
         self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self.device, self.dtype, self.batch_size = device, dtype, batch_size
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
-        """Scores ``[B]`` of ``images: [B, 3, H, W]`` in [0, 1]; prompts are cut at 77 tokens."""
-        del metadata
-        return RewardOutput(score_in_batches(self._score, images, prompts, self.batch_size))
-
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         pixels = self.preprocess(images.to(self.device)).to(self.device, self.dtype)
         tokens = self.tokenizer(prompts).to(self.device)
@@ -69,7 +59,7 @@ class HPSv2Reward:
         return (image.float() * text.float()).sum(-1)
 
 
-# A model, its tokenizer, and what makes its input of images [B, 3, H, W] in [0, 1].
+# Model, tokenizer, and preprocessing of images [B, 3, H, W] in [0, 1].
 _Parts = tuple["CLIP", Callable[[list[str]], Tensor], Callable[[Tensor], Tensor]]
 
 
@@ -105,9 +95,9 @@ def _hpsv2x(model_name: str) -> _Parts:
         from hpsv2.src import open_clip  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
-            "the hpsv2x backend needs an environment of its own with: pip install hpsv2x==1.2.0"
+            "the hpsv2x backend needs a separate environment with: pip install hpsv2x==1.2.0"
         ) from error
-    # "light augmentation" is what chooses the published preprocessing.
+    # light_augmentation selects the published preprocessing.
     model, _, transform = open_clip.create_model_and_transforms(model_name, light_augmentation=True)
 
     def preprocess(images: Tensor) -> Tensor:

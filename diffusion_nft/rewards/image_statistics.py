@@ -1,4 +1,4 @@
-"""What images look like, apart from what they show: to hold out, and watch for reward hacking."""
+"""Brightness, saturation and edges of images: a held-out reward to detect reward hacking."""
 
 import torch
 from torch import Tensor
@@ -7,18 +7,16 @@ from diffusion_nft.rewards import RewardOutput
 
 
 class ImageStatistics:
-    """The score is the brightness, the mean of all values.
+    """Brightness: the mean of all values.
 
     Components: ``saturation``, the mean over pixels of HSV's (max - min) / max of the channels; and
-    ``edges``, the mean absolute difference of neighbouring pixels, across and down.  All in [0, 1].
+    ``edges``, the mean absolute difference of horizontal and vertical neighbours.  All in [0, 1].
     """
 
     def __init__(self, device: torch.device):
-        del device  # wherever the images are
+        pass
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
-        """Scores ``[B]`` for ``images: [B, 3, H, W] in [0, 1]``."""
-        del prompts, metadata
         images = images.to(torch.float32)
         high, low = images.amax(dim=1), images.amin(dim=1)
         saturation = torch.where(high > 0, (high - low) / high.clamp(min=1e-6), 0.0)

@@ -1,34 +1,32 @@
-"""ImageReward-v1.0: human preference, by BLIP and an MLP tuned on rankings (arXiv 2304.05977)."""
+"""ImageReward-v1.0: BLIP and an MLP fine-tuned on human preferences (arXiv 2304.05977)."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from diffusion_nft.images import to_pil
-from diffusion_nft.rewards import RewardOutput
-from diffusion_nft.rewards.clip_common import score_in_batches, tokenize
+from diffusion_nft.rewards.clip_common import BatchedReward, tokenize
 from diffusion_nft.rewards.weights import load_torch_file, load_weights, weight_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import BlipConfig
 
-BACKENDS = ("transformers", "image-reward")
 MAX_TOKENS = 35
-# Mean and standard deviation of the MLP's output, as the image-reward package has them.
+# Mean and standard deviation of the MLP's output in the image-reward package.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-# Normalisation of the images (OpenAI's).
+# OpenAI's normalisation of images.
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 _VIT = "blip.visual_encoder."
 _LAYER, _BLOCK = r"vision\.encoder\.layers\.(\d+)\.", _VIT + r"blocks.\1."
-# Our name (a regular expression) -> the published file's name.  The linear layers of the MLP keep
-# the numbers that they have between the published dropouts.
+# Our name (a regular expression) -> the published file's name.  The MLP's linear layers keep the
+# numbers that they have between the published dropout layers.
 _NAMES = [
     (r"vision\.embeddings\.class_embedding", _VIT + "cls_token"),
     (r"vision\.embeddings\.position_embedding", _VIT + "pos_embed"),
@@ -41,8 +39,8 @@ _NAMES = [
     (r"text\.(.+)", r"blip.text_encoder.\1"),
     *((rf"mlp\.{i}\.(\w+)", rf"mlp.layers.{n}.\1") for i, n in enumerate((0, 2, 4, 6, 7))),
 ]
-# Of the file, without effect on the score: a buffer of positions 0, 1, 2... and BLIP's projections
-# into the space of its contrastive loss.
+# Tensors of the file without effect on the score: a buffer of positions 0, 1, 2... and BLIP's
+# projections for its contrastive loss.
 _UNUSED = {
     "blip.text_encoder.embeddings.position_ids",
     *(f"blip.{tower}_proj.{kind}" for tower in ("vision", "text") for kind in ("weight", "bias")),
@@ -50,7 +48,7 @@ _UNUSED = {
 
 
 def published_config() -> "BlipConfig":
-    """ViT-L/16 at 224 pixels and BERT-base with cross-attention to it, as ImageReward-v1.0 has."""
+    """ImageReward-v1.0's ViT-L/16 at 224 pixels and BERT-base with cross-attention to it."""
     from transformers import BlipConfig
 
     return BlipConfig(
@@ -73,17 +71,14 @@ def published_config() -> "BlipConfig":
             "max_position_embeddings": 512,
             "hidden_act": "gelu",
             "layer_norm_eps": 1e-12,
-            # Builds the cross-attention; the mask is forward's business.
+            # Builds the cross-attention; forward turns the causal mask off.
             "is_decoder": True,
         },
     )
 
 
 class ImageRewardModel(nn.Module):
-    """BLIP's text encoder looking at the image, and an MLP without activations on its CLS token.
-
-    ``config``: the two towers; ``published_config()`` is ImageReward-v1.0's.
-    """
+    """BLIP's text encoder with cross-attention to the image, and a linear MLP on its CLS token."""
 
     def __init__(self, config: "BlipConfig"):
         from transformers import BlipTextModel, BlipVisionModel
@@ -102,7 +97,7 @@ class ImageRewardModel(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             encoder_hidden_states=image,
-            # Every token sees every token; True would mask as for writing a caption.
+            # Bidirectional attention; True would apply the causal mask.
             is_decoder=False,
         ).last_hidden_state
         return (self.mlp(text[:, 0].float()).squeeze(1) - MEAN) / STD
@@ -111,15 +106,15 @@ class ImageRewardModel(nn.Module):
 def convert(weights: Any, names: Iterable[str], path: Path) -> dict[str, Tensor]:
     """The published state dict ``weights``, read from ``path``, under the model's ``names``.
 
-    Raises ValueError, naming them, for tensors that are missing or left over and for a name of the
-    model that the table does not know (another version of transformers).
+    Raises ValueError for missing or unexpected tensors, and for a name of the model that is not in
+    the table (another version of transformers).
     """
     if not isinstance(weights, Mapping):
-        raise ValueError(f"{path} holds a {type(weights).__name__} where a state dict should be")
+        raise ValueError(f"{path} holds a {type(weights).__name__}, not a state dict")
     origins = {name: _file_name(name) for name in names}
     problems = [f"{name} is missing" for name in origins.values() if name not in weights]
-    left_over = weights.keys() - set(origins.values()) - _UNUSED
-    problems += [f"{name} is left over" for name in sorted(left_over)]
+    unexpected = weights.keys() - set(origins.values()) - _UNUSED
+    problems += [f"{name} is unexpected" for name in sorted(unexpected)]
     if problems:
         shown = "\n  ".join(problems[:20])
         raise ValueError(f"{path} does not fit, {len(problems)} problems:\n  {shown}")
@@ -131,22 +126,23 @@ def _file_name(name: str) -> str:
         match = re.fullmatch(pattern, name)
         if match:
             return match.expand(template)
-    raise ValueError(f"transformers' {name} has no known counterpart in ImageReward")
+    raise ValueError(f"transformers' {name} has no counterpart in ImageReward's checkpoint")
 
 
-class ImageRewardReward:
-    """ImageReward-v1.0's score, roughly of mean 0 and deviation 1 over its authors' images.
+class ImageRewardReward(BatchedReward):
+    """ImageReward-v1.0's score, roughly of mean 0 and standard deviation 1 on its authors' images.
 
-    Images of 8 bits, short side resized to 224 (Pillow, bicubic), centre crop, OpenAI's mean and
-    std.  ``backend``: "transformers", or "image-reward" for the package itself, which needs an
-    environment of its own and has float32 alone.  ``weights``: the published ImageReward.pt, None
-    for the one in reward_ckpts (the package: for its own download; it wants med_config.json
-    beside).  For transformers alone, ``tokenizer``: a hub name or local folder; ``config``: another
-    architecture than the published.
+    8-bit images, short side resized to 224 (Pillow, bicubic), centre crop, OpenAI's mean and std;
+    prompts truncated to 35 tokens.
 
-    Raises ValueError for an unknown backend or if weights, tokenizer and architecture do not fit,
-    FileNotFoundError without the weights, OSError without the tokenizer and ImportError without the
-    package.
+    ``backend``: "transformers", or "image-reward" for the package itself, which needs a separate
+    environment and computes in float32 only.  ``weights``: the published ImageReward.pt (default:
+    the one in reward_ckpts; the package downloads its own, or expects med_config.json next to
+    ``weights``).  ``tokenizer`` (a hub name or local folder) and ``config`` (the architecture)
+    apply to transformers only.
+
+    Raises ValueError if weights, tokenizer and architecture do not fit, FileNotFoundError without
+    the weights, OSError without the tokenizer and ImportError without the package.
     """
 
     def __init__(
@@ -155,31 +151,27 @@ class ImageRewardReward:
         *,
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
-        backend: str = "transformers",
+        backend: Literal["transformers", "image-reward"] = "transformers",
         weights: Path | None = None,
         tokenizer: str = "bert-base-uncased",
         config: "BlipConfig | None" = None,
     ):
-        if backend not in BACKENDS:
-            raise ValueError(f"backend {backend!r} is unknown; choose from {', '.join(BACKENDS)}")
-        self._score: Callable[[Tensor, list[str]], Tensor]
+        self.scorer: Callable[[Tensor, list[str]], Tensor]
         if backend == "image-reward":
             if dtype != torch.float32:
                 raise ValueError(f"the image-reward backend computes in float32, not {dtype}")
-            self._score = _Package(device, weights)
+            self.scorer = _Package(device, weights)
         else:
             path = weights or weight_file("imagereward")
-            self._score = _Blip(device, dtype, path, tokenizer, config or published_config())
+            self.scorer = _Blip(device, dtype, path, tokenizer, config or published_config())
         self.batch_size = batch_size
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
-        """Scores ``[B]`` of ``images: [B, 3, H, W]`` in [0, 1]; prompts are cut at 35 tokens."""
-        del metadata
-        return RewardOutput(score_in_batches(self._score, images, prompts, self.batch_size))
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.scorer(images, prompts)
 
 
 class _Blip:
-    """(images ``[B, 3, H, W]``, B prompts) -> scores ``[B]``, by transformers' BLIP."""
+    """Scores ``[B]`` by transformers' BLIP."""
 
     def __init__(
         self,
@@ -194,14 +186,14 @@ class _Blip:
         vocabulary = cast("Any", config.text_config).vocab_size
         if len(self.tokenizer) != vocabulary:
             raise ValueError(
-                f"the tokenizer {tokenizer} knows {len(self.tokenizer)} tokens with [DEC] and "
-                f"[ENC], the model {vocabulary}"
+                f"the tokenizer {tokenizer} has {len(self.tokenizer)} tokens with [DEC] and [ENC], "
+                f"but the model has {vocabulary}"
             )
         self.model = ImageRewardModel(config)
         weights = convert(load_torch_file(path), self.model.state_dict(), path)
         load_weights(self.model, weights, path)
         self.model.to(device).eval().requires_grad_(False)
-        # The towers alone: the MLP is small and its float32 keeps the score's digits.
+        # The MLP stays in float32, which keeps the score's precision.
         self.model.vision.to(dtype=dtype)
         self.model.text.to(dtype=dtype)
         self.preprocess = _preprocess(cast("Any", config.vision_config).image_size)
@@ -215,7 +207,7 @@ class _Blip:
 
 
 def _load_tokenizer(name: str) -> Any:
-    """BERT's tokenizer with BLIP's two extra tokens; a prompt may spell them, nothing adds them."""
+    """BERT's tokenizer with BLIP's two extra tokens, which are in the vocabulary but unused."""
     from transformers import BertTokenizer
 
     tokenizer = BertTokenizer.from_pretrained(name)
@@ -239,14 +231,14 @@ def _preprocess(size: int) -> "Callable[[Image], Tensor]":
 
 
 class _Package:
-    """(images ``[B, 3, H, W]``, B prompts) -> scores ``[B]``, by the image-reward package."""
+    """Scores ``[B]`` by the image-reward package."""
 
     def __init__(self, device: torch.device, weights: Path | None):
         try:
             import ImageReward  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError(
-                "the image-reward backend needs an environment of its own with: pip install "
+                "the image-reward backend needs a separate environment with: pip install "
                 'image-reward==1.5 transformers==4.53.3 openai-clip "setuptools<81" torchvision'
             ) from error
         if weights is None:

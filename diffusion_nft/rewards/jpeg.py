@@ -1,4 +1,4 @@
-"""Rewards that count the bytes of a JPEG: no model, no weights, good for trying a pipeline."""
+"""Rewards from the size of a JPEG: without a model, useful for testing a pipeline."""
 
 import io
 
@@ -28,11 +28,9 @@ class JpegCompressibility:
     sign = -1.0
 
     def __init__(self, device: torch.device):
-        del device  # JPEG is a matter of the CPU
+        pass
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
-        """Scores ``[B]`` for ``images: [B, 3, H, W] in [0, 1]``."""
-        del prompts, metadata
         return RewardOutput(scores=self.sign * jpeg_kilobytes(images) / KILOBYTES_PER_POINT)
 
 

@@ -1,4 +1,4 @@
-"""OCR reward: does the image show the text that the prompt puts in double quotes?"""
+"""OCR reward: similarity of the text in the image and the quoted text in the prompt."""
 
 import importlib.metadata
 import os
@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Set
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -21,16 +21,15 @@ if TYPE_CHECKING:
     from rapidocr import RapidOCR
     from rapidocr.utils.output import RapidOCROutput
 
-# Characters of a prompt, and letters in it, that an error quotes.
+# Maximum number of characters of a prompt, and of unknown letters, in an error.
 MAX_QUOTED = 200
 DEFAULT_BACKEND = "rapidocr"
 # An image -> the lines of text in it, in reading order.
 Reader = Callable[[Image.Image], list[str]]
 
-# The text asked for: in straight quotes, as published, or else in typographic ones.
+# The requested text: in straight quotes, as published, or else in typographic ones.
 QUOTED_PATTERNS = (re.compile(r'"(.*?)"', re.DOTALL), re.compile("[“”„](.*?)[“”]", re.DOTALL))
-# Signs that look alike, of which an engine reads the one for the other; variation selectors, which
-# are invisible.
+# Characters that an engine cannot tell apart, mapped to one of them; variation selectors, removed.
 LOOKALIKES = str.maketrans(
     dict.fromkeys("‘’‚‛′", "'")
     | dict.fromkeys("“”„‟", '"')
@@ -43,11 +42,10 @@ INVISIBLE_CATEGORIES = ("Cc", "Cf")
 
 
 def normalized(text: str) -> str:
-    """``text`` as it is compared: lower case, without spaces and invisible characters, and with one
-    form of what looks alike.
+    """``text`` for comparison: lower case, without spaces, invisible and lookalike characters.
 
-    NFKC makes one of composed and decomposed letters, of full-width ones, of … and three dots, of ½
-    and 1/2; LOOKALIKES of quotes and dashes.  ASCII loses its spaces and its case only.
+    NFKC unifies composed, decomposed and full-width letters, … and three dots, ½ and 1/2;
+    LOOKALIKES unifies quotes and dashes.  ASCII text only loses spaces and case.
     """
     text = unicodedata.normalize("NFKC", text).translate(LOOKALIKES)
     seen = (
@@ -57,12 +55,12 @@ def normalized(text: str) -> str:
 
 
 def target_text(prompt: str, letters: Set[str] | None = None) -> str:
-    """The text that ``prompt`` asks for: in its first pair of double quotes, as the prompt has it.
+    """The text in the first pair of double quotes of ``prompt``, not normalised.
 
-    ``letters``: those that the engine can read, normalised; None: unknown.  Raises ValueError if
-    there is no text, or one with other letters, which no image could ever match.
+    ``letters``: the letters that the engine can read, normalised; None: unknown.  Raises ValueError
+    if there is no text, or if it has other letters, which no image could match.
     """
-    quoted = repr(prompt[:MAX_QUOTED])  # shows what is invisible
+    quoted = repr(prompt[:MAX_QUOTED])  # repr shows invisible characters
     found = QUOTED_PATTERNS[0].search(prompt) or QUOTED_PATTERNS[1].search(prompt)
     if found is None or not (text := normalized(found[1])):
         raise ValueError(f'no text in "double quotes": {quoted}')
@@ -75,10 +73,10 @@ def target_text(prompt: str, letters: Set[str] | None = None) -> str:
 def check_prompt(
     prompt: str, metadata: Mapping[str, Any], options: Mapping[str, Any] | None
 ) -> None:
-    """Raises ValueError as ``target_text``, with the letters of the engine that ``options`` choose;
-    None: a server's, which are unknown here.
+    """Raises ValueError for a prompt that ``target_text`` refuses.
+
+    The letters are those of the engine in ``options``; None: a server's engine, unknown here.
     """
-    del metadata
     letters = None
     if options is not None:
         letters = engine_letters(options.get("backend", DEFAULT_BACKEND))
@@ -86,7 +84,7 @@ def check_prompt(
 
 
 def levenshtein(a: str, b: str) -> int:
-    """The least number of insertions, deletions and substitutions that turn ``a`` into ``b``."""
+    """Edit distance: the minimum number of insertions, deletions and substitutions."""
     row = list(range(len(b) + 1))
     for i, char in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
@@ -108,34 +106,31 @@ def text_score(found: str, target: str) -> float:
 
 
 class OcrReward:
-    """``text_score`` of what an OCR engine reads and what the prompt quotes.
+    """``text_score`` of the text that an OCR engine reads and the text that the prompt quotes.
 
-    ``backend``: ``rapidocr`` (PP-OCR models inside its package, no downloads) or ``paddleocr`` (the
-    published one, 2.x or 3.x; fetches models at its first use).  Both run on the CPU.  ``threads``
-    a process; None: this machine's cores shared among its ranks.  Scores of different backends, or
-    of different versions of one, do not compare.  Raises ImportError without the backend.
+    ``backend``: ``rapidocr`` (its package contains the PP-OCR models) or ``paddleocr`` (as
+    published; 2.x or 3.x, downloads models at its first use).  Both run on the CPU.  ``threads``:
+    CPU threads per process (default: the machine's cores divided by its ranks).  Scores of
+    different backends or versions are not comparable.  Raises ImportError without the backend.
     """
 
     def __init__(
-        self, device: torch.device, *, backend: str = DEFAULT_BACKEND, threads: int | None = None
+        self,
+        device: torch.device,
+        *,
+        backend: Literal["rapidocr", "paddleocr"] = DEFAULT_BACKEND,
+        threads: int | None = None,
     ):
-        del device
-        if backend not in BACKENDS:
-            known = ", ".join(BACKENDS)
-            raise ValueError(f"OCR backend {backend!r} is unknown; choose from {known}")
         if threads is not None and threads < 1:
-            raise ValueError(f"the threads of the ocr reward must be at least 1, not {threads}")
+            raise ValueError(f"the threads of ocr must be at least 1, not {threads}")
         self.letters = engine_letters(backend)
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.read = BACKENDS[backend](threads or max(1, usable_cpus() // ranks))
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
-        """Scores ``[B]`` in [0, 1] of ``images: [B, 3, H, W]`` in [0, 1].
-
-        Raises ValueError for a prompt without a quoted text, a text with letters that the engine
-        lacks, or another number of prompts than B.
+        """Raises ValueError for a prompt that ``target_text`` refuses, or for another number of
+        prompts than images.
         """
-        del metadata
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
         targets = [target_text(prompt, self.letters) for prompt in prompts]
@@ -147,17 +142,14 @@ class OcrReward:
 
 
 def engine_letters(backend: str) -> Set[str] | None:
-    """The letters that ``backend`` can read, ``normalized``; None: unknown.
-
-    Raises ImportError without its package.
-    """
+    """Letters that ``backend`` can read, ``normalized``, or None if unknown."""
     return LETTERS[backend]() if backend in LETTERS else None
 
 
 def _rapidocr_engine(threads: int) -> "RapidOCR":
-    """RapidOCR's defaults without the angle classifier; lines below confidence 0.5 are dropped."""
+    """RapidOCR without the angle classifier; its default drops lines below confidence 0.5."""
     try:
-        import onnxruntime  # noqa: F401  (RapidOCR imports it only when it reads its first image)
+        import onnxruntime  # noqa: F401  (RapidOCR imports it with the first image)
         from rapidocr import RapidOCR
     except ImportError as error:
         raise ImportError('the ocr reward needs: pip install -e ".[ocr]"') from error
@@ -182,22 +174,19 @@ def _rapidocr(threads: int) -> Reader:
 @cache
 def _rapidocr_letters() -> Set[str]:
     engine = _rapidocr_engine(threads=1)
-    # The model that knows them loads when it is first used.
+    # The recognition model, which has the list, loads at its first use.
     engine(Image.new("RGB", (48, 48)), use_det=False)
     assert engine.text_rec is not None
     return frozenset("".join(map(normalized, engine.text_rec.session.get_character_list())))
 
 
 def _paddleocr(threads: int) -> Reader:
-    """PaddleOCR, English, no angle classifier, as published.
-
-    It is given RGB arrays, as published, although it takes arrays for BGR.
-    """
+    """PaddleOCR as published: English, no angle classifier, RGB arrays although it expects BGR."""
     try:
         from paddleocr import PaddleOCR  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
-            "the paddleocr backend needs, in an environment of its own: "
+            "the paddleocr backend needs, in a separate environment: "
             "pip install paddlepaddle==2.6.2 paddleocr==2.9.1"
         ) from error
     if int(importlib.metadata.version("paddleocr").split(".")[0]) < 3:
@@ -227,7 +216,7 @@ def _paddleocr(threads: int) -> Reader:
     return read
 
 
-# backend -> what builds its reader, given a number of threads.
+# backend -> builder of its reader, given a number of threads.
 BACKENDS: dict[str, Callable[[int], Reader]] = {"rapidocr": _rapidocr, "paddleocr": _paddleocr}
-# backend -> what tells the letters that it can read, normalised.
+# backend -> its letters, normalised.
 LETTERS: dict[str, Callable[[], Set[str]]] = {"rapidocr": _rapidocr_letters}

@@ -1,4 +1,4 @@
-"""The built-in world's reward: does the image show what its caption asks for?"""
+"""Reward of the built-in shapes world: does the image match its caption?"""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -17,30 +17,23 @@ SIDE = 48
 def check_prompt(
     prompt: str, metadata: Mapping[str, Any], options: Mapping[str, Any] | None
 ) -> None:
-    """Raises ValueError, quoting it, if ``metadata`` cannot be judged."""
-    del prompt, options
+    """Raises ValueError for metadata that cannot be scored."""
     check_metadata(metadata, objects=CLASSES, colors=tuple(COLORS))
 
 
 class ShapesReward:
-    """The verifier's graded score in [0, 1]; components ``strict`` and ``stricter`` are 0 or 1.
+    """The verifier's graded score in [0, 1].
 
-    ``strict`` asks for every term of the caption under the standard rule; ``stricter`` asks the
-    same under a rule that no reward ever sees, so that gaming the first shows.  ``rule``: what the
-    score is graded by; ``"lenient"`` takes blobs for shapes and overlooks what is drawn beyond the
-    caption, to study how a policy games a reward.
+    Components, 0 or 1: ``strict``, every term of the caption is met under the standard rule;
+    ``stricter``, the same under a rule that is never trained on, which reveals reward hacking.
+    ``rule``: the rule of the score; ``"lenient"`` accepts blobs as shapes and ignores additional
+    objects, to study reward hacking.
     """
 
     def __init__(self, device: torch.device, *, rule: Literal["standard", "lenient"] = "standard"):
-        del device  # the verifier is numpy's
         self.rule = rule
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
-        """Scores ``[B]`` of ``images: [B, 3, 48, 48]`` in [0, 1] against their captions.
-
-        Raises ValueError for images of another size.
-        """
-        del prompts
         if images.shape[1:] != (3, SIDE, SIDE):
             raise ValueError(
                 f"the shapes reward needs images [B, 3, {SIDE}, {SIDE}], not {list(images.shape)}"

@@ -1,4 +1,4 @@
-"""A trial of a reward: images that it can score, and the command that fixes a failure."""
+"""Test images for a reward, and the command that fixes a failure."""
 
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -14,7 +14,7 @@ from diffusion_nft.shapes.captions import metadata_lines, sample_scene
 from diffusion_nft.shapes.scene import render_batch
 
 SIDE = 512
-# The extra that installs a reward's packages, where its name is not the reward's.
+# Extra of setup.py with a reward's packages, where its name differs from the reward's.
 EXTRAS = {"pickscore": "", "clipscore": "", "aesthetic": "", "imagereward": ""}
 
 

@@ -1,6 +1,6 @@
-"""UnifiedReward: a vision-language model marks images from 1 to 5 (arXiv 2503.05236).
+"""UnifiedReward: a vision-language model that rates images from 1 to 5 (arXiv 2503.05236).
 
-The model runs behind a server with OpenAI's API, such as sglang or vLLM, which every rank asks.
+The model runs in a server with OpenAI's API, such as sglang or vLLM, shared by all ranks.
 """
 
 import base64
@@ -37,7 +37,7 @@ START_COMMAND = (
 
 SIDE = 512
 MAX_SCORE = 5.0
-# What the model was trained to be asked: the wording is part of the score.
+# The question that the model was trained with.
 QUESTION = (
     "<image>\n"
     "You are given a text caption and a generated image based on that caption. Your task is to "
@@ -51,36 +51,36 @@ QUESTION = (
     "Your task is provided as follows:\n"
     "Text Caption: [{prompt}]"
 )
-# The published pattern, which without its last part takes "10" for a 1.
+# The published pattern, which without its last part reads "10" as 1.
 SCORE = re.compile(r"Final Score:\s*([1-5](?:\.\d+)?)(?!\d)")
 
-# Seconds for what a living server does at once: accept a connection, list its models.
+# Seconds to accept a connection or list the models.
 CONNECT_TIMEOUT_S = 10.0
-# Seconds that a batch may take before it shows a progress bar.
+# Seconds before a batch shows a progress bar.
 BAR_DELAY = 10.0
 MAX_QUOTED = 500
 
 
 def score_of(answer: str) -> float | None:
-    """The mark in [1, 5] after ``Final Score:`` in the model's ``answer``; None without one."""
+    """The rating in [1, 5] after ``Final Score:`` in the model's ``answer``, or None."""
     match = SCORE.search(answer)
-    mark = float(match[1]) if match else 0.0
-    return mark if 1 <= mark <= MAX_SCORE else None
+    rating = float(match[1]) if match else 0.0
+    return rating if 1 <= rating <= MAX_SCORE else None
 
 
 class UnifiedRewardReward:
-    """The mark that UnifiedReward gives an image for its prompt, divided by 5.
+    """UnifiedReward's rating of an image for its prompt, divided by 5.
 
-    ``base_url``, ``api_key``, ``model``: of the server; else the environment variables
-    UNIFIEDREWARD_BASE_URL, UNIFIEDREWARD_API_KEY and UNIFIEDREWARD_MODEL, else the published
-    set-up's.  ``model`` may be the end of a listed path: sglang lists the path it was started with.
-    At most ``concurrency`` requests are in flight during a call.  ``timeout``: seconds a try.
-    Time-outs, lost connections, 408, 409, 429 and 5xx are tried again up to ``max_retries`` times,
-    after a pause that doubles from 0.5 to 8 s or that the server asks for.  An image has no score
-    after ``max_unparsable`` answers without a mark.
+    ``base_url``, ``api_key`` and ``model`` of the server default to the environment variables
+    UNIFIEDREWARD_BASE_URL, UNIFIEDREWARD_API_KEY and UNIFIEDREWARD_MODEL, then to the published
+    set-up.  ``model`` may be the end of a listed path, because sglang lists the path of the model.
+    ``concurrency``: maximum number of requests in flight.  ``timeout``: seconds per attempt.
+    Time-outs, lost connections, 408, 409, 429 and 5xx are retried up to ``max_retries`` times, with
+    a delay that doubles from 0.5 to 8 s or that the server sets.  An image has no score after
+    ``max_unparsable`` answers without a rating.
 
-    Raises ImportError without openai, ConnectionError if the server cannot be reached, ValueError
-    if it refuses the key, lacks the model or has no such API, or for an option out of range.
+    Raises ImportError without openai, ConnectionError if the server cannot be reached, and
+    ValueError if it refuses the key or lacks the model or API, or for an option out of range.
     """
 
     def __init__(
@@ -95,7 +95,6 @@ class UnifiedRewardReward:
         max_retries: int = 5,
         max_unparsable: int = 3,
     ):
-        del device  # the server has the model
         try:
             import openai  # noqa: F401
         except ImportError as error:
@@ -111,40 +110,38 @@ class UnifiedRewardReward:
         address = urlsplit(self.base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise ValueError(f"base_url must be like {DEFAULT_URL}, not {self.base_url!r}")
-        # A proxy of the environment cannot reach this machine's own addresses.
+        # A proxy cannot reach addresses of this machine.
         self._use_proxy = address.hostname not in ("127.0.0.1", "localhost", "::1")
         self._api_key = api_key or os.environ.get(KEY_VARIABLE) or DEFAULT_KEY
         if not all("!" <= char <= "~" for char in self._api_key):
-            # Left to the HTTP library, this would be an error that prints the key.
+            # The HTTP library's error would print the key.
             raise ValueError(
-                f"the API key (api_key or {KEY_VARIABLE}) may hold printable ASCII only, no spaces "
-                "and no line ends"
+                f"the API key (api_key or {KEY_VARIABLE}) must be printable ASCII without "
+                "spaces or line ends"
             )
         self.concurrency, self.timeout = concurrency, timeout
         self.max_retries, self.max_unparsable = max_retries, max_unparsable
         self.model = self._listed(model or os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
-        """Scores ``[B]`` in [0.2, 1], float64 on the CPU, of ``images: [B, 3, H, W]`` in [0, 1].
+        """Scores in [0.2, 1], or NaN for an image without a rating.
 
-        NaN for an image that gets no mark.
-        Raises ConnectionError if the server fails, ValueError if it refuses a request or for
-        another number of prompts than B.
+        Raises ConnectionError if the server fails, and ValueError if it refuses a request or for
+        another number of prompts than images.
         """
         from tqdm import tqdm
 
-        del metadata
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
         pil_images = to_pil(images)
-        # Threads and connections end with the call.  The client is safe to share among threads.
+        # Threads and connections end with the call; threads may share the client.
         with self._client(self.timeout) as client, ThreadPoolExecutor(self.concurrency) as pool:
-            # The first error ends ``map``, which then cancels what has not begun.
-            marks = pool.map(
-                lambda pair: self._mark(client, *pair), zip(pil_images, prompts, strict=True)
+            # The first error ends ``map``, which cancels the calls that have not started.
+            ratings = pool.map(
+                lambda pair: self._rate(client, *pair), zip(pil_images, prompts, strict=True)
             )
             bar = tqdm(
-                marks,
+                ratings,
                 desc="unifiedreward",
                 total=len(prompts),
                 delay=BAR_DELAY,
@@ -152,12 +149,12 @@ class UnifiedRewardReward:
                 disable=os.environ.get("RANK", "0") != "0",
             )
             answers = list(bar)
-        marks = torch.tensor([mark for mark, _ in answers], dtype=torch.float64)
+        ratings = torch.tensor([rating for rating, _ in answers], dtype=torch.float64)
         reasons = {row: reason for row, (_, reason) in enumerate(answers) if reason}
-        return RewardOutput(marks / MAX_SCORE, reasons=reasons)
+        return RewardOutput(ratings / MAX_SCORE, reasons=reasons)
 
-    def _mark(self, client: "OpenAI", image: Image.Image, prompt: str) -> tuple[float, str]:
-        """The mark in [1, 5] of one image, or NaN and why there is none."""
+    def _rate(self, client: "OpenAI", image: Image.Image, prompt: str) -> tuple[float, str]:
+        """The rating in [1, 5] of one image and "", or NaN and the reason."""
         png = io.BytesIO()
         image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(png, format="PNG")
         url = f"data:image;base64,{base64.b64encode(png.getvalue()).decode('ascii')}"
@@ -181,27 +178,27 @@ class UnifiedRewardReward:
             try:
                 answer = str(json.loads(body)["choices"][0]["message"]["content"])
             except (ValueError, KeyError, IndexError, TypeError):
-                answer = body  # no chat completion: to be quoted, not to be searched for a mark
+                answer = body  # not a chat completion
                 continue
-            mark = score_of(answer)
-            if mark is not None:
-                return mark, ""
+            rating = score_of(answer)
+            if rating is not None:
+                return rating, ""
         return math.nan, (
-            f"got no mark from 1 to 5 after 'Final Score:' in max_unparsable = "
+            f"got no rating from 1 to 5 after 'Final Score:' in max_unparsable = "
             f"{self.max_unparsable} answers of {self.model} at {self.base_url}; the last one was "
             f"{self._quoted(answer)}"
         )
 
     def _listed(self, model: str) -> str:
-        """The name under which the server lists ``model``."""
+        """The server's name of ``model``; ValueError if it is not listed."""
         with self._client(min(self.timeout, CONNECT_TIMEOUT_S)) as client:
             body = self._body(client.models.with_raw_response.list)
         try:
             names = [str(entry["id"]) for entry in json.loads(body)["data"]]
         except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"{self.base_url} does not serve OpenAI's API (does it end in /v1?): it answers "
-                f"/models by {self._quoted(body)}"
+                f"{self.base_url} does not serve OpenAI's API (does it end in /v1?): /models "
+                f"returns {self._quoted(body)}"
             ) from None
         if model in names:
             return model
@@ -209,8 +206,8 @@ class UnifiedRewardReward:
             if name.rstrip("/").endswith(f"/{model}"):
                 return name
         raise ValueError(
-            f"the server at {self.base_url} has {', '.join(names) or 'no model'} and no {model}: "
-            f"name another by model or {MODEL_VARIABLE}, or start the server by: {START_COMMAND}"
+            f"the server at {self.base_url} serves {', '.join(names) or 'no model'}, not {model}: "
+            f"set model or {MODEL_VARIABLE}, or start a server with: {START_COMMAND}"
         )
 
     def _client(self, timeout: float) -> "OpenAI":
@@ -225,14 +222,14 @@ class UnifiedRewardReward:
         )
 
     def _body(self, request: Callable[[], Any]) -> str:
-        """The body of the answer to ``request``, a raw-response call of the client."""
+        """The response body of ``request``, a raw-response call of the client."""
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
-        # Errors of older clients quote the server, which may quote the key: they are not chained.
+        # Not chained: errors of older clients quote the response, which may quote the key.
         try:
             return request().http_response.text
         except APIStatusError as error:
-            reason = f"answers {error.status_code}, {self._quoted(error.response.text)}"
+            reason = f"returns {error.status_code}, {self._quoted(error.response.text)}"
             if 400 <= error.status_code < 500 and error.status_code not in (408, 409, 429):
                 raise ValueError(
                     f"the server at {self.base_url} {reason}: check base_url, api_key and model, "
@@ -243,8 +240,8 @@ class UnifiedRewardReward:
         except APIConnectionError as error:
             reason = f"cannot be reached, {self._quoted(str(error.__cause__ or error))}"
         raise ConnectionError(
-            f"the server at {self.base_url} {reason} (up to {self.max_retries + 1} tries): name "
-            f"another by base_url or {URL_VARIABLE}, or start one by: {START_COMMAND}"
+            f"the server at {self.base_url} {reason} (up to {self.max_retries + 1} attempts): set "
+            f"base_url or {URL_VARIABLE}, or start a server with: {START_COMMAND}"
         )
 
     def _quoted(self, text: str) -> str:

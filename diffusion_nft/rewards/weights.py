@@ -1,8 +1,8 @@
-"""Reward weights: where they come from, where they lie, safe loading.
+"""Reward weights: sources, location and safe loading.
 
-Files lie in ``reward_ckpts/`` at the root of the repository, or in the folder that the environment
-variable DIFFUSION_NFT_REWARD_CKPTS names.  Models of the Hugging Face hub lie in the hub's own
-cache, where ``from_pretrained`` and open_clip find them.  ``scripts/download.py`` fetches both.
+Files are stored in ``reward_ckpts/`` at the root of the repository, or in the folder of the
+environment variable DIFFUSION_NFT_REWARD_CKPTS.  Models of the Hugging Face hub are stored in the
+hub's cache.  ``scripts/download.py`` fetches both.
 """
 
 import os
@@ -23,10 +23,10 @@ DEFAULT_ROOT = Path(__file__).resolve().parents[2] / "reward_ckpts"
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A file's name in ``reward_ckpts/`` and the address that serves it.
+    """A file's name in ``reward_ckpts/`` and its address.
 
-    ``sha256``: the published hash or its first digits; of a file in the hub's ``repo`` the hub
-    publishes it.
+    ``sha256``: the published hash or its first digits; empty for a file of ``repo`` on the
+    hub, which publishes its hash.
     """
 
     file_name: str
@@ -37,13 +37,13 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class HubModel:
-    """The files of a hub repository that a reward reads, with patterns of optional ones."""
+    """The files of a hub repository that a reward reads; patterns match optional files."""
 
     repo: str
     files: tuple[str, ...]
 
 
-# reward -> its file, as the published set-up names it.
+# reward -> its file, named as in the published set-up.
 WEIGHT_FILES: dict[str, WeightFile] = {
     "aesthetic": WeightFile(
         "sac+logos+ava1-l14-linearMSE.pth",
@@ -79,7 +79,7 @@ _CLIP_L = HubModel("openai/clip-vit-large-patch14", (*_MODEL, *_TOKENIZER, *_IMA
 HUB_MODELS: dict[str, tuple[HubModel, ...]] = {
     "aesthetic": (_CLIP_L,),
     "clipscore": (_CLIP_L,),
-    # Where open_clip takes its "openai" weights of ViT-L-14-quickgelu from.
+    # open_clip's source of the "openai" weights of ViT-L-14-quickgelu.
     "geneval": (
         HubModel("timm/vit_large_patch14_clip_224.openai", ("open_clip_model.safetensors",)),
     ),
@@ -90,31 +90,24 @@ HUB_MODELS: dict[str, tuple[HubModel, ...]] = {
     ),
 }
 
-# reward -> why there is nothing to fetch.
+# reward -> reason why nothing has to be fetched.
 NOTHING_TO_FETCH: dict[str, str] = {
     "ocr": "the models are inside the package rapidocr",
     "shapes": "reads pixels, no model",
     "jpeg_compressibility": "no model",
     "jpeg_incompressibility": "no model",
     "image_statistics": "no model",
-    "unifiedreward": "a server that you start has the model",
+    "unifiedreward": "the model is loaded by a server that you start",
 }
 
 
 def weights_root() -> Path:
-    """The folder of the weight files: DIFFUSION_NFT_REWARD_CKPTS, else ``reward_ckpts/``."""
     given = os.environ.get(ROOT_VARIABLE)
     return Path(expand(given)) if given else DEFAULT_ROOT
 
 
 def weight_file(name: str) -> Path:
-    """The weight file of the reward ``name``.
-
-    Raises FileNotFoundError that says how to fetch it and where it belongs, and ValueError for a
-    reward that has no such file.
-    """
-    if name not in WEIGHT_FILES:
-        raise ValueError(f"no weight file for {name!r}; choose from {', '.join(WEIGHT_FILES)}")
+    """Path of the weight file of the reward ``name``; FileNotFoundError if it does not exist."""
     wanted = WEIGHT_FILES[name]
     path = weights_root() / wanted.file_name
     if not path.is_file():
@@ -127,14 +120,14 @@ def weight_file(name: str) -> Path:
 
 
 def load_torch_file(path: Path) -> Any:
-    """What ``torch.save`` wrote to ``path``, on the CPU; only tensors and plain containers.
+    """Loads tensors and plain containers from ``path`` to the CPU.
 
-    Raises ValueError if the file is cut off, is no checkpoint (an error page, say), or would run
-    code of its own.
+    Raises ValueError if the file is truncated, is not a checkpoint (e.g. an error page), or would
+    run code.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    # Of bytes that are no pickle at all, the unpickler raises whatever they lead it to.
+    # On arbitrary bytes the unpickler raises any of these.
     except (
         pickle.UnpicklingError,
         EOFError,
@@ -153,10 +146,10 @@ def load_torch_file(path: Path) -> Any:
 def load_weights(module: nn.Module, weights: Any, path: Path) -> None:
     """Copies the state dict ``weights``, read from ``path``, into ``module``.
 
-    Raises ValueError for anything but exactly the module's parameters in the module's shapes.
+    Raises ValueError unless names and shapes are exactly those of the module.
     """
     if not isinstance(weights, Mapping):
-        raise ValueError(f"{path} holds a {type(weights).__name__} where a state dict should be")
+        raise ValueError(f"{path} holds a {type(weights).__name__}, not a state dict")
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Background scoring: rewards run in their own thread while the next images are sampled."""
+"""Background scoring: rewards run in a thread while the next images are sampled."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -14,16 +14,16 @@ from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.images import Images
 from diffusion_nft.rewards.combine import MAX_NAMED, RewardError, Scores, UnscoredError
 
-# Batches of images that may wait for their scores.
+# Batches that may be queued.
 QUEUE_LENGTH = 4
-# How often one who waits for scores looks whether the run was asked to stop.
+# Seconds between checks for a stop request while waiting for scores.
 POLL_S = 0.2
 
 
 class ScoringWorker:
     """A thread with a bounded queue that scores images while the next ones are sampled.
 
-    On a GPU it has a stream of its own, so that neither waits for the other's kernels.
+    On a GPU it has its own stream, so that scoring and sampling overlap.
     """
 
     def __init__(self, device: torch.device):
@@ -32,9 +32,9 @@ class ScoringWorker:
         self._pending: list[Future[Any]] = []
 
     def submit(self, score: Callable[..., Scores], images: Images, *arguments: Any) -> bool:
-        """Queues ``score(images, *arguments)``; waits while QUEUE_LENGTH calls are unfinished.
+        """Queues ``score(images, *arguments)``; blocks while QUEUE_LENGTH calls are unfinished.
 
-        False if more calls are useless: an earlier one has failed, or the run was asked to stop.
+        Returns False if an earlier call has failed or the run was asked to stop.
         """
         if len(self._pending) >= QUEUE_LENGTH:
             self._wait([self._pending[-QUEUE_LENGTH]])
@@ -47,8 +47,10 @@ class ScoringWorker:
         return not any(future.done() and future.exception() for future in self._pending)
 
     def results(self) -> list[Scores]:
-        """The calls' scores in order; raises what the first failing one raised, or Preempted
-        without waiting if the run was asked to stop.
+        """Waits for all scores, in order of submission.
+
+        Raises the error of the first call that failed, or Preempted as soon as the run is asked to
+        stop.
         """
         self._wait(self._pending)
         if requested():
@@ -56,7 +58,7 @@ class ScoringWorker:
         return [future.result() for future in self._pending]
 
     def _wait(self, futures: list[Future[Any]]) -> None:
-        """Until all ``futures`` are done or the run was asked to stop."""
+        """Waits until all ``futures`` are done or the run was asked to stop."""
         while not requested() and wait(futures, timeout=POLL_S).not_done:
             pass
 
@@ -64,18 +66,18 @@ class ScoringWorker:
         return self
 
     def __exit__(self, *details: object) -> None:
-        # A reward may take minutes, and who asked for a stop waits for seconds only.
+        # A stop request leaves seconds, but a reward may take minutes.
         self._pool.shutdown(wait=not requested(), cancel_futures=True)
 
 
 @cache
 def _scoring_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all scoring on ``device``: memory that is cached for one stream serves no other."""
+    """One stream for all scoring on ``device``: the allocator caches memory per stream."""
     return torch.cuda.Stream(device)
 
 
 def _bind(device: torch.device) -> None:
-    """A thread has a current CUDA device and a current stream of its own."""
+    """Sets the CUDA device and stream of the worker's thread."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.set_stream(_scoring_stream(device))
@@ -84,22 +86,22 @@ def _bind(device: torch.device) -> None:
 def _after(
     event: torch.Event | None, score: Callable[..., Scores], images: Images, *arguments: Any
 ) -> Scores:
-    """Calls ``score`` on this thread's stream, once ``event`` of another one has happened."""
+    """Calls ``score`` on this thread's stream after ``event`` of the sampling stream."""
     if event is not None:
         stream = torch.cuda.current_stream()
         event.wait(stream)
         for tensor in (images.pixels, images.finite):
-            tensor.record_stream(stream)  # the other thread may free it before it is used
+            tensor.record_stream(stream)  # the other thread may free it earlier
     return score(images, *arguments)
 
 
 def gather_scores(
     dist: Distributed, score: Callable[[], list[Scores]], thumbs: Tensor, max_unscored: int = 0
 ) -> tuple[Scores, Tensor]:
-    """All ranks' scores and thumbnails in rank order.
+    """Scores and thumbnails of all ranks, in rank order.
 
-    ``score`` waits for this rank's scores.  If it raises RewardError or Preempted on any rank, that
-    is raised on every rank, so that all of them can stop in step and save.  So is UnscoredError if
+    ``score`` returns this rank's scores.  If it raises RewardError or Preempted on any rank, every
+    rank raises it, so that all of them stop in step and save.  Every rank raises UnscoredError if
     more than ``max_unscored`` images of all ranks have no score.
     """
     local, failure = Scores.concatenate([]), None

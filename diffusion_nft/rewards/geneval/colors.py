@@ -14,8 +14,7 @@ from diffusion_nft.rewards.geneval.vocabulary import COLORS
 if TYPE_CHECKING:
     from open_clip import CLIP
 
-# Plain "ViT-L-14" would run OpenAI's weights with the wrong activation, with no more than a
-# warning.
+# Plain "ViT-L-14" would run OpenAI's weights with the wrong activation and only warn.
 ARCHITECTURE = "ViT-L-14-quickgelu"
 BACKGROUND = "#999"
 TEMPLATES = (
@@ -26,10 +25,10 @@ TEMPLATES = (
 
 
 class ColorClassifier:
-    """Crops and their classes -> colours, one pass of the image tower a call.
+    """Classifies the colours of crops, with one pass of the image tower per call.
 
-    A colour's text feature for a class is the renormalised mean of three normalised prompts'
-    features; the features of a class are computed at its first use and kept.
+    The text feature of a colour and a class is the renormalised mean of the normalised features of
+    TEMPLATES, computed at the first use of the class.
     """
 
     def __init__(
@@ -53,10 +52,10 @@ class ColorClassifier:
         architecture: str = ARCHITECTURE,
         dtype: torch.dtype = torch.float32,
     ) -> "ColorClassifier":
-        """OpenCLIP's ``architecture`` with ``weights``: a name that open_clip fetches, or a file.
+        """OpenCLIP's ``architecture`` with ``weights``, a name known to open_clip or a file.
 
-        Raises ImportError without open_clip, ValueError if the model would not use QuickGELU, and
-        OSError if the weights cannot be had.
+        Raises ImportError without open_clip, ValueError for a model without QuickGELU, and OSError
+        if the weights are not available.
         """
         try:
             import open_clip
@@ -73,8 +72,8 @@ class ColorClassifier:
             )
         except RuntimeError as error:
             raise OSError(
-                f"the weights {weights!r} of {architecture}, for GenEval's colours, cannot be had "
-                f"(`python scripts/download.py geneval` fetches them): {error}"
+                f"the weights {weights!r} of {architecture}, for GenEval's colours, are not "
+                f"available (`python scripts/download.py geneval` fetches them): {error}"
             ) from error
         clip, _, preprocess = parts
         tokenize = open_clip.get_tokenizer(architecture)
@@ -82,7 +81,7 @@ class ColorClassifier:
 
     @torch.no_grad()
     def __call__(self, crops: Sequence[Image.Image], labels: Sequence[str]) -> list[str]:
-        """The colour of each of ``crops``, which show objects of the classes ``labels``."""
+        """Colours of ``crops`` of objects of the classes ``labels``."""
         if not crops:
             return []
         self._remember(labels)
@@ -93,7 +92,7 @@ class ColorClassifier:
         return [COLORS[index] for index in best.tolist()]
 
     def _remember(self, labels: Sequence[str]) -> None:
-        """Computes the text features ``[colours, D]`` of classes not seen before, in one pass."""
+        """Computes the text features ``[colours, D]`` of new classes, in one pass."""
         new = [label for label in dict.fromkeys(labels) if label not in self._text_features]
         if not new:
             return
@@ -111,9 +110,9 @@ class ColorClassifier:
 
 
 def object_crop(image: Image.Image, detection: Detection) -> Image.Image:
-    """The object's box cut from ``image``, with grey wherever its mask is not.
+    """Crops the object's box from ``image``, with grey outside its mask.
 
-    The box's corners are rounded; Pillow fills what lies outside the image with black.
+    The box's corners are rounded; Pillow fills the area outside the image with black.
     """
     if detection.mask is not None:
         blank = Image.new("RGB", image.size, BACKGROUND)

@@ -1,10 +1,10 @@
-"""The object detector around Mask2Former: mmdet's preparation of images and reading of logits.
+"""Object detector: Mask2Former with the preprocessing and postprocessing of mmdet.
 
-Not transformers' ``post_process_instance_segmentation``, which merges masks at 384 x 384 and so
-gives other scores and other boxes than the benchmark's.
+transformers' ``post_process_instance_segmentation`` differs from the benchmark in scores and boxes,
+because it merges masks at 384 x 384.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,24 +19,23 @@ SHORT_SIDE, LONG_SIDE = 800, 1333
 SIZE_DIVISOR = 32
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
-# What the published configuration of mmdet 2.x pads with, before it normalises.
+# Padding value of the published mmdet 2.x configuration, before normalisation.
 PADDING = 128
 MAX_CANDIDATES = 100
 
-# "swapped": the network sees blue, green, red, as it does in the published trainers' reward, which
-# hand RGB arrays to mmdet, where arrays count as BGR.  "rgb": what the network was trained on, and
-# what the benchmark's own script does, which reads files.
+# "swapped": the network receives BGR, as in the published trainers, which pass RGB arrays to mmdet
+# where it expects BGR.  "rgb": the order of the network's training and of the benchmark's script,
+# which reads files.
 ChannelOrder = Literal["swapped", "rgb"]
-CHANNEL_ORDERS: tuple[str, ...] = get_args(ChannelOrder)
 
 
 class Detector:
-    """Images -> objects, one pass of the network a call.
+    """Finds the objects in images, with one pass of the network per call.
 
     ``network``: normalised pixels ``[B, 3, H, W]`` -> class logits ``[B, Q, classes + 1]`` and mask
-    logits ``[B, Q, h, w]``.  Objects scoring at most ``min_score`` are left out (0.3, the lowest
-    threshold of GenEval).  ``dtype`` below float32: the network runs under autocast.  Raises
-    ImportError without OpenCV.
+    logits ``[B, Q, h, w]``.  ``min_score``: objects must score higher (0.3 is GenEval's lowest
+    threshold).  ``dtype``: below float32 the network runs under autocast.  Raises ImportError
+    without OpenCV.
     """
 
     def __init__(
@@ -50,7 +49,6 @@ class Detector:
         short_side: int = SHORT_SIDE,
         long_side: int = LONG_SIDE,
     ):
-        check_channel_order(channel_order)
         try:
             import cv2  # noqa: F401  (prepare uses it)
         except ImportError as error:
@@ -63,11 +61,11 @@ class Detector:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[list[Detection]]:
-        """The objects in each of ``images: [B, 3, H, W] in [0, 1]``, most probable class first."""
+        """Objects in each of ``images: [B, 3, H, W] in [0, 1]``, most probable class first."""
         height, width = images.shape[-2:]
         resized = resized_size(height, width, *self.sides)
         pixels = prepare(images.to(self.device), resized, self.channel_order)
-        # Not a cast: bfloat16 cannot tell neighbouring sampling points of wide images apart.
+        # Autocast, not a cast: bfloat16 is too coarse for sampling points of wide images.
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             class_logits, mask_logits = self.network(pixels)
         return [
@@ -83,17 +81,10 @@ class Detector:
         ]
 
 
-def check_channel_order(order: str) -> None:
-    """Raises ValueError, naming the choices, if ``order`` is no ChannelOrder."""
-    if order not in CHANNEL_ORDERS:
-        known = ", ".join(CHANNEL_ORDERS)
-        raise ValueError(f"channel order {order!r} is unknown; choose from {known}")
-
-
 def resized_size(
     height: int, width: int, short_side: int = SHORT_SIDE, long_side: int = LONG_SIDE
 ) -> tuple[int, int]:
-    """The size at which the network sees an image: short side 800, but long side at most 1333.
+    """Input size of the network: short side 800, but long side at most 1333.
 
     ``int(side * scale + 0.5)`` with one scale for both sides (mmcv's ``rescale_size``).
     """
@@ -102,12 +93,12 @@ def resized_size(
 
 
 def prepare(images: Tensor, resized: tuple[int, int], channel_order: ChannelOrder) -> Tensor:
-    """``images: [B, 3, H, W] in [0, 1]`` -> the network's input, at ``resized`` plus padding.
+    """Network input from ``images: [B, 3, H, W] in [0, 1]``, at ``resized`` plus padding.
 
-    8 bits, resized by OpenCV, grey of 128 to the right and at the bottom up to multiples of 32,
-    then (x - mean) / std in 0..255.  Source: ``test_pipeline`` of mmdet 2.28's
-    mask2former_r50_lsj_8x2_50e_coco.py, which the published configuration inherits.  Not torch's
-    bilinear resize: OpenCV's, in integers, rounds about one value in ten to the other neighbour.
+    8-bit images, resized by OpenCV, padded with grey (128) at the right and bottom to multiples of
+    32, then (x - mean) / std in 0..255.  Source: ``test_pipeline`` of mmdet 2.28's
+    mask2former_r50_lsj_8x2_50e_coco.py, which the published configuration inherits.  torch's
+    bilinear resize rounds about one value in ten differently from OpenCV's integer arithmetic.
     """
     import cv2
 
@@ -135,18 +126,17 @@ def read_detections(
     min_score: float = SCORE_THRESHOLD,
     names: tuple[str, ...] = OBJECT_NAMES,
 ) -> list[Detection]:
-    """One image's objects, as mmdet's MaskFormerFusionHead.instance_postprocess has them.
+    """Objects of one image.  Source: mmdet's MaskFormerFusionHead.instance_postprocess.
 
-    ``class_logits: [Q, classes + 1]``; ``mask_logits: [Q, h, w]``, brought to the ``padded``
-    input's size, cut to the ``resized`` image and brought to the ``original`` size.  The 100 most
-    probable (query, class) pairs become objects: mask = logit > 0, score = probability x mean
-    sigmoid in the mask, box (x0, y0, x1 + 1, y1 + 1) around it.  Kept if score > ``min_score`` and
-    the mask is not empty; most probable class first, equal ones in the order of the queries.
+    ``class_logits: [Q, classes + 1]``; ``mask_logits: [Q, h, w]``, resized to the ``padded`` input,
+    cropped to the ``resized`` image and resized to the ``original`` size.  The 100 most probable
+    (query, class) pairs become objects with mask = logit > 0, score = probability x mean sigmoid in
+    the mask, and box (x0, y0, x1 + 1, y1 + 1).  Objects with score > ``min_score`` and a non-empty
+    mask are kept, most probable class first, ties in the order of the queries.
     """
     probabilities = class_logits.float().softmax(-1)[:, :-1].flatten()
     ranked, pairs = probabilities.sort(descending=True, stable=True)
-    # The mask only lowers the probability, so that most pairs need no mask at all; the margin is
-    # for rounding.
+    # Score <= probability, so that masks of improbable pairs are not needed; 0.999 for rounding.
     number = int((ranked[:MAX_CANDIDATES] > 0.999 * min_score).sum())
     if number == 0:
         return []
@@ -174,7 +164,7 @@ def read_detections(
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
-    """``[N, 4]``: (x0, y0, x1, y1), ends exclusive, around non-empty ``masks: [N, H, W]``."""
+    """Boxes ``[N, 4]`` (x0, y0, x1, y1), ends exclusive, of non-empty ``masks: [N, H, W]``."""
     height, width = masks.shape[-2:]
     columns, rows = masks.any(-2).int(), masks.any(-1).int()
     x1 = width - columns.flip(-1).argmax(-1)

@@ -1,4 +1,4 @@
-"""Mask2Former with a Swin backbone (arXiv 2112.01527) as GenEval's benchmark uses it."""
+"""Mask2Former with a Swin backbone (arXiv 2112.01527), GenEval's object detector."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from diffusion_nft.rewards.geneval.vocabulary import OBJECT_NAMES
 
 
 class Mask2Former(nn.Module):
-    """Mask2Former's class and mask logits, of the last decoder layer.
+    """Class and mask logits of the last decoder layer.
 
-    transformers' Mask2FormerForUniversalSegmentation less its loss: the same parameter names, but
-    no need of SciPy, which only the loss uses.
+    transformers' Mask2FormerForUniversalSegmentation without the loss, which requires SciPy;
+    parameter names are the same.
     """
 
     def __init__(self, config: Mask2FormerConfig):
@@ -53,11 +53,11 @@ def swin_small_config() -> Mask2FormerConfig:
 def load_mask2former(
     path: Path, sha256: str | None = PUBLISHED_SHA256, config: Mask2FormerConfig | None = None
 ) -> Mask2Former:
-    """The detector from an mmdet checkpoint, on the CPU, in evaluation mode.
+    """Loads an mmdet checkpoint, on the CPU, in evaluation mode.
 
-    ``sha256``: what the file's hash must start with (None: anything).  ``config``: the
-    architecture, Swin-S if None.  Raises FileNotFoundError or ValueError if the file is absent,
-    damaged or does not fit.
+    ``sha256``: required start of the file's hash (None: not checked).  ``config``: the architecture
+    (default: Swin-S).  Raises FileNotFoundError, or ValueError if the file is damaged or does not
+    fit.
     """
     state = load_mmdet_state_dict(path, sha256)
     model = Mask2Former(config or swin_small_config())

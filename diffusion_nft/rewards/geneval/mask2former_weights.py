@@ -1,7 +1,7 @@
-"""Mask2Former's weights: an mmdet checkpoint, safely loaded, under the names of transformers.
+"""Converts Mask2Former checkpoints of mmdet 2.x and 3.x to the parameter names of transformers.
 
-mmdet 2.x and 3.x are understood.  The conversion is driven by the target's own state dict, because
-transformers renames parameters between versions; every name on either side must be accounted for.
+transformers renames parameters between versions, so that the conversion starts from the target's
+state dict; every name on either side must be accounted for.
 """
 
 import pickle
@@ -31,8 +31,8 @@ _MODULE = r"model\.transformer_module\."
 _LAYER = _MODULE + r"decoder\.layers\.(\d+)\."
 _MM_LAYER = r"panoptic_head.transformer_decoder.layers.\1."
 
-# Target name (a regular expression) -> mmdet 3.x name.  Two ways of naming attention are known: one
-# in_proj, as torch and mmdet have it, or three projections (the name's q, k or v picks the third).
+# Target name (a regular expression) -> mmdet 3.x name.  Attention has one in_proj, as in torch and
+# mmdet, or three projections, each a third of in_proj.
 _RULES: list[tuple[str, str]] = [
     (
         _SWIN + r"embeddings\.patch_embeddings\.projection\.(\w+)",
@@ -95,8 +95,8 @@ _RULES: list[tuple[str, str]] = [
     (r"class_predictor\.(\w+)", r"panoptic_head.cls_embed.\1"),
 ]
 
-# Of the target, without a counterpart and without effect on the output: the norm after Swin's last
-# stage (the backbone has a norm per stage of its own) and the loss's class weights.
+# Target parameters without a counterpart and without effect on the output: the norm after Swin's
+# last stage (the backbone has one norm per stage) and the class weights of the loss.
 _UNUSED_IN_TARGET = re.compile(_SWIN + r"layernorm\.(weight|bias)|criterion\.empty_weight")
 _POSITION_INDEX = ".relative_position_index"
 
@@ -104,8 +104,8 @@ _POSITION_INDEX = ".relative_position_index"
 def convert(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """mmdet's state dict ``source`` under the names of transformers' state dict ``target``.
 
-    Returns a value for every name of ``target``.  Raises ValueError, naming them, for target names
-    that no rule knows, and for tensors that are missing, left over or of another shape.
+    Raises ValueError for target names without a rule, and for tensors that are missing, unexpected
+    or of another shape.
     """
     source = {mmdet3_name(name): tensor for name, tensor in source.items()}
     result: dict[str, Tensor] = {}
@@ -128,9 +128,9 @@ def convert(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[
                 problems.append(f"{origin} gives {name} the shape {shapes}")
     for name in sorted(source.keys() - used):
         if not name.endswith(_POSITION_INDEX):
-            problems.append(f"{name} is left over")
+            problems.append(f"{name} is unexpected")
         elif not torch.equal(source[name], _position_index(source[name])):
-            problems.append(f"{name} orders the window's positions in another way")
+            problems.append(f"{name} has another order of the window's positions")
     if problems:
         shown = "\n  ".join(problems[:20])
         raise ValueError(
@@ -140,7 +140,7 @@ def convert(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[
 
 
 def mmdet3_name(name: str) -> str:
-    """The mmdet 3.x name of a parameter under its 2.x (or already 3.x) name."""
+    """The mmdet 3.x name of a parameter with the 2.x or 3.x name ``name``."""
     if name.startswith(_MM_PIXEL):
         name = name.replace(".attentions.0.", ".self_attn.")
     name = name.replace(".attentions.0.", ".cross_attn.").replace(".attentions.1.", ".self_attn.")
@@ -156,7 +156,7 @@ def _source_name(target_name: str) -> str | None:
 
 
 def _adapted(tensor: Tensor, target_name: str) -> Tensor:
-    """``tensor`` as the target wants it: a third of a joint projection, or reordered channels."""
+    """``tensor`` for the target: a third of a joint projection, or reordered channels."""
     part = re.search(r"\.([qkv])_proj\.", target_name)
     if part:
         return tensor.chunk(3)["qkv".index(part[1])].contiguous()
@@ -166,7 +166,7 @@ def _adapted(tensor: Tensor, target_name: str) -> Tensor:
 
 
 def _patch_merging_order(tensor: Tensor) -> Tensor:
-    """``tensor: [..., 4C]`` with the 2x2 neighbours ordered as transformers concatenates them.
+    """Reorders the 2x2 neighbours in ``tensor: [..., 4C]`` from mmdet's to transformers' order.
 
     mmdet unfolds: channel major, neighbours (row, column) in the order 00, 01, 10, 11.
     transformers concatenates C channels of each of 00, 10, 01, 11.
@@ -176,10 +176,9 @@ def _patch_merging_order(tensor: Tensor) -> Tensor:
 
 
 def _position_index(index: Tensor) -> Tensor:
-    """Swin's index into the bias table for a window as large as ``index: [w*w, w*w]`` says.
+    """Swin's index into the bias table for the window size w of ``index: [w*w, w*w]``.
 
-    (y_i - y_j + w - 1)(2w - 1) + (x_i - x_j + w - 1), the same in the original, mmdet and
-    transformers.
+    (y_i - y_j + w - 1)(2w - 1) + (x_i - x_j + w - 1) in the original, mmdet and transformers.
     """
     side = round(len(index) ** 0.5)
     positions = torch.arange(len(index), device=index.device)
@@ -189,10 +188,10 @@ def _position_index(index: Tensor) -> Tensor:
 
 
 def load_mmdet_state_dict(path: Path, sha256: str | None = PUBLISHED_SHA256) -> dict[str, Tensor]:
-    """The "state_dict" of an mmdet checkpoint; its "meta" may hold NumPy scalars and arrays only.
+    """The "state_dict" of an mmdet checkpoint; its "meta" may also hold NumPy scalars and arrays.
 
     Raises FileNotFoundError, and ValueError if the file's sha256 does not start with ``sha256``
-    (None: not checked), if it cannot be read or holds other objects (they could run code), or no
+    (None: not checked), if it cannot be read, holds other objects, which could run code, or has no
     state dict.
     """
     if sha256 is not None:
@@ -200,17 +199,17 @@ def load_mmdet_state_dict(path: Path, sha256: str | None = PUBLISHED_SHA256) -> 
     try:
         with torch.serialization.safe_globals(_numpy_globals()):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    # Of bytes that are no pickle at all, the unpickler raises whatever they lead it to.
+    # On arbitrary bytes the unpickler raises any of these.
     except (EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no PyTorch checkpoint, or is cut off: {error}") from error
+        raise ValueError(f"{path} is not a PyTorch checkpoint, or is truncated: {error}") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is no PyTorch checkpoint, or holds more than tensors, plain values and NumPy "
-            "numbers, and loading the rest could run code.  If you trust it, save "
-            f'{{"state_dict": ...}} alone and use that file.  torch says: {error}'
+            f"{path} is not a PyTorch checkpoint, or holds objects other than tensors, plain "
+            "values and NumPy numbers, which could run code.  If you trust it, save only "
+            f'{{"state_dict": ...}} and use that file.  torch: {error}'
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise ValueError(f'{path} is no mmdet checkpoint: it has no "state_dict"')
+        raise ValueError(f'{path} is not an mmdet checkpoint: it has no "state_dict"')
     return dict(checkpoint["state_dict"])
 
 
@@ -224,7 +223,7 @@ def _check_sha256(path: Path, start: str) -> None:
 
 
 def _numpy_globals() -> list[Callable | tuple[Callable, str]]:
-    """What pickled NumPy scalars and arrays call, under the module names of NumPy 1 and 2."""
+    """Functions and types in pickled NumPy scalars and arrays, under the names of NumPy 1 and 2."""
     functions: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]]
     named = [
         (function, f"numpy.{core}.multiarray.{function.__name__}")

@@ -1,8 +1,8 @@
-"""GenEval as a reward: detector, colours and verdicts over micro-batches."""
+"""GenEval as a reward: detection, colours and verdicts in micro-batches."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -11,11 +11,10 @@ from torch import Tensor
 from diffusion_nft.images import to_pil
 from diffusion_nft.rewards import RewardOutput
 from diffusion_nft.rewards.geneval.colors import ColorClassifier, object_crop
-from diffusion_nft.rewards.geneval.detector import ChannelOrder, Detector, check_channel_order
+from diffusion_nft.rewards.geneval.detector import ChannelOrder, Detector
 from diffusion_nft.rewards.geneval.mask2former_weights import PUBLISHED_SHA256
 from diffusion_nft.rewards.geneval.mmdet_detector import MmdetDetector
 from diffusion_nft.rewards.geneval.verdict import (
-    GRADINGS,
     Colors,
     Detection,
     Grading,
@@ -27,15 +26,15 @@ from diffusion_nft.rewards.geneval.verdict import (
 from diffusion_nft.rewards.geneval.vocabulary import TAGS, check_metadata
 from diffusion_nft.rewards.weights import weight_file
 
-# Images [B, 3, H, W] in [0, 1] -> the objects of each.
+# Images [B, 3, H, W] in [0, 1] -> objects of each.
 Detect = Callable[[Tensor], list[list[Detection]]]
 
 
 class GenEvalScorer:
-    """GenEval's graded score with any detector and any classifier of colours.
+    """GenEval's graded score with any detector and colour classifier.
 
-    ``detect``: images -> the objects of each; ``classify_colors``: crops and their class names ->
-    colours.  Each is called at most once per ``batch_size`` images.
+    ``classify_colors``: crops and their class names -> colours.  Detector and classifier are called
+    at most once per ``batch_size`` images.
     """
 
     def __init__(
@@ -46,19 +45,17 @@ class GenEvalScorer:
         grading: Grading = "published",
         batch_size: int = 16,
     ):
-        _check_options(grading, batch_size)
         self.detect = detect
         self.classify_colors = classify_colors
         self.grading: Grading = grading
         self.batch_size = batch_size
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
-        """Scores ``[B]`` of ``images: [B, 3, H, W]`` in [0, 1] against ``metadata``.
+        """Graded scores: at most 1 and, as published, possibly negative.
 
-        The score is the graded one: at most 1, as published possibly negative.  Components, 0 or 1:
-        ``accuracy`` (the benchmark's), ``strict_accuracy``, and per tag ``accuracy/<tag>``, NaN for
-        images of other tags.  The benchmark's overall number is the mean of the six tags' means.
-        Raises ValueError for metadata that is not GenEval's.
+        Components, 0 or 1: ``accuracy`` (the benchmark's), ``strict_accuracy``, and
+        ``accuracy/<tag>`` for each tag, NaN for images of other tags.  The benchmark's overall
+        score is the mean of the six tags' means.  Raises ValueError for metadata that is not GenEval's.
         """
         if not len(images) == len(prompts) == len(metadata):
             lengths = (
@@ -98,7 +95,7 @@ class GenEvalScorer:
         found: Sequence[Mapping[str, Sequence[Detection]]],
         metadata: Sequence[Mapping[str, Any]],
     ) -> Colors:
-        """The colours of all objects of all images whose colour matters."""
+        """Colours of the ``objects_to_color`` of all images."""
         crops: dict[Detection, Image.Image] = {}
         for image, objects, line in zip(images, found, metadata, strict=True):
             asked = objects_to_color(objects, line)
@@ -112,30 +109,22 @@ class GenEvalScorer:
         return dict(zip(crops, colors, strict=True))
 
 
-def _check_options(grading: str, batch_size: int) -> None:
-    if grading not in GRADINGS:
-        raise ValueError(f"grading {grading!r} is unknown; choose from {', '.join(GRADINGS)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} must be at least 1")
-
-
 class GenEvalReward(GenEvalScorer):
     """GenEval's graded score with the benchmark's models: Mask2Former Swin-S and CLIP ViT-L/14.
 
-    ``backend``: what runs the detector, "transformers", or "mmdet" in an environment that has it.
-    ``detector_weights``: mmdet's checkpoint (None: the file in reward_ckpts), whose sha256 must
-    start with ``detector_sha256`` (None: anything); ``clip_weights``: a name or file for open_clip;
-    ``channel_order`` "swapped" is what published rewards were trained with, "rgb" what the
-    benchmark's own script sees; ``grading`` "bounded" keeps every term of the score in [0, 1].
-    ``dtype`` is both models', float32 as published; mmdet has no other.
-    Raises FileNotFoundError, ImportError or ValueError for absent or wrong files and packages.
+    ``backend``: package that runs the detector.  ``detector_weights``: mmdet's checkpoint (default:
+    the file in reward_ckpts), whose sha256 must start with ``detector_sha256`` (None: not checked).
+    ``clip_weights``: a name or file for open_clip.  ``channel_order``: "swapped" as in published
+    training runs, "rgb" as in the benchmark's script.  ``grading``: "bounded" keeps every term of
+    the score in [0, 1].  ``dtype``: of both models; mmdet supports float32 only.  Raises
+    FileNotFoundError, ImportError or ValueError for missing or wrong files and packages.
     """
 
     def __init__(
         self,
         device: torch.device,
         *,
-        backend: str = "transformers",
+        backend: Literal["transformers", "mmdet"] = "transformers",
         detector_weights: Path | None = None,
         detector_sha256: str | None = PUBLISHED_SHA256,
         clip_weights: str = "openai",
@@ -144,12 +133,7 @@ class GenEvalReward(GenEvalScorer):
         dtype: torch.dtype = torch.float32,
         batch_size: int = 16,
     ):
-        if backend not in BACKENDS:
-            known = ", ".join(BACKENDS)
-            raise ValueError(f"GenEval backend {backend!r} is unknown; choose from {known}")
-        check_channel_order(channel_order)
-        _check_options(grading, batch_size)
-        path = weight_file("geneval") if detector_weights is None else detector_weights
+        path = detector_weights or weight_file("geneval")
         super().__init__(
             BACKENDS[backend](
                 path, device, sha256=detector_sha256, channel_order=channel_order, dtype=dtype
@@ -168,14 +152,14 @@ def _transformers_detector(
     channel_order: ChannelOrder,
     dtype: torch.dtype,
 ) -> Detector:
-    # transformers only here, so that the module imports in a slim environment.
+    # Imported here, so that a server without transformers can import this module.
     from diffusion_nft.rewards.geneval.mask2former import load_mask2former
 
     network = load_mask2former(weights, sha256)
     return Detector(network, device, channel_order=channel_order, dtype=dtype)
 
 
-# backend -> what builds its detector.
+# backend -> builder of its detector.
 BACKENDS: dict[str, Callable[..., Detect]] = {
     "transformers": _transformers_detector,
     "mmdet": MmdetDetector,

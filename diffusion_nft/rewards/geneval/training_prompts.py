@@ -1,18 +1,16 @@
-"""Training prompts of our own in GenEval's grammar (arXiv 2310.11513), as lines of metadata.
+"""Generated training prompts in GenEval's grammar (arXiv 2310.11513), as lines of metadata.
 
 The grammar: one object, two objects, two to four of one object, an object in a colour, an object
-beside another, two objects in two colours.  As in the benchmark nobody is coloured: the prompts
-with colours leave out ``person``.  Unlike the benchmark's ("four benchs", "a brown skis") the
-plurals are English.
+next to another, two objects in two colours.  As in the benchmark, prompts with colours exclude
+``person``.  Unlike the benchmark's ("four benchs", "a brown skis"), plurals are correct English.
 
-The published training prompts mix the tags by lines, 7 : 5 : 3 : 1 : 1 : 0 (TAG_SHARES), more lines
-than there are different prompts: 60,000 lines hold 17,647 of counting, where 80 names and three
-counts make 240 prompts; likewise 24,706 of position of 12,640, 3530 of colors of 790, 3529 of
-two_object of 3160.  So the share of a tag is filled by all its prompts in turn, which makes their
-numbers of uses differ by one at most.  Two prompts are the same, as in the published set, if they
-differ only in the order of the objects.  "A cup left of a bench" is then the same as "a bench left
-of a cup", and it is the same scene as "a bench right of a cup": each pair of objects therefore
-comes in one order only, with each of the four relations.
+The published training prompts mix the tags by lines, 7 : 5 : 3 : 1 : 1 : 0 (TAG_SHARES), and repeat
+prompts: of 60,000 lines, 17,647 are counting, with 240 different prompts (80 names, three counts);
+24,706 are position (12,640 prompts), 3530 colors (790), 3529 two_object (3160).  The share of a tag
+therefore cycles through all its prompts.  Two prompts are the same, as in the published set, if
+they differ only in the order of the objects.  "A cup left of a bench" is then the same as "a bench
+left of a cup", and it is the same scene as "a bench right of a cup": each pair of objects therefore
+has one order, with each of the four relations.
 """
 
 import json
@@ -35,7 +33,7 @@ from diffusion_nft.rewards.geneval.vocabulary import (
 )
 from diffusion_nft.utils.files import write_atomically
 
-# Lines of each tag in the published training set, relative to each other.
+# Relative number of lines per tag in the published training set.
 TAG_SHARES: dict[str, int] = {
     "position": 7,
     "counting": 5,
@@ -52,7 +50,7 @@ IRREGULAR_PLURALS = {
     "broccoli": "broccoli",
     "computer mouse": "computer mice",
 }
-PAIRS = ("skis", "scissors")  # plural words for what the detector sees as one object
+PAIRS = ("skis", "scissors")  # plural words, but one object for the detector
 AXES = {"left of": "across", "right of": "across", "above": "up", "below": "up"}
 
 PromptLine = dict[str, Any]
@@ -67,10 +65,10 @@ def generate(
 ) -> list[PromptLine]:
     """``num_prompts`` lines of metadata in random order, a pure function of the arguments.
 
-    ``test``: lines of metadata from which to keep apart: no line has the ``scene`` of one of them.
-    ``mix``: parts of each tag, met up to rounding.  Prompts repeat only where a tag has fewer
-    than its share, and then evenly.  ValueError if ``num_prompts`` is not positive, if the mix
-    is empty, or if ``test`` leaves a tag no prompt.
+    ``test``: lines of metadata whose ``scene`` is excluded.  ``mix``: relative number of lines per
+    tag, exact up to rounding.  If a tag has fewer prompts than lines, they repeat evenly.  Raises
+    ValueError if ``num_prompts`` is not positive, if the mix is empty, or if ``test`` excludes all
+    prompts of a tag.
     """
     if num_prompts < 1:
         raise ValueError(f"num_prompts = {num_prompts} must be at least 1")
@@ -83,26 +81,26 @@ def generate(
 
 
 def write_training_prompts(folder: Path, num_prompts: int, seed: int) -> str:
-    """Writes training prompts, apart from the test prompts, into ``folder`` unless they are there;
-    returns a line for the user.
+    """Writes training prompts that exclude the test prompts into ``folder``, unless they exist.
 
-    Raises FileExistsError if ``folder`` has other training prompts, ValueError as ``generate``.
+    Returns a message for the user.  Raises FileExistsError if ``folder`` has other training
+    prompts, and ValueError as ``generate``.
     """
     target = folder / "train_metadata.jsonl"
     if files_of(folder, "test"):
         test = [prompt.metadata for prompt in checked_prompts(folder, "test")]
-        apart = f"apart from the {len(test):,} test prompts"
+        apart = f"without the {len(test):,} test prompts"
     else:
         test = []
         apart = (
-            "NOT kept apart from the test prompts, which are missing: once test_metadata.jsonl is "
-            "there, delete this file and generate it again"
+            "NOT checked against the test prompts, which are missing: once test_metadata.jsonl "
+            "exists, delete this file and generate it again"
         )
     lines = generate(num_prompts, seed=seed, test=test)
     content = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
-    how, found = "already there", files_of(folder, "train")
+    how, found = "already exists", files_of(folder, "train")
     if found and (found != [target] or target.read_bytes() != content):
-        raise FileExistsError(f"{found[0]} is there and kept: delete it to generate another")
+        raise FileExistsError(f"{found[0]} already exists: delete it to generate another")
     if not found:
         how = "written"
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +109,7 @@ def write_training_prompts(folder: Path, num_prompts: int, seed: int) -> str:
 
 
 def checked_prompts(folder: Path, split: str) -> list[Prompt]:
-    """The prompts of ``split``; ValueError with file and line if one cannot be judged."""
+    """The prompts of ``split``; ValueError with file and line for one that cannot be scored."""
     prompts = load_prompts(folder, split)
     (path,) = files_of(folder, split)
     for number, prompt in enumerate(prompts, start=1):
@@ -123,10 +121,7 @@ def checked_prompts(folder: Path, split: str) -> list[Prompt]:
 
 
 def shares(num_prompts: int, mix: Mapping[str, int]) -> dict[str, int]:
-    """Lines of each tag: the sum is ``num_prompts``; the largest remainders are rounded up.
-
-    Where remainders are equal the tag named first comes first.
-    """
+    """Lines per tag, with sum ``num_prompts``; the largest remainders, first ones first, round up."""
     total = sum(mix.values())
     if total < 1 or min(mix.values()) < 0 or not set(mix) <= set(TAGS):
         raise ValueError(f"mix = {dict(mix)} must give parts of {', '.join(TAGS)}")
@@ -138,9 +133,9 @@ def shares(num_prompts: int, mix: Mapping[str, int]) -> dict[str, int]:
 
 
 def scene(metadata: Mapping[str, Any]) -> Hashable:
-    """What ``metadata`` shows, whatever the order of the objects and which way round they stand.
+    """Key of the scene of ``metadata``, independent of the order of the objects.
 
-    Equal for all prompts that put the same two objects side by side, or one above the other.
+    Equal for all prompts with the same two objects side by side, or one above the other.
     """
     objects = sorted((o["class"], o["count"], o.get("color", "")) for o in metadata["include"])
     axes = sorted(AXES[o["position"][0]] for o in metadata["include"] if "position" in o)
@@ -148,18 +143,18 @@ def scene(metadata: Mapping[str, Any]) -> Hashable:
 
 
 def with_article(words: str) -> str:
-    """``words`` after a, or an before a vowel: each of GenEval's words sounds as it is spelt."""
+    """``words`` after "a" or "an", by the first letter, which suffices for GenEval's words."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def one(name: str, color: str = "") -> str:
-    """``name`` in the singular with its article: a cup, an orange cup, a pair of white skis."""
+    """Singular with article: a cup, an orange cup, a pair of white skis."""
     words = f"{color} {name}".lstrip()
     return f"a pair of {words}" if name in PAIRS else with_article(words)
 
 
 def several(name: str, count: int) -> str:
-    """``name`` in the plural with its number, in words: three cups, two pairs of skis."""
+    """Plural with number: three cups, two pairs of skis."""
     if name in PAIRS:
         plural = f"pairs of {name}"
     elif name in IRREGULAR_PLURALS:
@@ -173,7 +168,7 @@ def several(name: str, count: int) -> str:
 class TagRule:
     """The prompts of a tag: ``write(objects, detail)`` for each of ``objects`` and ``details``.
 
-    Two objects stand in the vocabulary's order here; which one a prompt names first is drawn.
+    Pairs of objects are in the vocabulary's order; a prompt's order is drawn.
     """
 
     objects: tuple[tuple[str, ...], ...]
@@ -203,7 +198,7 @@ def _colors(objects: tuple[str, ...], color: str) -> PromptLine:
 
 
 def _position(objects: tuple[str, ...], relation: str) -> PromptLine:
-    # The clause that the position refers to comes first, as in the benchmark.
+    # The target clause of the position comes first, as in the benchmark.
     placed, target = objects
     include = [_clause(target), _clause(placed, position=[relation, 0])]
     return _line("position", include, f"{one(placed)} {relation} {one(target)}")
@@ -251,5 +246,5 @@ def _draw(tag: str, share: int, taken: set[Hashable], seed: int) -> list[PromptL
         if scene(line) not in taken:
             prompts.append(line)
     if share and not prompts:
-        raise ValueError(f"the test prompts leave no {tag} prompt for training")
+        raise ValueError(f"the test prompts exclude all {tag} prompts")
     return [prompts[i % len(prompts)] for i in range(share)]

@@ -1,4 +1,4 @@
-"""From detected objects and their colours to GenEval's verdicts: pure functions, no model.
+"""GenEval's verdicts from detected objects and their colours: pure functions.
 
 Sources: ``evaluate`` in github.com/djghosh13/geneval (the benchmark's accuracy) and
 ``evaluate_reward`` in github.com/yifan123/reward-server (strict accuracy and the graded score).
@@ -7,7 +7,7 @@ Sources: ``evaluate`` in github.com/djghosh13/geneval (the benchmark's accuracy)
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,7 +21,6 @@ MIN_DIRECTION = 0.5
 # "published": count terms may be negative, and a failed position gives the terms 0 and 1.
 # "bounded": every term is in [0, 1], and a position gives one term, 0 or 1.
 Grading = Literal["published", "bounded"]
-GRADINGS: tuple[str, ...] = get_args(Grading)
 
 Box = tuple[float, float, float, float]
 Clause = Mapping[str, Any]
@@ -29,10 +28,10 @@ Clause = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """One found object.
+    """A detected object.
 
     ``box``: (x0, y0, x1, y1) in pixels, x1 and y1 exclusive; ``mask: bool [H, W]``.
-    Compared by identity, so that it can be a dictionary's key.
+    Compared by identity, so that it can be a dictionary key.
     """
 
     label: str
@@ -43,13 +42,13 @@ class Detection:
 
 # Class name -> its objects, most confident first.
 Found = Mapping[str, Sequence[Detection]]
-# Only objects that ``objects_to_color`` names need an entry.
+# Has an entry for at least the ``objects_to_color``.
 Colors = Mapping[Detection, str]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one image: the benchmark's ``accuracy``, ``strict_accuracy``, the graded ``score``."""
+    """One image's benchmark ``accuracy``, ``strict_accuracy`` and graded ``score``."""
 
     accuracy: bool
     strict_accuracy: bool
@@ -59,16 +58,16 @@ class Verdict:
 def judge(
     found: Found, colors: Colors, metadata: Mapping[str, Any], grading: Grading = "published"
 ) -> Verdict:
-    """All verdicts on one image; ``metadata`` must have passed ``check_metadata``."""
+    """Verdict on one image; ``metadata`` must pass ``check_metadata``."""
     score, strict = graded_score(found, colors, metadata, grading)
     return Verdict(is_accurate(found, colors, metadata), strict, score)
 
 
 def select_objects(detections: Iterable[Detection], tag: str) -> dict[str, list[Detection]]:
-    """The objects that count, by class: at most 16, most confident first.
+    """Objects by class, most confident first, at most 16 per class.
 
-    Kept: score > 0.3, or > 0.9 for the tag "counting" (strictly).  Equal scores stay in
-    the given order.  Overlapping objects all stay: GenEval runs with suppression switched off.
+    Objects with score > 0.3, or > 0.9 for the tag "counting", are kept, ties in the given order.
+    Overlapping objects are kept: GenEval disables non-maximum suppression.
     """
     threshold = COUNTING_SCORE_THRESHOLD if tag == "counting" else SCORE_THRESHOLD
     found: dict[str, list[Detection]] = {}
@@ -79,9 +78,9 @@ def select_objects(detections: Iterable[Detection], tag: str) -> dict[str, list[
 
 
 def objects_to_color(found: Found, metadata: Mapping[str, Any]) -> list[Detection]:
-    """The objects whose colours the verdicts ask for, each once.
+    """Objects whose colours the verdicts depend on, without duplicates.
 
-    Of every class with a colour its first ``count`` objects, if there are as many.
+    These are, for each clause with a colour, its first ``count`` objects if there are that many.
     """
     objects: dict[Detection, None] = {}
     for clause in metadata["include"]:
@@ -92,9 +91,9 @@ def objects_to_color(found: Found, metadata: Mapping[str, Any]) -> list[Detectio
 
 
 def is_accurate(found: Found, colors: Colors, metadata: Mapping[str, Any]) -> bool:
-    """The benchmark's verdict: enough objects, rightly coloured and placed, and nothing excluded.
+    """The benchmark's verdict: enough objects with the right colour and position, none excluded.
 
-    Per clause only the first ``count`` objects are looked at; more objects do no harm.
+    Each clause considers its first ``count`` objects and ignores additional ones.
     """
     groups: list[Sequence[Detection] | None] = []
     for clause in metadata["include"]:
@@ -116,13 +115,12 @@ def is_accurate(found: Found, colors: Colors, metadata: Mapping[str, Any]) -> bo
 def graded_score(
     found: Found, colors: Colors, metadata: Mapping[str, Any], grading: Grading = "published"
 ) -> tuple[float, bool]:
-    """The mean of the clauses' terms, and strict accuracy (every clause met to the number).
+    """Mean of the clauses' terms (at most 1), and strict accuracy (every clause met exactly).
 
-    A clause with n objects of ``count`` c gives 1 - |c - n| / c; if n != c one more 0 where it has
-    a colour or a position.  Else a colour on k objects gives 1 - |c - k| / c; if k == c, a position
-    gives 0 where the target clause failed, 1 where it holds, and where it fails the terms 0 and 1
-    as published or 0 when "bounded".  At most 1; as published possibly negative.  ``exclude`` plays
-    no part.
+    A clause with n objects of ``count`` c gives the term 1 - |c - n| / c, and a term 0 if n != c
+    and it has a colour or a position.  If n = c, a colour on k objects gives 1 - |c - k| / c; if
+    k = c, a position gives 0 if its target clause failed and 1 if it holds; if it does not hold,
+    the terms 0 and 1 ("published") or 0 ("bounded").  ``exclude`` is ignored.
     """
     terms: list[float] = []
     groups: list[Sequence[Detection] | None] = []
@@ -135,10 +133,10 @@ def graded_score(
 
 
 def relations(a: Box, b: Box) -> set[str]:
-    """Where ``a`` is relative to ``b``: none, one or two of left of, right of, above, below.
+    """Position of ``a`` relative to ``b``: up to two of RELATIONS.
 
-    The centres' offset, shrunk towards 0 by a tenth of both widths (heights), divided by the norm
-    of the unshrunk offset: beyond 0.5 on an axis is a relation.
+    The offset of the centres is shrunk towards 0 by a tenth of the sum of the widths (heights) and
+    divided by the norm of the unshrunk offset; above 0.5 on an axis, the relation holds.
     """
     offset = np.array([a[0] + a[2] - b[0] - b[2], a[1] + a[3] - b[1] - b[3]]) / 2
     extent = np.array([a[2] - a[0] + b[2] - b[0], a[3] - a[1] + b[3] - b[1]])
@@ -162,7 +160,7 @@ def _grade_clause(
     groups: Sequence[Sequence[Detection] | None],
     grading: Grading,
 ) -> tuple[list[float], bool]:
-    """The terms of one clause and whether it is met exactly; ``groups``: see ``_is_placed``."""
+    """Terms of one clause, and True if it is met exactly; ``groups``: see ``_is_placed``."""
     count = clause["count"]
     terms = [_number_term(len(objects), count, grading)]
     if len(objects) != count:
@@ -194,10 +192,9 @@ def _count_color(objects: Sequence[Detection], clause: Clause, colors: Colors) -
 def _is_placed(
     objects: Sequence[Detection], clause: Clause, groups: Sequence[Sequence[Detection] | None]
 ) -> bool:
-    """Does the relation hold from every object to every object of the target clause?
+    """True if the relation holds for every pair of an object and an object of the target clause.
 
-    ``groups``: the objects of the clauses before, None where a clause is not met; then this one
-    fails.
+    ``groups``: objects of the earlier clauses, None for a clause that is not met.
     """
     relation, index = clause["position"]
     target = groups[index]

@@ -1,4 +1,4 @@
-"""The words of GenEval's metadata: objects, colours, relations, tags; and a check of a line.
+"""Vocabulary of GenEval's metadata and the check of a line.
 
 A line: ``{"tag", "prompt", "include": [{"class", "count", optional "color", optional "position":
 [relation, index of an earlier clause]}], optional "exclude": [{"class", "count"}]}``.
@@ -29,8 +29,7 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 def check_prompt(
     prompt: str, metadata: Mapping[str, Any], options: Mapping[str, Any] | None
 ) -> None:
-    """Raises ValueError, quoting it, if ``metadata`` cannot be judged."""
-    del prompt, options
+    """Raises ValueError for metadata that cannot be scored."""
     check_metadata(metadata)
 
 
@@ -40,9 +39,9 @@ def check_metadata(
     objects: Sequence[str] = OBJECT_NAMES,
     colors: Sequence[str] = COLORS,
 ) -> None:
-    """Raises ValueError, quoting the line, if ``metadata`` cannot be judged.
+    """Raises ValueError, quoting the line, for metadata that cannot be scored.
 
-    ``objects`` and ``colors``: the words that a clause may have.
+    ``objects`` and ``colors``: the vocabulary of the clauses.
     """
     try:
         _check_choice("tag", metadata.get("tag"), TAGS)
@@ -58,7 +57,7 @@ def check_metadata(
         for clause in _clauses(metadata, "exclude"):
             _check_clause(clause, objects)
     except ValueError as error:
-        raise ValueError(f"no GenEval metadata: {error}; in {dict(metadata)}") from None
+        raise ValueError(f"invalid GenEval metadata: {error}; in {dict(metadata)}") from None
 
 
 def _clauses(metadata: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
@@ -77,7 +76,7 @@ def _check_clause(clause: Mapping[str, Any], objects: Sequence[str]) -> None:
     _check_choice("class", clause.get("class"), objects)
     count = clause.get("count")
     if type(count) is not int or count < 1:
-        raise ValueError(f"count {count!r} must be a whole number from 1")
+        raise ValueError(f"count {count!r} must be an integer of at least 1")
 
 
 def _check_position(position: Any, index: int) -> None:

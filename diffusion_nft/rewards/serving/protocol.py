@@ -1,8 +1,8 @@
-"""What travels between a run and a reward server: JSON with PNGs, over HTTP.
+"""Protocol between a run and a reward server: JSON with PNGs over HTTP, without pickles.
 
-A PNG keeps 8 bits a channel exactly and JSON's numbers are the shortest decimals that name their
-float64, so a served score is the local one to the last bit, where both are computed on the same
-device, with the same `allow_tf32`, in the same batches.  Nothing is pickled.
+PNGs preserve 8 bits per channel and JSON preserves float64, so that a served score is bitwise equal
+to the local one, if both are computed on the same device, with the same `allow_tf32`, in the same
+batches.
 """
 
 import base64
@@ -33,32 +33,30 @@ from diffusion_nft.data.prompts import check_text
 from diffusion_nft.images import to_pil
 from diffusion_nft.rewards import RewardOutput
 
-# Raised with every change that an older server or run would misread.
+# Version; incremented with every incompatible change.
 PROTOCOL = 1
-# Environment variable of the shared secret that a server asks for, on both sides.
+# Environment variable of the shared secret, for server and run.
 TOKEN_VARIABLE = "REWARD_SERVER_TOKEN"
-# Of all images of a request: a PNG of a few kilobytes can unfold to gigabytes.
+# Limit per request: a PNG of a few kilobytes can decompress to gigabytes.
 MAX_PIXELS = 256 * 1024 * 1024
-# Zlib's fastest: the network is faster than its best.
+# zlib's fastest level; higher ones take longer than the transfer that they save.
 COMPRESS_LEVEL = 1
 
 
 def shared_token() -> str:
-    """The token of the environment, empty for none.
+    """The token in the environment, or "".
 
-    Raises ValueError, which does not quote it, for one that no HTTP header can hold.
+    Raises ValueError, without quoting it, if it is not valid in an HTTP header.
     """
     token = os.environ.get(TOKEN_VARIABLE, "")
-    # Left to the HTTP library, this would be an error that prints the token.
+    # The HTTP library's error would print the token.
     if not all("!" <= char <= "~" for char in token):
-        raise ValueError(
-            f"{TOKEN_VARIABLE} may hold printable ASCII only, no spaces and no line ends"
-        )
+        raise ValueError(f"{TOKEN_VARIABLE} must be printable ASCII without spaces or line ends")
     return token
 
 
 class TooLarge(Exception):
-    """A request beyond the limits of a server."""
+    """A request that exceeds the limits of a server."""
 
 
 def _checked_text(text: str) -> str:
@@ -67,9 +65,9 @@ def _checked_text(text: str) -> str:
 
 
 class ScoringRequest(BaseModel):
-    """A batch for the server of ``reward``: base64 PNGs, and a prompt and a line for each.
+    """A batch of base64 PNGs, with one prompt and one metadata line per image.
 
-    ``options``: what the server told in /health when the run began.
+    ``options``: the server's options in /health at the start of the run.
     """
 
     model_config = ConfigDict(strict=True)
@@ -87,7 +85,7 @@ class ScoringRequest(BaseModel):
         if not count == len(self.prompts) == len(self.metadata) or not count:
             raise ValueError(
                 f"{count} images, {len(self.prompts)} prompts and {len(self.metadata)} metadata: "
-                "as many of each are needed, at least one"
+                "the numbers must be equal and at least one"
             )
         return self
 
@@ -97,9 +95,7 @@ Column = Annotated[list[Number | None], FailFast()]
 
 
 class ScoringAnswer(BaseModel):
-    """The scores of a batch; null, of a component that does not apply or of an image without a
-    score, stands for NaN.  ``reasons``: of missing scores, with their rows.
-    """
+    """The scores of a batch, with null for NaN.  ``reasons``: (row, reason) of missing scores."""
 
     scores: Column
     components: dict[str, Column]
@@ -120,18 +116,18 @@ class ScoringAnswer(BaseModel):
             )
 
     def output(self, count: int) -> RewardOutput:
-        """Scores and components ``[count]``, float64; ValueError for another count."""
+        """Scores and components ``[count]``, float64; ValueError for another number of them."""
         columns = {}
         for key, values in {"scores": self.scores, **self.components}.items():
             if len(values) != count:
-                raise ValueError(f"{key} are {len(values)} numbers, for {count} images")
+                raise ValueError(f"{key} has {len(values)} numbers for {count} images")
             numbers = [math.nan if value is None else value for value in values]
             columns[key] = torch.tensor(numbers, dtype=torch.float64)
         return RewardOutput(columns.pop("scores"), columns, dict(self.reasons))
 
 
 class Health(BaseModel):
-    """What a server serves: the reward's options and the versions its scores may depend on."""
+    """A server's reward, with its options and the versions that scores may depend on."""
 
     protocol: int
     reward: str
@@ -143,7 +139,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def read(model: type[M], data: bytes) -> M:
-    """``data`` as a ``model``; ValueError with one line that says what is wrong with it."""
+    """Parses ``data``; ValueError with a one-line description of the first problem."""
     with _in_one_line():
         return model.model_validate_json(data)
 
@@ -163,7 +159,7 @@ def _in_one_line() -> Iterator[None]:
 
 
 def encode_images(images: Tensor) -> list[str]:
-    """Base64 PNGs of ``images: [B, 3, H, W]`` in [0, 1], rounded to 8 bits a channel."""
+    """Base64 PNGs of ``images: [B, 3, H, W]`` in [0, 1], rounded to 8 bits per channel."""
     encoded = []
     for image in to_pil(images):
         buffer = io.BytesIO()
@@ -173,9 +169,9 @@ def encode_images(images: Tensor) -> list[str]:
 
 
 def decode_images(encoded: Sequence[str]) -> Tensor:
-    """float32 ``[B, 3, H, W]`` in [0, 1] of base64 PNGs, on the CPU.
+    """Base64 PNGs -> float32 ``[B, 3, H, W]`` in [0, 1] on the CPU.
 
-    Raises ValueError that says what is wrong with one, TooLarge for more than MAX_PIXELS pixels.
+    Raises ValueError for an invalid image, and TooLarge for more than MAX_PIXELS pixels in total.
     """
     limit = MAX_PIXELS // len(encoded)
     arrays = [_decode_image(text, number, limit) for number, text in enumerate(encoded)]
@@ -197,4 +193,4 @@ def _decode_image(text: str, number: int, max_pixels: int) -> np.ndarray:
     except Image.DecompressionBombError as error:
         raise TooLarge(f"image {number}: {error}") from error
     except (binascii.Error, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"image {number} is no base64 PNG that can be read: {error}") from error
+        raise ValueError(f"image {number} is not a readable base64 PNG: {error}") from error

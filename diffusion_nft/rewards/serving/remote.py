@@ -1,4 +1,4 @@
-"""A reward that scores in another environment or on another machine (server.py)."""
+"""Client of reward servers (server.py)."""
 
 import itertools
 import logging
@@ -25,23 +25,23 @@ from diffusion_nft.rewards.serving.protocol import (
     shared_token,
 )
 
-# Seconds in which a living machine accepts a connection, and a server tells its health.
+# Seconds to accept a connection, and to answer /health.
 CONNECT_TIMEOUT_S = 10.0
-# Times the time-out of one try after which no further one begins.
+# No further attempt starts after this multiple of an attempt's time-out.
 RETRY_WINDOW_FACTOR = 2
-# Statuses after which another try, or another address, may help.
+# Statuses that another attempt may not have.
 RETRYABLE_STATUSES = (429, 500, 502, 503, 504)
 # Characters of an answer that an error quotes.
 MAX_QUOTED = 500
 
 T = TypeVar("T")
 
-# It tells every request at level INFO, through the progress bars.
+# httpx logs every request at level INFO, which breaks progress bars.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 class _TryAgain(Exception):
-    """A try that failed for a reason that may pass; warns of it."""
+    """An attempt failed for a temporary reason; issues a warning."""
 
     def __init__(self, message: str):
         super().__init__(message)
@@ -51,16 +51,15 @@ class _TryAgain(Exception):
 class RemoteReward:
     """The reward ``name``, served at ``addresses`` such as "http://host:8000".
 
-    A batch is cut into near-equal parts, one for each address, which are scored at the same time.
-    A part is offered to all addresses in turn until one answers, ``rounds`` times with a pause of
+    A batch is split into near-equal parts, one per address, which are scored in parallel.  A part
+    is sent to all addresses in turn until one answers, in up to ``rounds`` rounds with a pause of
     ``pause`` seconds that doubles: lost connections, time-outs, 429, 5xx and malformed answers are
-    tried again, but not when 2 ``timeout`` have passed.  ``timeout``: seconds that one try may
-    take.  The environment variable REWARD_SERVER_TOKEN holds the token of the servers.
+    retried until 2 ``timeout`` have passed.  ``timeout``: seconds per attempt.  The environment
+    variable REWARD_SERVER_TOKEN holds the token of the servers.
 
-    Raises ConnectionError, naming the reward, the addresses and the last cause, where no try
-    helped; PermissionError for a wrong token; ValueError for what a server refuses.  When built,
-    also for an address that serves another reward, another protocol, or other options than the
-    first.
+    Raises ConnectionError if no attempt succeeded, PermissionError for a wrong token, and
+    ValueError for a refused request.  Building it raises ValueError if a server has another reward
+    or protocol, or other options than the first.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class RemoteReward:
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT_S)),
-            # A proxy that the environment names is for the internet, not for these.
+            # Proxies of the environment do not apply to reward servers.
             trust_env=False,
         )
         options = [self._check_health(address) for address in addresses]
@@ -88,10 +87,9 @@ class RemoteReward:
                     f"reward {name!r} has the options {found} at {address}, but {options[0]} at "
                     f"{addresses[0]}"
                 )
-        self.options = options[0]  # as they were when the run began
+        self.options = options[0]  # at the start of the run
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
-        """Scores and components ``[B]``, float64, of ``images: [B, 3, H, W]`` in [0, 1]."""
         if not prompts:
             return RewardOutput(torch.zeros(0, dtype=torch.float64))
         encoded = encode_images(images)
@@ -136,18 +134,18 @@ class RemoteReward:
         body: ScoringRequest | None,
         parse: Callable[[bytes], T],
     ) -> T:
-        """What ``parse`` makes of the first sound answer; see the class for what it raises."""
+        """Parses the first valid answer; for the errors see the class."""
         turn = itertools.cycle(addresses)
 
         def pause(state: tenacity.RetryCallState) -> float:
-            """Seconds after a try: a pause when all addresses have had a turn."""
+            """Seconds after an attempt: 0 until every address has had a turn."""
             rounds, rest = divmod(state.attempt_number, len(addresses))
             return 0 if rest else self.pause * 2 ** (rounds - 1)
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_TryAgain),
             wait=pause,
-            # Servers that stall would otherwise outlast the other ranks' patience.
+            # Bounded in time, so that stalled servers do not exceed the other ranks' time-out.
             stop=tenacity.stop_after_attempt(self.rounds * len(addresses))
             | tenacity.stop_before_delay(RETRY_WINDOW_FACTOR * self.timeout),
         )
@@ -157,7 +155,7 @@ class RemoteReward:
             last = error.last_attempt
             raise ConnectionError(
                 f"no answer from the servers of reward {self.name!r} at {', '.join(addresses)} in "
-                f"{last.attempt_number} tries; the last: {last.exception()}"
+                f"{last.attempt_number} attempts; the last error: {last.exception()}"
             ) from last.exception()
 
     def _try(
@@ -180,16 +178,16 @@ class RemoteReward:
         if response.status_code in RETRYABLE_STATUSES:
             raise _TryAgain(message)
         if response.status_code == 401:
-            raise PermissionError(f"{message}; the environment variable {TOKEN_VARIABLE} holds it")
+            raise PermissionError(f"{message}; set it in the environment variable {TOKEN_VARIABLE}")
         raise ValueError(message)
 
     def _check_health(self, address: str) -> dict[str, Any]:
-        """The options of the reward at ``address``."""
+        """Checks protocol and reward at ``address``; returns the reward's options."""
         health = self._ask((address,), "/health", None, lambda answer: read(Health, answer))
         if health.protocol != PROTOCOL:
             raise ValueError(
-                f"the server at {address} has protocol {health.protocol}, this run {PROTOCOL}: "
-                "both need the same version of the project"
+                f"the server at {address} has protocol {health.protocol}, this run has {PROTOCOL}: "
+                "install the same version of the project for both"
             )
         if health.reward != self.name:
             raise ValueError(f"{address} serves reward {health.reward!r}, not {self.name!r}")

@@ -1,8 +1,8 @@
-"""A reward behind HTTP, for runs in other environments or on other machines.
+"""HTTP server of a reward, for runs in other environments or on other machines.
 
-``POST /score`` scores a batch, one batch at a time (protocol.py has the format); ``GET /health``
-says what is served, also while a batch is being scored.  Errors are ``{"detail": message}``: 401
-without the right token, 413 beyond the limits, 422 for what is no batch, 500 when the reward fails.
+``POST /score`` scores a batch, one batch at a time (format: protocol.py); ``GET /health`` describes
+the reward, also while a batch is being scored.  Errors are ``{"detail": message}``: 401 for a wrong
+token, 413 for a request beyond the limits, 422 for an invalid one, 500 if the reward fails.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ from diffusion_nft.rewards.serving.protocol import (
     read,
 )
 
-# Packages that scores may depend on; those that are installed are told.
+# Packages that scores may depend on, for /health.
 PACKAGES = (
     "torch",
     "torchvision",
@@ -51,16 +51,15 @@ PACKAGES = (
     "mmdet",
     "mmcv",
 )
-# The status of a request whose sender has gone; nobody reads it.
+# Status of a request whose client has disconnected.
 CLIENT_CLOSED_REQUEST = 499
-# Characters of an error's message.
+# Maximum length of an error's message.
 MAX_DETAIL = 2000
 
 logger = logging.getLogger(__name__)
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed PACKAGES."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -70,8 +69,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _told(message: str) -> str:
-    """``message`` as an answer can hold it: what it quotes may be long, or no text at all."""
+def _detail(message: str) -> str:
+    """``message`` in valid UTF-8 and bounded length."""
     return message.encode(errors="backslashreplace").decode()[:MAX_DETAIL]
 
 
@@ -85,18 +84,18 @@ def create_app(
     max_images: int,
     max_megabytes: float,
 ) -> FastAPI:
-    """The application that serves ``reward``, known as ``name``.
+    """Application that serves ``reward`` as ``name``.
 
-    Images reach the reward on ``device``.  ``options``: what the reward was built with, told in
-    /health; ``token``: what requests must bring as ``Authorization: Bearer``, empty for none;
-    ``max_images`` and ``max_megabytes`` (10^6 bytes): the limits of one request.
+    ``device``: device of the images that the reward receives.  ``options``: the reward's options,
+    for /health.  ``token``: required as ``Authorization: Bearer``, or "" for no token.
+    ``max_images`` and ``max_megabytes`` (10^6 bytes): limits per request.
     """
     app = FastAPI(openapi_url=None)
     turn = asyncio.Lock()
     max_bytes = int(max_megabytes * 1e6)
-    told = {key: "***" if key == "api_key" else options[key] for key in options}
-    told = json.loads(json.dumps(told))  # as a client knows it: tuples are lists
-    health = Health(protocol=PROTOCOL, reward=name, options=told, versions=versions())
+    shown = {key: "***" if key == "api_key" else options[key] for key in options}
+    shown = json.loads(json.dumps(shown))  # as a client receives it: tuples are lists
+    health = Health(protocol=PROTOCOL, reward=name, options=shown, versions=versions())
 
     def authorize(request: Request) -> None:
         given = request.headers.get("authorization", "")
@@ -108,25 +107,25 @@ def create_app(
         size = 0
         async for chunk in request.stream():
             size += len(chunk)
-            # Read to its end, though not kept: a client that is cut off sees no answer.
+            # Read to the end, because a client that is interrupted ignores the answer.
             if size <= max_bytes:
                 data += chunk
         if size > max_bytes:
-            raise HTTPException(413, f"this server takes {max_megabytes:g} MB in one request")
+            raise HTTPException(413, f"this server accepts {max_megabytes:g} MB per request")
         return bytes(data)
 
     def decode(data: bytes) -> tuple[ScoringRequest, Tensor]:
         request = read(ScoringRequest, data)
         if request.reward != name:
-            raise ValueError(f"reward {request.reward!r} is asked for; this server has {name!r}")
-        if request.options != told:
+            raise ValueError(f"reward {request.reward!r} was requested; this server has {name!r}")
+        if request.options != shown:
             raise ValueError(
-                f"the run began with a server of the options {request.options}, this one has "
-                f"{told}: their scores would be mixed"
+                f"the run started with a server with the options {request.options}, this one has "
+                f"{shown}: scores would not be comparable"
             )
         if len(request.images) > max_images:
             count = len(request.images)
-            raise TooLarge(f"{count} images in one request; this server takes {max_images}")
+            raise TooLarge(f"{count} images in one request; this server accepts {max_images}")
         return request, decode_images(request.images)
 
     @torch.no_grad()
@@ -134,29 +133,29 @@ def create_app(
         try:
             request, images = decode(data)
         except TooLarge as error:
-            raise HTTPException(413, _told(str(error))) from error
+            raise HTTPException(413, _detail(str(error))) from error
         except ValueError as error:
-            raise HTTPException(422, _told(str(error))) from error
+            raise HTTPException(422, _detail(str(error))) from error
         try:
-            # The run decides whether it can do without images on which the reward fails.
+            # Per image after a failure: the run decides if it continues without some scores.
             output = score_apart(reward, images.to(device), request.prompts, request.metadata)
-            reasons = {row: _told(reason) for row, reason in output.reasons.items()}
+            reasons = {row: _detail(reason) for row, reason in output.reasons.items()}
             return ScoringAnswer.of(replace(output, reasons=reasons))
         except Exception as error:
             logger.exception("the reward %s failed", name)
-            raise HTTPException(500, _told(f"{type(error).__name__}: {error}")) from error
+            raise HTTPException(500, _detail(f"{type(error).__name__}: {error}")) from error
 
     @app.get("/health")
-    async def tell_health(request: Request) -> Health:
+    async def get_health(request: Request) -> Health:
         authorize(request)
         return health
 
     @app.post("/score", response_model=None)
-    async def tell_scores(request: Request) -> Response:
+    async def post_score(request: Request) -> Response:
         authorize(request)
         data = await body(request)
         async with turn:
-            # A client that gave up waiting asks again; the reward need not score twice.
+            # A client that timed out repeats the request; the reward need not score twice.
             if await request.is_disconnected():
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
             answer = await run_in_threadpool(score, data)
