@@ -133,7 +133,6 @@ class Distributed:
         return sent[0]
 
     def barrier(self) -> None:
-        """Waits for every rank."""
         if self.world_size > 1:
             with _contact(self.rank, self.world_size):
                 dist.barrier()

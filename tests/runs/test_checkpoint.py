@@ -90,7 +90,6 @@ def test_keeps_the_newest_and_the_best(tmp_path):
 
 
 def resume(checkpointer: Checkpointer) -> None:
-    """What a run does with the best one when it goes on."""
     checkpoint = checkpointer.load_latest()
     assert checkpoint is not None
     checkpointer.restore_best(checkpoint)
@@ -217,14 +216,6 @@ def test_a_checkpoint_without_a_word_of_the_best_leaves_the_note(tmp_path):
 def test_a_failing_disk_keeps_the_former_state_and_names_the_path(tmp_path, monkeypatch):
     save(Checkpointer(tmp_path), 4)
 
-    def full(folder: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    for step in (4, 6):
-        match = rf"checkpoint-{step} could not be written.*No space left"
-        with pytest.raises(CheckpointError, match=match):
-            save(Checkpointer(tmp_path), step, write_extra=full)
-
     def refuse(source, target):
         if Path(source).name.startswith(".tmp-"):
             raise PermissionError("read-only")
@@ -249,10 +240,6 @@ def flip_a_byte(path: Path) -> None:
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
-def cut(path: Path) -> None:
-    os.truncate(path / "current.safetensors", 100)
-
-
 def manifest(text: str) -> Callable[[Path], object]:
     """Writes ``text`` in place of a checkpoint's manifest."""
     return lambda path: (path / "manifest.json").write_text(text)
@@ -261,7 +248,10 @@ def manifest(text: str) -> Callable[[Path], object]:
 INFINITE = '{"tensors": [], "files": {"state.json": {"size": 1e999, "sha256": ""}}}'
 DAMAGES = {
     "flipped": (flip_a_byte, "current.safetensors has another SHA-256"),
-    "cut": (cut, "current.safetensors has .* bytes"),
+    "cut": (
+        lambda path: os.truncate(path / "current.safetensors", 100),
+        "current.safetensors has .* bytes",
+    ),
     "missing": (lambda path: (path / "state.json").unlink(), "state.json is missing"),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json"),
     "empty manifest": (manifest(""), "manifest.json"),
@@ -270,7 +260,7 @@ DAMAGES = {
     "no files": (manifest('{"tensors": []}'), "manifest.json is invalid"),
     "other types": (manifest('{"tensors": [], "files": {"a": 1}}'), "manifest.json is invalid"),
     "an infinite size": (manifest(INFINITE), "manifest.json is invalid"),
-    "nested too deep": (manifest("[" * 100_000), "manifest.json is not JSON"),
+    "nested too deep": (manifest("[" * 100_000), "manifest.json is damaged: not JSON"),
     "nothing listed": (manifest('{"tensors": [], "files": {}}'), "manifest.json lacks state.json"),
 }
 

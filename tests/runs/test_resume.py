@@ -1,5 +1,6 @@
 """The same command continues a run, whatever stopped it, to the same weights."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -137,21 +138,9 @@ def test_more_epochs_and_other_memory_knobs_continue_a_run(copy, tmp_path):
     assert_same_state(copy, tmp_path / "four")
 
 
-def cut_in_half(checkpoint: Path) -> None:
-    file = checkpoint / "current.safetensors"
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def remove(checkpoint: Path) -> None:
-    (checkpoint / "optimizer.safetensors").unlink()
-
-
-# tests/runs/test_checkpoint.py has all kinds of damage.
-@pytest.mark.parametrize("damage", [cut_in_half, remove])
-def test_a_damaged_last_checkpoint_is_passed_over_although_the_run_was_finished(
-    finished, copy, damage
-):
-    damage(copy / "checkpoints" / "checkpoint-6")
+def test_a_damaged_last_checkpoint_is_passed_over_although_the_run_was_finished(finished, copy):
+    file = copy / "checkpoints" / "checkpoint-6" / "current.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
     with pytest.warns(UserWarning, match="checkpoint-6"):
         (whole,) = stages_of(smoke(copy, SETTINGS))
         assert not is_finished(whole, Checkpointer(copy).load_latest())
