@@ -29,7 +29,7 @@ OBJECT = '{"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt
 
 @pytest.fixture(autouse=True)
 def prompt_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand-ins for the prompt sets, in the published layouts."""
+    """Small prompt sets in the published layouts."""
     root = tmp_path / "dataset"
     files = {f"{s}/{split}.txt": "a cat\n" for s in ("ocr", "pickscore") for split in data.SPLITS}
     files |= {
@@ -179,7 +179,7 @@ def test_flow_grpo_presets_hold_its_published_values(
         "grpo.kl_weight": kl_weight,
         "eval.guidance_scale": 4.5,
     }
-    # All else is as for NFT: 48 x 24 samples, learning rate 3e-4, LoRA 32/64, clip of 5, ...
+    # The rest is as for NFT: 48 x 24 samples, learning rate 3e-4, LoRA 32/64, clip of 5, ...
     assert preset(name) == preset(base) | published
 
 
@@ -234,7 +234,7 @@ def test_base_config_lacks_only_what_a_preset_gives() -> None:
 
 def test_a_preset_serves_rewards_gives_options_and_holds_out() -> None:
     config = PRESETS.get_config("sd3_geneval")
-    # As config/base.py tells.
+    # As described in config/base.py.
     with config.reward_servers.unlocked():
         config.reward_servers.geneval = ("http://gpu7:8000", "http://gpu8:8000")
     with config.reward_options.unlocked():

@@ -1,4 +1,4 @@
-"""Values that no key can have, for every key: refused by name before anything is loaded."""
+"""Invalid values and flags are refused by name before anything is loaded."""
 
 import math
 from fractions import Fraction
@@ -22,7 +22,7 @@ from tests.test_config import BASE, leaves
 from tests.validation.test_schema import changed
 
 NAN, INF = math.nan, math.inf
-# By the type of a key's default: what it can never be, and what the error offers.
+# Invalid values by the type of a key's default, and the words of their error.
 WRONG: dict[type, list[object]] = {
     bool: [None, 0, 1, "True", "no", [], NAN],
     int: [None, True, -1, 0.5, NAN, INF, "3", b"3", [1], {}, 10**30, -(10**400), np.int64(3), 3j],
@@ -51,7 +51,7 @@ def config_with(key: str, value: object, save_dir: str) -> ConfigDict:
     return changed({"save_dir": save_dir, key: value}, "shapes_smoke")
 
 
-def test_the_generated_values_meet_every_key():
+def test_the_generated_values_cover_every_key():
     assert {case.given[0] for case in GENERATED} == set(SCHEMA)
 
 
@@ -78,7 +78,7 @@ def test_a_value_of_the_wrong_kind_is_refused_by_its_key(key, tmp_path, monkeypa
         ("reward_fn", {"shapes": -1}),
     ],
 )
-def test_an_odd_value_may_be_valid(key, value, tmp_path):
+def test_an_unusual_value_is_valid(key, value, tmp_path):
     validate(config_with(key, value, str(tmp_path / "run")))
 
 
@@ -115,7 +115,7 @@ FLAGS = [
 
 
 @parametrized(FLAGS)
-def test_a_flag_that_cannot_be_read_costs_one_line(case, monkeypatch):
+def test_an_invalid_flag_is_one_line(case, monkeypatch):
     seen = watch(monkeypatch)
     message = parse(*case.given)
     seen.expect(case.moment)
@@ -126,7 +126,7 @@ NO_PRESET = "--config is missing: a preset is named as config/nft.py:PRESET"
 
 
 @pytest.mark.parametrize("given", [(), ("--config",), ("--config=",), ("--config.seed=3",)])
-def test_a_missing_preset_costs_one_line(given):
+def test_a_missing_preset_is_one_line(given):
     module = training_script()
     assert exit_message(lambda: module.parse_flags(["train", *given])) == NO_PRESET
 

@@ -1,4 +1,4 @@
-"""Every rule of validation can fail, and says the key, the value and what would be valid."""
+"""Validation: each check can fail, with a message of key, value and what would be valid."""
 
 import math
 import re
@@ -18,7 +18,7 @@ from tests.test_config import BASE, PRESETS, ROOT, leaves
 
 @pytest.fixture(autouse=True)
 def prompt_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins for the prompt sets; the tests run in the folder above them."""
+    """Empty prompt sets; the tests run in the folder above them."""
     both = {"geneval": "_metadata.jsonl", "shapes": "_metadata.jsonl", "ocr": ".txt"}
     names = [f"{name}/{split}{end}" for name, end in both.items() for split in data.SPLITS]
     for name in [*names, "drawbench/test.txt"]:
@@ -65,7 +65,7 @@ PATH = "path of a folder that exists, or empty"
 POSITIVE = "a finite number in (0, inf)"
 NOT_NEGATIVE = "a finite number in [0, inf)"
 BELOW_ONE = "a finite number in [0, 1)"
-# key, a value that must be refused, and what the message offers instead.
+# Key, a value to refuse, and words of the message.
 REFUSED: list[tuple[str, Any, str]] = [
     ("run_name", 7, "text"),
     ("save_dir", "", "not empty"),
@@ -370,21 +370,15 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
         {"reward_fn": {"shapes": 1.0}, "eval.held_out_rewards": ("ocr", "shapes")},
         "'shapes' is in reward_fn",
     ),
-    (
-        {
-            "reward_servers": {"ocr": ("http://a",), "shapes": ("http://a",)},
-            "reward_fn": {"shapes": 1.0},
-            "eval.held_out_rewards": ("aesthetic",),
-        },
-        "'ocr' is neither in reward_fn nor in eval.held_out_rewards",
-    ),
-    (
-        {
-            "reward_options": {"aesthetic": {"batch_size": 1}, "ocr": {"threads": 1}},
-            "reward_fn": {"shapes": 1.0},
-            "eval.held_out_rewards": ("aesthetic",),
-        },
-        "'ocr' is neither in reward_fn nor in eval.held_out_rewards",
+    *(
+        (
+            {key: value, "reward_fn": {"shapes": 1.0}, "eval.held_out_rewards": ("aesthetic",)},
+            "'ocr' is neither in reward_fn nor in eval.held_out_rewards",
+        )
+        for key, value in (
+            ("reward_servers", {"ocr": ("http://a",), "shapes": ("http://a",)}),
+            ("reward_options", {"aesthetic": {"batch_size": 1}, "ocr": {"threads": 1}}),
+        )
     ),
     (
         {
@@ -393,13 +387,12 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
         },
         "'shapes' is served",
     ),
-    (
-        {"algorithm": "flow_grpo", "sample.solver": "dpm2", "sample.noise_level": 0.7},
-        "choose from dance, ddim, flow, with a noise_level above 0",
-    ),
-    (
-        {"algorithm": "flow_grpo", "sample.solver": "flow", "sample.noise_level": 0.0},
-        "choose from dance, ddim, flow, with a noise_level above 0",
+    *(
+        (
+            {"algorithm": "flow_grpo", "sample.solver": solver, "sample.noise_level": noise_level},
+            "choose from dance, ddim, flow, with a noise_level above 0",
+        )
+        for solver, noise_level in (("dpm2", 0.7), ("flow", 0.0))
     ),
     *(
         (
