@@ -24,27 +24,17 @@ def _shapes(algorithm: str, name: str, *, kl_weight: float) -> ml_collections.Co
 
 
 def shapes_rwr() -> ml_collections.ConfigDict:
-    """Reward-weighted regression: each sample's weight is exp(advantage / temperature).
-
-    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/baselines.py:shapes_rwr``
-    """
+    """Reward-weighted regression: each sample's weight is exp(advantage / temperature)."""
     return _shapes("reward_weighted", "rwr", kl_weight=1.0)
 
 
 def shapes_awm() -> ml_collections.ConfigDict:
-    """Advantage-weighted matching: towards good samples, away from bad ones.
-
-    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/baselines.py:shapes_awm``
-    """
+    """Advantage-weighted matching: towards good samples, away from bad ones."""
     return _shapes("advantage_weighted", "awm", kl_weight=0.1)
 
 
 def shapes_best_of_n() -> ml_collections.ConfigDict:
-    """Rejection fine-tuning on the best 4 of the 24 images per prompt.
-
-    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config
-    config/baselines.py:shapes_best_of_n``
-    """
+    """Rejection fine-tuning on the best 4 of the 24 images per prompt."""
     config = _shapes("best_of_n", "best_of_n", kl_weight=10.0)
     config.matching.best_of = 4
     return config

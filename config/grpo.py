@@ -3,7 +3,7 @@
 They are presets of config/nft.py with the other algorithm, and the same prompts, rewards and batch
 per epoch.  The published values are those of the Flow-GRPO code for SD3.5-Medium.  The KL weight
 refers to the paper's term, which on these steps is 4.4 times that of the published code: 0.009 here
-corresponds to 0.04 there (docs/deviations.md).
+corresponds to 0.04 there (docs/deviations.md).  Cost and results have not been measured.
 """
 
 import runpy
@@ -35,48 +35,27 @@ def _flow_grpo(
 
 
 def sd3_geneval_grpo() -> ml_collections.ConfigDict:
-    """GenEval on SD3.5-Medium, as published for 32 GPUs.  Cost here: not measured.
-
-    ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config
-    config/grpo.py:sd3_geneval_grpo``
-    """
+    """GenEval on SD3.5-Medium, as published for 32 GPUs."""
     return _flow_grpo(NFT["sd3_geneval"](), kl_weight=0.009, guidance_scale=4.5)
 
 
 def sd3_ocr_grpo() -> ml_collections.ConfigDict:
-    """Text rendering on SD3.5-Medium, as published for 32 GPUs.  Cost here: not measured.
-
-    ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/grpo.py:sd3_ocr_grpo``
-    """
+    """Text rendering on SD3.5-Medium, as published for 32 GPUs."""
     return _flow_grpo(NFT["sd3_ocr"](), kl_weight=0.009, guidance_scale=4.5)
 
 
 def sd3_pickscore_grpo() -> ml_collections.ConfigDict:
-    """PickScore on SD3.5-Medium, as published for 32 GPUs.  Cost here: not measured.
-
-    ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config
-    config/grpo.py:sd3_pickscore_grpo``
-    """
+    """PickScore on SD3.5-Medium, as published for 32 GPUs."""
     return _flow_grpo(NFT["sd3_pickscore"](), kl_weight=0.0023, guidance_scale=4.5)
 
 
 def shapes_grpo() -> ml_collections.ConfigDict:
-    """The built-in model without guidance, with the epochs of config/nft.py:shapes.
-
-    Cost and result: not measured.
-
-    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/grpo.py:shapes_grpo``
-    """
+    """The built-in model without guidance, with the epochs of config/nft.py:shapes."""
     return _flow_grpo(NFT["shapes"](), kl_weight=0.009, guidance_scale=1.0)
 
 
 def shapes_grpo_cfg() -> ml_collections.ConfigDict:
-    """The built-in model with guidance in rollout, training and evaluation.
-
-    Cost and result: not measured.
-
-    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/grpo.py:shapes_grpo_cfg``
-    """
+    """The built-in model with guidance in rollout, training and evaluation."""
     config = _flow_grpo(NFT["shapes"](), kl_weight=0.009, guidance_scale=2.0)
     config.save_dir += "_cfg"
     return config

@@ -1,7 +1,10 @@
-"""DiffusionNFT presets: ``--config config/nft.py:NAME``.
+"""DiffusionNFT presets, run with one process per GPU, or a single one on CPUs:
+
+    torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:NAME
 
 A preset is a function.  To make your own, copy one and change it.  Presets do not depend on the
 number of GPUs: the epoch's batch is ``sample.num_groups * sample.num_image_per_prompt`` images.
+Memory and cost of the SD3.5 presets have not been measured.
 """
 
 import runpy
@@ -23,10 +26,7 @@ def _sd3(dataset: str, name: str, **rewards: float) -> ml_collections.ConfigDict
 
 
 def sd3_geneval() -> ml_collections.ConfigDict:
-    """GenEval on SD3.5-Medium, as published for 8 GPUs of 80 GB.  Cost here: not measured.
-
-    ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_geneval``
-    """
+    """GenEval on SD3.5-Medium, as published for 8 GPUs of 80 GB."""
     config = _sd3("geneval", "geneval", geneval=1.0)
     config.eval.batch_size = 14
     return config
@@ -34,9 +34,7 @@ def sd3_geneval() -> ml_collections.ConfigDict:
 
 def sd3_ocr() -> ml_collections.ConfigDict:
     """Text rendering on SD3.5-Medium, as published for 8 GPUs of 80 GB, with RapidOCR instead of
-    PaddleOCR (docs/rewards.md).  Cost here: not measured.
-
-    ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_ocr``
+    PaddleOCR (docs/rewards.md).
     """
     config = _sd3("ocr", "ocr", ocr=1.0)
     config.nft.beta = 0.1
@@ -46,27 +44,17 @@ def sd3_ocr() -> ml_collections.ConfigDict:
 
 
 def sd3_pickscore() -> ml_collections.ConfigDict:
-    """PickScore on SD3.5-Medium, as published for 8 GPUs of 80 GB.  Cost here: not measured.
-
-    ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_pickscore``
-    """
+    """PickScore on SD3.5-Medium, as published for 8 GPUs of 80 GB."""
     return _sd3("pickscore", "pickscore", pickscore=1.0)
 
 
 def sd3_hpsv2() -> ml_collections.ConfigDict:
-    """HPSv2.1 on SD3.5-Medium, as published for 8 GPUs of 80 GB.  Cost here: not measured.
-
-    ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_hpsv2``
-    """
+    """HPSv2.1 on SD3.5-Medium, as published for 8 GPUs of 80 GB."""
     return _sd3("pickscore", "hpsv2", hpsv2=1.0)
 
 
 def sd3_multi_reward() -> ml_collections.ConfigDict:
-    """PickScore + HPSv2.1 + CLIPScore on SD3.5-Medium, as published for 8 GPUs of 80 GB.
-
-    ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_multi_reward``
-    Cost here: not measured.
-    """
+    """PickScore + HPSv2.1 + CLIPScore on SD3.5-Medium, as published for 8 GPUs of 80 GB."""
     config = _sd3("pickscore", "multi_reward", pickscore=1.0, hpsv2=1.0, clipscore=1.0)
     config.sample.num_steps = 25
     config.nft.beta = 0.1
@@ -78,10 +66,6 @@ def sd3_multi_reward_paper() -> ml_collections.ConfigDict:
 
     PickScore, CLIPScore and HPSv2.1 on Pick-a-Pic prompts; then GenEval's prompts, with its reward
     added; both again, shorter; then OCR's, with a higher cap of the old policy's decay.
-
-    ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config
-    config/nft.py:sd3_multi_reward_paper``
-    Cost and result here: not measured.
     """
     config = sd3_multi_reward()
     config.save_dir += "_paper"
@@ -120,9 +104,7 @@ def sd3_geneval_1gpu() -> ml_collections.ConfigDict:
     """GenEval on one GPU of 24-48 GB.
 
     Estimated memory: 19 GB while encoding, 11 GB while training, plus the reward's models
-    (docs/benchmarks.md).  Memory and cost on a GPU: not measured.
-
-    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:sd3_geneval_1gpu``
+    (docs/benchmarks.md).
     """
     return _one_gpu(sd3_geneval())
 
@@ -131,10 +113,7 @@ def sd3_pickscore_1gpu() -> ml_collections.ConfigDict:
     """PickScore on one GPU of 24-48 GB.
 
     Estimated memory: 19 GB while encoding, 11 GB while training, plus 3.9 GB of PickScore
-    (docs/benchmarks.md).  Memory and cost on a GPU: not measured.
-
-    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config
-    config/nft.py:sd3_pickscore_1gpu``
+    (docs/benchmarks.md).
     """
     return _one_gpu(sd3_pickscore())
 
@@ -154,9 +133,7 @@ def sd3_geneval_fast() -> ml_collections.ConfigDict:
     """GenEval with 2 sigmas per sample instead of 9: 2.6 times fewer FLOPs per epoch.
 
     On the built-in model, fewer sigmas learn more than 9 from the same compute, though less per
-    epoch (docs/experiments.md).  Not tried on SD3.5; cost not measured.
-
-    ``torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_geneval_fast``
+    epoch (docs/experiments.md).  Not tried on SD3.5.
     """
     return _fast(sd3_geneval())
 
@@ -166,8 +143,6 @@ def shapes() -> ml_collections.ConfigDict:
 
     Measured with one thread, seed 42: 24 minutes; strict held-out accuracy .485, at epochs 20, 40,
     60 and 80 .760, .781, .779 and .790 (docs/experiments.md).
-
-    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:shapes``
     """
     config = BASE["get_config"]()
     config.save_dir = "logs/nft/shapes/full"
@@ -201,8 +176,6 @@ def shapes_demo() -> ml_collections.ConfigDict:
 
     Measured on 2 CPU cores: 145 s for the 24 epochs; strict held-out accuracy .485 to .762, .444
     to .696 and .463 to .710 for seeds 42, 43 and 44 (docs/experiments.md).
-
-    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:shapes_demo``
     """
     config = shapes()
     config.save_dir = "logs/nft/shapes/demo"
@@ -219,8 +192,6 @@ def shapes_fast() -> ml_collections.ConfigDict:
 
     Measured over seeds 42, 43 and 44: strict held-out accuracy .464 to .719 for 82,900
     forward-equivalents; shapes_demo .464 to .723 for 104,700 (docs/experiments.md).
-
-    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:shapes_fast``
     """
     return _fast(shapes_demo())
 
@@ -232,8 +203,6 @@ def shapes_stages() -> ml_collections.ConfigDict:
     .485 to .723 in the first stage and to .758 in the second (.748 in another run, with two
     threads).  The mean JPEG grew from 1173 to 1180 bytes in the first stage and shrank to 1171 in
     the second.
-
-    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:shapes_stages``
     """
     config = shapes_demo()
     config.save_dir = "logs/nft/shapes/stages"
@@ -252,10 +221,7 @@ def shapes_stages() -> ml_collections.ConfigDict:
 
 
 def shapes_smoke() -> ml_collections.ConfigDict:
-    """Two tiny epochs of the built-in model in seconds, for tests; it does not learn.
-
-    ``torchrun --nproc_per_node=1 scripts/train_nft_sd3.py --config config/nft.py:shapes_smoke``
-    """
+    """Two tiny epochs of the built-in model in seconds, for tests; it does not learn."""
     config = shapes()
     config.save_dir = "logs/nft/shapes/smoke"
     config.num_epochs = 2

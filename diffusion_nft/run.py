@@ -38,29 +38,24 @@ def run(config: ConfigDict, dist: Distributed) -> None:
         with _start_errors():
             check_shared("save_dir", folder, dist)
             held.enter_context(only_writer("save_dir", folder, dist))
-        _run(config, dist)
-
-
-def _run(config: ConfigDict, dist: Distributed) -> None:
-    with _start_errors():
-        check_run_dir(config)
-        stages = stages_of(config)
-        checkpoint = newest_checkpoint(config, dist)
-        todo = _unfinished(stages, checkpoint, dist)
-        _check_ahead(todo, dist)
-    if not todo:
-        dist.print_once("\n".join(result(Path(config.save_dir), stage.number) for stage in stages))
-    for stage in todo:
-        with _start_errors():
-            if stage is not todo[0]:
-                checkpoint = newest_checkpoint(config, dist)
-            trainer = build_trainer(config, dist, stage, checkpoint)
-        checkpoint = None  # frees its tensors
-        _train(trainer, dist, last=stage is todo[-1])
-        # Frees the model before the next is loaded; a trainer's parts refer to each other.
-        del trainer
-        gc.collect()
-        torch.cuda.empty_cache()
+            check_run_dir(config)
+            stages = stages_of(config)
+            checkpoint = newest_checkpoint(config, dist)
+            todo = _unfinished(stages, checkpoint, dist)
+            _check_ahead(todo, dist)
+        if not todo:
+            dist.print_once("\n".join(result(folder, stage.number) for stage in stages))
+        for stage in todo:
+            with _start_errors():
+                if stage is not todo[0]:
+                    checkpoint = newest_checkpoint(config, dist)
+                trainer = build_trainer(config, dist, stage, checkpoint)
+            checkpoint = None  # frees its tensors
+            _train(trainer, dist, last=stage is todo[-1])
+            # Frees the model before the next is loaded; a trainer's parts refer to each other.
+            del trainer
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def devices(dist: Distributed) -> str:

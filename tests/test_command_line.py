@@ -1,4 +1,4 @@
-"""How commands end, and the types of their flags."""
+"""Exit messages of commands, and types of flags."""
 
 import argparse
 import subprocess
@@ -23,7 +23,7 @@ def ended(error: BaseException) -> int | str | None:
     return caught.value.code
 
 
-def test_what_a_user_can_fix_is_one_line():
+def test_an_error_of_the_user_is_one_line():
     assert ended(ValueError("no such thing")) == "ValueError: no such thing"
     assert ended(OSError(28, "No space left")) == "OSError: [Errno 28] No space left"
     assert "the same command continues" in str(ended(RewardError("out of order")))
@@ -32,7 +32,7 @@ def test_what_a_user_can_fix_is_one_line():
     assert full.startswith("CUDA out of memory.") and "\n" not in full and "batch" in full
 
 
-def test_what_a_user_cannot_fix_shows_where_it_is():
+def test_a_bug_shows_its_traceback():
     with pytest.raises(AssertionError):
         command(lambda: (_ for _ in ()).throw(AssertionError))
 
@@ -55,7 +55,7 @@ command(main)
 """
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_closed_output_pipe_is_not_an_error():
     process = subprocess.Popen(
         [sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
     )

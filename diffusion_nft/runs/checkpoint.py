@@ -19,7 +19,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffusion_nft.utils.files import DiskError, sha256, sync, write_atomically
+from diffusion_nft.utils.files import DiskError, read_object, sha256, sync, write_atomically
 
 FOLDER, STATE, MANIFEST, BEST = "checkpoints", "state.json", "manifest.json", "best.json"
 # Name prefixes of a checkpoint being written or deleted, and of one set aside for its replacement.
@@ -279,16 +279,12 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in the JSON file ``path`` of a checkpoint; CheckpointError if it is damaged."""
-    with _disk_errors(f"{path} cannot be read"):
-        data = path.read_bytes()
+    """``read_object`` of a file of a checkpoint; CheckpointError if it is missing or damaged."""
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:  # the latter if nested too deeply
-        raise CheckpointError(f"checkpoint {path.parent}: {path.name} is not JSON") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"checkpoint {path.parent}: {path.name} is not a JSON object")
-    return value
+        with _disk_errors(f"{path} cannot be read"):
+            return read_object(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -99,7 +99,6 @@ class Evaluator:
         return score
 
     def discard_result(self) -> None:
-        """Removes the before/after images."""
         if self.dist.is_main:
             self.before_after.unlink(missing_ok=True)
 

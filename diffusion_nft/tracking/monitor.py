@@ -136,7 +136,6 @@ class Monitor:
         return {"alarms": self.state["alarms"]} if self.state["alarms"] else {}
 
     def stop_if_alarmed(self) -> None:
-        """Raises Alarm after an alarm if ``monitor.action`` is ``stop``."""
         if self._alarm and self.limits.action == "stop":
             raise Alarm(f"{self._alarm} (monitor.action = 'stop')")
 

@@ -57,7 +57,7 @@ def result_table(run_dir: Path, stage: int = 0) -> str:
 
 
 def result(run_dir: Path, stage: int = 0) -> str:
-    """``result_table`` of ``stage`` and the path of its images."""
+    """``result_table`` of ``stage``, and the path of its before/after images."""
     images = run_dir / images_file(stage)
     where = f"\nbefore/after images: {images}" if images.exists() else ""
     return result_table(run_dir, stage) + where

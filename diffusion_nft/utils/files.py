@@ -77,7 +77,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in the file ``path``.  Raises ValueError naming it if that holds none."""
+    """The JSON object in the file ``path``.  Raises ValueError naming it if it is damaged."""
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # the latter: nested too deeply
@@ -88,9 +88,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one a line; none without the file.
+    """The JSON objects of a file, one per line; empty if it does not exist.
 
-    A half-written last line is left out.  Raises ValueError naming any other that is no object.
+    Skips an incomplete last line.  Raises ValueError naming any other that is not an object.
     """
     if not path.is_file():
         return []

@@ -1,4 +1,4 @@
-"""A plain process is a world of one; collectives on two real processes."""
+"""Launch checks, and collectives on one and two processes."""
 
 import pytest
 import torch
@@ -28,11 +28,11 @@ TASKS = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
     ("environment", "started"),
     [
         (TASKS | {"SLURM_STEP_NUM_TASKS": "8"}, "srun started 8"),
-        # In the script of an allocation for 8 tasks, before any srun: one process.
+        # One process in the script of an allocation for 8 tasks, before any srun.
         (TASKS, ""),
         (TASKS | {"SLURM_PROCID": "1"}, "srun started 8"),
         (TASKS | {"SLURM_STEP_NUM_TASKS": "1"}, ""),
-        # Of torchrun, one a node, or of a script that sets the ranks itself.
+        # From torchrun, one per node, or a script that sets the ranks itself.
         (TASKS | {"SLURM_STEP_NUM_TASKS": "8", "RANK": "3"}, ""),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4"),
         ({"PMI_SIZE": "2"}, "mpiexec started 2"),
@@ -53,7 +53,7 @@ def test_processes_that_a_launcher_left_without_ranks_are_refused(
             check_launch()
 
 
-def test_only_the_main_rank_speaks(capsys):
+def test_only_the_main_rank_prints(capsys):
     for rank in (0, 1):
         Distributed(rank, 2, rank, torch.device("cpu")).print_once(f"rank {rank}")
     captured = capsys.readouterr()

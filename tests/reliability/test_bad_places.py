@@ -1,4 +1,4 @@
-"""Path tricks: in names of runs, prompt sets, checkpoints, LoRA folders and models."""
+"""Invalid and tricky paths of runs, prompt sets, checkpoints, LoRA folders and models."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.reliability.bad_inputs import Case, parametrized, train, watch
 from tests.reliability.test_bad_config import config_with
 
 LONG = "a" * 300
-# Given a folder: a value whose place cannot be, whatever the disk holds.
+# Paths that cannot exist.
 NOWHERE = {
     "NUL": "run\0",
     "line end": "run\n",
@@ -63,7 +63,7 @@ READ = [
     Case(f"{key} {name}", "validation", words, (key, value))
     for key, words in KEYS.items()
     for name, value in (NOWHERE | ABSENT).items()
-    # The others are names that the hub could have.
+    # Those could be names on the hub.
     if key != "pretrained.model" or name not in ("circle", "below a file")
 ]
 FOLDERS = [
@@ -79,7 +79,7 @@ FOLDERS = [
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with things that are no folders."""
+    """A working folder with a file, a pipe, and broken links."""
     folder = tmp_path / "here"
     folder.mkdir()
     (folder / "file").write_text("x")
@@ -92,7 +92,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @parametrized([*SAVE_DIR, *READ, *FOLDERS])
-def test_a_place_that_cannot_be_is_refused(case, here, monkeypatch):
+def test_an_invalid_path_is_refused(case, here, monkeypatch):
     seen = watch(monkeypatch)
     before = sorted(here.iterdir())
     config = config_with(*case.given, str(here / "run"))
@@ -115,7 +115,7 @@ def test_a_link_to_a_prompt_set_is_followed_and_named_as_given(here):
     assert data.load_prompts("./link", "train") == [data.Prompt("a cat")]
 
 
-def test_names_of_hub_loras_lead_to_no_file_outside(here):
+def test_names_of_hub_loras_cannot_reach_other_files(here):
     for name in ("../file\0", "a/../../b", "/absent", "~/x", "a/b/c", "--x", "a\nb", LONG + "/x"):
         with pytest.raises(OSError, match=r"no local path|too long"):
             fetch_lora(name)

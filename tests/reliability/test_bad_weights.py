@@ -302,7 +302,7 @@ def manifest(text: str) -> Callable[[Path], None]:
 
 SOURCES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no JSON": (manifest("{"), "manifest.json is not JSON"),
-    "a list": (manifest("[]"), "is not a JSON object"),
+    "a list": (manifest("[]"), "not a JSON object"),
     "an empty object": (manifest("{}"), "manifest.json is invalid"),
     "no files": (manifest('{"tensors": ["current"], "files": {}}'), "lacks state.json"),
     "files of a list": (manifest('{"tensors": [], "files": []}'), "manifest.json is invalid"),

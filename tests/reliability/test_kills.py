@@ -1,4 +1,4 @@
-"""Killed and stopped commands; tests/reliability/kill_tally.py does many more of these."""
+"""Killed and stopped commands; tests/reliability/kill_tally.py makes many more."""
 
 import random
 import shutil
@@ -32,7 +32,7 @@ with distributed(timeout_minutes=1) as dist:
     dist.barrier()
     if dist.rank == 1 and attempt == "0":
         os.kill(os.getpid(), signal.SIGKILL)
-    # In one piece: both ranks write to the same pipe, unbuffered.
+    # In a single write, as both ranks share an unbuffered pipe.
     print(f"{attempt} {dist.gather_objects(dist.rank)}\\n", end="", flush=True)
 """
 

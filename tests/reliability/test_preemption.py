@@ -1,4 +1,4 @@
-"""Runs that are asked to stop: how the request is noted, agreed on and obeyed."""
+"""Stopping on request: recording signals, agreement of the ranks, and saving."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 ALONE = Distributed(0, 1, 0, CPU)
 
 
-def test_signals_are_noted_within_the_block_only():
+def test_signals_are_recorded_within_the_block_only():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with stop_on_signals():
         assert not requested()
@@ -57,7 +57,7 @@ with stop_on_signals():
     assert done.returncode == -signal.SIGINT
 
 
-def test_nobody_waits_for_a_slow_reward():
+def test_a_stop_does_not_wait_for_a_slow_reward():
     release = threading.Event()
     with stop_on_signals():
         started = time.monotonic()
@@ -72,7 +72,7 @@ def test_nobody_waits_for_a_slow_reward():
 
 @dataclass(frozen=True)
 class WithPeer(Distributed):
-    """Rank 0 of two whose peer was asked to stop, as this one was not."""
+    """Rank 0 of two, of which only the other was asked to stop."""
 
     def gather_objects(self, value):
         return [value, (Scores.concatenate([]), torch.zeros(0, 4), Preempted())]
@@ -120,7 +120,7 @@ def slow(*values: object):
         slow("training", 12, 1, True),
         slow("update", 1, 0, False),
         slow("evaluation", 2, 1, False),
-        slow("checkpoint", 2, 1, True),  # which is finished first
+        slow("checkpoint", 2, 1, True),  # after the checkpoint is written
     ],
 )
 def test_a_stopped_run_saves_whole_epochs_and_ends_bitwise_equal(

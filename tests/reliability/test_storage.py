@@ -1,4 +1,4 @@
-"""Full and read-only disks: one line, the former state intact, and the run goes on later."""
+"""Full and read-only disks: one line, the former state intact, and the run can continue."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def build(run_dir) -> Trainer:
 
 
 def kilobytes_of_a_run(finished) -> tuple[int, int]:
-    """Of one checkpoint, and of all else."""
+    """Of one checkpoint, and of the rest."""
 
     def size(paths) -> int:
         return sum(-(-path.stat().st_size // 4096) * 4 for path in paths if path.is_file())

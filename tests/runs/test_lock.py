@@ -1,4 +1,4 @@
-"""One process at a time writes to a folder, and a killed one is not in the way."""
+"""One process at a time writes to a folder; a kill releases its lock."""
 
 import errno
 import fcntl
@@ -26,9 +26,7 @@ ONE = Distributed(0, 1, 0, CPU)
 
 @contextmanager
 def held_elsewhere(folder: Path) -> Iterator[int]:
-    """Another process holds the lock of ``folder`` and has a child, which outlives it; yields its
-    id.
-    """
+    """Locks ``folder`` in another process, which has a child that outlives it; yields its id."""
     ready, told = os.pipe()
     holder = os.fork()
     if not holder:
@@ -44,7 +42,7 @@ def held_elsewhere(folder: Path) -> Iterator[int]:
     finally:
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
-        # What the killed process has left does not hold up a new start.
+        # Leftovers of the killed process do not prevent a new start.
         with only_writer("save_dir", folder, ONE):
             os.kill(worker, signal.SIGKILL)
         os.close(ready)
@@ -90,13 +88,13 @@ def test_the_folder_is_afterwards_as_it_was(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_file_that_a_crash_leaves_is_no_lock(tmp_path):
+def test_a_leftover_file_is_not_a_lock(tmp_path):
     (tmp_path / LOCK_FILE).write_text("process 1 on host gone since then")
     with only_writer("save_dir", tmp_path, ONE):
         assert f"process {os.getpid()} on" in (tmp_path / LOCK_FILE).read_text()
 
 
-def test_a_file_that_its_holder_has_removed_does_not_count(tmp_path, monkeypatch):
+def test_a_file_removed_by_its_holder_is_locked_again(tmp_path, monkeypatch):
     path, real, calls = tmp_path / LOCK_FILE, fcntl.lockf, []
 
     def lockf(descriptor: int, how: int) -> None:
@@ -110,7 +108,7 @@ def test_a_file_that_its_holder_has_removed_does_not_count(tmp_path, monkeypatch
         assert len(calls) == 2 and path.is_file()
 
 
-def test_where_nothing_can_be_locked_the_run_goes_on_and_says_so(tmp_path, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_locked_gives_a_warning(tmp_path, monkeypatch, capsys):
     def lockf(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 

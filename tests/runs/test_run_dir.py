@@ -1,4 +1,4 @@
-"""Which changes of the configuration a run directory accepts."""
+"""Changes of the configuration with which a run may continue."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from diffusion_nft.runs.run_dir import (
 from diffusion_nft.validation.flat import flatten
 from diffusion_nft.validation.inputs import hash_prompts
 
-# Keys that may change in a run, and keys that change its numbers; with another value each.
+# Other values of keys that may change in a run, and of keys that alter its numbers.
 KNOBS = {
     "num_epochs": 99,
     "save_freq": 7,
@@ -107,7 +107,7 @@ def test_changed_prompts_are_refused_by_file_unless_they_are_allowed(smoke_confi
     for split in ("train", "test"):
         (tmp_path / f"{split}.txt").write_text("a red circle\n")
     former = hash_splits([str(tmp_path)])
-    # Of the run's other datasets nothing is known.
+    # Without former hashes.
     check_prompts_kept(smoke_config, {}, former)
     check_prompts_kept(smoke_config, former, former)
     (tmp_path / "test.txt").write_text("a blue circle\n")
@@ -158,7 +158,7 @@ def test_where_and_how_fast_a_reward_computes_may_change():
     old = {"reward_options.a.device": "cuda:1", "reward_options.a.batch_size": 32}
     new = {"stages.2.reward_options.a.threads": 2, "reward_options.b.base_url": "http://gpu7"}
     assert differences(old, new) == differences(new, old) == []
-    # The same words elsewhere, and other options, are what they were.
+    # Not the same words elsewhere, nor other options.
     old = {"reward_options.a.dtype": "fp16", "reward_fn.device": 1.0, "reward_options.device.x": 1}
     assert len(differences(old, {})) == 3
 

@@ -1,4 +1,4 @@
-"""Alarms: what is alarming, and what becomes of it."""
+"""Alarms and their actions."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def weighted(kl_weight: float) -> Algorithm:
 def evaluation(
     shift: float = 0.0, diversity: float = 0.2, brightness: float = 0.5, part: float = 0.5
 ) -> Evaluation:
-    """Ten prompts; the reward is 0 to 9, all of it moved by ``shift``; all have one ``part``."""
+    """Ten prompts with rewards 0 to 9, shifted by ``shift``, and the same ``part``."""
     prompts = [Prompt(f"prompt {i}", {}) for i in range(10)]
     scores = {
         "total": [0.5] * 10,
@@ -39,7 +39,7 @@ def evaluation(
 
 
 def flags(values: dict[str, float]) -> dict[str, float]:
-    """Of what a monitor logs: what is beyond its limit, and what is not."""
+    """The flags of ``monitor/alarm/*`` by name."""
     start = "monitor/alarm/"
     return {k.removeprefix(start): v for k, v in values.items() if k.startswith(start)}
 
@@ -85,7 +85,7 @@ def test_an_evaluation_is_compared_with_a_former_one(tmp_path, change, alarm):
     assert flags(values) == named and sum(named.values()) == bool(alarm)
     assert said == ([f"alarm: {alarm}"] if alarm else [])
     assert monitor.progress() == ({"alarms": 1} if alarm else {})
-    monitor.stop_if_alarmed()  # only where the action is to stop
+    monitor.stop_if_alarmed()  # only if the action is "stop"
 
 
 def test_a_score_is_compared_with_the_best_that_it_was(tmp_path):
@@ -98,7 +98,7 @@ def test_a_score_is_compared_with_the_best_that_it_was(tmp_path):
     values = resumed.evaluation(evaluation(-1.5))
     assert [name for name, on in flags(values).items() if on] == ["eval/clipscore"]
     assert said == ["alarm: eval/clipscore fell from 8.5 to 3, 4.1 SE"]
-    # Brightness is compared with the first: neither more nor less of it is better.
+    # Brightness is compared with the first.
     for brightness in (0.64, 0.36):
         values = monitor.evaluation(evaluation(brightness=brightness))
         assert not flags(values)["eval/image_statistics"]
@@ -125,7 +125,7 @@ def test_scores_are_compared_by_tag(tmp_path):
     # all 59 lines the fall is a third as large, against 0.093.
     values = monitor.evaluation(tagged(counting=-0.7))
     assert [name for name, on in flags(values).items() if on] == ["eval/tag/counting"]
-    # 19 lines of a tag are too few.
+    # 19 lines per tag are too few.
     values = monitor.evaluation(tagged(position=-0.7))
     assert not any(flags(values).values())
     assert said == ["alarm: eval/tag/counting/clipscore fell from 0.5 to -0.2, 4.3 SE"]
@@ -172,7 +172,7 @@ def test_actions(tmp_path):
     kl = {"reward/x0_rms": 1.0, "loss/kl": 1.0}
     off, said = make_monitor(tmp_path, action="off", max_kl=0.5)
     assert off.epoch(kl) == {} and not said
-    # What lasts is one alarm, and another at each evaluation.
+    # A lasting excess is one alarm, and another at each evaluation.
     raising, said = make_monitor(tmp_path, action="raise_kl", max_kl=0.5)
     values = [raising.epoch(kl) for _ in range(3)][-1]
     assert flags(values) == {"loss/kl": 1, "reward/x0_rms": 0}
@@ -181,7 +181,7 @@ def test_actions(tmp_path):
     assert (values["monitor/alarms"], values["monitor/kl_factor"]) == (2, 4.0)
     assert raising.algorithm.kl_weight == pytest.approx(0.4)
     assert said[-1].endswith("the weight of the KL term is now 0.4")
-    # A resumed run goes on with the raised weight and the first evaluation.
+    # A resumed run continues with the raised weight and the first evaluation.
     resumed, said = make_monitor(tmp_path, action="raise_kl")
     resumed.load_state_dict(json.loads(json.dumps(raising.state)))
     assert resumed.algorithm.kl_weight == pytest.approx(0.4)
@@ -198,7 +198,7 @@ def test_actions(tmp_path):
     stopping, _ = make_monitor(tmp_path, action="stop", max_kl=0.5)
     stopping.stop_if_alarmed()
     stopping.epoch(kl)
-    # What lasts is no new alarm of the run that goes on.
+    # A lasting excess is not a new alarm of the resumed run.
     resumed, said = make_monitor(tmp_path, action="stop", max_kl=0.5)
     resumed.load_state_dict(json.loads(json.dumps(stopping.state)))
     assert resumed.epoch(kl)["monitor/alarms"] == 1 and not said
@@ -226,7 +226,7 @@ def test_a_run_stops_after_saving_and_its_log_tells_why(tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["monitor/alarms"] for row in rows if "monitor/alarms" in row] == [0, 1, 1]
     assert "eval/image_statistics/edges" in rows[0]
-    # The same run goes on, once it may.
+    # The same run continues under another action.
     with one_thread():
         config = smoke(tmp_path, settings | {"monitor.action": "warn"})
         trainer = make_trainer(config, Distributed(0, 1, 0, CPU))

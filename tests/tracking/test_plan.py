@@ -14,7 +14,7 @@ def test_forwards_per_sample(tmp_path):
         tmp_path,
         {"sample.num_steps": 10, "train.timestep_fraction": 0.99, "nft.kl_weight": 0.1},
     )
-    # 10 to sample; at 9 sigmas: old, reference, and current with its backward as three.
+    # 10 for sampling; at 9 sigmas: old, reference, and current with its backward as three.
     assert forwards_per_sample(config) == 10 + 9 * 5
     config.nft.kl_weight = 0.0
     config.sample.guidance_scale = 2.0
@@ -22,7 +22,7 @@ def test_forwards_per_sample(tmp_path):
     config.perf.gradient_checkpointing = True
     assert forwards_per_sample(config) == 20 + 9 * 5
     config.perf.gradient_checkpointing = False
-    # Heun's method asks twice a step, once in the last.
+    # Heun's method takes two velocities per step, one in the last.
     config.sample.solver = "heun"
     assert forwards_per_sample(config) == 2 * 19 + 9 * 4
     config.sample.solver = "FlowMatchEulerDiscreteScheduler"
@@ -44,7 +44,7 @@ def test_forwards_of_other_algorithms(tmp_path):
 
 def test_memory_is_the_bytes_of_the_parameters():
     model = build_shapes_model()
-    # The table of positions is a buffer.
+    # The position embeddings are a buffer.
     state = model.transformer.state_dict()
     assert "pos_embed.pos_embed" in state
     frozen = sum(tensor.numel() * 4 for tensor in state.values())

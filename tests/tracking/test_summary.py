@@ -1,4 +1,4 @@
-"""The table of what a run gained, by hand."""
+"""The table of a run's result, checked by hand."""
 
 import json
 from pathlib import Path

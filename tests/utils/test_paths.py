@@ -1,4 +1,4 @@
-"""Paths as users write them."""
+"""Paths given by users."""
 
 import os
 from pathlib import Path
@@ -21,12 +21,12 @@ def test_the_home_folder_is_expanded_and_nothing_else_changes(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["a\0b", "a\n", "~/\0", "caf\udce9"])
-def test_what_is_no_path_is_refused(text):
+def test_control_characters_are_refused(text):
     with pytest.raises(ValueError, match="is not a path: it holds a control character"):
         expand(text)
 
 
-def test_a_user_without_a_home_is_no_folder_of_that_name():
+def test_an_unknown_home_is_refused():
     with pytest.raises(ValueError, match=r"~nobody-at-all has no home .* \./~nobody-at-all"):
         expand("~nobody-at-all/x")
 

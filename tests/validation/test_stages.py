@@ -1,4 +1,4 @@
-"""Runs in stages: what each stage is, what is refused, and the same weights after any break."""
+"""Runs in stages: their configurations, refusals, and the same weights after an interruption."""
 
 import json
 import re
@@ -41,7 +41,7 @@ STAGES = (
     },
     {"num_epochs": 1, "nft.old_policy_decay": "constant_09"},
 )
-# What is trained here: enough for a boundary, with the midst of a stage before it.
+# Trained here: a boundary between stages, and one within the first.
 TWO = STAGES[:2]
 # As small as an epoch can be.
 TINY = {
@@ -78,7 +78,7 @@ def config_of(run_dir: Path, step: int) -> dict:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run that nothing interrupted: stages of the epochs 1 and 2, and 3."""
+    """An uninterrupted run with stages of epochs 1 and 2, and 3."""
     folder = tmp_path_factory.mktemp("stages") / "run"
     models: list[weakref.ref] = []
 
@@ -235,7 +235,7 @@ def test_other_stages_are_refused_by_name_but_for_what_may_change(tmp_path):
             change(**second)
     change(**{"eval.num_prompts": 5, "sample.batch_size": 1})
     check_run_dir(staged(tmp_path, {"num_epochs": 3}))
-    # Nor does a run that was started before there were stages mind that it has none.
+    # Without stages there are no such keys.
     assert not [key for key in flatten(smoke(tmp_path)) if key.startswith("stages")]
 
 
@@ -296,7 +296,7 @@ def test_the_best_is_of_the_last_stage(finished):
     latest = Checkpointer(finished).load_latest()
     assert latest is not None
     evaluated = [row["eval/total"] for row in rows_of(finished) if "eval/total" in row]
-    # Its start is the checkpoint of the stage before: not a candidate.
+    # Not of its start, which is the checkpoint of the previous stage.
     assert latest.state["best_score"] == evaluated[-1]
     assert Checkpointer(finished).best() == latest.path
 
@@ -316,7 +316,7 @@ def test_stages_are_one_run_continued_under_other_configs(finished, tmp_path):
 
 
 class Kill(BaseException):
-    """A kill: nothing may catch it."""
+    """A kill, which nothing may catch."""
 
 
 def kill(*args, **kwargs):
@@ -338,7 +338,7 @@ def test_a_run_killed_anywhere_ends_as_the_uninterrupted_one(finished, tmp_path,
     config = staged(tmp_path / "run", {"stages": TWO})
     drawn = tmp_path / "run" / "before_after_stage1.png"
     moments = (
-        (Trainer, "_run_epoch", lambda t: t.state.epoch == 1),  # in the midst of a stage
+        (Trainer, "_run_epoch", lambda t: t.state.epoch == 1),  # within a stage
         (Evaluator, "finish", lambda e: e.stage.number == 1),  # its end is saved, no images drawn
         (run_module, "build_trainer", lambda _: drawn.exists()),  # between the stages
         (Evaluator, "evaluate", lambda e: e.stage.number == 2),  # the next one's first evaluation
@@ -349,7 +349,7 @@ def test_a_run_killed_anywhere_ends_as_the_uninterrupted_one(finished, tmp_path,
             patch.setattr(owner, name, when(condition, getattr(owner, name)))
             with pytest.raises(Kill):
                 train(config)
-    # A reward that fails there has the first evaluation saved, as one of the second stage.
+    # After a reward's failure there, the first evaluation is saved, as one of the second stage.
     with monkeypatch.context() as patch:
         fails = when(lambda t: t.stage.number == 2, Trainer._run_epoch, RewardError("failed"))
         patch.setattr(Trainer, "_run_epoch", fails)
