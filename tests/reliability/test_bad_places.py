@@ -69,8 +69,8 @@ READ = [
 FOLDERS = [
     Case("a model that is any folder", "validation", "model_index.json", ("pretrained.model", ".")),
     Case("a LoRA of any folder", "validation", "adapter_config.json", ("train.lora_path", ".")),
-    Case("a data set that is any folder", "validation", "holds neither", ("dataset", "./")),
-    Case("a data set above", "validation", "holds neither", ("dataset", "..")),
+    Case("a data set that is any folder", "validation", "has neither", ("dataset", "./")),
+    Case("a data set above", "validation", "has neither", ("dataset", "..")),
     Case("a hub name that climbs", "validation", "hub name", ("pretrained.model", "a/..b")),
     Case("a hub name of a home", "validation", "hub name", ("pretrained.model", "~a/b")),
     Case("a run without checkpoints", "start", "is neither a checkpoint", ("resume_from", ".")),
