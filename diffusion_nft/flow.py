@@ -1,8 +1,7 @@
 """Rectified flow: the forward process, its velocity, and the sigma <-> timestep conversion.
 
 Notation (arXiv 2509.16117): ``sigma`` in [0, 1] is the noise level, ``xt = (1 - sigma) x0 + sigma
-noise``, and the model predicts the velocity ``noise - x0``.  This file is the only place that knows
-the factor 1000 between a noise level and the timestep an SD3 transformer is fed.
+noise``, and the model predicts the velocity ``noise - x0``.
 """
 
 from torch import Tensor
@@ -11,14 +10,12 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 
 def timestep_from_sigma(sigma: Tensor) -> Tensor:
-    """sigma in [0, 1] -> the transformer's timestep in [0, 1000], a float of the same dtype."""
+    """The transformer's timestep in [0, 1000], not rounded."""
     return sigma * NUM_TRAIN_TIMESTEPS
 
 
 def expand(sigma: Tensor, like: Tensor) -> Tensor:
-    """``sigma: [B]`` or ``[]`` as ``[B, 1, ..., 1]``, ready to broadcast against ``like: [B,
-    ...]``.
-    """
+    """``sigma: [B]`` or ``[]`` as ``[B, 1, ..., 1]``, to broadcast with ``like: [B, ...]``."""
     return sigma.reshape(-1, *([1] * (like.ndim - 1)))
 
 
@@ -29,5 +26,5 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def x0_from_velocity(xt: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
-    """The clean latent that ``velocity`` implies at ``xt``: ``x0_hat = xt - sigma velocity``."""
+    """The predicted clean latent: ``x0_hat = xt - sigma velocity``."""
     return xt - expand(sigma, xt) * velocity

@@ -1,4 +1,4 @@
-"""Images of 8 bits per channel, rounded once after decoding; PNG files; diversity."""
+"""Images of 8 bits per channel, rounded once, after decoding; PNG files; diversity."""
 
 import io
 import math
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from diffusion_nft.utils.files import naming, write_atomically
 
-# The float of each of the 256 levels.  Divided on the CPU: CUDA multiplies by 1/255 instead, which
-# gives another float for some of them.
+# float32 values of the 256 levels, divided on the CPU: CUDA multiplies by 1/255, which rounds
+# differently.
 LEVELS = torch.arange(256, dtype=torch.float32) / 255
 # Side of the thumbnails that diversity compares.
 THUMBNAIL = 8
@@ -28,10 +28,10 @@ def _rounded(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Images:
-    """B images of 8 bits per channel, which are scored, shown and saved as they are.
+    """B images of 8 bits per channel, scored, shown and saved without further rounding.
 
-    ``pixels``: uint8 ``[B, 3, H, W]``.  ``finite``: bool ``[B]``, False for an image whose values
-    were NaN or infinite before they were rounded; its pixels are black.
+    ``pixels``: uint8 ``[B, 3, H, W]``.  ``finite``: bool ``[B]``, False for images with NaN or
+    infinite values before rounding, whose pixels are black.
     """
 
     pixels: Tensor
@@ -45,7 +45,7 @@ class Images:
 
     @classmethod
     def concatenate(cls, parts: Sequence["Images"]) -> Self:
-        """All images of ``parts``; no parts give no images."""
+        """All images of ``parts``, possibly none."""
         if not parts:
             return cls.from_float(torch.zeros(0, 3, 1, 1))
         return cls(torch.cat([p.pixels for p in parts]), torch.cat([p.finite for p in parts]))
@@ -54,28 +54,27 @@ class Images:
         return len(self.pixels)
 
     def __getitem__(self, rows: Any) -> "Images":
-        """The images of ``rows``: a slice, or a list or tensor of indices."""
+        """``rows``: a slice, or a list or tensor of indices."""
         return Images(self.pixels[rows], self.finite[rows])
 
     def to(self, device: torch.device | str) -> "Images":
-        """The same images on ``device``."""
         return Images(self.pixels.to(device), self.finite.to(device))
 
     def to_float(self) -> Tensor:
-        """float32 ``[B, 3, H, W]`` in [0, 1], which rewards receive: ``pixels / 255``."""
+        """``pixels / 255``, as rewards receive it: float32 ``[B, 3, H, W]`` in [0, 1]."""
         return LEVELS.to(self.pixels.device)[self.pixels.int()]
 
     def to_pil(self) -> list[Image.Image]:
-        """RGB images; fully transparent RGBA ones for those that are not finite."""
+        """RGB images; fully transparent RGBA images where not finite."""
         blank = Image.new("RGBA", (self.pixels.shape[3], self.pixels.shape[2]))
         opaque = _pil(self.pixels)
         return [p if ok else blank for p, ok in zip(opaque, self.finite.tolist(), strict=True)]
 
 
 def to_uint8(values: Tensor) -> Tensor:
-    """The inverse of ``Images.to_float``, for rewards that work on 8 bits; any shape and device.
+    """The inverse of ``Images.to_float``, for rewards that need uint8; any shape and device.
 
-    Raises ValueError for NaN or infinite values, which 8 bits would hide.
+    Raises ValueError for NaN or infinite values.
     """
     if not values.isfinite().all():
         raise ValueError("an image has NaN or infinite values")
@@ -92,7 +91,7 @@ def _pil(pixels: Tensor) -> list[Image.Image]:
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Writes ``path`` atomically; its folder is created if needed.  Raises DiskError."""
+    """Writes ``path`` atomically and creates its folder.  Raises DiskError."""
     data = io.BytesIO()
     image.save(data, format="PNG")
     with naming(path):
@@ -101,16 +100,16 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 
 def thumbnails(images: Images) -> Tensor:
-    """``[B, 192]`` on the CPU: 8 x 8 area averages; NaN for an image that is not finite."""
+    """8 x 8 area averages, ``[B, 192]`` on the CPU; NaN for images that are not finite."""
     small = F.adaptive_avg_pool2d(images.to_float(), THUMBNAIL).flatten(1)
     return small.where(images.finite[:, None], math.nan).cpu()
 
 
 def diversity(thumbs: Tensor, groups: Sequence[Any]) -> float:
-    """Root-mean-square distance per value between two images of one group, averaged over groups.
+    """Root-mean-square distance per value between two images of a group, averaged over groups.
 
-    ``thumbs: [N, D]``; ``groups``: N keys, equal for images of the same prompt.  0: all images of
-    a prompt look the same.  NaN if no group has two images.
+    ``thumbs: [N, D]``; ``groups``: N keys, equal for images of the same prompt.  NaN if no group
+    has two images.
     """
     members: dict[Any, list[int]] = {}
     valid = (~thumbs.isnan().any(1)).nonzero().flatten().tolist()

@@ -1,8 +1,8 @@
-"""Randomness as a pure function of a key such as (seed, epoch, sample index, purpose).
+"""Random numbers as a pure function of a key such as (seed, epoch, sample index, purpose).
 
-Nothing random depends on the rank, the batch a sample sits in, or what ran before: the same run on
-any number of processes draws the same numbers, and a resumed run needs no generator state.  All
-noise is drawn on the CPU in float32, so it is also the same on every device and in every precision.
+They depend neither on the rank, nor on the batch, nor on earlier draws, so a run draws the same
+numbers on any number of processes, and resumes without generator states.  Noise is drawn on the CPU
+in float32, independent of device and precision.
 """
 
 import hashlib
@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator seeded by a hash of ``key``; equal keys give equal streams."""
-    # repr(numpy.int64(3)) is not repr(3): another type would silently be another stream.
+    """A CPU generator seeded by a hash of ``key``."""
+    # The key is hashed by its repr, and repr(numpy.int64(3)) differs from repr(3).
     assert all(type(part) in (int, str) for part in key), key
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

@@ -343,7 +343,9 @@ def test_unusual_modules_are_counted_and_named(transformer):
 def test_a_policy_names_the_layers_that_the_model_lacks(transformer):
     options = dict(rank=1, alpha=1, seed=0, dtype=torch.float32)
     for absent in ("attn.to_x", "pos_embed.proj", "to_q"[1:]):
-        with pytest.raises(ValueError, match=f"does not fit this model, which has no {absent} as"):
+        with pytest.raises(
+            ValueError, match=f"does not fit this model, which has no linear layers {absent} "
+        ):
             Policy(transformer, targets=["attn.to_q", absent], **options)
 
 

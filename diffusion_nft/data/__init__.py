@@ -1,1 +1,0 @@
-"""Prompt sets: reading, fetching."""

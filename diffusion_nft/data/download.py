@@ -1,7 +1,4 @@
-"""Files from the network: checked, and put in place only when they are complete.
-
-Files of the Hugging Face hub come by huggingface_hub, others by torch.hub.
-"""
+"""Verified downloads: from the Hugging Face hub by huggingface_hub, from elsewhere by torch.hub."""
 
 import hashlib
 import os
@@ -23,14 +20,14 @@ TIMEOUT_S = 60
 
 
 class DownloadError(OSError):
-    """A file is not available or differs from the published one; one line with the remedy."""
+    """A file is not available, or differs from the published one; the message is one line."""
 
 
 def fetch(url: str, target: Path, published: str) -> str:
-    """Downloads ``url`` to ``target`` unless it exists; returns a line for the user.
+    """Downloads ``url`` to ``target`` unless it exists, and verifies it; returns a line to print.
 
-    ``published``: "sha256:" and the hash or its first digits, or "git:" and the id that git gives
-    the content, which is checked in either case.  Raises DownloadError.
+    ``published``: "sha256:" and the hash or its first digits, or "git:" and the blob id.  Raises
+    DownloadError.
     """
     if target.is_file():
         how = "already there"
@@ -51,7 +48,7 @@ def _download(url: str, target: Path, published: str) -> None:
             part = Path(folder, target.name)
             download_url_to_file(url, str(part), progress=sys.stderr.isatty())
             if problem := _difference(part, published):
-                raise OSError(f"what came {problem}; nothing of it was kept")
+                raise OSError(f"the download {problem} and was deleted")
             sync(part)
             os.replace(part, target)
     except (OSError, HTTPException) as error:
@@ -63,7 +60,7 @@ def _download(url: str, target: Path, published: str) -> None:
 
 
 def _difference(path: Path, published: str) -> str:
-    """The hash of ``path`` and the ``published`` one; empty if they agree."""
+    """Description of a mismatch between ``path`` and the ``published`` hash, or ""."""
     kind, _, wanted = published.partition(":")
     if kind == "sha256":
         found, name = sha256(path), "SHA-256"
@@ -75,15 +72,15 @@ def _difference(path: Path, published: str) -> str:
 
 
 def fetch_from_hub(repo: str, files: Sequence[str], target: Path | None = None) -> Path:
-    """The folder with ``files`` of ``repo``, downloaded if need be and checked against the hub.
+    """The folder with ``files`` of ``repo``, downloaded unless present, and verified.
 
-    ``files``: names, and patterns with "*" of optional ones.  ``target``: the folder; None: in the
+    ``files``: names, and patterns with "*" of optional files.  ``target``: the folder; None: the
     hub's cache.  Raises DownloadError.
     """
     page = f"{constants.ENDPOINT}/{repo}"
     try:
         folder = target
-        if folder is None or _missing(folder, files):  # a file of the user is never replaced
+        if folder is None or _missing(folder, files):  # never replaces a user's files
             folder = Path(snapshot_download(repo, allow_patterns=[*files], local_dir=target))
         checked = HfApi().verify_repo_checksums(repo, local_dir=folder)
     except RepositoryNotFoundError as error:
@@ -108,7 +105,7 @@ def fetch_from_hub(repo: str, files: Sequence[str], target: Path | None = None) 
 
 
 def in_hub_cache(repo: str, files: Sequence[str]) -> bool:
-    """Whether ``fetch_from_hub`` would find everything in the hub's cache."""
+    """True if all ``files`` of ``repo`` are in the hub's cache."""
     try:
         folder = snapshot_download(repo, allow_patterns=[*files], local_files_only=True)
     except LocalEntryNotFoundError:

@@ -1,8 +1,8 @@
-"""Prompt sets: where they lie, what they hold, and which prompts make up an epoch.
+"""Prompt sets, and the prompts of an epoch.
 
-A prompt set is a folder with one file per split, either ``SPLIT.txt`` (one prompt a line) or
-``SPLIT_metadata.jsonl`` (one JSON object a line with a "prompt" and whatever a reward reads, the
-GenEval format).  See dataset/README.md.
+A prompt set is a folder with one file per split, either ``SPLIT.txt`` (one prompt per line) or
+``SPLIT_metadata.jsonl`` (one JSON object per line, in the GenEval format: "prompt", and keys for
+rewards).  See dataset/README.md.
 """
 
 import json
@@ -29,15 +29,14 @@ SOURCE = "github.com/NVlabs/DiffusionNFT (folder dataset/)"
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A file of a published prompt set; ``git_blob``: the id that git gives its content."""
+    """A file of a published prompt set; ``git_blob``: its git blob id."""
 
     split: str
     name: str
     git_blob: str
 
 
-# The published prompt sets, which are not part of this repository; scripts/prepare_data.py fetches
-# them from this commit.  The git blob ids are those of its tree.
+# The published prompt sets, downloaded by scripts/prepare_data.py from this commit.
 PUBLISHED_COMMIT = "24af5554898d85e93efa492f42b5e9cdf4156e9b"
 PUBLISHED_URL = f"https://github.com/NVlabs/DiffusionNFT/raw/{PUBLISHED_COMMIT}/dataset"
 PUBLISHED_FILES: dict[str, tuple[PublishedFile, ...]] = {
@@ -59,16 +58,15 @@ PUBLISHED_FILES: dict[str, tuple[PublishedFile, ...]] = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of a prompt set; ``metadata`` is its whole JSON object, empty in a text file."""
+    """A line of a prompt set; ``metadata``: its JSON object, empty for text files."""
 
     text: str
     metadata: dict = field(default_factory=dict)
 
 
 def resolve_dataset(name_or_path: str | Path) -> Path:
-    """The absolute folder of a prompt set: a bare name under DATASET_ROOT, a path as it is.
-
-    Whatever holds a ``/`` or begins with ``.`` or ``~`` is a path.  ValueError if it is not there.
+    """The absolute folder of a prompt set: a name under DATASET_ROOT, or a path, which contains
+    ``/`` or begins with ``.`` or ``~``.  Raises ValueError if it does not exist.
     """
     given = str(name_or_path)
     try:
@@ -95,22 +93,22 @@ def _missing(given: str, folder: Path) -> str:
     if given in PUBLISHED_FILES:
         files = ", ".join(file.name for file in PUBLISHED_FILES[given])
         return (
-            f"{folder} is not there; `python scripts/prepare_data.py {given}` fetches {files} of "
-            f"{SOURCE}; {choices}"
+            f"{folder} does not exist; `python scripts/prepare_data.py {given}` downloads {files} "
+            f"of {SOURCE}; {choices}"
         )
     hint = f" (a folder here is ./{given})" if _is_name(given) and Path(given).is_dir() else ""
     return f"{folder} is not a folder; {choices}{hint}"
 
 
 def files_of(folder: Path, split: str) -> list[Path]:
-    """The files of ``split`` (train | test) in ``folder``: one in a sound prompt set."""
+    """The files of ``split`` (train | test) in ``folder``; a valid prompt set has one."""
     assert split in SPLITS, split
     names = (f"{split}.txt", f"{split}_metadata.jsonl")
     return [folder / name for name in names if (folder / name).is_file()]
 
 
 def split_file(dataset: str | Path, split: str) -> Path:
-    """The file of ``split`` (train | test) in a prompt set; ValueError if it has none, or two."""
+    """The file of ``split`` (train | test) in a prompt set.  Raises ValueError for none or two."""
     folder = resolve_dataset(dataset)
     found = files_of(folder, split)
     if len(found) == 1:
@@ -119,7 +117,7 @@ def split_file(dataset: str | Path, split: str) -> Path:
     which = which.format(f"{split}.txt", f"{split}_metadata.jsonl")
     hint = "" if found else _hint(folder.name, split)
     raise ValueError(
-        f"dataset = {str(dataset)!r}: {folder} holds {which}; the {split} split needs one of "
+        f"dataset = {str(dataset)!r}: {folder} has {which}; the {split} split needs one of "
         f"them{hint}"
     )
 
@@ -130,7 +128,7 @@ def hash_splits(datasets: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def changed_prompts(former: PromptHashes, now: PromptHashes) -> list[tuple[str, str]]:
-    """(dataset, split) of every file that is in both and has changed."""
+    """(dataset, split) of every file with different hashes in ``former`` and ``now``."""
     return [
         (dataset, split)
         for dataset in sorted(former.keys() & now.keys())
@@ -140,34 +138,33 @@ def changed_prompts(former: PromptHashes, now: PromptHashes) -> list[tuple[str, 
 
 
 def _hint(name: str, split: str) -> str:
-    """How to come by a split that is not there, if ``name`` is a published prompt set."""
+    """Advice on a missing split if ``name`` is a published prompt set, else ""."""
     if name not in PUBLISHED_FILES:
         return ""
     if split not in {file.split for file in PUBLISHED_FILES[name]}:
         return f"; {name} is published without one"
-    return f"; `python scripts/prepare_data.py {name}` fetches it"
+    return f"; `python scripts/prepare_data.py {name}` downloads it"
 
 
 def load_prompts(dataset: str | Path, split: str) -> list[Prompt]:
-    """Every line of a split, in file order, duplicates kept: a line of a test file is a sample.
-
-    Raises ValueError as ``read_prompts``.
+    """All lines of a split, in file order, with duplicates.  Raises ValueError as
+    ``split_file`` and ``read_prompts``.
     """
     return read_prompts(split_file(dataset, split))
 
 
 def read_prompts(path: Path, *, skip_blank: bool = False) -> list[Prompt]:
-    """Every line of a prompt file, in file order: of a ``.jsonl`` file each is a JSON object with a
-    "prompt", of any other file a prompt.
+    """All lines of a prompt file, in file order: JSON objects with a "prompt" in ``.jsonl`` files,
+    prompts in others.
 
-    A malformed line is a ValueError with file, line number and what is wrong, and so is a blank one
-    before the last prompt unless ``skip_blank``.
+    Raises ValueError, with file and line number, for a malformed line, and for a blank one before
+    the last prompt unless ``skip_blank``.
     """
     parse = _parse_json if path.suffix == ".jsonl" else _parse_text
-    # Split at \n alone: str.splitlines would also cut at U+2028, which may occur in a prompt.
+    # str.splitlines would also split at U+2028, which may occur in a prompt.
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
     if lines == [b""]:
-        raise ValueError(f"{path}: the file is empty; it needs one prompt a line")
+        raise ValueError(f"{path}: the file is empty; it needs one prompt per line")
     return [
         _parse_line(path, number, line, parse)
         for number, line in enumerate(lines, start=1)
@@ -176,12 +173,11 @@ def read_prompts(path: Path, *, skip_blank: bool = False) -> list[Prompt]:
 
 
 def draw_lines(prompts: Sequence[Prompt], number: int, together: int = 1) -> list[int]:
-    """Which ``number`` of ``prompts`` to look at (all, if there are no more), in their order; the
-    same ones at every call.
+    """Indices of up to ``number`` of ``prompts``, ascending, the same at every call.
 
-    They are drawn, since files tend to be sorted, and equally of each tag where there are tags.
-    ``together``: so many lines of a prompt stay together where they can, for what is measured
-    between images of one prompt.
+    They are drawn at random, because files tend to be sorted, and equally from each tag.
+    ``together``: number of lines of a prompt to draw together if possible, for statistics between
+    images of a prompt.
     """
     if number >= len(prompts):
         return list(range(len(prompts)))
@@ -206,9 +202,9 @@ def draw_lines(prompts: Sequence[Prompt], number: int, together: int = 1) -> lis
 
 
 def evaluated_lines(dataset: str | Path, number: int) -> tuple[list[Prompt], list[int]]:
-    """``number`` lines of a test set (0: all), and where they stand in it, from 0.
+    """``number`` lines of a test set (0: all), and their indices.
 
-    Lines of a prompt come in pairs, since ``eval/diversity`` needs two.  Raises as
+    Lines of a prompt are drawn in pairs, because ``eval/diversity`` needs two.  Raises as
     ``load_prompts``.
     """
     prompts = load_prompts(dataset, "test")
@@ -229,18 +225,16 @@ def _parse_line(path: Path, number: int, line: bytes, parse: Callable[[str], Pro
 
 
 def check_text(text: str) -> None:
-    """Raises ValueError if ``text`` holds what no text does: a NUL, or half a surrogate pair.
-
-    The one tells of another encoding or of a damaged file, the other of bytes that were not UTF-8
-    or of a broken JSON escape; no tokenizer takes it.
+    """Raises ValueError for a NUL, as in other encodings and damaged files, and for half a
+    surrogate pair, as in broken JSON escapes, which tokenizers do not accept.
     """
     if "\0" in text:
-        raise ValueError(f"a NUL (character {text.index(chr(0)) + 1}): this is no text in UTF-8")
+        raise ValueError(f"a NUL (character {text.index(chr(0)) + 1}): this is not UTF-8 text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"half a surrogate pair (character {error.start + 1}), which is no character"
+            f"half a surrogate pair (character {error.start + 1}), which is not a character"
         ) from error
 
 
@@ -257,7 +251,7 @@ def _parse_json(line: str) -> Prompt:
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(metadata, dict):
-        raise ValueError(f"a JSON object is needed, not {type(metadata).__name__}")
+        raise ValueError(f"must be a JSON object, not {type(metadata).__name__}")
     if "prompt" not in metadata:
         raise ValueError(f'no "prompt"; the keys are {", ".join(metadata) or "none"}')
     text = metadata["prompt"]
@@ -267,21 +261,20 @@ def _parse_json(line: str) -> Prompt:
         raise ValueError('"prompt" is empty')
     check_text(text)
     try:
-        # As a reward server or a result file needs it.
+        # As required by reward servers and result files.
         json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError as error:
-        raise ValueError("a text holds half a surrogate pair, which is no character") from error
+        raise ValueError("a text has half a surrogate pair, which is not a character") from error
     except ValueError as error:
-        raise ValueError("NaN and Infinity are no JSON numbers") from error
+        raise ValueError("NaN and Infinity are not valid JSON numbers") from error
     return Prompt(text.strip(), metadata)
 
 
 def epoch_prompts(prompts: Sequence[T], num_groups: int, *, seed: int, epoch: int) -> list[T]:
-    """Those of ``prompts`` that make up ``epoch``: the first ``num_groups`` of a fresh permutation.
+    """The prompts of ``epoch``: the first ``num_groups`` of a random permutation of ``prompts``.
 
-    A pure function of its arguments.  None comes twice in an epoch unless there are fewer than
-    ``num_groups``; then further permutations follow, so that the uses of two differ by one at most.
-    A text that stands on several lines of a prompt set may come as often.
+    If there are fewer than ``num_groups``, further permutations follow.  Duplicate lines of a
+    prompt set count as different prompts.
     """
     assert prompts, "a loaded prompt set is never empty"
     indices: list[int] = []
@@ -294,6 +287,6 @@ def epoch_prompts(prompts: Sequence[T], num_groups: int, *, seed: int, epoch: in
 
 
 def shard(num_items: int, rank: int, world_size: int) -> range:
-    """The contiguous share of ``rank``: sizes differ by at most one, and may be zero."""
+    """The contiguous share of ``rank``, possibly empty; sizes differ by at most one."""
     assert 0 <= rank < world_size, (rank, world_size)
     return range(rank * num_items // world_size, (rank + 1) * num_items // world_size)

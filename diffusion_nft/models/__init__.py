@@ -1,4 +1,4 @@
-"""Base models by family, and ``Model``, the interface through which the program uses them."""
+"""Base models by family, and ``Model``, their common interface."""
 
 import importlib
 import re
@@ -28,19 +28,17 @@ Size = tuple[int, int]
 
 
 class Model(Protocol):
-    """A frozen base model of some family on a device; LoRA goes on its ``transformer``."""
+    """A frozen base model on a device; LoRA adapters are added to its ``transformer``."""
 
     device: device
     precision: Precision
     transformer: nn.Module
-    lora_targets: Sequence[
-        str
-    ]  # the linear layers that training adapts, by the ends of their names
-    offload_text_encoders: bool  # they are on the device only while they encode
+    lora_targets: Sequence[str]  # ends of the names of the linear layers with LoRA
+    offload_text_encoders: bool  # to host memory, except while encoding
 
     @property
     def shift(self) -> float:
-        """The time shift that the model was trained with (3 for SD3.5)."""
+        """Time shift used in pretraining (3 for SD3.5)."""
         ...
 
     def parts(self) -> dict[str, list[nn.Module]]:
@@ -48,19 +46,19 @@ class Model(Protocol):
         ...
 
     def encode(self, texts: list[str]) -> "Conditioning":
-        """Embeddings of ``texts`` on the device, one row per text; a text is encoded once."""
+        """Embeddings of ``texts`` on the device, one row each; repeated texts are encoded once."""
         ...
 
     def encode_cached(self, texts: Sequence[str]) -> "Conditioning":
-        """As ``encode``, in host memory."""
+        """As ``encode``, but in host memory."""
         ...
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
-        """``(C, h, w)`` of the latents of an image; ValueError if it cannot be of that size."""
+        """``(C, h, w)`` of an image's latents.  Raises ValueError if the size is not supported."""
         ...
 
     def sigmas(self, num_steps: int, size: Size) -> Tensor:
-        """The family's noise levels for ``num_steps`` steps: float64 ``[N + 1]``, down to 0."""
+        """Noise levels of ``num_steps`` steps: float64 ``[num_steps + 1]`` on the CPU, 1 to 0."""
         ...
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: "Conditioning") -> Tensor:
@@ -70,34 +68,34 @@ class Model(Protocol):
         ...
 
     def decode(self, x0: Tensor) -> "Images":
-        """The images of latents ``x0: [B, C, h, w]``."""
+        """Images of latents ``x0: [B, C, h, w]``."""
         ...
 
     def pop_forward_counts(self) -> dict[str, int]:
-        """Samples that went forward and backward through the transformer since the last call."""
+        """``cost/forwards`` and ``cost/backwards``: samples through the transformer since the last
+        call.
+        """
         ...
 
     def uncounted(self) -> AbstractContextManager[None]:
-        """Forwards in this context are not counted."""
+        """A context in which forwards are not counted."""
         ...
 
 
 def build_model(model_type: str, **options: Any) -> Any:
-    """The model of family ``model_type`` (a key of MODELS), loaded with ``options``."""
+    """Loads a model of family ``model_type``, a key of MODELS."""
     module, _, cls = MODELS[model_type].partition(":")
     return getattr(importlib.import_module(module), cls)(**options)
 
 
 def image_size(config: "ConfigDict") -> Size:
-    """The size of the images of ``config``."""
     return config.resolution, config.resolution
 
 
 def load_model(config: "ConfigDict", dist: "Distributed") -> Any:
-    """The ``Model`` of ``config``: its ``pretrained``, ``perf``, ``mixed_precision``,
-    ``allow_tf32`` and, if it has it, ``match_published``.
+    """The ``Model`` of a training or evaluation configuration.
 
-    Raises OSError if there is none, ValueError if it is damaged or cannot make images of this
+    Raises OSError if it is not available, ValueError if it is damaged or does not support the
     ``resolution``.
     """
     model = build_model(

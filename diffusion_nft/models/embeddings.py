@@ -1,4 +1,4 @@
-"""Prompt embeddings, and a cache of them with a byte budget."""
+"""Prompt embeddings and their cache."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -10,28 +10,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the transformer is told of the prompts: ``prompt_embeds: [B, L, D]`` and
-    ``pooled_prompt_embeds: [B, P]``."""
+    """Prompt embeddings: ``prompt_embeds: [B, L, D]``, ``pooled_prompt_embeds: [B, P]``."""
 
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory."""
         return self.prompt_embeds.nbytes + self.pooled_prompt_embeds.nbytes
 
     def to(self, device: torch.device) -> "Conditioning":
-        """A copy on ``device``."""
         return Conditioning(self.prompt_embeds.to(device), self.pooled_prompt_embeds.to(device))
 
     def select(self, rows: Tensor) -> "Conditioning":
-        """The rows ``rows: [M]`` (integers), repeated as often as they are named."""
+        """Rows by index, ``rows: [M]``, possibly repeated."""
         return Conditioning(self.prompt_embeds[rows], self.pooled_prompt_embeds[rows])
 
 
 def stack(items: Sequence[Conditioning]) -> Conditioning:
-    """Conditionings as one batch; none give an empty one."""
+    """Concatenates ``items``, possibly none, along the batch."""
     if not items:
         return Conditioning(torch.zeros(0, 0, 0), torch.zeros(0, 0))
     return Conditioning(
@@ -41,10 +38,11 @@ def stack(items: Sequence[Conditioning]) -> Conditioning:
 
 
 class EmbeddingCache:
-    """Least-recently-used cache in host memory: text -> Conditioning of one row.
+    """Least-recently-used cache in host memory of at most ``budget_bytes``: text -> Conditioning of
+    one row.
 
-    Each text is encoded alone, so that its embedding does not depend, even in the last bit, on what
-    else was encoded or cached before: a resumed run reproduces an uninterrupted one exactly.
+    ``encode`` must encode each text alone: its embedding is then bitwise independent of the others,
+    and a resumed run reproduces an uninterrupted one.
     """
 
     def __init__(self, encode: Callable[[list[str]], list[Conditioning]], budget_bytes: float):
@@ -54,7 +52,7 @@ class EmbeddingCache:
         self._items: OrderedDict[str, Conditioning] = OrderedDict()
 
     def __call__(self, texts: Sequence[str]) -> Conditioning:
-        """One row per text, in order; what is not cached is encoded, each unique text once."""
+        """One row per text, in order; each unique text that is not cached is encoded once."""
         unique = dict.fromkeys(texts)
         missing = [text for text in unique if text not in self._items]
         found = {text: self._items[text] for text in unique if text in self._items}

@@ -1,9 +1,9 @@
-"""FLOPs and bytes of an SD3 transformer and of its VAE's decoder, by formula from their configs.
+"""FLOPs and memory traffic of an SD3 transformer and its VAE decoder, estimated from their configs.
 
-A product of ``[rows, n_in]`` and ``[n_in, n_out]`` is ``2 rows n_in n_out`` FLOPs, attention over L
-tokens of width d is ``4 L^2 d``; norms, activations and other element-wise work are not counted.
-The bytes are those of the operands and results of these products, each moved once: what a machine
-with fused element-wise operations could do with.  Both are lower bounds.
+A product of ``[rows, n_in]`` and ``[n_in, n_out]`` counts ``2 rows n_in n_out`` FLOPs, attention
+over L tokens of width d ``4 L^2 d``.  Norms, activations and other element-wise operations are not
+counted.  The traffic is that of the operands and results of these products, each moved once, as if
+all element-wise operations were fused.  Both are lower bounds.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ TIME_FEATURES = 256
 
 @dataclass(frozen=True)
 class Cost:
-    """``flops`` and ``elements`` (read and written) of a sample; ``weights`` read once a call."""
+    """``flops`` and ``elements`` (read and written) per sample, ``weights`` read once per call."""
 
     flops: float = 0.0
     elements: float = 0.0
@@ -30,7 +30,7 @@ class Cost:
         )
 
     def bytes(self, batch: int, weight_size: int, element_size: int) -> float:
-        """Of a call of ``batch`` samples, with the sizes of a weight and of an activation."""
+        """Bytes moved by a call on ``batch`` samples; sizes are bytes per weight and activation."""
         return batch * self.elements * element_size + self.weights * weight_size
 
 
@@ -38,8 +38,8 @@ class Cost:
 class Linear:
     """``[rows, n_in] -> [rows, n_out]``.
 
-    ``adapted``: it carries a LoRA.  ``needs_grad``: its input depends on trained weights, so the
-    backward pass goes through it.
+    ``adapted``: it has a LoRA.  ``needs_grad``: its input depends on trained weights, so the
+    gradient of the input is needed.
     """
 
     rows: int
@@ -49,18 +49,18 @@ class Linear:
     needs_grad: bool = False
 
     def forward(self, rank: int) -> Cost:
-        """With the LoRA beside it if ``rank`` is not 0."""
+        """Includes an unmerged LoRA if ``rank`` is not 0."""
         cost = _product(self.rows, self.n_in, self.n_out)
         if self.adapted and rank:
             cost += _product(self.rows, self.n_in, rank) + _product(self.rows, rank, self.n_out)
         return cost
 
     def backward(self, rank: int) -> Cost:
-        """Through frozen weights the gradient of the input alone; of a LoRA also its weights'."""
+        """Gradients of the input and of the LoRA's weights; the layer's own weights are frozen."""
         cost = _product(self.rows, self.n_in, self.n_out) if self.needs_grad else Cost()
         if self.adapted:
             down, up = _product(self.rows, self.n_in, rank), _product(self.rows, rank, self.n_out)
-            # The weights of both, the input of the second; of the first where it is asked for.
+            # Weights of both, input of the second, and input of the first if needed.
             cost += down + up + up
             if self.needs_grad:
                 cost += down
@@ -69,7 +69,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Attention:
-    """Scaled dot-product attention of ``tokens`` over themselves, ``width`` over all heads."""
+    """Self-attention over ``tokens``; ``width``: of all heads together."""
 
     tokens: int
     width: int
@@ -81,7 +81,7 @@ class Attention:
         return Cost(4 * self.tokens**2 * self.width, 4 * self.tokens * self.width)
 
     def backward(self, rank: int) -> Cost:
-        """Four products; recomputing the scores, as fused kernels do, is not counted."""
+        """Four products; the recomputation of scores in fused kernels is not counted."""
         del rank
         if not self.needs_grad:
             return Cost()
@@ -93,7 +93,7 @@ def _product(rows: int, n_in: int, n_out: int) -> Cost:
 
 
 def _layers(config: Mapping[str, Any], side: int, text: int) -> Iterator[Linear | Attention]:
-    """Every product of a forward at latents ``side`` x ``side`` with ``text`` prompt tokens."""
+    """All products of a forward at latents ``side`` x ``side`` with ``text`` prompt tokens."""
     patch, channels = config["patch_size"], config["in_channels"]
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     image = (side // patch) ** 2
@@ -105,7 +105,7 @@ def _layers(config: Mapping[str, Any], side: int, text: int) -> Iterator[Linear 
     for block in range(config["num_layers"]):
         last = block == config["num_layers"] - 1
         dual = block in config["dual_attention_layers"]
-        # Nothing before the first block's attention is trained.
+        # No weights are trained before the attention of the first block.
         deep = block > 0
         # Modulations of image and text, from the timestep and the pooled prompt.
         yield Linear(1, dim, (9 if dual else 6) * dim)
@@ -118,7 +118,7 @@ def _layers(config: Mapping[str, Any], side: int, text: int) -> Iterator[Linear 
             yield from [Linear(image, dim, dim, needs_grad=deep)] * 4
             yield Attention(image, dim, needs_grad=deep)
         yield from _feed_forward(image, dim)
-        if not last:  # the last block ends with the image
+        if not last:  # the last block drops the text stream
             yield Linear(text, dim, dim, adapted=True, needs_grad=True)
             yield from _feed_forward(text, dim)
     yield Linear(1, dim, 2 * dim)
@@ -133,17 +133,17 @@ def _feed_forward(rows: int, dim: int) -> list[Linear]:
 
 
 def forward_cost(config: Mapping[str, Any], side: int, text: int, rank: int = 0) -> Cost:
-    """Of one sample; ``rank``: of LoRAs that are computed beside their layers, 0 if merged or
-    off.
+    """Cost per sample of a forward of an SD3Transformer2DModel with ``config``.
 
-    ``config``: of an SD3Transformer2DModel.  ``side``: of the latents.  ``text``: prompt tokens.
+    ``side``: of the latents.  ``text``: number of prompt tokens.  ``rank``: of unmerged LoRAs, 0 if
+    merged or disabled.
     """
     return sum((layer.forward(rank) for layer in _layers(config, side, text)), Cost())
 
 
 def backward_cost(config: Mapping[str, Any], side: int, text: int, rank: int) -> Cost:
-    """Of one sample, after a forward with trained LoRAs of ``rank``: gradients of their weights,
-    and of activations from the first of them on.
+    """Cost per sample of the backward of ``forward_cost``: gradients of the LoRAs' weights, and of
+    the activations after the first LoRA.
     """
     return sum((layer.backward(rank) for layer in _layers(config, side, text)), Cost())
 
@@ -159,7 +159,7 @@ def _resnet(side: int, n_in: int, n_out: int) -> Cost:
 
 
 def decode_cost(config: Mapping[str, Any], side: int) -> Cost:
-    """Of decoding one latent ``side`` x ``side``; ``config``: of an AutoencoderKL."""
+    """Cost of decoding a latent ``side`` x ``side`` by an AutoencoderKL with ``config``."""
     latent = config["latent_channels"]
     widths = list(reversed(config["block_out_channels"]))
     wide = widths[0]

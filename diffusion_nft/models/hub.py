@@ -1,4 +1,4 @@
-"""Models and LoRAs by local path or hub name, and what a pipeline's folder holds."""
+"""Models and LoRAs by local path or hub name, and the contents of a pipeline's folder."""
 
 import re
 import sys
@@ -16,19 +16,19 @@ from diffusion_nft.shapes import BUILT_IN_MODEL
 from diffusion_nft.shapes.model import PIPELINE_DIR
 from diffusion_nft.utils.files import read_object
 
-# "fp16" of model.fp16.safetensors and of its shards, as diffusers and transformers name them.
+# "fp16" in model.fp16.safetensors and in the names of its shards (diffusers, transformers).
 VARIANT = re.compile(r"\.(\w+)(-\d+-of-\d+)?\.(safetensors|bin)$")
 
 
 def weights_variant(folder: Path) -> str | None:
-    """The variant, such as "fp16", in which alone ``folder`` stores a model's weights; None where
-    it has plain ones.
+    """The variant of the weights in ``folder``, such as "fp16"; None if some have no
+    variant.
 
-    Raises ValueError, naming the folder or the file, if there are no weights or one is damaged.
+    Raises ValueError if there are no weights or a file is damaged.
     """
     found = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".bin")]
     if not found:
-        raise ValueError(f"{folder} holds no weights (*.safetensors)")
+        raise ValueError(f"{folder} has no weights (*.safetensors)")
     for path in found:
         if path.suffix == ".safetensors":
             try:
@@ -43,22 +43,22 @@ def weights_variant(folder: Path) -> str | None:
 def read_index(folder: Path, family: str) -> dict[str, Any]:
     """The ``model_index.json`` of a pipeline's folder.
 
-    Raises ValueError unless the name of the pipeline's class begins with ``family``.
+    Raises ValueError if the class name of the pipeline does not begin with ``family``.
     """
     if not (folder / PIPELINE_INDEX).is_file():
-        raise ValueError(f"{folder} is not a diffusers folder: it holds no {PIPELINE_INDEX}")
+        raise ValueError(f"{folder} is not a diffusers folder: it has no {PIPELINE_INDEX}")
     index = read_object(folder / PIPELINE_INDEX)
     name = index.get("_class_name")
     if not str(name).startswith(family):
-        raise ValueError(f"{folder} holds a {name}; {family}Pipeline is needed")
+        raise ValueError(f"{folder} holds a {name}; a {family}Pipeline is required")
     return index
 
 
 def fetch_pipeline(name: str, revision: str = "") -> Path:
-    """The local folder of a pipeline: ``shapes``, a folder, or a hub name (downloaded if need be).
+    """The local folder of a pipeline; ``name``: ``shapes``, a folder, or a hub name, which is
+    downloaded unless cached.
 
-    Raises OSError with the remedy when the model is missing or gated, or out of reach and not in
-    the hub's cache either.
+    Raises OSError, with advice, if the model is missing, gated, or neither reachable nor cached.
     """
     if name == BUILT_IN_MODEL:
         return PIPELINE_DIR
@@ -68,9 +68,8 @@ def fetch_pipeline(name: str, revision: str = "") -> Path:
 
 
 def fetch_lora(name: str) -> Path:
-    """The local path of a LoRA: a file or folder, or a hub name (downloaded if need be).
-
-    Only safetensors and JSON files are fetched.  Raises OSError with the remedy.
+    """The local path of a LoRA; ``name``: a file, a folder, or a hub name, of which the safetensors
+    and JSON files are downloaded unless cached.  Raises OSError as ``fetch_pipeline``.
     """
     if Path(name).exists():
         return Path(name)
@@ -78,7 +77,7 @@ def fetch_lora(name: str) -> Path:
 
 
 def public_name(name: str) -> str:
-    """A hub name as it is, of a local path the last part: no folders of a machine."""
+    """The hub name, or the last part of a local path, so that no private path is published."""
     path = Path(name)
     for part in path.parts:
         # The hub's cache: models--OWNER--NAME/snapshots/...
@@ -88,30 +87,30 @@ def public_name(name: str) -> str:
 
 
 def base_note(lora: Lora, base: str) -> str:
-    """What to say if ``lora`` names another base model than ``base``; empty if it does not."""
+    """A note if the base model named by ``lora`` is not ``base``, else ""."""
     named, used = public_name(lora.base_model), public_name(base)
-    # A local copy is usually called as the hub's model is.
+    # A local copy usually has the name of the hub's model.
     if not lora.base_model or Path(named).name == Path(used).name:
         return ""
     return f"the LoRA names {named} as its base model; it is used on {used}"
 
 
 def _fetch(kind: str, name: str, download: Callable[..., Any], **options: Any) -> Path:
-    """What ``download`` brings, or what it brought earlier if the hub does not answer."""
+    """The downloaded folder, or the cached one if the hub does not answer."""
     try:
         return Path(download(name, **options))
-    # The hub's client, diffusers and the HTTP library beneath have families of errors of their own,
-    # which change with their versions; a time-out is in none of the others.
+    # huggingface_hub, diffusers and the HTTP library have separate exception classes, which differ
+    # between versions and do not include all time-outs.
     except Exception as error:
         try:
             folder = Path(download(name, local_files_only=True, **options))
         except Exception:
             raise OSError(
-                f"{kind} {name!r} is no local path and could not be fetched from the hub "
+                f"{kind} {name!r} is not a local path and could not be fetched from the hub "
                 f"({type(error).__name__}).  Gated models (SD3.5 is one): accept the licence at "
                 f"https://huggingface.co/{name} and run `hf auth login`.  Offline: give a local "
                 "path, or set HF_HUB_OFFLINE=1 if it has been downloaded."
             ) from error
-        text = f"{kind} {name!r} is taken from the cache, as the hub gave {type(error).__name__}"
-        print(text, file=sys.stderr)
+        cause = type(error).__name__
+        print(f"{kind} {name!r} is taken from the cache: the hub gave {cause}", file=sys.stderr)
         return folder

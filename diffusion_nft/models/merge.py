@@ -1,4 +1,4 @@
-"""A pipeline with a LoRA merged into its transformer, as a folder that plain diffusers loads."""
+"""Export of a pipeline with a LoRA merged into its transformer, for plain diffusers."""
 
 import json
 import shutil
@@ -19,10 +19,10 @@ TRANSFORMER = "transformer"
 
 
 def merge(config: ConfigDict, lora: Lora) -> tuple[Path, Any]:
-    """The folder of the base pipeline, and its transformer with the LoRA in its weights."""
+    """The folder of the base pipeline, and its transformer with ``lora`` merged."""
     base = fetch_pipeline(config.pretrained.model, config.pretrained.revision)
     stored = COMPUTE_DTYPES[config.mixed_precision]
-    # A sum in half precision would lose most of the small change that a LoRA is.
+    # A sum in half precision would lose most of the LoRA's small changes.
     exact = torch.promote_types(stored, torch.float32)
     transformer: Any = AutoModel.from_pretrained(
         str(base),
@@ -35,10 +35,10 @@ def merge(config: ConfigDict, lora: Lora) -> tuple[Path, Any]:
 
 
 def write_pipeline(base: Path, transformer: Any, to: Path) -> None:
-    """Writes the pipeline in ``base`` into ``to``, with another transformer.
+    """Writes the pipeline in ``base`` to ``to``, with ``transformer`` in place of its own.
 
-    Its index leaves out parts that ``base`` lacks (T5), and weights that are stored in a variant
-    alone (fp16) get plain names.
+    Parts missing in ``base`` (T5) are removed from the index, and a variant (fp16) is removed from
+    the names of weights.
     """
     transformer.save_pretrained(to / TRANSFORMER)
     index = read_object(base / PIPELINE_INDEX)

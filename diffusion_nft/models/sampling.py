@@ -16,8 +16,8 @@ from diffusion_nft.solvers import Trajectory, sample_trajectory, solve
 
 @dataclass(frozen=True)
 class Sampler:
-    """How images are sampled: solver, steps, classifier-free guidance (1: none), ``size`` in
-    pixels, and the noise of a stochastic solver.
+    """Sampling options: solver, steps, classifier-free guidance (1: none), ``size`` in pixels, and
+    the noise level of a stochastic solver.
     """
 
     solver: str
@@ -28,14 +28,11 @@ class Sampler:
 
     @classmethod
     def for_rollouts(cls, config: ConfigDict) -> Self:
-        """The sampler of training images (``config.sample``)."""
-        own = config.sample
-        size = image_size(config)
+        own, size = config.sample, image_size(config)
         return cls(own.solver, own.num_steps, own.guidance_scale, size, own.noise_level)
 
     @classmethod
     def for_evaluation(cls, config: ConfigDict) -> Self:
-        """The sampler of evaluated images (``config.eval``)."""
         own = config.eval
         return cls(own.solver, own.num_steps, own.guidance_scale, image_size(config))
 
@@ -44,8 +41,8 @@ class Sampler:
         self, model: Model, cond: Conditioning, generators: list[torch.Generator]
     ) -> tuple[Tensor, Tensor]:
         """Latents x0 ``[B, C, h, w]`` of B prompts with the model's active adapter, and the
-        distinct non-zero sigmas that the solver visited.  Row i depends on row i of ``cond`` and
-        generator i alone.
+        distinct non-zero sigmas visited by the solver.  Row i depends only on row i of ``cond`` and
+        generator i.
         """
         return solve(
             self.solver,
@@ -61,9 +58,8 @@ class Sampler:
     def trajectory(
         self, model: Model, cond: Conditioning, generators: list[torch.Generator]
     ) -> tuple[Trajectory, Tensor]:
-        """The same latents with all that led to them, and the sigmas ``[N]`` of the steps.
-
-        Raises ValueError if the solver is not a stochastic one.
+        """As ``__call__``, with the intermediate latents.  Raises ValueError if the solver is not
+        stochastic.
         """
         sigmas = model.sigmas(self.num_steps, self.size)
         trajectory = sample_trajectory(

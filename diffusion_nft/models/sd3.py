@@ -19,36 +19,27 @@ from diffusion_nft.models.embeddings import Conditioning, EmbeddingCache
 from diffusion_nft.models.hub import fetch_pipeline, read_index, weights_variant
 from diffusion_nft.models.precision import Precision
 
-# The attention projections that carry LoRA (algorithm: not attn2, not the feed-forward layers).
-LORA_TARGETS = tuple(
-    f"attn.{name}"
-    for name in (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
+# The attention projections with LoRA, as in the published code: neither attn2 nor feed-forward.
+LORA_TARGETS = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 )
 
 FAMILY = "StableDiffusion3"
-# Parts of a pipeline: networks and others that it needs, and those of T5, which it may lack.
+# Parts of a pipeline; those of T5 are optional.
 NETWORKS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 OTHER_COMPONENTS = ("scheduler", "tokenizer", "tokenizer_2")
 T5, T5_TOKENIZER = "text_encoder_3", "tokenizer_3"
 
-# Most graphs of a block that perf.compile may make: kinds of block x policies x sizes of a batch.
+# Limit of compiled graphs per block: kinds of block x policies x batch sizes.
 COMPILED_GRAPHS = 64
 
 
 def load_pipeline(folder: Path, dtypes: dict[str, torch.dtype]) -> StableDiffusion3Pipeline:
-    """The pipeline in ``folder``, its parts in ``dtypes``; without T5 if that is not there, and of
-    parts that are stored in a variant alone (fp16), the variant.
+    """The pipeline in ``folder``, with or without T5.  A variant (fp16) is loaded if there are no
+    other weights.  ``dtypes``: by the name of the part.
 
-    Raises ValueError, naming the folder, for what is missing or damaged in it.
+    Raises ValueError if a part is missing or damaged.
     """
     index = read_index(folder, FAMILY)
     present = [
@@ -60,7 +51,7 @@ def load_pipeline(folder: Path, dtypes: dict[str, torch.dtype]) -> StableDiffusi
     others = (*OTHER_COMPONENTS, T5_TOKENIZER) if T5 in present else OTHER_COMPONENTS
     for part in (*networks, *others):
         if part not in present:
-            raise ValueError(f"{folder} has no {part}, which a {FAMILY}Pipeline needs")
+            raise ValueError(f"{folder} has no {part}, which a {FAMILY}Pipeline requires")
         if part in networks and not (folder / part / "config.json").is_file():
             raise ValueError(f"{folder / part} has no config.json")
     variants = filter(None, [weights_variant(folder / part) for part in networks])
@@ -72,20 +63,20 @@ def load_pipeline(folder: Path, dtypes: dict[str, torch.dtype]) -> StableDiffusi
             local_files_only=True,
             **({} if T5 in present else dict.fromkeys((T5, T5_TOKENIZER))),
         )
-    # What diffusers and transformers raise for files that they cannot make sense of.
+    # Raised by diffusers and transformers for files that they cannot parse.
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         cause = " ".join(str(error).split())
         raise ValueError(f"{folder} cannot be loaded: {type(error).__name__}: {cause}") from error
     for part in NETWORKS:
         if any(weight.is_meta for weight in getattr(pipe, part).parameters()):
-            raise ValueError(f"{folder / part} lacks some of its weights")
+            raise ValueError(f"some weights are missing in {folder / part}")
     return pipe
 
 
 @contextmanager
 def temporarily_on(modules: list[torch.nn.Module], device: torch.device) -> Iterator[None]:
-    """The frozen weights of ``modules`` are on ``device`` in here.  Nothing is copied back: what
-    they were before is kept and taken up again.
+    """Moves the frozen weights of ``modules`` to ``device`` for the block.  The originals are kept,
+    so nothing is copied back.
     """
     homes = [(weight, weight.data) for module in modules for weight in module.parameters()]
     try:
@@ -101,8 +92,8 @@ class SD3Model:
     """One frozen SD3 pipeline on a device.
 
     Text encoders and transformer are stored in the compute dtype, the VAE in at least float32.
-    ``match_published``: do as the published code's evaluation, which keeps the transformer, too, in
-    float32 under autocast and truncates its timesteps to whole numbers.
+    ``match_published``: as in the published code's evaluation, the transformer is stored in
+    float32, under autocast, and its timesteps are truncated to integers.
     """
 
     lora_targets = LORA_TARGETS
@@ -122,7 +113,7 @@ class SD3Model:
         compile: bool = False,
         match_published: bool = False,
     ):
-        """Raises OSError if there is no such model, ValueError if it is damaged."""
+        """Raises OSError if the model is not available, ValueError if it is damaged."""
         with dist.main_first():
             folder = fetch_pipeline(name, revision)
         self.device, self.precision = dist.device, precision
@@ -130,7 +121,7 @@ class SD3Model:
         if match_published:
             dtypes["transformer"] = precision.trained_dtype
         diffusers.utils.logging.disable_progress_bar()
-        # It would repeat every prompt that is longer than CLIP's 77 tokens.
+        # Otherwise diffusers warns of every prompt longer than CLIP's 77 tokens.
         diffusers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self.pipe = load_pipeline(folder, dtypes)
@@ -141,12 +132,12 @@ class SD3Model:
             for network in networks:
                 network.requires_grad_(False).eval()
         self.transformer = self.pipe.transformer.to(self.device)
-        # Convolutions run faster on it, on CPUs and on tensor cores.
+        # Convolutions are faster in this layout, on CPUs and on tensor cores.
         self.vae = self.pipe.vae.to(self.device, memory_format=torch.channels_last)
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         if compile:
-            # One graph serves all blocks that are alike; each policy and each shape has its own.
+            # Blocks of the same kind share a graph; each policy and each shape has its own.
             torch._dynamo.config.recompile_limit = COMPILED_GRAPHS
             for block in self.transformer.transformer_blocks:
                 block.compile(dynamic=False)
@@ -166,7 +157,6 @@ class SD3Model:
         return [encoder for encoder in encoders if encoder is not None]
 
     def parts(self) -> dict[str, list[torch.nn.Module]]:
-        """All networks, by what they are."""
         return {
             "transformer": [self.pipe.transformer],
             "text encoders": self._text_encoders(),
@@ -196,13 +186,11 @@ class SD3Model:
         return rows
 
     def pop_forward_counts(self) -> dict[str, int]:
-        """Samples that went forward and backward through the transformer since the last call."""
         counts, self.forward_counts = self.forward_counts, dict.fromkeys(self.forward_counts, 0)
         return counts
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Forwards in this context are not counted."""
         counts = dict(self.forward_counts)
         try:
             yield
@@ -210,38 +198,27 @@ class SD3Model:
             self.forward_counts = counts
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
-        """``(C, h, w)`` of the latents of an image; ValueError beyond the largest size."""
         config, factor = self.transformer.config, self.pipe.vae_scale_factor
         largest = config.pos_embed_max_size * config.patch_size * factor
         if max(size) // factor // config.patch_size > config.pos_embed_max_size:
             raise ValueError(
-                f"resolution = {max(size)}: {self.name} draws at most {largest} pixels"
+                f"resolution = {max(size)}: {self.name} supports at most {largest} pixels"
             )
         return config.in_channels, size[0] // factor, size[1] // factor
 
     def encode(self, texts: list[str]) -> Conditioning:
-        """Embeddings of ``texts`` on the device, one row each; a text is encoded once."""
         return self.encode_cached(texts).to(self.device)
 
     def sigmas(self, num_steps: int, size: Size) -> Tensor:
-        """The scheduler's noise levels for ``num_steps`` steps: ``[N + 1]``, from 1 down to 0; the
-        same for every ``size``.
-        """
-        del size
+        del size  # the scheduler's noise levels do not depend on it
         self.pipe.scheduler.set_timesteps(num_steps)
         return self.pipe.scheduler.sigmas.to("cpu", torch.float64)
 
     @property
     def shift(self) -> float:
-        """The time shift that the model was trained with (3 for SD3.5)."""
         return self.pipe.scheduler.config.shift
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Predicted velocity ``noise - x0`` of ``x: [B, C, h, w]`` at ``sigma: [B]``, float32 or
-        wider.
-
-        The active adapter of the transformer decides whose policy this is.
-        """
         self.forward_counts["cost/forwards"] += len(x)
         if torch.is_grad_enabled():
             self.forward_counts["cost/backwards"] += len(x)
@@ -258,7 +235,7 @@ class SD3Model:
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Images:
-        """The images of latents ``x0: [B, C, h, w]``, decoded ``vae_batch_size`` at a time."""
+        """``vae_batch_size`` images at a time."""
         config = self.vae.config
         latents = x0.to(dtype=self.vae.dtype, memory_format=torch.channels_last)
         parts = [

@@ -1,4 +1,4 @@
-"""Captions: a small grammar with GenEval's six tags, and the scenes that its sentences describe.
+"""Captions from a small grammar with GenEval's six tags, and scenes that fit them.
 
 A caption is a metadata dictionary in GenEval's form:
 
@@ -6,13 +6,11 @@ A caption is a metadata dictionary in GenEval's form:
      "include": [{"class": "square", "count": 1},
                  {"class": "circle", "count": 1, "position": ["left of", 0]}]}
 
-It is a complete description: a scene that fits it holds nothing else. What it leaves open (colours,
-places) is free.
+A fitting scene has no further objects; unspecified attributes (colours, places) are free.
 
-Each tag's captions are split into a training part and a held-out part, so that a caption and its
-twin with the objects in the other order lie on the same side. In `colors` and `color_attr` whole
-combinations of attributes are held out; the other tags have too few combinations for that, there a
-combination is held out in some of its wordings only.
+The captions of each tag are split into a training and a held-out part. A caption and its twin with
+the objects in reverse order are in the same part. In `colors` and `color_attr` whole combinations
+of attributes are held out; the other tags have too few, so that only some wordings are held out.
 """
 
 import copy
@@ -138,8 +136,8 @@ _GRAMMAR = {
 def _split() -> dict[str, dict[str, list[dict]]]:
     split: dict[str, dict[str, list[dict]]] = {"train": {}, "test": {}}
     for tag in TAGS:
-        # Seven divides none of the loops of the grammar, so the held-out groups are spread over
-        # its shapes, colours and wordings.
+        # Seven divides none of the loops of the grammar, so the held-out groups cover all shapes,
+        # colours and wordings.
         for index, group in enumerate(_GRAMMAR[tag]()):
             part = "test" if index % 7 == 3 else "train"
             split[part].setdefault(tag, []).extend(group)
@@ -147,20 +145,19 @@ def _split() -> dict[str, dict[str, list[dict]]]:
 
 
 def captions(part: str, tag: str) -> list[dict]:
-    """All captions of a tag in a part of the split, "train" or "test", each once."""
+    """The distinct captions of a tag in a part, "train" or "test"."""
     return copy.deepcopy(_split()[part][tag])
 
 
 def vocabulary() -> list[str]:
-    """Every word of the grammar, sorted."""
     every = (caption for part in _split().values() for tag in part.values() for caption in tag)
     return sorted({word for caption in every for word in caption["prompt"].split()})
 
 
 def metadata_lines(part: str) -> list[dict]:
-    """A prompt set, one line per sample: every tag equally often, in turn.
+    """The lines of a prompt set, with the tags in turn.
 
-    A tag with fewer captions than lines repeats them, one with more is thinned evenly.
+    Captions are repeated if a tag has fewer than its lines, and evenly subsampled if more.
     """
     count = TRAIN_LINES_PER_TAG if part == "train" else TEST_LINES_PER_TAG
     columns = []
@@ -171,7 +168,6 @@ def metadata_lines(part: str) -> list[dict]:
 
 
 def write_metadata(directory: Path) -> None:
-    """Writes train_metadata.jsonl and test_metadata.jsonl."""
     directory.mkdir(parents=True, exist_ok=True)
     for part in ("train", "test"):
         lines = [json.dumps(caption) + "\n" for caption in metadata_lines(part)]
@@ -179,9 +175,9 @@ def write_metadata(directory: Path) -> None:
 
 
 def relation_holds(relation: str, dx: float, dy: float) -> bool:
-    """Whether an object at offset (dx, dy) from its reference (y points down) stands in `relation`.
+    """True if an object at offset (dx, dy) from its reference (y points down) is in `relation`.
 
-    The offset along the relation's axis has to be the larger one.
+    The offset along the axis of the relation must be the larger one.
     """
     horizontal = relation in ("left of", "right of")
     along, across = (dx, dy) if horizontal else (dy, dx)
@@ -221,9 +217,9 @@ def sample_scene(caption: dict, rng: np.random.Generator) -> Scene:
 
 
 def corrupt(caption: dict, rng: np.random.Generator) -> dict:
-    """The caption of another, similar scene: one attribute replaced, or two exchanged.
+    """A copy of `caption` for a similar scene: one attribute is replaced, or two are exchanged.
 
-    Used to make the pretraining pairs noisy. The prompt is left as it was, it no longer fits.
+    Used for noisy pretraining pairs: the prompt is unchanged and no longer fits the scene.
     """
     caption = copy.deepcopy(caption)
     include = caption["include"]

@@ -1,12 +1,12 @@
 """The tiny Stable Diffusion 3 pipeline of the built-in world.
 
-Same classes as Stable Diffusion 3.5: an AutoencoderKL, an SD3Transformer2DModel, two CLIP text
-encoders, a T5 text encoder and a flow-matching scheduler with shift 3. One image token covers one
-cell of the scene's grid. The text encoders are frozen at their random initialisation: they only
-have to tell forty words and their order apart.
+The classes are those of Stable Diffusion 3.5: an AutoencoderKL, an SD3Transformer2DModel, two CLIP
+text encoders, a T5 text encoder and a flow-matching scheduler with shift 3. There is one image
+token per cell of the scene's grid. The text encoders keep their random initialisation, which
+suffices to distinguish forty words and their order.
 """
 
-# diffusers annotates its arguments and outputs more narrowly than it uses them.
+# The annotations of diffusers are too narrow.
 # pyright: reportArgumentType=false
 
 from pathlib import Path
@@ -32,7 +32,7 @@ from diffusion_nft.shapes.scene import IMAGE_SIZE
 
 PIPELINE_DIR = Path(__file__).parent / "pipeline"
 
-# The words of the longest caption and the end token; the same for the CLIP and the T5 encoders.
+# Of the CLIP and the T5 encoders: the words of the longest caption, and the end token.
 MAX_SEQUENCE_LENGTH = MAX_WORDS + 1
 
 LATENT_CHANNELS = 4
@@ -45,14 +45,14 @@ SPECIAL_TOKENS = (PAD_TOKEN, UNKNOWN_TOKEN, START_TOKEN, END_TOKEN)
 
 
 def load_shapes_pipeline(torch_dtype: torch.dtype = torch.float32) -> StableDiffusion3Pipeline:
-    """The pretrained pipeline shipped with the package, on the CPU."""
+    """The pretrained pipeline of the package, on the CPU."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(PIPELINE_DIR, dtype=torch_dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of the captions' vocabulary; a caption ends with the end token."""
+    """A word-level tokenizer of the captions' vocabulary, which appends the end token."""
     token_ids = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *vocabulary()))}
     tokenizer = Tokenizer(models.WordLevel(token_ids, unk_token=UNKNOWN_TOKEN))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -132,7 +132,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_transformer() -> SD3Transformer2DModel:
-    """A velocity network over nine image tokens, one a cell of the grid."""
+    """A velocity network over nine image tokens, one per cell of the grid."""
     return SD3Transformer2DModel(
         sample_size=LATENT_SIZE,
         patch_size=4,
@@ -152,7 +152,7 @@ def build_transformer() -> SD3Transformer2DModel:
 def build_pipeline(
     vae: AutoencoderKL, transformer: SD3Transformer2DModel, seed: int
 ) -> StableDiffusion3Pipeline:
-    """Puts a pipeline together; the random text encoders depend only on `seed`."""
+    """A pipeline with random text encoders, which depend only on `seed`."""
     tokenizer = build_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,12 +1,11 @@
 """Pretraining of the built-in model: the autoencoder, then the velocity network on noisy captions.
 
-The captions are noisy, as captions from the web are: with a probability that depends on the tag,
-the image shows something else than its caption says.  A model trained on them draws clean shapes
-but follows its prompt only part of the time, and leaves something to learn by reinforcement.
-Held-out captions are not used here.
+The captions are noisy, as captions from the web: with a probability that depends on the tag, the
+image does not fit its caption.  The resulting model draws clean shapes but often ignores its
+prompt, which leaves room for reinforcement learning.  Held-out captions are not used.
 """
 
-# diffusers annotates its arguments and outputs more narrowly than it uses them.
+# The annotations of diffusers are too narrow.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 
 import math
@@ -43,7 +42,7 @@ CAPTION_DROPOUT = 0.05
 EMA_DECAY = 0.997
 SHIFT = 3.0
 
-# How often a tag is drawn, and how often its image does not fit the caption.
+# Relative frequency of a tag, and the probability that its image does not fit the caption.
 TAG_WEIGHTS = {
     "single_object": 1.0,
     "two_object": 1.5,
@@ -60,7 +59,7 @@ CAPTION_NOISE = {
     "position": 0.05,
     "color_attr": 0.05,
 }
-# Of the pairs that do not fit, this part shows the scene of an unrelated caption.
+# Share of these images that show the scene of an unrelated caption.
 UNRELATED = 0.2
 
 
@@ -81,13 +80,13 @@ def training_steps(name: str, steps: int, optimizer: Optimizer) -> Iterator[tqdm
 
 
 def train_vae(steps: int, device: torch.device) -> AutoencoderKL:
-    """The autoencoder; its latents, shifted and scaled, have zero mean and unit variance."""
+    """The autoencoder, with the shift and scale that normalise its latents in the config."""
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     vae = build_vae().to(device, memory_format=torch.channels_last)
     optimizer = AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
     for bar in training_steps("vae", steps, optimizer):
-        # Up to nine objects: a full grid teaches more per pixel than a mostly empty image.
+        # Up to nine objects, as mostly empty images are less informative per pixel.
         scenes = [random_scene(rng, max_objects=NUM_CELLS) for _ in range(VAE_BATCH_SIZE)]
         images = torch.from_numpy(render_batch(scenes)).to(device)
         posterior = vae.encode(2 * images - 1).latent_dist
@@ -138,9 +137,7 @@ def noisy_pairs(vae: AutoencoderKL, captions: list[dict]) -> tuple[Tensor, Tenso
 
 
 def train_pipeline(vae: AutoencoderKL, steps: int) -> StableDiffusion3Pipeline:
-    """The pipeline of ``vae`` and a velocity network trained by flow matching: the moving average
-    of its weights.
-    """
+    """The pipeline of ``vae`` and the EMA of a velocity network trained by flow matching."""
     device = vae.device
     torch.manual_seed(SEED)
     transformer = build_transformer()
@@ -186,6 +183,6 @@ def train_pipeline(vae: AutoencoderKL, steps: int) -> StableDiffusion3Pipeline:
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     ema.step(weights)
     ema.copy_to(weights)
-    # Smaller files.  The text encoders stay in float32: transformers loads a model in the precision
-    # of its file, and the transformer would then be fed half-precision embeddings.
+    # Half precision makes the files smaller.  The text encoders stay in float32, because
+    # transformers loads models in the precision of their files.
     return build_pipeline(vae.cpu().half(), transformer.cpu().half(), SEED)

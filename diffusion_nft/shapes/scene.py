@@ -1,8 +1,7 @@
 """Scenes: one to four coloured shapes on the cells of a 3x3 grid, drawn on a plain background.
 
-A scene is drawn analytically: the coverage of a pixel by a shape follows from the signed distance
-of the pixel's centre to the outline, which gives antialiased edges without supersampling. The
-verifier uses the same function for its templates.
+The coverage of a pixel by a shape is computed from the signed distance of its centre to the
+outline, for antialiased edges without supersampling.
 """
 
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ COLORS: dict[str, tuple[float, float, float]] = {
 }
 BACKGROUND = (0.95, 0.95, 0.95)
 
-# In pixels. The largest shape at the largest jitter stays inside its cell (7.0 + 0.5 < 8).
+# In pixels. Shapes stay inside their cells: 7.0 + 0.5 < 8.
 RADIUS_RANGE = (6.2, 7.0)
 MAX_JITTER = 0.5
 
@@ -58,7 +57,7 @@ class Scene:
 
 
 def coverage(name: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray | float) -> np.ndarray:
-    """The part of each pixel that a shape covers.
+    """The share of each pixel covered by a shape.
 
     name: one of CLASSES; x, y: offsets of the pixel centres from the shape's centre, in pixels
     (y points down). Returns an array in [0, 1] of the broadcast shape.
@@ -102,7 +101,7 @@ def render_batch(scenes: Sequence[Scene]) -> np.ndarray:
 
 
 def place(name: str, color: str, cell: int, rng: np.random.Generator) -> Object:
-    """An object on `cell` with random size and jitter."""
+    """An object on `cell` with random size and offset."""
     radius = float(rng.uniform(*RADIUS_RANGE))
     dx, dy = (float(value) for value in rng.uniform(-MAX_JITTER, MAX_JITTER, size=2))
     return Object(name, color, int(cell), radius, dx, dy)

@@ -1,10 +1,9 @@
-"""Does an image show what its caption says? A verifier on pixels, fast and deterministic.
+"""A fast, deterministic verifier of images against their captions.
 
-Every cell of the grid that is not empty is compared with a bank of templates (shape, size, offset)
-and with the palette. The comparison is the Tanimoto coefficient a.t / (|a|^2 + |t|^2 - a.t) of the
-cell's coverage a and a template t, which is one only if they are equal, and is a matrix product.
-What resembles no template closely enough is "unclear": it counts as an object, but not as one that
-the caption asked for.
+Every cell of the grid that is not empty is compared with templates (shape, size, offset) by the
+Tanimoto coefficient a.t / (|a|^2 + |t|^2 - a.t) of the cell's coverage a and a template t, which is
+1 only if they are equal, and with the palette. An object without a close match counts in the total
+number of objects, but fits no clause of a caption.
 """
 
 from collections.abc import Sequence
@@ -34,12 +33,12 @@ FOREGROUND_DISTANCES = (0.15, 0.50)
 
 @dataclass(frozen=True)
 class Thresholds:
-    """How closely an object has to resemble its template.
+    """Requirements on detections and counts.
 
     min_fit: Tanimoto coefficient with the best template, in [0, 1];
-    max_color_error: root mean square distance (RGB in [0, 1]) of its inside to the palette colour;
-    min_area: foreground of fewer pixels than this in a cell is ignored;
-    at_least: counts ask for so many objects or more.
+    max_color_error: root mean square distance (RGB in [0, 1]) of the inside to the palette colour;
+    min_area: minimal foreground in a cell, in pixels;
+    at_least: surplus objects do not count against an image.
     """
 
     min_fit: float
@@ -48,7 +47,7 @@ class Thresholds:
     at_least: bool = False
 
 
-# What a reward may be built on; "stricter" is for evaluation only, "lenient" is easily gamed.
+# "stricter" is for evaluation only; "lenient" is easily exploited.
 RULES = {
     "lenient": Thresholds(min_fit=0.60, max_color_error=0.45, min_area=40.0, at_least=True),
     "standard": Thresholds(min_fit=0.88, max_color_error=0.25, min_area=16.0),
@@ -58,7 +57,7 @@ RULES = {
 
 @dataclass(frozen=True)
 class Detection:
-    """What one cell of the grid holds. `center` is (x, y) in pixels, `area` in pixels."""
+    """The object in a cell of the grid. `center` is (x, y) in pixels, `area` in pixels."""
 
     name: str
     color: str
@@ -68,7 +67,6 @@ class Detection:
     color_error: float
 
     def is_clear(self, rule: Thresholds) -> bool:
-        """Whether it counts as an object of its class and colour."""
         return self.fit >= rule.min_fit and self.color_error <= rule.max_color_error
 
 
@@ -87,11 +85,7 @@ def _templates() -> tuple[torch.Tensor, list[tuple[str, float, float]]]:
 
 
 def detect(images: torch.Tensor) -> list[list[Detection]]:
-    """Reads images.
-
-    images: float [B, 3, 48, 48] in [0, 1]. Returns, for each, one detection for every cell that is
-    not empty, clear or not.
-    """
+    """Detections in images: float [B, 3, 48, 48] in [0, 1]; one per cell that is not empty."""
     images = torch.as_tensor(images).detach().float().cpu()
     batch = images.shape[0]
     # [B, 3, 48, 48] -> [B * 9, 3, 256], cells in row-major order.
@@ -147,10 +141,10 @@ def _agreement(found: int, required: int, rule: Thresholds) -> float:
 def judge(detections: Sequence[Detection], caption: dict, rule: Thresholds) -> tuple[float, bool]:
     """Compares detections with a caption: (graded score in [0, 1], strict verdict).
 
-    The graded score is the mean of the terms: for each clause its count, its colour and its
-    position, as far as it has them, and once the total number of objects. Counts score
-    1 - |found - required| / required, where the rule is `at_least` without what is found beyond.
-    The strict verdict asks for every term to be one.
+    The graded score is the mean of several terms: the total number of objects and, for each clause,
+    its count and, if given, its colour and position. A count scores
+    1 - |found - required| / required, with found limited to required if the rule is `at_least`.
+    The strict verdict requires all terms to be 1.
     """
     present = [item for item in detections if item.area >= rule.min_area]
     clear = [item for item in present if item.is_clear(rule)]
@@ -203,7 +197,7 @@ def verify(
 def verdicts(
     detections: Sequence[list[Detection]], metadata: Sequence[dict], rule: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `verify`, of images in which `detect` found ``detections``."""
+    """As `verify`, with the detections of the images."""
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is unknown; choose from {sorted(RULES)}")
     found = [

@@ -1,9 +1,11 @@
-"""Solvers: from noise to a clean latent, over any velocity function.
+"""Solvers: from noise to a clean latent, with any velocity function.
 
-`solve` is the entry for a name from a config: one of `SOLVERS`, or the class name of a diffusers
-scheduler that takes flow sigmas.  `check_solver` validates such a name without any model.  Policy
-gradients also need `sample_trajectory`, `sde_step` and `log_prob` of the stochastic solvers.
+``solve`` takes a name of the configuration: one of ``SOLVERS``, or the class name of a diffusers
+scheduler for flow sigmas; ``check_solver`` validates the name without a model.  Policy gradients
+also use ``sample_trajectory``, ``sde_step`` and ``log_prob`` of the stochastic solvers.
 """
+
+from functools import partial
 
 from torch import Tensor
 
@@ -13,15 +15,12 @@ from diffusion_nft.solvers.diffusers_scheduler import (
     check_scheduler,
     solve_with_scheduler,
 )
-from diffusion_nft.solvers.ode import dpm1, dpm2, heun
+from diffusion_nft.solvers.ode import dpm, heun
 from diffusion_nft.solvers.sde import (
     SDE_RULES,
     Trajectory,
     check_noise_level,
-    dance,
-    ddim,
-    draw_noise,
-    flow,
+    integrate,
     log_prob,
     sample_trajectory,
     sde_step,
@@ -30,12 +29,8 @@ from diffusion_nft.solvers.sde import (
 __all__ = [
     "SOLVERS",
     "STOCHASTIC_SOLVERS",
-    "Generators",
-    "Solver",
     "Trajectory",
-    "Velocity",
     "check_solver",
-    "draw_noise",
     "log_prob",
     "sample_trajectory",
     "sde_step",
@@ -43,18 +38,16 @@ __all__ = [
 ]
 
 SOLVERS: dict[str, Solver] = {
-    "flow": flow,
-    "dance": dance,
-    "ddim": ddim,
-    "dpm1": dpm1,
-    "dpm2": dpm2,
+    **{name: partial(integrate, name) for name in SDE_RULES},
+    "dpm1": partial(dpm, order=1),
+    "dpm2": partial(dpm, order=2),
     "heun": heun,
 }
 STOCHASTIC_SOLVERS = frozenset(SDE_RULES)
 
 
 def check_solver(name: str, noise_level: float = 0.0) -> None:
-    """Raise a one-line ValueError unless `solve` can run ``name`` at ``noise_level``."""
+    """Raises ValueError if ``solve`` does not support ``name`` or its ``noise_level``."""
     if name in STOCHASTIC_SOLVERS:
         check_noise_level(name, noise_level)
     elif name not in SOLVERS:
@@ -76,11 +69,11 @@ def solve(
     noise_level: float = 0.0,
     shift: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Carry noise ``x: [B, C, h, w]`` to a clean latent; also return the sigmas visited.
+    """Solves from noise ``x: [B, C, h, w]``; returns clean latents and the sigmas visited.
 
-    ``sigmas: [N+1]`` decrease from 1 to 0.  A solver of `SOLVERS` visits ``sigmas[:-1]``; a
-    diffusers scheduler takes from them only the number of steps N, lays its own grid with
-    ``shift`` and visits that.  ``noise_level`` matters to `STOCHASTIC_SOLVERS` alone.
+    ``sigmas: [N+1]``, decreasing from 1 to 0.  Solvers of ``SOLVERS`` visit ``sigmas[:-1]``; a
+    diffusers scheduler makes N steps on its own grid, which depends on ``shift``.  ``noise_level``:
+    for ``STOCHASTIC_SOLVERS``, ignored by others.
     """
     if name in SOLVERS:
         x0 = SOLVERS[name](velocity, x, sigmas, generator=generator, noise_level=noise_level)
@@ -88,6 +81,6 @@ def solve(
     if not name.endswith("Scheduler"):
         check_solver(name)
     if shift is None:
-        raise ValueError(f"solver '{name}' lays its own sigmas and needs the model's shift")
+        raise ValueError(f"solver '{name}' has its own sigmas and needs the model's shift")
     num_steps = len(sigmas) - 1
     return solve_with_scheduler(name, velocity, x, num_steps, shift=shift, generator=generator)

@@ -1,4 +1,4 @@
-"""What every solver shares: the type of a velocity function and the arithmetic of a sigma grid."""
+"""Types and helpers of all solvers."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -10,13 +10,13 @@ from torch import Tensor
 # velocity(x: [B, C, h, w], sigma: [B] in [0, 1]) -> [B, C, h, w], an estimate of noise - x0
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
-# One generator for the whole batch, or one per sample: with the latter a sample's noise depends
-# only on its own generator, never on the batch it sits in.  None draws from torch's global state.
+# One generator for the batch, or one per sample, which makes its noise independent of the batch.
+# None: torch's global generator.
 Generators = torch.Generator | list[torch.Generator] | None
 
 
 class Solver(Protocol):
-    """The signature of every entry of `SOLVERS`; ODE solvers ignore both keywords."""
+    """Signature of all ``SOLVERS``; deterministic ones ignore both keywords."""
 
     def __call__(
         self,
@@ -27,14 +27,14 @@ class Solver(Protocol):
         generator: Generators = None,
         noise_level: float = 0.0,
     ) -> Tensor:
-        """Carry ``x: [B, C, h, w]`` from ``sigmas[0]`` to ``sigmas[-1]``, through N steps."""
+        """Solves from ``x: [B, C, h, w]`` at ``sigmas[0]`` to ``sigmas[-1]`` in N steps."""
         ...
 
 
 def grid(sigmas: Tensor) -> list[float]:
     """``sigmas: [N+1]``, strictly decreasing in [0, 1], as Python floats.
 
-    Coefficients are computed in them (float64, on the host), so no step waits for the device.
+    Coefficients are then computed in float64 on the host, without synchronising the device.
     """
     levels = sigmas.tolist()
     assert len(levels) >= 2
@@ -43,10 +43,10 @@ def grid(sigmas: Tensor) -> list[float]:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """The state between steps is never kept in half precision."""
+    """``x`` in float32, or wider; the state between steps is never in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def batch_sigma(sigma: float, x: Tensor) -> Tensor:
-    """One noise level as the ``[B]`` tensor that a velocity function takes."""
+    """``sigma`` as a ``[B]`` tensor."""
     return torch.full((x.shape[0],), sigma, dtype=x.dtype, device=x.device)

@@ -1,8 +1,7 @@
-"""Any diffusers scheduler that takes flow sigmas, by class name: the "black-box solver".
+"""diffusers schedulers for flow sigmas, by class name: the paper's "black-box solvers".
 
-A scheduler lays its own grid of sigmas, so the caller also learns which ones it visited: training
-uses them.  The velocity is always asked at the scheduler's float sigmas; the timesteps of several
-schedulers are rounded to integers.
+A scheduler has its own grid of sigmas; those visited are returned for training.  The velocity is
+evaluated at the scheduler's float sigmas, because some schedulers round timesteps to integers.
 """
 
 import inspect
@@ -33,15 +32,15 @@ def solve_with_scheduler(
     shift: float,
     generator: Generators = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run scheduler ``name`` from noise ``x: [B, C, h, w]`` over its grid for ``num_steps``.
+    """Runs scheduler ``name`` from noise ``x: [B, C, h, w]`` on its own grid of ``num_steps``.
 
-    Returns x0 and the distinct sigmas at which it asked for a velocity: ``[K]``, decreasing, none
-    zero, float32 on the CPU.  Multi-stage schedulers ask more often than ``num_steps``.
+    Returns x0 and the distinct sigmas at which the velocity was evaluated: ``[K]``, decreasing,
+    non-zero, float32 on the CPU.  Multi-stage schedulers need more than ``num_steps`` evaluations.
     """
     x = at_least_float32(x)
     scheduler = build_scheduler(name, shift)
     scheduler.set_timesteps(num_steps)
-    scheduler.set_begin_index(0)  # rounded timesteps may repeat, so none is looked up
+    scheduler.set_begin_index(0)  # avoids the lookup of timesteps, which may repeat when rounded
     stochastic = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": generator} if stochastic else {}
 
@@ -51,7 +50,7 @@ def solve_with_scheduler(
         sigma = batch_sigma(sigmas[i], x)
         v = velocity(x, sigma).to(x.dtype)
         if i == last and sigmas[-1] > 0:
-            # DEIS and SA-Solver repeat the last sigma, so their last step would leave its noise in.
+            # DEIS and SA-Solver repeat the last sigma: their last step would not remove its noise.
             x = x0_from_velocity(x, v, sigma)
         else:
             x = scheduler.step(v, timestep, x, return_dict=False, **options)[0]
@@ -60,14 +59,16 @@ def solve_with_scheduler(
 
 
 def build_scheduler(name: str, shift: float) -> Any:
-    """An instance of the diffusers scheduler ``name`` for flow matching with this sigma shift."""
-    from diffusers import schedulers  # here, as importing diffusers takes seconds
+    """The diffusers scheduler ``name``, configured for flow matching with ``shift``.  Raises
+    ValueError if it does not support that.
+    """
+    from diffusers import schedulers  # a local import, because it takes seconds
 
     if name not in dir(schedulers):
         raise ValueError(f"solver '{name}' is not a scheduler of the installed diffusers")
     scheduler = getattr(schedulers, name)
     parameters = inspect.signature(scheduler.__init__).parameters
-    forward = "Inverse" not in name  # the inverse schedulers go from image to noise
+    forward = "Inverse" not in name  # inverse schedulers solve from images to noise
     if forward and {"use_flow_sigmas", "flow_shift", "prediction_type"} <= parameters.keys():
         options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
         return scheduler(**options, flow_shift=shift, lower_order_final=True)
@@ -77,10 +78,10 @@ def build_scheduler(name: str, shift: float) -> Any:
 
 
 def check_scheduler(name: str) -> None:
-    """Raise ValueError unless scheduler ``name`` samples a flow: a fraction of a second, no model.
+    """Raises ValueError unless scheduler ``name`` samples a flow; needs no model.
 
-    The proof is data ~ N(1/2, 1/4), whose velocity is known: 20 steps must give about that mean
-    and standard deviation.  FlowMatchLCMScheduler does not, as it is for consistency models.
+    For data ~ N(1/2, 1/4), whose velocity is known, 20 steps must result in about that mean and
+    standard deviation.  FlowMatchLCMScheduler, made for consistency models, fails.
     """
     mean, std = 0.5, 0.5
 

@@ -1,7 +1,6 @@
 """Deterministic solvers of the probability-flow ODE  dx/dsigma = velocity(x, sigma).
 
-All share the signature of `common.Solver`; they draw no noise, so ``generator`` and ``noise_level``
-have no effect.  ``x: [B, C, h, w]`` starts at ``sigmas[0]``; the result is the clean latent.
+They have the signature of ``common.Solver`` and ignore ``generator`` and ``noise_level``.
 """
 
 import math
@@ -23,8 +22,8 @@ def heun(
 ) -> Tensor:
     """Heun's method, second order, 2N-1 evaluations (EDM, arXiv 2206.00364, Algorithm 1).
 
-    ``x' = x + (t - s) (v(x, s) + v(x_euler, t)) / 2``; the step to sigma 0 is an Euler step, as
-    the model is never asked for a velocity at sigma 0.
+    ``x' = x + (t - s) (v(x, s) + v(x_euler, t)) / 2``; the step to sigma 0 is an Euler step, so
+    that the velocity is never evaluated at sigma 0.
     """
     x = at_least_float32(x)
     for s, t in pairwise(grid(sigmas)):
@@ -36,41 +35,25 @@ def heun(
     return x
 
 
-def dpm1(
+def dpm(
     velocity: Velocity,
     x: Tensor,
     sigmas: Tensor,
     *,
+    order: int,
     generator: Generators = None,
     noise_level: float = 0.0,
 ) -> Tensor:
-    """First-order DPM-Solver++ (arXiv 2211.01095, the case k = 1, which is DDIM), N evaluations.
+    """Multistep DPM-Solver++ of ``order`` 1 or 2 (arXiv 2211.01095), N evaluations.
 
-    ``x' = (t/s) x - (1-t) (exp(-h) - 1) x0_hat`` with ``h = lambda_t - lambda_s``; for the flow
-    schedule ``(1-t) (1 - exp(-h)) = 1 - t/s``, finite at both ends.  Being DDIM with eta 0, it
-    is also Euler's method.
+    Order 1 (the case k = 1, which is DDIM with eta 0 and Euler's method):
+    ``x' = (t/s) x - (1-t) (exp(-h) - 1) x0_hat`` with ``h = lambda_t - lambda_s`` and
+    ``lambda = log((1-sigma)/sigma)``; for flows ``(1-t) (1 - exp(-h)) = 1 - t/s``, which is finite.
+
+    Order 2 ("2M", Algorithm 2) extrapolates x0_hat in lambda to the middle of the step:
+    ``x0_hat_i + (x0_hat_i - x0_hat_{i-1}) h_i / (2 h_{i-1})``.  The first step, without history,
+    and the last, which ends at lambda = infinity, are of order 1.
     """
-    return _dpm(velocity, x, sigmas, order=1)
-
-
-def dpm2(
-    velocity: Velocity,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    generator: Generators = None,
-    noise_level: float = 0.0,
-) -> Tensor:
-    """Second-order multistep DPM-Solver++, "2M" (arXiv 2211.01095, Algorithm 2), N evaluations.
-
-    As `dpm1`, with x0_hat extrapolated in ``lambda = log((1-sigma)/sigma)`` to the middle of the
-    step: ``x0_hat_i + (x0_hat_i - x0_hat_{i-1}) h_i / (2 h_{i-1})``.  The first step has no
-    history and the last ends at lambda = infinity: both are first order.
-    """
-    return _dpm(velocity, x, sigmas, order=2)
-
-
-def _dpm(velocity: Velocity, x: Tensor, sigmas: Tensor, *, order: int) -> Tensor:
     x = at_least_float32(x)
     levels = grid(sigmas)
     last = len(levels) - 2
@@ -88,5 +71,5 @@ def _dpm(velocity: Velocity, x: Tensor, sigmas: Tensor, *, order: int) -> Tensor
 
 
 def _log_snr(sigma: float) -> float:
-    """``lambda = log((1 - sigma) / sigma)``; minus infinity at pure noise, never asked at 0."""
+    """``log((1 - sigma) / sigma)`` for sigma in (0, 1]."""
     return -math.inf if sigma == 1 else math.log((1 - sigma) / sigma)

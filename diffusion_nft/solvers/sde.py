@@ -1,17 +1,16 @@
 """Stochastic solvers: x' ~ N(mean, std^2) at every step, with a density for policy gradients.
 
-Every rule here is Euler's step plus a multiple of the predicted noise
-``noise_hat = x + (1 - sigma) v`` and fresh noise ``n``:
+Every step is an Euler step plus a multiple of the predicted noise ``noise_hat = x + (1 - sigma) v``
+and new noise ``n``:
 
     x' = mean + std n,      mean = x + (sigma_next - sigma) v + pull noise_hat
 
-so a rule is a function of three floats, ``(sigma, sigma_next, noise_level) -> (pull, std)``.  At
-``noise_level`` 0 both are zero and the step is exactly Euler's.
+A rule computes ``(pull, std)`` from ``(sigma, sigma_next, noise_level)``; at ``noise_level`` 0 both
+are zero.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,29 +18,22 @@ import torch
 from torch import Tensor
 
 from diffusion_nft.flow import expand
-from diffusion_nft.solvers.common import (
-    Generators,
-    Solver,
-    Velocity,
-    at_least_float32,
-    batch_sigma,
-    grid,
-)
+from diffusion_nft.solvers.common import Generators, Velocity, at_least_float32, batch_sigma, grid
 
 StepRule = Callable[[float, float, float], tuple[float, float]]
 
 
 class Trajectory(NamedTuple):
-    """The chain of a stochastic solver, from noise to clean latent."""
+    """The states of a stochastic solver, from noise to clean latents."""
 
     xs: Tensor  # [N+1, B, C, h, w]
-    log_probs: Tensor  # [N, B]; NaN where a step is deterministic and has no density
+    log_probs: Tensor  # [N, B], of the steps; NaN for deterministic ones
 
 
 def flow_rule(sigma: float, sigma_next: float, noise_level: float) -> tuple[float, float]:
     """Flow-GRPO (arXiv 2505.05470, section 4.2): diffusion ``g = a sqrt(sigma / (1 - sigma))``.
 
-    At sigma 1 the denominator uses the next level instead.
+    At sigma 1 the denominator uses the next level.
     """
     denominator = 1 - (sigma_next if sigma == 1 else sigma)
     return _reverse_sde(sigma, sigma_next, noise_level * math.sqrt(sigma / denominator))
@@ -59,14 +51,14 @@ def ddim_rule(sigma: float, sigma_next: float, noise_level: float) -> tuple[floa
     """
     s, t = sigma, sigma_next
     rho = noise_level * t * math.sqrt(1 - (t * (1 - s) / (s * (1 - t))) ** 2)
-    # (1-t) x0_hat + t noise_hat is Euler's step, so only the change of the noise's weight remains.
+    # (1-t) x0_hat + t noise_hat is the Euler step: the pull is the change of the second weight.
     return math.sqrt(max(t * t - rho * rho, 0.0)) - t, rho
 
 
 def _reverse_sde(sigma: float, sigma_next: float, g: float) -> tuple[float, float]:
     """Euler-Maruyama of ``dx = (v - g^2 score / 2) dsigma + g dw``, score = -noise_hat / sigma.
 
-    It keeps the ODE's marginals for any ``g`` (Song et al., arXiv 2011.13456, section 4.3).
+    Its marginals are the ODE's for any ``g`` (Song et al., arXiv 2011.13456, section 4.3).
     """
     d_sigma = sigma_next - sigma
     return 0.5 * g * g * d_sigma / sigma, g * math.sqrt(-d_sigma)
@@ -76,7 +68,7 @@ SDE_RULES: dict[str, StepRule] = {"flow": flow_rule, "dance": dance_rule, "ddim"
 
 
 def check_noise_level(name: str, noise_level: float) -> None:
-    """Refuse a noise level that the stochastic solver ``name`` cannot use."""
+    """Raises ValueError if the stochastic solver ``name`` does not support the noise level."""
     highest = 1.0 if name == "ddim" else math.inf
     if not 0 <= noise_level <= highest:
         allowed = "between 0 and 1" if name == "ddim" else "0 or more"
@@ -92,7 +84,7 @@ def integrate(
     generator: Generators = None,
     noise_level: float = 0.0,
 ) -> Tensor:
-    """Run the stochastic solver ``name`` from ``x: [B, C, h, w]`` at ``sigmas[0]`` to the end."""
+    """The stochastic solver ``name``, as in ``common.Solver``."""
     x0 = x
     for x_next, _, _ in _walk(name, velocity, x, sigmas, generator, noise_level):
         x0 = x_next
@@ -108,7 +100,7 @@ def sample_trajectory(
     generator: Generators = None,
     noise_level: float,
 ) -> Trajectory:
-    """As `integrate`, keeping every state and the log-probability of every transition."""
+    """As ``integrate``; returns all states and the log-probabilities of the steps."""
     xs, log_probs = [at_least_float32(x)], []
     for x_next, mean, std in _walk(name, velocity, x, sigmas, generator, noise_level):
         xs.append(x_next)
@@ -120,10 +112,10 @@ def sample_trajectory(
 def sde_step(
     name: str, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, *, noise_level: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean and std of one step of ``name``, differentiable in ``v``, each sample at its own level.
+    """Mean and std of one step of ``name``, differentiable in ``v``, with one level per sample.
 
-    ``x, v: [B, C, h, w]; sigma, sigma_next: [B]``, on the CPU to spare a wait for the device.
-    Returns ``mean: [B, C, h, w]`` and ``std: [B]``; score a recorded step with `log_prob`.
+    ``x, v: [B, C, h, w]``; ``sigma, sigma_next: [B]``, on the CPU to avoid a synchronisation.
+    Returns ``mean: [B, C, h, w]`` and ``std: [B]``.
     """
     check_noise_level(name, noise_level)
     levels = list(zip(sigma.tolist(), sigma_next.tolist(), strict=True))
@@ -141,7 +133,7 @@ def _walk(
     generator: Generators,
     noise_level: float,
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Every step's ``(x_next, mean, std)``."""
+    """Yields ``(x_next, mean, std)`` per step."""
     check_noise_level(name, noise_level)
     x = at_least_float32(x)
     for s, t in pairwise(grid(sigmas)):
@@ -153,7 +145,7 @@ def _walk(
 
 
 def _weights(sigma: float, sigma_next: float, pull: float) -> tuple[float, float]:
-    """The weights of x and of v in ``mean = x + (sigma_next - sigma) v + pull noise_hat``."""
+    """Weights of x and v in ``mean = x + (sigma_next - sigma) v + pull noise_hat``."""
     return 1 + pull, sigma_next - sigma + pull * (1 - sigma)
 
 
@@ -168,8 +160,8 @@ def log_prob(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def draw_noise(x: Tensor, generator: Generators) -> Tensor:
-    """Standard normal noise like ``x``, drawn in float32 where the generator lives: the same
-    numbers in every precision.
+    """Standard normal noise like ``x``, drawn in float32 on the device of the generator: the
+    numbers do not depend on the precision.
     """
     if generator is None:
         return torch.randn_like(x, dtype=torch.float32).to(x)
@@ -180,8 +172,3 @@ def draw_noise(x: Tensor, generator: Generators) -> Tensor:
         shape = x.shape[1:]
         noise = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generator])
     return noise.to(x, non_blocking=True)
-
-
-flow: Solver = partial(integrate, "flow")
-dance: Solver = partial(integrate, "dance")
-ddim: Solver = partial(integrate, "ddim")

@@ -29,7 +29,7 @@ def test_a_hub_that_does_not_answer(fetch, cached, monkeypatch, tmp_path, capsys
     monkeypatch.setattr(*DOWNLOADS[fetch], download)
     if cached:
         assert fetch("owner/name") == tmp_path
-        assert "'owner/name' is taken from the cache, as the hub gave ConnectTimeout" in (
+        assert "'owner/name' is taken from the cache: the hub gave ConnectTimeout" in (
             capsys.readouterr().err
         )
     else:

@@ -156,7 +156,7 @@ def test_the_published_evaluation_truncates_timesteps_and_keeps_the_transformer_
 
 def test_a_resolution_beyond_the_position_table_is_refused(smoke_config):
     smoke_config.resolution = 65536
-    with pytest.raises(ValueError, match=r"resolution = 65536: shapes draws at most \d+ pixels"):
+    with pytest.raises(ValueError, match=r"resolution = 65536: shapes supports at most \d+ pixels"):
         load_model(smoke_config, Distributed(0, 1, 0, CPU))
 
 
@@ -250,14 +250,17 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object]]] = {
     "no VAE": ("has no vae", lambda b: change_index(b, vae=[None, None])),
     "no tokenizer": ("has no tokenizer_2", lambda b: shutil.rmtree(b / "tokenizer_2")),
     "T5's tokenizer": ("has no tokenizer_3", lambda b: shutil.rmtree(b / "tokenizer_3")),
-    "no weights": ("transformer holds no weights", lambda b: (b / TRANSFORMER).unlink()),
+    "no weights": ("transformer has no weights", lambda b: (b / TRANSFORMER).unlink()),
     "cut weights": (f"{TRANSFORMER} is damaged", lambda b: cut(b / TRANSFORMER)),
-    "a lost weight": ("transformer lacks some", lambda b: lose_a_weight(b / TRANSFORMER)),
+    "a lost weight": (
+        "some weights are missing in",
+        lambda b: lose_a_weight(b / TRANSFORMER),
+    ),
     "no config": ("vae has no config.json", lambda b: (b / "vae" / "config.json").unlink()),
     "config": ("cannot be loaded", lambda b: (b / "vae" / "config.json").write_text("{")),
     "index": ("model_index.json is damaged", lambda b: (b / "model_index.json").write_text("{")),
     "another family": (
-        "holds a FluxPipeline; StableDiffusion3Pipeline is needed",
+        "holds a FluxPipeline; a StableDiffusion3Pipeline is required",
         lambda b: change_index(b, _class_name="FluxPipeline"),
     ),
     "an unknown class": (

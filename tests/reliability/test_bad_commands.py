@@ -90,9 +90,9 @@ EXPORT: dict[str, tuple[str, tuple[object, ...]]] = {
     "a full folder": ("is not empty", ("--lora_hf_path", "x/y", "--output_dir", "full")),
     "a file": ("", ("--lora_hf_path", "x/y", "--output_dir", "file")),
     "a pickle": ("is a pickle, which can", ("--lora_hf_path", "pickle", "--output_dir", "new")),
-    "no LoRA": ("holds no LoRA", ("--lora_hf_path", "full", "--output_dir", "new")),
+    "no LoRA": ("has no LoRA", ("--lora_hf_path", "full", "--output_dir", "new")),
     "a hub name that climbs": (
-        "is no local path and could not be fetched",
+        "is not a local path and could not be fetched",
         ("--lora_hf_path", "../../x", "--output_dir", "new"),
     ),
     "no run there": ("/nowhere", ("--checkpoint_path", "/nowhere", "--output_dir", "new")),

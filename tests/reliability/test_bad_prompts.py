@@ -48,9 +48,9 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "a pickle": (b"\x80\x04\x95", "line 1: not UTF-8 (byte 1)"),
     "text": (b"a circle", "line 1: not JSON"),
     "an empty line": (GOOD + b"\n\n" + GOOD, "line 2: the line is empty"),
-    "a list": (b"[]", "line 1: a JSON object is needed, not list"),
-    "a number": (b"3", "line 1: a JSON object is needed, not int"),
-    "null": (b"null", "line 1: a JSON object is needed, not NoneType"),
+    "a list": (b"[]", "line 1: must be a JSON object, not list"),
+    "a number": (b"3", "line 1: must be a JSON object, not int"),
+    "null": (b"null", "line 1: must be a JSON object, not NoneType"),
     "nothing in it": (b"{}", 'line 1: no "prompt"; the keys are none'),
     "no prompt": (b'{"Prompt": "x"}', 'no "prompt"; the keys are Prompt'),
     "prompt of a number": (line(prompt=3), '"prompt" must be a string, not int'),
@@ -60,11 +60,11 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "prompt with NUL": (line(prompt="a\0b"), "a NUL (character 2)"),
     "half a pair": (line(prompt="a \ud83d circle"), "half a surrogate pair (character 3)"),
     "the other half": (line(prompt="\ude00"), "half a surrogate pair (character 1)"),
-    "half a pair elsewhere": (line(tag="\ud800"), "a text holds half a surrogate pair"),
-    "half a pair as a key": (line(**{"\udfff": 1}), "a text holds half a surrogate pair"),
-    "NaN": (line(weight=float("nan")), "NaN and Infinity are no JSON numbers"),
-    "Infinity": (line(weight=[-float("inf")]), "NaN and Infinity are no JSON numbers"),
-    "1e999": (GOOD[:-1] + b', "weight": 1e999}', "NaN and Infinity are no JSON numbers"),
+    "half a pair elsewhere": (line(tag="\ud800"), "a text has half a surrogate pair"),
+    "half a pair as a key": (line(**{"\udfff": 1}), "a text has half a surrogate pair"),
+    "NaN": (line(weight=float("nan")), "NaN and Infinity are not valid JSON numbers"),
+    "Infinity": (line(weight=[-float("inf")]), "NaN and Infinity are not valid JSON numbers"),
+    "1e999": (GOOD[:-1] + b', "weight": 1e999}', "NaN and Infinity are not valid JSON numbers"),
     "5000 digits": (GOOD[:-1] + b', "n": ' + b"9" * 5000 + b"}", "line 1: Exceeds the limit"),
     "depth 10^5": (b'{"a":' * 100_000, "line 1: nested too deeply"),
     "raw control character": (b'{"prompt": "a\x01b"}', "not JSON: Invalid control character"),
@@ -138,7 +138,7 @@ def test_a_text_that_the_engine_cannot_read_is_refused_with_file_and_line(tmp_pa
 
 
 TEXTS: dict[str, tuple[bytes, str]] = {
-    "NUL": (b"a cat\na\0cat\n", "line 2: a NUL (character 2): this is no text in UTF-8"),
+    "NUL": (b"a cat\na\0cat\n", "line 2: a NUL (character 2): this is not UTF-8 text"),
     "UTF-16 without BOM": ("a cat".encode("utf-16-le"), "line 1: a NUL (character 2)"),
     "an image": (PNG, "line 1: not UTF-8"),
     "zeros": (b"\0" * 100, "line 1: a NUL (character 1)"),
@@ -157,7 +157,7 @@ def test_a_bad_text_file_is_refused_with_its_line(name, tmp_path):
 
 def test_a_folder_in_place_of_a_file_is_no_split(tmp_path):
     (tmp_path / "train.txt").mkdir()
-    with pytest.raises(ValueError, match="holds neither"):
+    with pytest.raises(ValueError, match="has neither"):
         load_prompts(tmp_path, "train")
 
 

@@ -174,28 +174,28 @@ def described(text: str) -> Callable[[Path], None]:
 HUGE_HEADER = (2**62).to_bytes(8, "little") + b"{}"
 LIES = b'{"x":{"dtype":"F32","shape":[1000000],"data_offsets":[0,4]}}'
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "an empty file": (put(PEFT_WEIGHTS, b""), "is no safetensors file, or is damaged"),
-    "cut off": (put(PEFT_WEIGHTS, b"\x10\0\0\0\0\0\0\0{}"), "is no safetensors file"),
-    "a huge header": (put(PEFT_WEIGHTS, HUGE_HEADER), "is no safetensors file"),
+    "an empty file": (put(PEFT_WEIGHTS, b""), "is damaged, or not a safetensors file"),
+    "cut off": (put(PEFT_WEIGHTS, b"\x10\0\0\0\0\0\0\0{}"), "not a safetensors file"),
+    "a huge header": (put(PEFT_WEIGHTS, HUGE_HEADER), "not a safetensors file"),
     "a lying header": (
         put(PEFT_WEIGHTS, len(LIES).to_bytes(8, "little") + LIES + b"1234"),
-        "is no safetensors file",
+        "not a safetensors file",
     ),
-    "no weights": (set_weights(lambda w: {}), "holds no LoRA weights"),
-    "NaN weights": (set_weights(lambda w: {k: v * torch.nan for k, v in w.items()}), "not finite"),
-    "infinite": (set_weights(lambda w: {k: v / 0 for k, v in w.items()}), "not finite"),
-    "whole numbers": (set_weights(lambda w: {k: v.int() for k, v in w.items()}), "no matrix of"),
+    "no weights": (set_weights(lambda w: {}), "has no LoRA weights"),
+    "NaN weights": (set_weights(lambda w: {k: v * torch.nan for k, v in w.items()}), "NaN or"),
+    "infinite": (set_weights(lambda w: {k: v / 0 for k, v in w.items()}), "infinite values"),
+    "whole numbers": (set_weights(lambda w: {k: v.int() for k, v in w.items()}), "not a matrix of"),
     "no dimensions": (
         set_weights(lambda w: {k: torch.tensor(1.0) for k in w}),
-        "torch.float32 [], no matrix of weights",
+        "torch.float32 [], not a matrix of floats",
     ),
     "empty matrices": (
         set_weights(lambda w: {k: v[:0] for k, v in w.items()}),
-        "[0, 8], no matrix of weights",
+        "[0, 8], not a matrix of floats",
     ),
     "convolutions": (
         set_weights(lambda w: {k: v[..., None, None].contiguous() for k, v in w.items()}),
-        "no matrix of weights",
+        "not a matrix of floats",
     ),
     "a path as a key": (
         set_weights(lambda w: w | {"../../x": torch.zeros(2, 2)}),
@@ -206,12 +206,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         "not a plain LoRA of a transformer",
     ),
     "no config": (lambda f: (f / PEFT_FOLDER / PEFT_CONFIG).unlink(), "but no adapter_config"),
-    "a config of nothing": (put(PEFT_CONFIG, b""), "describes no LoRA"),
-    "a config of a list": (put(PEFT_CONFIG, b"[]"), "describes no LoRA"),
-    "a config of bytes": (put(PEFT_CONFIG, b"\xff\xfe{}"), "describes no LoRA"),
-    "a deep config": (put(PEFT_CONFIG, b'{"a":' * 100_000), "describes no LoRA"),
+    "a config of nothing": (put(PEFT_CONFIG, b""), "does not describe a LoRA"),
+    "a config of a list": (put(PEFT_CONFIG, b"[]"), "does not describe a LoRA"),
+    "a config of bytes": (put(PEFT_CONFIG, b"\xff\xfe{}"), "does not describe a LoRA"),
+    "a deep config": (put(PEFT_CONFIG, b'{"a":' * 100_000), "does not describe a LoRA"),
     "another method": (set_config(peft_type="IA3"), "describes"),
-    "an unknown method": (set_config(peft_type="../evil"), "describes no LoRA"),
+    "an unknown method": (set_config(peft_type="../evil"), "does not describe a LoRA"),
     "another rank": (set_config(r=3), "attn.to_q has rank 2, its description says 3"),
     "a rank of text": (set_config(r="2"), "its description says '2'"),
     "a negative rank": (set_config(r=-2), ""),
@@ -222,11 +222,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "ranks by pattern": (set_config(rank_pattern={"to_q": 4}), "its description says 4"),
     "a pattern that never ends": (set_config(rank_pattern={"(.+)+x": 4}), "must name modules"),
     "a pattern of a list": (set_config(alpha_pattern=["to_q"]), "must name modules"),
-    "an alpha beyond float32": (set_config(lora_alpha=1e39), "not finite"),
-    "metadata of no JSON": (described("{"), "its metadata describe no LoRA"),
-    "metadata of a list": (described("[]"), "its metadata describe no LoRA"),
-    "deep metadata": (described("[" * 100_000), "its metadata describe no LoRA"),
-    "metadata of code": (described('{"__class__": "x"}'), "its metadata describe no LoRA"),
+    "an alpha beyond float32": (set_config(lora_alpha=1e39), "infinite values"),
+    "metadata of no JSON": (described("{"), "its metadata do not describe a LoRA"),
+    "metadata of a list": (described("[]"), "its metadata do not describe a LoRA"),
+    "deep metadata": (described("[" * 100_000), "its metadata do not describe a LoRA"),
+    "metadata of code": (described('{"__class__": "x"}'), "its metadata do not describe a LoRA"),
     "metadata of another rank": (described('{"transformer.r": 7}'), "description says 7"),
 }
 
@@ -244,7 +244,7 @@ def test_a_bad_lora_is_named(name, lora):
 def test_a_pickle_under_the_name_of_safetensors_never_runs(lora, marker):
     for data in pickles(marker).values():
         put(PEFT_WEIGHTS, data)(lora)
-        with pytest.raises(ValueError, match="is no safetensors file"):
+        with pytest.raises(ValueError, match="not a safetensors file"):
             load_lora(lora)
         assert not marker.exists()
 
@@ -329,7 +329,7 @@ def test_a_bad_checkpoint_to_begin_from_is_refused_before_the_model(
 STARTS = [
     Case("start: pickle", "start", "is a pickle, which can run code", "pickle"),
     Case("start: rank", "start", "has rank 2; use --config.train.lora_rank=2", "sound"),
-    Case("start: damaged", "start", "is no safetensors file", "damaged"),
+    Case("start: damaged", "start", "not a safetensors file", "damaged"),
 ]
 
 
