@@ -145,7 +145,7 @@ def test_fewer_and_more_steps_train_at_as_many_sigmas(named_runs):
 def test_a_runs_command_gives_its_configuration(named_runs, monkeypatch):
     runs = [run for _, runs in named_runs.values() for run in runs]
     # One run of each variant: the others differ in the seed alone.
-    for run in {(run.experiment, run.variant): run for run in runs}.values():
+    for run in {(run.name, run.variant): run for run in runs}.values():
         values = flags.FlagValues()
         # The parser of overrides looks there.
         monkeypatch.setattr(sys, "argv", run.command())
