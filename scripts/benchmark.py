@@ -1,13 +1,14 @@
-"""Times every phase of an epoch, and compares it with the published way of running the algorithm.
+"""Measures the throughput of epochs and the time of each phase, optionally against the baseline.
 
     python scripts/benchmark.py                                   # the built-in model, on CPUs
     python scripts/benchmark.py --baseline --repeats 5 --set sample.num_groups=4
     torchrun --nproc_per_node=1 scripts/benchmark.py --arch sd3.5-medium --baseline \\
         --set sample.num_groups=2                                 # random weights, on a GPU
 
-Throughput is that of whole epochs (sampling, rewards, updates) after one to warm up; phases come
-from further epochs, in which each waits for the device.  With --baseline, epochs of both ways
-alternate in this process, and the ratio is taken of neighbours.  Prints a table and JSON.
+Throughput is measured over whole epochs (sampling, rewards, updates) after a warm-up epoch.  Phases
+are timed in a further epoch, with a device synchronization after each.  With --baseline, these
+epochs alternate with epochs run as in the published code, and the speedup is the ratio of
+neighbouring epochs.  Prints a table and JSON.
 """
 
 import argparse
@@ -27,14 +28,14 @@ def parse_flags() -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
     names = ["shapes", "pretrained", *ARCHITECTURES]
-    add("--arch", choices=names, default="shapes", help="pretrained: the preset's model")
-    add("--preset", help=f"of config/nft.py; default: shapes, or {DEFAULT_PRESET}")
+    add("--arch", choices=names, default="shapes", help="pretrained: the model of the preset")
+    add("--preset", help=f"preset in config/nft.py; default: shapes or {DEFAULT_PRESET}")
     setting = {"type": parse_option, "action": "append", "default": [], "metavar": "KEY=VALUE"}
-    add("--set", **setting, help="such as train.batch_size=4")
-    add("--rewards", help="comma-separated, weight 1; default: the preset's")
-    add("--baseline", action="store_true", help="alternate with the published way")
-    add("--repeats", type=positive, default=3, help="measured epochs of each way")
-    add("--output", type=user_path, help="also write the JSON here")
+    add("--set", **setting, help="for example train.batch_size=4")
+    add("--rewards", help="comma-separated, weight 1; default: those of the preset")
+    add("--baseline", action="store_true", help="also measure the published way")
+    add("--repeats", type=positive, default=3, help="number of measured epochs")
+    add("--output", type=user_path, help="also write the JSON to this file")
     return parser.parse_args()
 
 

@@ -1,12 +1,12 @@
-"""How an epoch's cost grows: with prompts, images per prompt, resolution, and ranks.
+"""Measures the time of an epoch by number of prompts, images per prompt, resolution and ranks.
 
     python scripts/benchmark_scaling.py --output scaling.json --figure scaling.png
     python scripts/benchmark_scaling.py --axes groups resolution --repeats 5
 
-Each point is the fastest of --repeats epochs of scripts/benchmark.py, with all other sizes fixed;
-the exponent is the slope of a straight line through the logarithms (1: proportional, 0: constant,
--1: halves where the size doubles).  The built-in model; for resolutions sd3.5-tiny, the SD3.5
-architecture with small random weights.  The figure needs matplotlib (the extra "plots").
+Each point is the fastest of --repeats epochs of scripts/benchmark.py, with all other sizes fixed.
+The exponent is the slope of a least-squares line through the logarithms (1: proportional, 0:
+constant).  Uses the built-in model; for resolutions sd3.5-tiny, the SD3.5 architecture with small
+random weights.  The figure needs matplotlib (the extra "plots").
 """
 
 import argparse
@@ -25,13 +25,19 @@ def parse_flags() -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--axes", nargs="+", choices=list(AXES), default=list(AXES))
-    add("--repeats", type=positive, default=3, help="epochs at each size; the fastest counts")
-    add("--ranks", type=positive, nargs="+", default=list(AXES["ranks"].sizes), help="processes")
-    add("--output", type=user_path, help="also write the JSON here")
-    add("--figure", type=user_path, help="draw the curves into this PNG")
+    add("--repeats", type=positive, default=3, help="epochs at each size")
+    add(
+        "--ranks",
+        type=positive,
+        nargs="+",
+        default=list(AXES["ranks"].sizes),
+        help="process counts",
+    )
+    add("--output", type=user_path, help="also write the JSON to this file")
+    add("--figure", type=user_path, help="plot the curves to this PNG")
     args = parser.parse_args()
     if len(set(args.ranks)) < 2 and "ranks" in args.axes:
-        parser.error("--ranks: a slope needs at least two numbers")
+        parser.error("--ranks: an exponent needs at least two different numbers")
     return args
 
 

@@ -1,13 +1,13 @@
-"""Is every reward installed, are its weights there, does it load, does it score?
+"""Checks that each reward is installed, has its weights, loads and scores images.
 
     python scripts/check_rewards.py
     python scripts/check_rewards.py --reward geneval,ocr --device cuda
     python scripts/check_rewards.py --config config/nft.py:sd3_multi_reward
 
-Builds each reward as training does and lets it score two drawn images, twice.  Prints a table of
-the checks, the time per image of the second call and the memory that the loaded reward takes, and
-for each failure the command that fixes it.  With --config, the rewards of that preset, of all of
-its stages, with its options and servers.  Exits with 1 if anything failed.
+Builds each reward as in training and scores two test images, twice.  Prints a table of the checks
+with the time per image of the second call and the memory of the loaded reward, and for each failure
+the command that fixes it.  --config checks the rewards of all stages of that preset, with their
+options and servers.  Exits with 1 if a check failed.
 """
 
 import argparse
@@ -36,7 +36,7 @@ STAGES = ("installed", "found", "loads", "scores")
 
 @dataclass
 class Finding:
-    """The number of STAGES that a reward passed, and why the next one failed."""
+    """Outcome of a check: the number of STAGES passed, and the problem of the next one."""
 
     name: str
     passed: int = 0
@@ -52,7 +52,7 @@ class Finding:
 def check(
     name: str, device: torch.device, options: Mapping[str, Any], addresses: Sequence[str]
 ) -> Finding:
-    """Builds the reward ``name`` and lets it score; never raises."""
+    """Builds the reward ``name`` and scores the trial images; failures are in the result."""
     finding = Finding(name)
     before = memory(device)
     try:
@@ -68,7 +68,7 @@ def check(
         finding.passed = len(STAGES)
         numbers = " ".join(f"{score:.3f}" for score in scores)
         finding.results = (f"{seconds:.3f}", f"{memory(device) - before:.2f}", numbers)
-    # Whatever a broken installation raises is what this command is there to show.
+    # A broken installation may raise anything.
     except Exception as error:
         if not finding.passed:
             finding.passed = 0 if isinstance(error, ImportError) else 1
@@ -80,14 +80,14 @@ def check(
 
 
 def memory(device: torch.device) -> float:
-    """GB in use: of the GPU's allocator, or of the process."""
+    """GB allocated on the GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 1e9
     return psutil.Process().memory_info().rss / 1e9
 
 
-def wanted(args: argparse.Namespace) -> tuple[list[str], Mapping[str, Any], Mapping[str, Any]]:
-    """Names, options and addresses of the rewards to check."""
+def selected(args: argparse.Namespace) -> tuple[list[str], Mapping[str, Any], Mapping[str, Any]]:
+    """Names of the rewards to check, and options and server addresses by name."""
     if not args.config:
         names = args.reward.split(",") if args.reward else list(REWARDS)
         if unknown := [name for name in names if name not in REWARDS]:
@@ -105,13 +105,13 @@ def main() -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--reward", default="", help="comma-separated; default: all")
     which.add_argument(
-        "--config", type=path_or_name, help="path:preset, for the rewards of a preset"
+        "--config", type=path_or_name, help="path:preset; checks the rewards of a preset"
     )
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=device, default=usual)
     args = parser.parse_args()
-    names, options, servers = wanted(args)
-    set_tf32(True)  # as in runs, unless they have allow_tf32 = False
+    names, options, servers = selected(args)
+    set_tf32(True)  # the default of allow_tf32 in runs
     findings = []
     for name in names:
         print(f"checking {name} ...", file=sys.stderr, flush=True)

@@ -1,15 +1,13 @@
-"""Fetches the weights that the rewards need, and checks those that are there.
+"""Downloads the weights of the rewards, and verifies those already present.
 
-    python scripts/download.py rewards               # or all: of every reward
-    python scripts/download.py geneval pickscore     # of some
-    python scripts/download.py --list                # what there is to fetch, and what is here
+    python scripts/download.py rewards               # or all: every reward
+    python scripts/download.py geneval pickscore     # some rewards
+    python scripts/download.py --list                # show the weights and which are present
 
-Files go to reward_ckpts/, or where DIFFUSION_NFT_REWARD_CKPTS says; models of the Hugging Face hub
-go to the hub's cache (HF_HOME), where the rewards look for them.  HF_ENDPOINT names a mirror of the
-hub, HTTPS_PROXY a proxy.
+Files are stored in reward_ckpts/ or DIFFUSION_NFT_REWARD_CKPTS, models of the Hugging Face hub in
+the hub's cache (HF_HOME).  HF_ENDPOINT is a mirror of the hub, HTTPS_PROXY a proxy.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +16,7 @@ from typing import Any
 from huggingface_hub import constants
 from tabulate import tabulate
 
-from diffusion_nft.command_line import command
+from diffusion_nft.command_line import command, script_parser
 from diffusion_nft.data.download import fetch, fetch_from_hub, in_hub_cache
 from diffusion_nft.rewards.weights import (
     HUB_MODELS,
@@ -32,7 +30,7 @@ NAMES = sorted({*WEIGHT_FILES, *HUB_MODELS, *NOTHING_TO_FETCH})
 
 
 def needs(name: str) -> Iterator[tuple[str, str, bool, Callable[[], str]]]:
-    """What the reward ``name`` needs, where, whether it is there, and a call that fetches it."""
+    """Weights of the reward ``name``: file or model, place, presence, and a call to fetch it."""
     root = weights_root()
     if name in WEIGHT_FILES:
         file = WEIGHT_FILES[name]
@@ -48,12 +46,10 @@ def needs(name: str) -> Iterator[tuple[str, str, bool, Callable[[], str]]]:
 
 
 def from_hub(what: str, *arguments: Any) -> str:
-    """``fetch_from_hub``, returning a line for the user."""
     return f"{what} is in {fetch_from_hub(*arguments)} (as published)"
 
 
 def print_table() -> None:
-    """A line for each need: the reward, what, where, whether it is there."""
     rows = []
     for name in NAMES:
         rows += [
@@ -64,20 +60,19 @@ def print_table() -> None:
 
 
 def main() -> int:
-    """The exit status: 1 if something could not be fetched or is not what it should be."""
+    """Returns 1 if a download or its verification failed."""
     choices = [*GROUP_NAMES, *NAMES]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("name", nargs="*", help=", ".join(choices))
-    parser.add_argument("--list", action="store_true", help="show what there is, fetch nothing")
+    parser.add_argument("--list", action="store_true", help="show the weights, fetch nothing")
     args = parser.parse_args()
     if args.list:
         print_table()
         return 0
     unknown = [name for name in args.name if name not in choices]
     if unknown or not args.name:
-        parser.error(f"{', '.join(unknown) or 'nothing'} named; choose from {', '.join(choices)}")
+        problem = f"unknown name {unknown[0]!r}" if unknown else "no name given"
+        parser.error(f"{problem}; choose from {', '.join(choices)}")
     status = 0
     for name in NAMES if set(GROUP_NAMES) & set(args.name) else args.name:
         if name in NOTHING_TO_FETCH:

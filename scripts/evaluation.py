@@ -5,17 +5,17 @@
     python scripts/evaluation.py --dataset geneval --guidance_scale 4.5 \
         --lora_hf_path jieliu/SD3.5M-FlowGRPO-GenEval
 
-Writes ``evaluation_results.jsonl`` (one object a sample) and ``average_scores.json`` to
---output_dir. The same numbers on any number of processes.  What --checkpoint_path was trained with
-(base model, resolution, text length, precision) is the default; without a checkpoint, SD3.5-Medium
-at 512.  With --save_images, the same command continues an interrupted evaluation.
+Writes ``evaluation_results.jsonl`` (one object per sample) and ``average_scores.json`` to
+--output_dir.  The scores do not depend on the number of processes.  Base model, resolution, text
+length and precision default to those of the checkpoint's run, or to SD3.5-Medium at 512 pixels.
+With --save_images, rerunning the same command continues an interrupted evaluation.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from diffusion_nft.command_line import command
+from diffusion_nft.command_line import command, script_parser
 from diffusion_nft.data.prompts import evaluated_lines, resolve_dataset, split_file
 from diffusion_nft.distributed.ranks import Distributed, check_shared, distributed
 from diffusion_nft.evaluation.evaluate import choose_rewards, complete, rescore
@@ -36,17 +36,15 @@ from diffusion_nft.runs.lock import only_writer
 
 
 def parse_flags() -> argparse.Namespace:
-    """The command line; ``options`` joins it with the checkpoint's run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The command line, with the resolved ``options``."""
+    parser = script_parser(__doc__)
     add_model_flags(parser)
     add_evaluation_flags(parser)
     add = parser.add_argument
-    add("--dataset", help="a name under dataset/, or a folder")
-    add("--reward", default="", help="comma-separated; default: the usual ones of the data set")
-    add("--save_images", action="store_true", help="keep every image; makes a start resumable")
-    add("--rescore", action="store_true", help="score --output_dir's saved images")
+    add("--dataset", help="name of a folder in dataset/, or a path")
+    add("--reward", default="", help="comma-separated; default: those of the data set")
+    add("--save_images", action="store_true", help="keep all images; allows resuming")
+    add("--rescore", action="store_true", help="score the images saved in --output_dir")
     args = parser.parse_args()
     args.options = options = resolve_options(args)
     if "dataset" not in options.config:
@@ -64,7 +62,7 @@ def parse_flags() -> argparse.Namespace:
 
 
 def evaluate_sets(args: argparse.Namespace, dist: Distributed) -> None:
-    """Does what is not yet there, or scores the images that are there, and writes the results."""
+    """Evaluates, or with --rescore scores the saved images, and writes the results."""
     options, folder = args.options, args.output_dir
     prompts, lines = evaluated_lines(args.dataset, args.limit)
     options.check_test_prompts(args.rewards, prompts, lines)
@@ -98,15 +96,13 @@ def evaluate_sets(args: argparse.Namespace, dist: Distributed) -> None:
 
 
 def main() -> None:
-    """Parses, runs, says the means."""
     args = parse_flags()
     with distributed(timeout_minutes=60) as dist:
         check_shared("--output_dir", args.output_dir, dist)
         with only_writer("--output_dir", args.output_dir, dist):
             evaluate_sets(args, dist)
-        if dist.is_main:
-            print(json.dumps(finished(args.output_dir), indent=2))
-            print(f"results: {args.output_dir}")
+        averages = json.dumps(finished(args.output_dir), indent=2)
+        dist.print_once(f"{averages}\nresults: {args.output_dir}")
 
 
 if __name__ == "__main__":

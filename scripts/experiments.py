@@ -1,13 +1,13 @@
-"""Runs experiments of config/experiments.py: every variant with every seed, by the training script.
+"""Runs experiments of config/experiments.py: the training script for every variant and seed.
 
     python scripts/experiments.py --list
     python scripts/experiments.py negatives solvers --jobs 2
     python scripts/experiments.py fast --seeds 42 43 --variants faithful 9-sigmas --jobs 2
 
-A run is a process of its own; its directory and log lie in --runs, its numbers in
---results/EXPERIMENT/VARIANT-seedSEED.jsonl.  The same command continues where it was stopped.  A
-finished run is not repeated, nor is one that another experiment has finished; results of a variant
-that has changed since are refused.  scripts/experiments_plot.py draws them.
+Each run is a process; its directory and log are in --runs, its results in
+--results/EXPERIMENT/VARIANT-seedSEED.jsonl.  Rerunning the command continues after a stop; finished
+runs are not repeated, even if another experiment has run them.  Ends with an error if a variant has
+changed since its results.  scripts/experiments_plot.py makes tables and figures of the results.
 """
 
 import argparse
@@ -27,20 +27,20 @@ from diffusion_nft.validation.config_files import load_file
 def parse_flags(experiments: dict[str, Any]) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help="of config/experiments.py, one after another")
-    add("--seeds", type=int, nargs="+", help="default: the experiment's")
-    add("--variants", nargs="+", help="of one experiment; default: all")
-    add("--jobs", type=positive, default=1, help="runs at once; they share the cores")
+    add("names", nargs="*", metavar="NAME", help="experiments in config/experiments.py")
+    add("--seeds", type=int, nargs="+", help="default: those of the experiment")
+    add("--variants", nargs="+", help="variants of a single experiment; default: all")
+    add("--jobs", type=positive, default=1, help="simultaneous runs, which share the cores")
     add("--results", type=user_path, default=Path("docs/results"))
     add("--runs", type=user_path, default=Path("logs", "experiments"))
-    add("--list", action="store_true", help="show the experiments and which runs are finished")
+    add("--list", action="store_true", help="show the experiments and finished runs")
     args = parser.parse_args()
     if not args.names and not args.list:
         parser.error("name an experiment, or give --list")
     if unknown := [name for name in args.names if name not in experiments]:
         parser.error(f"invalid choice: {unknown[0]!r} (choose from {', '.join(experiments)})")
     if args.variants and len(args.names) != 1:
-        parser.error("--variants are those of one experiment: name it alone")
+        parser.error("--variants needs exactly one experiment")
     if args.variants:
         variants = experiments[args.names[0]].variants
         if unknown := [variant for variant in args.variants if variant not in variants]:
@@ -49,7 +49,7 @@ def parse_flags(experiments: dict[str, Any]) -> argparse.Namespace:
 
 
 def show(experiments: dict[str, Any], args: argparse.Namespace) -> None:
-    """Prints the experiments, or those named, with their variants and finished seeds."""
+    """Prints the named experiments, default all, with their variants and finished seeds."""
     for name in args.names or experiments:
         experiment = experiments[name]
         print(f"{name}: {experiment.question} (seeds {', '.join(map(str, experiment.seeds))})")
@@ -80,9 +80,9 @@ def main() -> None:
         stopped = requested()
     if failed:
         names = "\n  ".join(f"{run.title}: {run.log}" for run in failed)
-        sys.exit(f"{len(failed)} failed (the same command tries again):\n  {names}")
+        sys.exit(f"{len(failed)} failed (rerun the same command to retry):\n  {names}")
     if stopped:
-        sys.exit("stopped; the same command continues")
+        sys.exit("stopped; rerun the same command to continue")
 
 
 if __name__ == "__main__":

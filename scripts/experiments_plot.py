@@ -1,13 +1,11 @@
-"""Draws and tabulates what scripts/experiments.py left in --results, and nothing else.
+"""Makes figures and tables from the results of scripts/experiments.py.
 
     python scripts/experiments_plot.py fast negatives
 
-Of each experiment: --output/NAME.png, held-out strict accuracy against compute and time, the mean
-over seeds with its 95 % band; and --output/NAME.md, a table with paired tests against the
-experiment's baseline at equal compute.  Intervals are Student's t over seeds.  What an experiment
-watches besides, such as the reward, is in --output/NAME-watched.png; alarms of the monitor are
-tabulated.
-Needs the extra "plots".
+Writes for each experiment, to --output: NAME.png, held-out strict accuracy against compute and time
+(mean over seeds with a 95 % band); NAME-watched.png, other metrics such as the reward; and NAME.md,
+tables with paired tests against the baseline at equal compute, and the alarms of the monitor.
+Intervals are Student's t over seeds.  Needs the extra "plots".
 """
 
 import argparse
@@ -24,7 +22,7 @@ from diffusion_nft.utils.paths import prepare_folder
 def parse_flags() -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("names", nargs="+", metavar="NAME", help="of experiments that have results")
+    add("names", nargs="+", metavar="NAME", help="experiments with results")
     add("--results", type=user_path, default=Path("docs/results"))
     add("--output", type=user_path, default=Path("docs", "figures"))
     return parser.parse_args()

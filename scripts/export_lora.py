@@ -1,12 +1,11 @@
-"""Makes a folder to share out of a checkpoint's LoRA, or of a LoRA in another layout.
+"""Exports the LoRA of a checkpoint, or converts a LoRA of another layout, to a folder to share.
 
     python scripts/export_lora.py --checkpoint_path logs/nft/sd3/geneval --output_dir shared
     python scripts/export_lora.py --lora_hf_path OWNER/NAME --merge --output_dir shared
 
 Writes lora/ (PEFT), pytorch_lora_weights.safetensors (diffusers) and README.md, a model card.
---merge adds the base pipeline with the LoRA in the transformer's weights, stored in
---mixed_precision. The folder gets all files at the end, or none. Nothing leaves this machine
-without --push.
+--merge adds the base pipeline with the LoRA merged into the transformer, in --mixed_precision.
+Nothing is left in the folder after a failure.  Nothing is uploaded without --push.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from diffusion_nft.models.merge import merge, write_pipeline
 from diffusion_nft.reports.model_card import write_card
 from diffusion_nft.utils.files import DiskError
 
-# In the output folder until everything is written.
+# Temporary folder in the output folder, until all files are written.
 MARKER = ".unfinished"
 
 
@@ -36,9 +35,9 @@ def parse_flags() -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_flags(parser, lora_required=True)
     add = parser.add_argument
-    add("--output_dir", type=user_path, required=True, help="a new or empty folder")
+    add("--output_dir", type=user_path, required=True, help="new or empty folder")
     add("--merge", action="store_true", help="also write a pipeline with the LoRA merged")
-    add("--push", metavar="OWNER/NAME", help="upload the folder to the hub under this name")
+    add("--push", metavar="OWNER/NAME", help="upload the folder to this hub repository")
     args = parser.parse_args()
     if args.push is not None:
         validate_repo_id(args.push)
@@ -51,9 +50,9 @@ def parse_flags() -> argparse.Namespace:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[Path]:
-    """A place for the files of ``folder``, which come there at the end of the block, or not at all.
+    """A temporary folder, whose files are moved to ``folder`` at the end of the block.
 
-    Raises DiskError if the disk refuses.
+    Removes them if the block fails.  Raises DiskError if a file cannot be written.
     """
     missing, unfinished = not folder.exists(), folder / MARKER
     try:

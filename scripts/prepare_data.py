@@ -1,13 +1,12 @@
-"""Fetches the published prompt sets into dataset/, and checks those that are there.
+"""Downloads the published prompt sets to dataset/, and checks those already present.
 
     python scripts/prepare_data.py all                  # or: geneval ocr pickscore drawbench
-    python scripts/prepare_data.py --list               # what there is to fetch, and what is here
-    python scripts/prepare_data.py geneval --generate   # with training prompts of our own
+    python scripts/prepare_data.py --list               # show the files and which are present
+    python scripts/prepare_data.py geneval --generate   # generate the training prompts
 
-Files that are there are kept, whoever made them.  --generate writes GenEval's train_metadata.jsonl
-in the benchmark's grammar and the published mix of tags, apart from the test prompts, instead of
-fetching it.  DIFFUSION_NFT_DATA_URL names a mirror of the published dataset/ folder, HTTPS_PROXY a
-proxy.
+Existing files are kept.  --generate writes GenEval's train_metadata.jsonl with the grammar of the
+benchmark and the published mix of tags, without the test prompts, instead of downloading it.
+DIFFUSION_NFT_DATA_URL is a mirror of the published dataset/ folder, HTTPS_PROXY a proxy.
 """
 
 import argparse
@@ -32,18 +31,17 @@ NUM_PROMPTS, SEED = 60_000, 0
 
 
 def prepare(name: str, file: PublishedFile, root: Path) -> str:
-    """Fetches ``file`` of the set ``name`` unless its split is there, and reads every line;
-    returns a line for the user.
+    """Downloads ``file`` of the set ``name`` unless its split is present; returns a message.
 
-    Raises OSError if it cannot be fetched, ValueError if a line is malformed.
+    Raises OSError if the download fails, ValueError if a line is malformed.
     """
     found = files_of(root / name, file.split)
     if found and not is_published(name, file, root):
-        said = f"{found[0]} is yours, kept"
+        message = f"{found[0]} is yours, kept"
     else:
-        said = fetch_published(name, file, root)
+        message = fetch_published(name, file, root)
     read = checked_prompts if name == "geneval" else load_prompts
-    return f"{said}; {len(read(root / name, file.split)):,} prompts"
+    return f"{message}; {len(read(root / name, file.split)):,} prompts"
 
 
 def print_table(root: Path) -> None:
@@ -62,27 +60,33 @@ def parse_args() -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("name", nargs="*", help=", ".join(choices))
-    add("--list", action="store_true", help="show what there is, fetch nothing")
+    add("--list", action="store_true", help="show the files, fetch nothing")
     add("--output_dir", type=user_path, default=DATASET_ROOT, help="default: dataset/")
-    add("--generate", action="store_true", help="write GenEval training prompts, do not fetch them")
-    add("--num_prompts", type=positive, default=NUM_PROMPTS, help="of --generate; %(default)s")
-    add("--seed", type=int, default=SEED, help="of --generate; %(default)s")
+    add("--generate", action="store_true", help="generate GenEval's training prompts")
+    add(
+        "--num_prompts",
+        type=positive,
+        default=NUM_PROMPTS,
+        help="for --generate; default: %(default)s",
+    )
+    add("--seed", type=int, default=SEED, help="with --generate; %(default)s")
     args = parser.parse_args()
     args.output_dir = args.output_dir.resolve()
     unknown = [name for name in args.name if name not in choices]
     if unknown or (not args.name and not args.list):
-        parser.error(f"{', '.join(unknown) or 'nothing'} named; choose from {', '.join(choices)}")
+        problem = f"unknown name {unknown[0]!r}" if unknown else "no name given"
+        parser.error(f"{problem}; choose from {', '.join(choices)}")
     if "all" in args.name:
         args.name = list(PUBLISHED_FILES)
     if args.generate and "geneval" not in args.name:
-        parser.error("--generate writes training prompts of geneval, which is not named")
+        parser.error("--generate is for geneval only")
     if not args.generate and (args.num_prompts, args.seed) != (NUM_PROMPTS, SEED):
-        parser.error("--num_prompts and --seed belong to --generate")
+        parser.error("--num_prompts and --seed need --generate")
     return args
 
 
 def main() -> int:
-    """The exit status: 1 if something is missing, malformed or not what was asked for."""
+    """Returns 1 if a file is missing, malformed or was generated differently."""
     args = parse_args()
     root = args.output_dir
     if args.list:
@@ -90,15 +94,15 @@ def main() -> int:
         return 0
     status = 0
     for name in args.name:
-        # Tests first: generated training prompts are kept apart from them.
+        # Test prompts first: generated training prompts exclude them.
         for file in sorted(PUBLISHED_FILES[name], key=lambda file: file.split):
             trains_geneval = name == "geneval" and file.split == "train"
             try:
                 if args.generate and trains_geneval:
-                    said = write_training_prompts(root / name, args.num_prompts, args.seed)
+                    message = write_training_prompts(root / name, args.num_prompts, args.seed)
                 else:
-                    said = prepare(name, file, root)
-                print(f"{name}: {said}", flush=True)
+                    message = prepare(name, file, root)
+                print(f"{name}: {message}", flush=True)
             except (OSError, ValueError) as error:
                 hint = ""
                 if trains_geneval and isinstance(error, DownloadError):

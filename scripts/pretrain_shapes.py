@@ -1,24 +1,23 @@
-r"""Makes the built-in world "shapes" from nothing: prompt files, autoencoder, transformer.
+r"""Trains the built-in model "shapes" from scratch and writes its prompt files.
 
     python scripts/pretrain_shapes.py
     python scripts/pretrain_shapes.py --device cuda
-    python scripts/pretrain_shapes.py --transformer_steps 300 --output_dir /tmp/pipeline   # a try
+    python scripts/pretrain_shapes.py --transformer_steps 300 --output_dir /tmp/pipeline   # short
     python scripts/reproduce.py --suite shapes --pretrained /tmp/pipeline \
         --max_sequence_length 8 --mixed_precision no                                       # scores
 
-The shipped weights are what the first of these commands made with one thread (OMP_NUM_THREADS=1)
-on two cores shared with other jobs: 26 minutes of CPU time, 50 minutes on the clock, of which the
-autoencoder took 6 and the transformer 42. `--device cuda` has not been measured. Strict scores of
-one sample for each of the 480 held-out lines, ten Euler steps, no guidance (standard error 0.02
-over all, 0.055 for a tag):
+The shipped weights were made by the first command with one thread (OMP_NUM_THREADS=1) on two cores
+shared with other jobs: 26 minutes of CPU time, 50 minutes of wall time (autoencoder 6, transformer
+42). `--device cuda` has not been measured. Strict scores of one sample per held-out line (480), ten
+Euler steps, no guidance (standard error 0.02 over all, 0.055 per tag):
 
                   single   two  counting  colors  position  color_attr    all
     standard        .650  .787      .487    .512      .237        .450   .521
     stricter        .637  .762      .400    .512      .225        .450   .498
 
-With the noise that evaluation draws for seeds 42, 43 and 44 it is .485, .444 and .463: .478 on
-average of the four draws, position .184. Rendered images pass both rules on all 480 lines, their
-reconstructions the standard one on all and the stricter one on .998.
+Evaluations with seeds 42, 43 and 44 give .485, .444 and .463; the mean of the four is .478, for
+position .184. Rendered images pass both rules on all 480 lines; their reconstructions pass the
+standard rule on all lines and the stricter rule on .998.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""One HTML file that shows a run, or compares several.
+"""Writes an HTML report on a run, or a comparison of several runs.
 
     python scripts/report.py logs/nft/shapes/demo
     python scripts/report.py logs/nft/shapes/demo logs/nft/shapes/full --output compared.html
 
-Writes report.html into the directory of a single run, or into the working directory where it
-compares several.  Reads run directories only, also of runs in stages and of unfinished runs; needs
-no model and no network.  The file opens offline and contains its images, curves and style.
+Writes report.html to the directory of a single run, or to the working directory for several.  Reads
+only the run directories, also those of unfinished runs; needs neither a model nor a network.  The
+page is self-contained.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from diffusion_nft.utils.paths import prepare_folder
 def parse_flags() -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", type=user_path, metavar="RUN", help="a run directory")
-    add("--output", type=user_path, help="the HTML file")
+    add("runs", nargs="+", type=user_path, metavar="RUN", help="run directory")
+    add("--output", type=user_path, help="HTML file")
     args = parser.parse_args()
     args.output = args.output or Path(args.runs[0] if len(args.runs) == 1 else "", "report.html")
     return args

@@ -1,13 +1,13 @@
-"""Evaluates a model on every test set of a suite and prints one table, the paper's rows beside it.
+"""Evaluates a model on all test sets of a suite and prints a table with the published results.
 
     torchrun --nproc_per_node=8 scripts/reproduce.py --lora_hf_path OWNER/NAME
     torchrun --nproc_per_node=8 scripts/reproduce.py --guidance_scale 4.5   # the base model
     python scripts/reproduce.py --suite shapes --checkpoint_path logs/nft/shapes/demo
 
 The suite "paper" is GenEval, OCR, and six reward models on DrawBench, at 512 pixels with 40 steps;
-"shapes" is the built-in world's. On any number of processes.  Every image is kept; the same
-command continues an interrupted call and makes nothing twice.  table.md and table.json in
---output_dir hold every model that was evaluated into it, with all settings and versions.
+"shapes" is for the built-in model.  All images are kept; rerunning the same command continues an
+interrupted evaluation.  table.md and table.json in --output_dir show all models evaluated to it,
+with settings and versions.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from diffusion_nft.tracking.grids import image_grid, save_grid
 from diffusion_nft.utils.files import write_atomically
 
 NUM_IMAGES = 16
-# Settings that a model's test sets do not have in common.
+# Settings that differ between the test sets of a model.
 TEST_SET_KEYS = ("dataset", "dataset_sha256", *PER_REWARD_SETTINGS)
 
 
@@ -49,11 +49,11 @@ def parse_flags() -> argparse.Namespace:
     add_model_flags(parser)
     add_evaluation_flags(parser)
     parser.add_argument("--suite", choices=sorted(SUITES), default="paper")
-    parser.add_argument("--datasets", help="only these of the suite, comma-separated")
+    parser.add_argument("--datasets", help="test sets of the suite, comma-separated; default: all")
     args = parser.parse_args()
     args.options = resolve_options(args, SUITES[args.suite].settings)
     if args.suite != BUILT_IN_MODEL and args.options.run.get("pretrained.model") == BUILT_IN_MODEL:
-        parser.error("this checkpoint is of the built-in model: --suite shapes")
+        parser.error("this checkpoint is for the built-in model: use --suite shapes")
     args.output_dir = args.output_dir or Path("reproductions", args.suite)
     args.model_dir = args.output_dir / args.options.folder_name(args.limit)
     args.tasks = suite_tasks(SUITES[args.suite], args, args.options, args.model_dir)
@@ -61,7 +61,7 @@ def parse_flags() -> argparse.Namespace:
 
 
 def draw_grid(task: Task) -> None:
-    """Saves some images of a finished test set as one."""
+    """Saves a grid of some images of a finished test set."""
     shown = draw_lines(task.prompts, NUM_IMAGES)
     reward = next(iter(task.weights))
     scores, _ = read_results(task.folder, task.prompts)

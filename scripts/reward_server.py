@@ -1,12 +1,12 @@
-"""Serves one reward to runs in other environments or on other machines.
+"""Serves a reward to runs in other environments or on other machines.
 
     python scripts/reward_server.py --reward geneval --port 8000
     python scripts/reward_server.py --reward ocr --port 8001 --option backend=paddleocr
 
-A run uses it by --config.reward_servers="{'geneval': ('http://HOST:8000',)}".  Without a token only
-this machine is served; REWARD_SERVER_TOKEN in the environment of server and run is the token.
-Beside the reward's own packages the environment needs numpy, pillow, torch, fastapi and uvicorn,
-and this project: pip install --no-deps -e .
+A run uses it with --config.reward_servers="{'geneval': ('http://HOST:8000',)}".  Serving other
+machines requires a token: set REWARD_SERVER_TOKEN for both the server and the run.  The environment
+needs the packages of the reward, numpy, pillow, torch, fastapi and uvicorn, and this project:
+pip install --no-deps -e .
 """
 
 import argparse
@@ -28,19 +28,19 @@ def parse_flags() -> argparse.Namespace:
     parser = script_parser(__doc__)
     parser.add_argument("--reward", required=True, choices=list(REWARDS))
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine")
-    parser.add_argument("--port", type=_port, required=True, help="0: any that is free")
+    parser.add_argument("--port", type=_port, required=True, help="0: any free port")
     parser.add_argument(
         "--option",
         action="append",
         default=[],
         type=parse_option,
         metavar="KEY=VALUE",
-        help="an argument of the reward's class; may be given several times",
+        help="an argument of the reward's class; may be repeated",
     )
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=device, default=usual, help="default: %(default)s")
-    parser.add_argument("--max_images", type=positive, default=256, help="in one request")
-    parser.add_argument("--max_megabytes", type=_megabytes, default=512, help="in one request")
+    parser.add_argument("--max_images", type=positive, default=256, help="per request")
+    parser.add_argument("--max_megabytes", type=_megabytes, default=512, help="per request")
     return parser.parse_args()
 
 
@@ -57,7 +57,7 @@ def _megabytes(text: str) -> float:
 
 
 def bind(host: str, port: int, token: str) -> socket.socket:
-    """A socket bound to ``host``; ValueError if others could reach it and there is no token."""
+    """A socket bound to ``host``.  Raises ValueError if a host that is not local has no token."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     if not token and not ipaddress.ip_address(address[0]).is_loopback:
         raise ValueError(
@@ -71,8 +71,7 @@ def bind(host: str, port: int, token: str) -> socket.socket:
 
 
 def main() -> None:
-    """Binds, loads the reward, serves until SIGTERM or SIGINT."""
-    # Also uvicorn's last act, when it has answered what was in flight.
+    # uvicorn raises the signal again after it has answered the pending requests.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     args = parse_flags()
@@ -85,8 +84,8 @@ def main() -> None:
             f"a reward server needs: pip install fastapi uvicorn ({error})"
         ) from error
     token, options = shared_token(), dict(args.option)
-    set_tf32(True)  # as in runs, unless they have allow_tf32 = False
-    # Before the reward loads, which may take minutes: a port in use should show at once.
+    set_tf32(True)  # the default of allow_tf32 in runs
+    # Before the reward loads, which may take minutes, to fail early if the port is in use.
     bound = bind(args.host, args.port, token)
     app = create_app(
         args.reward,
@@ -97,7 +96,6 @@ def main() -> None:
         max_images=args.max_images,
         max_megabytes=args.max_megabytes,
     )
-    # Whoever connects from here on is answered.
     bound.listen()
     host, port = bound.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,12 +1,12 @@
-"""Draws prompts with the base model, with a LoRA, or with both side by side.
+"""Generates images with the base model, with a LoRA, or with both side by side.
 
     python scripts/sample.py --prompt "a photo of a cat" --prompt "two dogs" --seeds 0 1 2
     python scripts/sample.py --checkpoint_path logs/nft/sd3/geneval --compare \
         --prompts_file prompts.txt --seeds 0 1
 
-Writes each image as a PNG when it is drawn, and at the end all of them as grid.png, a row per
-prompt.  An image depends on its prompt, its seed and the model's flags alone, not on what else is
-drawn.  The same command draws again and overwrites.  Runs in one process.
+Writes one PNG per image, and a grid with one row per prompt to grid.png.  An image depends only on
+its prompt, its seed and the flags of the model.  Existing images are overwritten.  Runs in one
+process.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion_nft.command_line import command, user_path
+from diffusion_nft.command_line import command, script_parser, user_path
 from diffusion_nft.data.prompts import check_text, read_prompts
 from diffusion_nft.distributed.ranks import distributed
 from diffusion_nft.evaluation.options import add_model_flags, resolve_options
@@ -27,25 +27,20 @@ from diffusion_nft.tracking.grids import image_grid, save_grid, side_by_side
 from diffusion_nft.utils.paths import prepare_folder
 
 GRID = "grid.png"
-# Characters of a prompt in a file's name, of up to 4 bytes each.
+# Characters of the prompt in a file name, of up to 4 bytes each.
 NAME_LENGTH = 40
 
 
 def parse_flags() -> argparse.Namespace:
-    """The command line; ``prompts`` are those of both sources, in order, each once."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The command line; ``prompts`` are the unique prompts of both flags."""
+    parser = script_parser(__doc__)
     add_model_flags(parser)
     add = parser.add_argument
     add("--prompt", action="append", default=[], help="may be repeated")
-    add(
-        "--prompts_file",
-        type=user_path,
-        help='one prompt a line; of a .jsonl file, one object with a "prompt" a line',
-    )
+    formats = 'one prompt per line, or a .jsonl file with one object with "prompt" per line'
+    add("--prompts_file", type=user_path, help=formats)
     add("--seeds", type=int, nargs="+", default=[0])
-    add("--compare", action="store_true", help="the base model beside the LoRA")
+    add("--compare", action="store_true", help="also generate with the base model")
     add("--output_dir", type=user_path, help="default: samples/<model>")
     args = parser.parse_args()
     for prompt in args.prompt:
@@ -78,10 +73,9 @@ def draw(
     folder: Path,
     suffix: str = "",
 ) -> Images:
-    """P x S images, a prompt's seeds together, by the model's active adapter; each is written to
-    ``folder`` as soon as it is drawn.
+    """One image per prompt and seed, ordered by prompt; each is also written to ``folder``.
 
-    One at a time: in a batch the last bits of an image depend on its neighbours.
+    Uses batches of one: in a larger batch, the rounding of an image depends on the others.
     """
     images = []
     for number, prompt in enumerate(prompts):
@@ -99,7 +93,6 @@ def draw(
 
 
 def main() -> None:
-    """Parses, tries the folder, loads, draws and writes."""
     args = parse_flags()
     seeds, options = list(dict.fromkeys(args.seeds)), resolve_options(args)
     prompts = args.prompts
@@ -112,7 +105,7 @@ def main() -> None:
         sampler = Sampler.for_evaluation(options.config)
         images = draw(model, sampler, prompts, seeds, folder)
         if args.compare:
-            assert policy, "--compare comes with a LoRA"
+            assert policy, "--compare needs a LoRA"
             with policy.use_adapter(REFERENCE):
                 base = draw(model, sampler, prompts, seeds, folder, "-base")
     captions = [f"{prompt} (seed {seed})" for prompt in prompts for seed in seeds]

@@ -138,8 +138,7 @@ def test_scripts_are_entry_points():
     for path in (ROOT / "scripts").glob("*.py"):
         scripts = {other.stem for other in path.parent.glob("*.py")}
         assert not scripts & imports(path), path
-        if path.stem != "benchmark_memory":
-            assert len(path.read_text(encoding="utf-8").splitlines()) <= 135, path
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 135, path
 
 
 def test_nothing_catches_everything_silently():

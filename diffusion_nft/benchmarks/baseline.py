@@ -1,11 +1,10 @@
-"""The published algorithm, run the way its published implementation runs it; reimplemented.
+"""Baseline: epochs run as in the published implementation, reimplemented.
 
-What that way is: frozen weights in float32 under autocast; adapters beside their layers at every
-forward, of the old policy too; every image's prompt encoded with its image; three forwards for
-every (sample, sigma) pair, one sigma a micro-batch; gradients synchronised at every backward pass;
-all of it eager.  Where the published code does anything slower than that (it walks all parameters
-to switch an adapter, decides the noise of a sample step by step in Python), this does not.  The
-loss is the product's.
+Frozen weights are in float32 under autocast; adapters are never merged, also those of the old
+policy; the prompt of each image is encoded separately; each (sample, sigma) pair takes three
+forward passes, with one sigma per micro-batch; gradients are synchronised in each backward pass;
+nothing is compiled.  Some slower parts of the published code, such as walking over all parameters
+to switch adapters, are left out.  The loss is shared with the product.
 """
 
 import warnings
@@ -31,22 +30,22 @@ from diffusion_nft.models.sampling import Sampler
 from diffusion_nft.randomness import generator
 from diffusion_nft.rewards.combine import Scores
 
-# Threads that score images while others are drawn.
+# Threads that score images during sampling.
 SCORERS = 8
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """This rank's samples of an epoch, a row each."""
+    """Samples of this rank in an epoch."""
 
-    first: int  # index of the first of them in the epoch
+    first: int  # index of the first sample in the epoch
     x0: Tensor
     cond: Conditioning
     sigmas: Tensor
 
 
 class Published:
-    """Epochs of the published algorithm, made the published way."""
+    """Runs epochs as in the published implementation."""
 
     name = "baseline"
 
@@ -54,7 +53,7 @@ class Published:
         self.setup, config = setup, setup.config
         self.algorithm = NFT(config)
         self.model = model = setup.load(frozen_in_float32=True)
-        # The published code decodes a batch at once.
+        # The published code decodes a batch in one call.
         model.vae_batch_size = config.sample.batch_size
         lora = LoraConfig(
             r=config.train.lora_rank,
@@ -76,7 +75,7 @@ class Published:
         self._blend(self.weights["old"], 0.0)
         self.ema = [weight.detach().clone() for weight in self.weights["current"]]
         self.step, self._active = 0, "current"
-        # Where an observer finds what it times.
+        # Patched by ``Observer``.
         self.encoder, self.switch, self.waiting = self, self, (self, "totals")
         self.optimizer = torch.optim.AdamW(
             self.weights["current"],
@@ -100,7 +99,7 @@ class Published:
 
     @contextmanager
     def use_adapter(self, name: str) -> Iterator[None]:
-        """``old``, ``current`` or ``reference``, by two fields a layer."""
+        """Activates ``old``, ``current`` or ``reference`` in the block."""
         before = self._active
         self._activate(name)
         try:
@@ -116,9 +115,9 @@ class Published:
                 layer._active_adapter = [name]
 
     def encode(self, texts: list[str]) -> Conditioning:
-        """A row for each text, whether or not it was encoded before."""
+        """Embeddings of ``texts``, one row per text, without a cache."""
         model = self.model
-        if self.setup.arch in ARCHITECTURES:  # there is nothing to encode with
+        if self.setup.arch in ARCHITECTURES:  # without text encoders
             return model.encode(texts)
         with torch.no_grad():
             prompt_embeds, _, pooled_prompt_embeds, _ = model.pipe.encode_prompt(
@@ -132,7 +131,7 @@ class Published:
         return Conditioning(prompt_embeds, pooled_prompt_embeds)
 
     def sample(self, epoch: int) -> tuple[Drawn, Tensor]:
-        """The samples of ``epoch``, and r ``[N]``."""
+        """Samples of ``epoch``, and their optimality r ``[N]``."""
         setup, config, dist = self.setup, self.setup.config, self.setup.dist
         prompts, size = setup.epoch_prompts(epoch), config.sample.num_image_per_prompt
         indices = shard(setup.num_samples, dist.rank, dist.world_size)
@@ -160,7 +159,7 @@ class Published:
         return Drawn(indices.start, torch.cat(latents), cond, sigmas), setup.optimality(total)
 
     def totals(self, futures: list[Future[Scores]]) -> Tensor:
-        """Waits for the rewards of this rank's samples."""
+        """Waits for the total rewards of this rank's samples."""
         return torch.cat([future.result().total for future in futures])
 
     def train(self, drawn: Drawn, r: Tensor, epoch: int) -> None:

@@ -1,4 +1,4 @@
-"""Whole epochs timed, their peak memory and phases, and the setting: scripts/benchmark.py."""
+"""Throughput, peak memory and phases of whole epochs, for scripts/benchmark.py."""
 
 import os
 import resource
@@ -22,7 +22,7 @@ from diffusion_nft.validation.schema import SCHEMA, expand_paths, unknown_key, v
 CONFIG_FILE = Path(__file__).resolve().parents[2] / "config" / "nft.py"
 PRESETS = {"shapes": "shapes", "sd3.5-tiny": "shapes_smoke"}
 DEFAULT_PRESET = "sd3_geneval"
-# A reward of real models that needs no weights.
+# Reward of ARCHITECTURES; needs no weights.
 SYNTHETIC_REWARD = "jpeg_compressibility"
 
 
@@ -34,15 +34,15 @@ def make_config(
     rewards: str | None = None,
     changes: Iterable[tuple[str, Any]] = (),
 ) -> ConfigDict:
-    """The preset (default: the usual one of ``arch``) with comma-separated ``rewards`` and with
-    ``changes`` of dotted keys.  Raises ValueError for what cannot run.
+    """The preset (default: that of ``arch``) with comma-separated ``rewards`` and ``changes`` of
+    dotted keys.  Raises ValueError for an invalid configuration.
     """
     config = load_file(CONFIG_FILE).get_config(preset or PRESETS.get(arch, DEFAULT_PRESET))
     config.save_dir = save_dir
     config.stages = ()
     if arch in ARCHITECTURES:
         rewards = rewards or SYNTHETIC_REWARD
-        config.dataset = "shapes"  # any that is there: its words are not used
+        config.dataset = "shapes"  # must exist; its prompts are not used
         config.pretrained.model = f"random/{arch}"
     if rewards:
         config.reward_fn = ConfigDict(dict.fromkeys(rewards.split(","), 1.0))
@@ -53,13 +53,13 @@ def make_config(
     validate(config)
     expand_paths(config)
     if config.algorithm != "nft":
-        raise ValueError(f"algorithm {config.algorithm!r}: the benchmark is of 'nft'")
+        raise ValueError(f"algorithm {config.algorithm!r}: the benchmark supports 'nft' only")
     return config
 
 
 def timed_epoch(way: Any, epoch: int) -> dict[str, float]:
-    """Runs an epoch of ``Product`` or ``Published``: seconds of its parts and of the whole, from
-    all ranks' start to all ranks' end.
+    """Runs an epoch of ``Product`` or ``Published``; returns the seconds of its parts and in total,
+    synchronised over ranks.
     """
     dist, times = way.setup.dist, []
 
@@ -78,8 +78,8 @@ def timed_epoch(way: Any, epoch: int) -> dict[str, float]:
 
 
 def memory_gb(device: torch.device, *, peak: bool) -> float:
-    """GB of tensors on a GPU: now, or the peak since it was last reset.  On CPUs the peak is that
-    of the process since its start, and "now" is 0.
+    """GB of tensors on a GPU, now or at the peak since the last reset.  On CPUs, the peak of the
+    process since its start, or 0 for now.
     """
     if device.type == "cuda":
         return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 1e9
@@ -87,16 +87,15 @@ def memory_gb(device: torch.device, *, peak: bool) -> float:
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """Median, smallest and largest of ``values``, and all of them."""
     about = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return about | {"all": values}
 
 
 def measure(setup: Setup, repeats: int, baseline: bool) -> dict[str, Any]:
-    """All measurements, ready for JSON; rates are of all ranks, FLOPs of this one."""
+    """All measurements, ready for JSON; rates are over all ranks, FLOPs on this rank."""
     device = setup.dist.device
     ways: list[Any] = []
-    kept_gb: dict[str, float] = {}  # by each way, on a GPU
+    kept_gb: dict[str, float] = {}
     for build in (Product, Published)[: 1 + baseline]:
         before = memory_gb(device, peak=False)
         ways.append(build(setup))
@@ -110,7 +109,7 @@ def measure(setup: Setup, repeats: int, baseline: bool) -> dict[str, Any]:
             took = timed_epoch(way, epoch)
             others = sum(kept_gb.values()) - kept_gb[way.name]
             peaks_gb[way.name] = memory_gb(device, peak=True) - others
-            if epoch > 0:  # the first one warms up
+            if epoch > 0:  # the first is a warm-up
                 seconds[way.name].append(took)
     precision = ways[0].model.precision
     dtypes = {"others": precision.compute_dtype, "decode": precision.trained_dtype}
@@ -141,7 +140,7 @@ def _summary(
     setup: Setup, observer: Observer, seconds: list[dict[str, float]], peaks: dict[str, Peaks]
 ) -> dict[str, Any]:
     phases = observer.phases
-    # Ranks' shares differ by one sample at most.
+    # The number of samples of ranks may differ by one.
     pairs = sum(setup.dist.gather_objects(phases["backward"].rows))
     flops = sum(phase.flops for phase in phases.values())
     by_part = {part: spread([times[part] for times in seconds]) for part in seconds[0]}
@@ -158,7 +157,7 @@ def _summary(
 
 
 def describe(setup: Setup) -> dict[str, Any]:
-    """Sizes, versions and hardware."""
+    """Sizes, versions and hardware of the benchmark."""
     config, random = setup.config, setup.arch in ARCHITECTURES
     return {
         "arch": setup.arch,
@@ -180,7 +179,7 @@ def describe(setup: Setup) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """``measure`` and ``describe`` ("about") as text."""
+    """The results of ``measure`` and ``describe`` ("about") as text."""
     about, peaks = results["about"], results["peaks"]
     device = about["cpu"] if about["device"] == "cpu" else about["device"]
     parts = [

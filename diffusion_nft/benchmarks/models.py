@@ -1,7 +1,8 @@
-"""What is benchmarked: the product as the trainer puts it together, with or without real weights.
+"""Benchmarked models, with pretrained or random weights, and epochs run as in the trainer.
 
-``ARCHITECTURES`` have random weights in the shape of a real model, and random tensors in place of
-the text encoders' output: what they cost to sample and train is real, what encoding costs is not.
+``ARCHITECTURES`` have random weights with the shapes of a real model, and random tensors in place
+of text embeddings: the costs of sampling and training are those of the real model, that of encoding
+is not.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from ml_collections import ConfigDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion_nft.advantages import group_advantages, optimality, standardized_total
 from diffusion_nft.data.prompts import Prompt, epoch_prompts
@@ -37,13 +38,13 @@ from diffusion_nft.validation.inputs import build_named, load_checked_prompts, r
 from diffusion_nft.validation.stages import stages_of
 
 CLIP_TOKENS = 77
-# More than any epoch has groups.
+# More than the number of groups in an epoch.
 NUM_SYNTHETIC_PROMPTS = 1000
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Arguments of an SD3Transformer2DModel, and of its AutoencoderKL."""
+    """Arguments of the SD3Transformer2DModel and AutoencoderKL."""
 
     transformer: dict[str, Any]
     vae: dict[str, Any]
@@ -78,7 +79,7 @@ ARCHITECTURES = {
         ),
         vae=_vae((128, 256, 512, 512), layers_per_block=2),
     ),
-    # The same parts a thousandth the size: for tests, and for curves over resolutions on CPUs.
+    # A thousandth of the size, for tests and for scaling of the resolution on CPUs.
     "sd3.5-tiny": Architecture(
         transformer=dict(
             sample_size=64,
@@ -98,20 +99,19 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Setup:
-    """What every way of running a benchmark is given."""
+    """Configuration, prompts and rewards of a benchmark."""
 
     config: ConfigDict
     dist: Distributed
-    arch: str  # a name in ARCHITECTURES, or whatever else for the model that the config names
+    arch: str  # a name in ARCHITECTURES; any other value: the model of the config
     prompts: list[Prompt]
     rewards: RewardSet
 
     @classmethod
     def of(cls, config: ConfigDict, dist: Distributed, arch: str) -> "Setup":
-        """Prompts and rewards of ``config``; of ARCHITECTURES, which know no words, numbered
-        prompts.
+        """Loads prompts (for ARCHITECTURES, numbered ones) and rewards of ``config``.
 
-        Raises ValueError or OSError if they cannot be had.
+        Raises ValueError or OSError if they are not available.
         """
         weights, _ = reward_weights(config)
         if arch in ARCHITECTURES:
@@ -125,16 +125,15 @@ class Setup:
 
     @property
     def num_samples(self) -> int:
-        """Of an epoch, over all ranks."""
+        """Samples per epoch over all ranks."""
         return self.config.sample.num_groups * self.config.sample.num_image_per_prompt
 
     def epoch_prompts(self, epoch: int) -> list[Prompt]:
-        """The prompts of ``epoch``, as the trainer draws them."""
         groups, seed = self.config.sample.num_groups, self.config.seed
         return epoch_prompts(self.prompts, groups, seed=seed, epoch=epoch)
 
     def optimality(self, total: Tensor) -> Tensor:
-        """r ``[N]`` of an epoch's total rewards ``[N]``, as the trainer makes it."""
+        """Optimality r ``[N]`` from the total rewards ``[N]`` of an epoch."""
         config = self.config
         size = config.sample.num_image_per_prompt
         advantages = group_advantages(total, size, global_std=config.sample.global_std)
@@ -143,7 +142,7 @@ class Setup:
         )
 
     def load(self, *, frozen_in_float32: bool = False) -> Any:
-        """A model of its own, frozen weights in the compute dtype unless ``frozen_in_float32``."""
+        """Loads the model, with frozen weights in the compute dtype unless ``frozen_in_float32``."""
         config = self.config.copy_and_resolve_references()
         with config.unlocked():
             config.match_published = frozen_in_float32
@@ -158,7 +157,7 @@ class Setup:
                 model = load_model(config, self.dist)
             budget = self.config.perf.embed_cache_gb * 1e9
             model.encode_cached = EmbeddingCache(_random_embeddings(model), budget)
-        # Of the published ways, its whole-number timesteps are not wanted.
+        # Without the integer timesteps of ``match_published``.
         model.match_published = False
         return model
 
@@ -166,7 +165,7 @@ class Setup:
 def _random_pipeline(
     arch: Architecture, device: torch.device
 ) -> Callable[..., StableDiffusion3Pipeline]:
-    """Stands in for ``load_pipeline``: random weights, no text encoders."""
+    """Replacement of ``load_pipeline`` with random weights and without text encoders."""
 
     def build(folder: Path, dtype: dict[str, torch.dtype]) -> StableDiffusion3Pipeline:
         del folder
@@ -175,8 +174,8 @@ def _random_pipeline(
             transformer = SD3Transformer2DModel(**arch.transformer)
             vae = AutoencoderKL(**arch.vae)
         parts: dict[str, Any] = {
-            "transformer": _cast(transformer, dtype.get("transformer", dtype["default"])),
-            "vae": _cast(vae, dtype["vae"]),
+            "transformer": transformer.to(dtype.get("transformer", dtype["default"])),
+            "vae": vae.to(dtype["vae"]),
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         }
         encoders = ("text_encoder", "tokenizer")
@@ -184,10 +183,6 @@ def _random_pipeline(
         return StableDiffusion3Pipeline(**parts, **absent)  # pyright: ignore[reportArgumentType]
 
     return build
-
-
-def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return module.to(dtype)
 
 
 def _random_embeddings(model: Any) -> Callable[[list[str]], list[Conditioning]]:
@@ -207,7 +202,7 @@ def _random_embeddings(model: Any) -> Callable[[list[str]], list[Conditioning]]:
 
 
 class Product:
-    """Epochs as the trainer makes them, of the trainer's own parts."""
+    """Runs epochs with the parts of the trainer."""
 
     name = "ours"
 
@@ -217,7 +212,7 @@ class Product:
         self.learner = build_learner(config, setup.dist, self.model)
         self.policy = self.learner.policy
         self.optimizer = self.learner.optimizer
-        # Where an observer finds what it times.
+        # Patched by ``Observer``.
         self.encoder, self.switch, self.waiting = (
             self.model,
             self.policy,
@@ -232,7 +227,7 @@ class Product:
         )
 
     def sample(self, epoch: int) -> tuple[Rollout, Tensor]:
-        """The samples of ``epoch``, and r ``[N]``."""
+        """Samples of ``epoch``, and their optimality r ``[N]``."""
         setup = self.setup
         with self.policy.use_adapter("old"):
             rollout = generate_rollouts(
@@ -251,5 +246,4 @@ class Product:
         return rollout, setup.optimality(total)
 
     def train(self, rollout: Rollout, r: Tensor, epoch: int) -> None:
-        """The updates of ``epoch``."""
         self.learner.train_epoch(rollout, r, epoch=epoch)

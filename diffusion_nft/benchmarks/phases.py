@@ -1,4 +1,4 @@
-"""Where an epoch's time goes: phases of a running epoch, machine peaks, and what bounds a phase."""
+"""Phases of an epoch, and their roofline from measured peaks of the machine."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -20,15 +20,15 @@ from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.flops import Cost, backward_cost, decode_cost, forward_cost
 from diffusion_nft.rewards.combine import RewardSet
 
-# A phase that needs this many times what its FLOPs or its bytes would take is bound by neither.
+# A phase slower than its roofline by this factor is bound by overhead.
 OVERHEAD_FACTOR = 3.0
 # AdamW reads weight, gradient and two moments, and writes all but the gradient.
 ADAM_PASSES = 7
-# What bounds a phase that has no formula.
+# Bounds of the phases without a formula.
 BOUNDS_WITHOUT_FORMULA = {
-    "encode": "the text encoders' work, uncounted, or the lookup of cached embeddings",
-    "reward": "the rewards' own work, in the background of sampling",
-    "reward wait": "rewards that are not ready when the last image is",
+    "encode": "the text encoders, or the lookup of cached embeddings",
+    "reward": "the rewards, in the background of sampling",
+    "reward wait": "rewards that are not ready after the last image",
     "policy switch": "overhead: a walk over the adapted layers, or merging their weights",
     "collectives": "the network, and waiting for the slowest rank",
     "checkpoint": "the disk, and hashing",
@@ -39,7 +39,7 @@ BOUNDS_WITHOUT_FORMULA = {
 
 @dataclass
 class Phase:
-    """``calls`` of a phase, ``rows`` samples in all of them; FLOPs and bytes by formula or 0."""
+    """Time and cost of a phase; ``rows`` samples in ``calls``.  FLOPs and bytes are 0 if unknown."""
 
     seconds: float = 0.0
     calls: int = 0
@@ -50,7 +50,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What this machine reaches: FLOP/s of a matrix product, byte/s of a large copy."""
+    """Measured peaks of the machine: FLOP/s of a matrix product, byte/s of a large copy."""
 
     flops: float
     bandwidth: float
@@ -59,8 +59,8 @@ class Peaks:
     def measure(cls, device: torch.device, dtype: torch.dtype) -> "Peaks":
         """The best of several sizes and tries, in about a second.
 
-        The products are a layer's, ``x W^T``.  A machine without units for ``dtype`` may be faster
-        in float32, and some shapes have better kernels than the largest.
+        Products are ``x W^T`` as in a layer.  float32 is tried as well, as it is faster on machines
+        without units for ``dtype``.
         """
         gpu = device.type == "cuda"
         sizes, elements = ((4096, 8192), 2**29) if gpu else ((256, 1024), 2**24)
@@ -88,15 +88,14 @@ def _best(work: Callable[[], Any], device: torch.device, tries: int = 16) -> flo
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for what was queued on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Observer:
-    """Phases of a way of running an epoch (``Product`` or ``Published``), timed from outside.
+    """Times the phases of an epoch of ``Product`` or ``Published`` by patching their methods.
 
-    Every phase begins and ends with the device's queue empty, so an observed epoch is slower.
+    The device is synchronised before and after each phase, so an observed epoch is slower.
     """
 
     def __init__(self, way: Any):
@@ -104,10 +103,10 @@ class Observer:
         self._rank = way.setup.config.train.lora_rank
         self.phases: dict[str, Phase] = {}
         self._part = ""
-        self._inside = 0.0  # seconds of the running part that are a phase's
+        self._inside = 0.0  # seconds of the phases in the current part
         self._policies = ["current"]
-        self._ranks: dict[str, int] = {}  # of adapters computed beside their layers, by policy
-        self._awaiting: list[tuple[Cost, int]] = []  # a backward pass
+        self._ranks: dict[str, int] = {}  # policy -> LoRA rank, 0 if merged or off
+        self._awaiting: list[tuple[Cost, int]] = []  # costs of the next backward pass
 
     def _clock(self, function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, float]:
         synchronize(self.device)
@@ -138,7 +137,7 @@ class Observer:
         function: Callable[..., Any],
         count: Callable[..., None] = lambda phase, *args: None,
     ) -> Callable[..., Any]:
-        """``function`` as phase ``name``; ``count(phase, *args)`` adds rows and costs of a call."""
+        """``function`` as phase ``name``; ``count(phase, *args)`` adds rows and costs."""
 
         def call(*args: Any, **options: Any) -> Any:
             result, seconds = self._clock(function, *args, **options)
@@ -170,7 +169,7 @@ class Observer:
             shape = (transformer.config, x.shape[-1], cond.prompt_embeds.shape[1])
             policy = self._policies[-1]
             if policy not in self._ranks:
-                # Not part of the epoch.
+                # Not timed as part of the epoch.
                 one = cond.select(torch.zeros(1, dtype=torch.long, device=x.device))
                 self._ranks[policy], seconds = self._clock(
                     self._rank_beside, partial(function, x[:1], sigma[:1], one), shape
@@ -188,17 +187,15 @@ class Observer:
 
     @torch.no_grad()
     def _rank_beside(self, forward: Callable[[], Any], shape: tuple[Any, int, int]) -> int:
-        """The rank of adapters that a forward of one sample computes beside their layers; 0 if it
-        does without: they are merged or off.  Whoever wrote the forward, its products tell.
-        """
-        # The counter knows no fused attention of CPUs.
+        """LoRA rank in a forward pass of one sample, from its FLOPs; 0 if merged or off."""
+        # The counter does not support fused attention on CPUs.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             forward()
         without, beside = (forward_cost(*shape, rank).flops for rank in (0, self._rank))
         return self._rank if counter.get_total_flops() > (without + beside) / 2 else 0
 
     def _reward(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        # In a thread of its own, beside the phases of the main one, which has the device's queue.
+        # Runs in a separate thread, so without synchronising the device.
         def call(rewards: RewardSet, images: Images, *args: Any) -> Any:
             started = time.perf_counter()
             scores = function(rewards, images, *args)
@@ -238,7 +235,7 @@ class Observer:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Counts and times what the way does in the block."""
+        """Patches the methods in the block."""
         way = self.way
         timed = self._timed
         wrapped = [
@@ -266,7 +263,7 @@ class Observer:
 
 
 def verdict(name: str, phase: Phase, peaks: Peaks) -> dict[str, Any]:
-    """The roofline of a phase: FLOP per byte, share of the roof, what bounds it, in a sentence."""
+    """Roofline of a phase: FLOP per byte, share of the roof, the bound, and a sentence on it."""
     if not phase.bytes or not phase.seconds:
         return {"bound": None, "sentence": f"no formula; bound by {BOUNDS_WITHOUT_FORMULA[name]}"}
     compute, memory = phase.flops / peaks.flops, phase.bytes / peaks.bandwidth
@@ -276,9 +273,9 @@ def verdict(name: str, phase: Phase, peaks: Peaks) -> dict[str, Any]:
     if phase.seconds > OVERHEAD_FACTOR * roof:
         bound = "overhead"
     sentence = (
-        f"{bound}-bound: {intensity:.1f} FLOP a byte, where the machine turns from memory- to "
-        f"compute-bound at {ridge:.1f}; it reaches {share:.0%} of that roof, "
-        f"{phase.flops / phase.seconds / peaks.flops:.0%} of the matrix product's peak"
+        f"{bound}-bound: {intensity:.1f} FLOP per byte (ridge of the machine: {ridge:.1f}), "
+        f"{share:.0%} of the roofline, {phase.flops / phase.seconds / peaks.flops:.0%} of the "
+        "peak FLOP/s"
     )
     return {
         "intensity": intensity,
@@ -290,7 +287,7 @@ def verdict(name: str, phase: Phase, peaks: Peaks) -> dict[str, Any]:
 
 
 def judged_phases(phases: dict[str, Phase], peaks: dict[str, Peaks]) -> dict[str, dict[str, Any]]:
-    """Each phase with its verdict; ``peaks``: of the phase "decode", and of the "others"."""
+    """Each phase with its verdict; ``peaks``: those of the phase "decode" and of the "others"."""
     rows = {}
     for name, phase in phases.items():
         peak = peaks["decode" if name == "decode" else "others"]

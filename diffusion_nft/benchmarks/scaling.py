@@ -1,4 +1,4 @@
-"""Seconds of an epoch against its size: one start of scripts/benchmark.py per point."""
+"""Seconds per epoch by size, with one process of scripts/benchmark.py per point."""
 
 import json
 import os
@@ -16,9 +16,7 @@ BENCHMARK = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
 
 @dataclass(frozen=True)
 class Axis:
-    """``key``, a key of the preset or "ranks", takes each of ``sizes``; ``fixed`` keys do not
-    vary.
-    """
+    """A key of the preset, or "ranks", with its values; ``fixed``: other changes of the preset."""
 
     key: str
     sizes: tuple[int, ...]
@@ -27,7 +25,7 @@ class Axis:
     preset: str = "shapes"
 
 
-# Whole micro-batches at every size, so that no curve has the steps of a half-empty last one.
+# Full micro-batches at every size.
 SMALL_BATCHES = ("sample.batch_size=24", "train.batch_size=24", "train.gradient_step_per_epoch=1")
 AXES = {
     "groups": Axis(
@@ -48,14 +46,14 @@ AXES = {
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """k of the least-squares fit ``seconds = c size^k`` in logarithms."""
+    """k of the least-squares fit ``seconds = c size^k`` on logarithms."""
     slope, _ = np.polyfit(np.log(sizes), np.log(seconds), 1)
     return float(slope)
 
 
 def time_epochs(axis: Axis, size: int, repeats: int, folder: Path) -> dict[str, Any]:
-    """Results of scripts/benchmark.py at ``size``, on one thread per process unless
-    OMP_NUM_THREADS says otherwise.  Raises OSError if it fails.
+    """Results of scripts/benchmark.py at ``size``, with OMP_NUM_THREADS (default 1) threads per
+    process.  Raises OSError if it fails.
     """
     is_ranks, output = axis.key == "ranks", folder / "result.json"
     changes = axis.fixed if is_ranks else (*axis.fixed, f"{axis.key}={size}")
@@ -72,7 +70,7 @@ def time_epochs(axis: Axis, size: int, repeats: int, folder: Path) -> dict[str, 
 
 
 def measure(name: str, sizes: Sequence[int], repeats: int, folder: Path) -> dict[str, Any]:
-    """The curve of the axis ``name``, of the fastest epochs, ready for JSON."""
+    """Seconds of the fastest epochs on the axis ``name``, and exponents, ready for JSON."""
     axis, seconds, about = AXES[name], {}, None
     for size in sizes:
         result = time_epochs(axis, size, repeats, folder)
@@ -91,7 +89,7 @@ def measure(name: str, sizes: Sequence[int], repeats: int, folder: Path) -> dict
 
 
 def draw(curves: dict[str, Any], path: Path) -> None:
-    """One panel for each curve, both axes logarithmic.  Raises ImportError without matplotlib."""
+    """Plots one log-log panel per curve.  Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2 * len(curves), 3.0), layout="constrained")

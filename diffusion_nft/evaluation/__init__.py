@@ -1,1 +1,1 @@
-"""Evaluation of a test set, its results, and the options of the scripts that evaluate."""
+"""Evaluation of test sets: sampling and scoring, results, and options of the scripts."""

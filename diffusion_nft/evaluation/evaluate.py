@@ -1,8 +1,8 @@
-"""Evaluation: every line of a test set is one sample; the same numbers on any number of ranks.
+"""Evaluation of a test set: one sample per line, with scores independent of the number of ranks.
 
-Test lines are cut into fixed chunks by line number and the chunks dealt to the ranks, so an image
-is always made beside the same neighbours; its noise is keyed by (seed, line number).  Means are
-taken in float64 in line order.
+Lines are split into fixed chunks by line number, which are distributed over the ranks, so that the
+batch of an image is always the same.  Noise depends on (seed, line number).  Means are taken in
+float64 in line order.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +39,7 @@ from diffusion_nft.rewards.worker import ScoringWorker, gather_scores
 
 _MODEL_BASED = ("imagereward", "pickscore", "aesthetic", "unifiedreward", "clipscore", "hpsv2")
 
-# What a test set is usually scored by.
+# Rewards of a test set if none are chosen.
 DEFAULT_REWARDS: dict[str, tuple[str, ...]] = {
     "geneval": ("geneval",),
     "ocr": ("ocr",),
@@ -54,15 +54,15 @@ def choose_rewards(
 ) -> dict[str, float]:
     """Reward -> weight of a stand-alone evaluation of ``dataset``.
 
-    ``chosen`` and ``skipped`` are comma-separated names; none chosen: the usual ones of the data
-    set, else those of the flat configuration ``run``.  Weights are the run's where it has them (0
-    for what it held out), so that "total" is what training logged, else 1.  Raises ValueError if
-    nothing is left or a skipped one is not there.
+    ``chosen`` and ``skipped`` are comma-separated names.  If none are chosen: the defaults of the
+    data set, else the rewards of the flat configuration ``run``.  Weights are those of the run (0
+    for held-out rewards), so that "total" is the total of training, else 1.  Raises ValueError if
+    no reward is left or a skipped reward is not among them.
     """
     held_out = run.get("eval.held_out_rewards", ())
     trained = [key.removeprefix("reward_fn.") for key in run if key.startswith("reward_fn.")]
-    usual = DEFAULT_REWARDS.get(Path(dataset).name, (*trained, *held_out))
-    names = chosen.split(",") if chosen else usual
+    default = DEFAULT_REWARDS.get(Path(dataset).name, (*trained, *held_out))
+    names = chosen.split(",") if chosen else default
     without = skipped.split(",") if skipped else []
     if unknown := [reward for reward in without if reward not in names]:
         raise ValueError(f"--skip_rewards {unknown[0]!r} is not among {', '.join(names)}")
@@ -75,7 +75,7 @@ def choose_rewards(
         raise ValueError(
             "--skip_rewards leaves no reward"
             if names
-            else f"dataset {dataset!r} has no usual rewards: choose with --reward"
+            else f"dataset {dataset!r} has no default rewards: choose with --reward"
         )
     return weights
 
@@ -93,12 +93,12 @@ def evaluate(
 ) -> Evaluation:
     """Samples and scores every line of ``prompts`` with the model's active adapter.
 
-    ``config``: ``seed``, ``resolution`` and ``eval.{solver, num_steps, guidance_scale,
-    batch_size}`` are read.  ``lines``: where each prompt stands in its test set, which keys its
-    noise (None: as here).  ``num_images``: how many of a rank's images it returns, of drawn
-    lines.  ``folder``: where every image and the scores of every finished chunk are kept; what an
-    interrupted call has left there is not made again (``complete`` sees to it that the settings
-    were the same).  Raises RewardError on every rank if a reward fails on any.
+    ``config`` has ``seed``, ``resolution`` and ``eval.{solver, num_steps, guidance_scale,
+    batch_size}``.  ``lines``: line number of each prompt in the test set, which determines its
+    noise (default: its index).  ``num_images``: number of images to return per rank.  ``folder``:
+    folder for all images and the scores of finished chunks; those left there by an interrupted call
+    are reused (``complete`` checks that the settings are the same).  Raises RewardError on every
+    rank if a reward fails on any.
     """
     seed, batch_size = config.seed, config.eval.batch_size
     places = range(len(prompts)) if lines is None else lines
@@ -110,7 +110,7 @@ def evaluate(
         if folder is not None and has_images(folder, [places[i] for i in chunk])
     }
     undrawn = [i for chunk in mine if chunk not in drawn for i in chunk]
-    # All at once, kept on the host: offloaded text encoders come to the device only once.
+    # Encode all texts first and keep them on the host: offloaded text encoders are moved only once.
     texts = dict.fromkeys(prompts[i].text for i in undrawn)
     row = {text: i for i, text in enumerate(texts)}
     embedded = model.encode_cached(list(row))
@@ -128,7 +128,7 @@ def evaluate(
         return images
 
     saved: list[Future[None]] = []
-    # Images are saved by a thread of their own: those that wait for their scores are not lost.
+    # Images are saved in a separate thread, without waiting for their scores.
     with ThreadPoolExecutor(1) as saver:
         result = _collect(
             draw,
@@ -143,7 +143,7 @@ def evaluate(
     for future in saved:
         future.result()
     if folder is not None:
-        dist.barrier()  # all images are there, or an error ended the evaluation
+        dist.barrier()  # until all ranks have saved their images
     return result
 
 
@@ -160,16 +160,16 @@ def complete(
     lines: Sequence[int],
     keep_images: bool,
 ) -> None:
-    """Does what the evaluation of ``prompts`` in ``folder`` still lacks, and writes its results.
+    """Completes the evaluation of ``prompts`` in ``folder``, and writes its results.
 
-    ``lines`` as in ``evaluate``.  ``record``: all that decides the images, and
-    ``PER_REWARD_SETTINGS``.  ``model`` and ``rewards`` are called only where images or scores are
-    missing; scores of earlier rewards stay.  Raises ValueError if ``folder`` holds other images,
-    and what ``evaluate`` raises.
+    ``lines`` as in ``evaluate``.  ``record``: all settings that determine the images, and
+    ``PER_REWARD_SETTINGS``.  ``model`` and ``rewards`` are called only if images or scores are
+    missing; scores of earlier rewards are kept.  Raises ValueError if ``folder`` holds other
+    images, and the errors of ``evaluate``.
     """
     reserve_folder(folder, record, dist)
     done, drawn = finished(folder), has_images(folder, lines)
-    # One view for all ranks: on a network file system they may see different ones for a moment.
+    # From one rank, as a network file system may show different states to others.
     done, drawn = dist.broadcast_object((done, drawn))
     before = done["settings"] if done else {}
     earlier = before.get("rewards", {})
@@ -200,10 +200,10 @@ def rescore(
     batch_size: int,
     dist: Distributed,
 ) -> Evaluation:
-    """Scores the images that an earlier ``evaluate`` of the same ``lines`` kept in ``folder``,
-    where the scores of finished chunks are kept as well until ``write_results``.
+    """Scores the images that ``evaluate`` saved in ``folder`` for the same ``lines``.
 
-    Raises FileNotFoundError if the image of a line is missing.
+    Scores of finished chunks are saved there until ``write_results``.  Raises FileNotFoundError if
+    an image is missing.
     """
     return _collect(
         lambda chunk: read_images(folder, [lines[i] for i in chunk]).to(dist.device),
@@ -220,7 +220,7 @@ def rescore(
 def _scorer(
     rewards: RewardSet, prompts: list[Prompt], places: Sequence[int], folder: Path | None
 ) -> Callable[[Images, range], Scores]:
-    """Scores a chunk, or remembers from ``folder`` how the same rewards scored it."""
+    """A function that scores a chunk, or reads its scores by equal rewards from ``folder``."""
 
     def score(images: Images, lines: range) -> Scores:
         scores = None if folder is None else read_scores(folder, lines, rewards)
@@ -232,7 +232,7 @@ def _scorer(
                 [p.metadata for p in chosen],
                 [f"line {places[line] + 1}" for line in lines],
             )
-            # A reward that has failed may be fixed when this is repeated.
+            # Not with failed images, which a later call scores again.
             if folder is not None and not scores.reasons:
                 write_scores(folder, lines, scores, rewards)
         return scores
@@ -241,7 +241,7 @@ def _scorer(
 
 
 def _chunks(num_lines: int, size: int, dist: Distributed) -> list[list[range]]:
-    """The fixed chunks of lines, dealt to the ranks: a list for each."""
+    """The fixed chunks of lines, by rank."""
     chunks = [range(start, min(start + size, num_lines)) for start in range(0, num_lines, size)]
     return [chunks[rank :: dist.world_size] for rank in range(dist.world_size)]
 
@@ -256,7 +256,7 @@ def _collect(
     num_images: int,
     max_unscored: int,
 ) -> Evaluation:
-    """Deals fixed chunks of lines to the ranks, scores in the background, restores the order."""
+    """Scores the images of this rank's chunks in the background and gathers the evaluation."""
     by_rank = _chunks(len(prompts), batch_size, dist)
     mine = [line for chunk in by_rank[dist.rank] for line in chunk]
     shown = {mine[i] for i in draw_lines([prompts[line] for line in mine], num_images)}

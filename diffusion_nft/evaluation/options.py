@@ -1,4 +1,4 @@
-"""Model, LoRA, sampler and rewards of a script: from flags, the checkpoint's run, or DEFAULTS."""
+"""Evaluation options of the scripts, from flags, the run of a checkpoint, or DEFAULTS."""
 
 import argparse
 import os
@@ -26,7 +26,7 @@ from diffusion_nft.validation.checks import reward_addresses, reward_options
 from diffusion_nft.validation.flat import flatten, unflatten, with_defaults
 from diffusion_nft.validation.schema import validate_settings
 
-# Settings without a checkpoint; a checkpoint brings those of its run.
+# Settings without a checkpoint.
 DEFAULTS: dict[str, Any] = {
     "pretrained.model_type": "sd3",
     "pretrained.model": "stabilityai/stable-diffusion-3.5-medium",
@@ -49,7 +49,7 @@ BUILT_IN_SETTINGS: dict[str, Any] = {
     "mixed_precision": "no",
     "eval.num_steps": 10,
 }
-# Parts of a folder's name, for settings that are not the usual ones.
+# Parts of a folder name for settings that differ from the defaults.
 FILE_NAME_PARTS = {
     "eval.solver": "{}",
     "eval.num_steps": "{}steps",
@@ -57,28 +57,30 @@ FILE_NAME_PARTS = {
     "mixed_precision": "{}",
     "pretrained.max_sequence_length": "{}tokens",
 }
-# T5 tokens in the published evaluation script, which trains at 128.
+# T5 tokens in the published evaluation script; the published training uses 128.
 PUBLISHED_LENGTH = 256
 
 
 def add_model_flags(parser: argparse.ArgumentParser, *, lora_required: bool = False) -> None:
-    """The flags that ``resolve_options`` reads."""
+    """Adds the flags that ``resolve_options`` reads."""
     lora = parser.add_mutually_exclusive_group(required=lora_required)
     lora.add_argument(
-        "--checkpoint_path", type=user_path, help="a checkpoint or a run directory (its latest)"
+        "--checkpoint_path",
+        type=user_path,
+        help="checkpoint, or run directory for its latest checkpoint",
     )
     lora.add_argument(
         "--lora_hf_path",
         type=path_or_name,
-        help="a LoRA on the hub, or a local PEFT folder or diffusers file",
+        help="LoRA on the hub, or a local PEFT folder or diffusers file",
     )
     add = parser.add_argument
-    add("--adapter", default=DEFAULT_ADAPTER, help="which one of a PEFT folder with several")
+    add("--adapter", default=DEFAULT_ADAPTER, help="adapter of a PEFT folder with several")
     add(
         "--pretrained",
         dest="pretrained.model",
         type=path_or_name,
-        help="base model: folder, hub name, or 'shapes'",
+        help="base model: folder, hub name or 'shapes'",
     )
     add("--model_type", dest="pretrained.model_type", choices=sorted(MODELS))
     add("--num_inference_steps", dest="eval.num_steps", type=positive)
@@ -91,24 +93,24 @@ def add_model_flags(parser: argparse.ArgumentParser, *, lora_required: bool = Fa
         "--match_published",
         action="store_const",
         const=True,
-        help=f"as the published evaluation script: {PUBLISHED_LENGTH} T5 tokens, whole-numbered "
+        help=f"match the published evaluation script: {PUBLISHED_LENGTH} T5 tokens, integer "
         "timesteps, transformer weights in float32 (docs/evaluation.md)",
     )
 
 
 def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that the scripts which evaluate share."""
+    """Adds the common flags of the evaluation scripts."""
     add = parser.add_argument
     add("--output_dir", type=user_path)
     add("--seed", type=int, help="of the noise")
     add("--batch_size", dest="eval.batch_size", type=positive, help="images per batch")
-    add("--limit", type=positive, default=0, help="size of a random part of each test set")
+    add("--limit", type=positive, default=0, help="size of a random subset of each test set")
     add("--skip_rewards", default="", help="comma-separated")
-    add("--max_unscored", type=natural, help="how many images may have no score")
+    add("--max_unscored", type=natural, help="maximum number of images without a score")
     pairs: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
-    reward_servers, option = "score by a server; NAME=local: here", "set an option of a reward"
-    add("--reward_servers", type=_served, metavar="NAME=URL", help=reward_servers, **pairs)
-    add("--option", type=_reward_option, metavar="NAME.KEY=VALUE", help=option, **pairs)
+    help = "server of a reward; NAME=local to score in this process"
+    add("--reward_servers", type=_served, metavar="NAME=URL", help=help, **pairs)
+    add("--option", type=_reward_option, metavar="NAME.KEY=VALUE", help="reward option", **pairs)
 
 
 def named_rewards(args: argparse.Namespace) -> set[str]:
@@ -117,7 +119,7 @@ def named_rewards(args: argparse.Namespace) -> set[str]:
 
 
 def _served(text: str) -> tuple[str, tuple[str, ...]]:
-    """argparse's type of NAME=URL, with commas between several addresses, or of NAME=local."""
+    """argparse type of NAME=URL[,URL...] or NAME=local."""
     name, _, addresses = text.partition("=")
     if addresses == "local":
         return name, ()
@@ -127,7 +129,7 @@ def _served(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _reward_option(text: str) -> tuple[str, Any]:
-    """argparse's type of NAME.KEY=VALUE: the dotted key of the setting, and its value."""
+    """argparse type of NAME.KEY=VALUE: the dotted key of the setting, and its value."""
     key, value = parse_option(text)
     name, _, option = key.partition(".")
     if complaint := reward_options({name: {option: value}}):
@@ -139,18 +141,19 @@ def _reward_option(text: str) -> tuple[str, Any]:
 class EvalOptions:
     """Resolved evaluation options."""
 
-    config: ConfigDict  # DEFAULTS, then ``run``, the script's own settings, the flags given
+    config: ConfigDict  # DEFAULTS updated by ``run``, settings of the script, and flags
     run: dict[str, Any]  # flat configuration of the checkpoint's run; empty without a checkpoint
     checkpoint: Path | None
-    lora: str  # local path or hub name; empty: the base model
+    lora: str  # local path or hub name; empty for the base model
     adapter: str
-    name: str  # of the model, for people and file names
-    usual: dict[str, Any]  # settings without run and flags, flat
-    served: dict[str, tuple[str, ...]]  # rewards scored by servers -> addresses
+    name: str  # of the model
+    usual: dict[str, Any]  # flat settings without run and flags
+    served: dict[str, tuple[str, ...]]  # reward -> addresses of its servers
 
     def folder_name(self, limit: int) -> str:
-        """Folder name of an evaluation of ``limit`` lines (0: all) of a test set: model, guidance,
-        seed, and unusual settings."""
+        """Folder name of an evaluation of ``limit`` lines (0: all): model, guidance, seed, and
+        settings that differ from the defaults.
+        """
         settings = flatten(self.config)
         parts = [self.name, f"cfg{settings['eval.guidance_scale']:g}", f"seed{settings['seed']}"]
         parts += ["published"] if settings["match_published"] else []
@@ -167,7 +170,7 @@ class EvalOptions:
         weights: Mapping[str, float],
         limit: int,
     ) -> dict[str, Any]:
-        """Everything that the numbers of an evaluation depend on."""
+        """All settings that the results of an evaluation depend on."""
         settings = flatten(self.config)
         record = {key: settings[key] for key in DEFAULTS}
         record |= {"dataset": dataset, "dataset_sha256": sha256(split_file(dataset, "test"))}
@@ -185,14 +188,14 @@ class EvalOptions:
 
     @property
     def _options(self) -> dict[str, Any]:
-        """Options of the rewards scored here."""
+        """Options of the rewards that are not scored by servers."""
         options = self.config.get("reward_options", {})
         return {name: dict(own) for name, own in options.items() if name not in self.served}
 
     def check_test_prompts(
         self, names: Iterable[str], prompts: Sequence[Prompt], lines: Sequence[int]
     ) -> None:
-        """Raises as ``rewards.check_prompts`` for the ``lines`` of a test set."""
+        """Raises the errors of ``rewards.check_prompts`` for ``lines`` of a test set."""
         check_prompts(
             names,
             [prompt.text for prompt in prompts],
@@ -203,8 +206,8 @@ class EvalOptions:
         )
 
     def rewards(self, weights: Mapping[str, float], dist: Distributed) -> RewardSet:
-        """The rewards of ``weights``.  Raises what ``rewards.build_reward`` raises."""
-        # Loading a model sets this too, but scoring may need no model.
+        """The rewards of ``weights``.  Raises the errors of ``rewards.build_reward``."""
+        # Also set by loading a model, which scoring may not need.
         set_tf32(self.config.allow_tf32)
         return RewardSet.build(
             weights,
@@ -222,7 +225,7 @@ class EvalOptions:
             return lora_file(fetch_lora(self.lora), self.adapter)
 
     def model(self, dist: Distributed) -> Any:
-        """The base model with the LoRA, if there is one, active.  Raises OSError or ValueError."""
+        """The base model with the LoRA, if any, active.  Raises OSError or ValueError."""
         model = load_model(self.config, dist)
         self.policy(model, dist)
         return model
@@ -230,8 +233,8 @@ class EvalOptions:
     def policy(self, model: Any, dist: Distributed) -> Policy | None:
         """The LoRA's policy on ``model``, active; None for the base model.
 
-        Prints if it names another base model or adapts other layers than training does.  Raises
-        OSError or ValueError, naming the LoRA, if it is not available or does not fit.
+        Prints a note if the LoRA names another base model or adapts other layers than in training.
+        Raises OSError or ValueError, naming the LoRA, if it is not available or does not fit.
         """
         if not self.lora:
             return None
@@ -253,10 +256,10 @@ class EvalOptions:
 def resolve_options(
     args: argparse.Namespace, script: Mapping[str, Any] | None = None
 ) -> EvalOptions:
-    """Joins the parsed flags (settings by their dotted keys) with the checkpoint's run.
+    """Resolves the parsed flags (settings by dotted keys) with the run of the checkpoint.
 
-    ``script``: settings of the script, which override the run's.  Raises ValueError for invalid
-    settings or a missing checkpoint.
+    ``script``: settings of the script, which override those of the run.  Raises ValueError for
+    invalid settings or a missing checkpoint.
     """
     run: dict[str, Any] = {}
     checkpoint: Path | None = None
@@ -274,7 +277,7 @@ def resolve_options(
     elif "match_published" in given:
         published = {"pretrained.max_sequence_length": PUBLISHED_LENGTH}
     usual = DEFAULTS | family | script | published
-    # Only the evaluating scripts have these flags.
+    # Only evaluation scripts have these flags.
     options, servers = (dict(getattr(args, flag, ())) for flag in ("option", "reward_servers"))
     settings = DEFAULTS | family | run | script | published | given | options
     validate_settings({key: settings[key] for key in DEFAULTS})
@@ -285,8 +288,8 @@ def resolve_options(
     for reward in (key.split(".")[1] for key in options):
         if reward in served:
             raise ValueError(
-                f"--option {reward}...: its options go to its server, {served[reward][0]}; "
-                f"--reward_servers {reward}=local scores here"
+                f"--option {reward}...: set the options of this reward at its server, "
+                f"{served[reward][0]}, or use --reward_servers {reward}=local"
             )
     return EvalOptions(
         unflatten(settings), run, checkpoint, lora, args.adapter, name, usual, served
@@ -294,11 +297,11 @@ def resolve_options(
 
 
 def _model_name(given: str) -> str:
-    """Name of a hub repository or a path: of a path several parts, as the last is often "lora"."""
+    """Name for a hub repository or path; of a path several parts, as the last is often "lora"."""
     parts = Path(given).parts
     if os.path.exists(given):
-        # Without following links: as the user named it.
+        # Links are not followed, to keep the given name.
         parts = Path(os.path.abspath(given)).parts[1:]
-        # For a checkpoint in a run directory: the names of both.
+        # For a checkpoint in a run directory: the names of run and checkpoint.
         parts = parts[-3:] if parts[-2:-1] == ("checkpoints",) else parts[-4:]
     return "-".join(part for part in parts if part not in ("/", "checkpoints"))

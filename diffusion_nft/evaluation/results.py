@@ -1,8 +1,8 @@
-"""Results of an evaluation: in memory, with statistics, and in a folder.
+"""Results of an evaluation, their statistics, and the folder in which they are stored.
 
-The folder has ``settings.json``, written first; ``images/<line>.png``, if they are kept;
-``progress/``, the scores of each finished chunk of lines until all are finished; and, written last,
-``evaluation_results.jsonl`` and ``average_scores.json``.
+The folder has ``settings.json``, written first; ``images/<line>.png``, if kept; ``progress/``, the
+scores of finished chunks of lines until all are finished; and ``evaluation_results.jsonl`` and
+``average_scores.json``, written last.
 """
 
 import json
@@ -29,7 +29,7 @@ from diffusion_nft.utils.files import naming, read_lines, read_object, write_ato
 
 # Metric for the number of test lines of an evaluation.
 NUM_SAMPLES = "eval/num_samples"
-# Settings by name of reward; rewards may be added to an evaluation with kept images.
+# Settings by reward; rewards may be added to an evaluation with saved images.
 PER_REWARD_SETTINGS = ("rewards", "reward_options", "reward_servers")
 SETTINGS_FILE, IMAGES, PROGRESS = "settings.json", "images", "progress"
 RESULTS_FILE, AVERAGES_FILE = "evaluation_results.jsonl", "average_scores.json"
@@ -37,22 +37,22 @@ RESULTS_FILE, AVERAGES_FILE = "evaluation_results.jsonl", "average_scores.json"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of N test lines, in line order, and a few images."""
+    """Scores of N test lines, in line order, and some images."""
 
     prompts: list[Prompt]
     scores: dict[str, list[float]]  # "total", each reward and component -> N numbers
     diversity: float
     images: Images  # up to num_images, of this rank's lines
-    image_lines: list[int]  # their positions among the N
-    lines: Sequence[int]  # line numbers of the N in the test set, from 0
+    image_lines: list[int]  # indices of ``images`` among the N lines
+    lines: Sequence[int]  # line numbers in the test set, from 0
 
     @property
     def num_unscored(self) -> int:
-        """Number of lines without a score, which are left out of the means."""
+        """Number of lines without a score, which are excluded from the means."""
         return sum(map(math.isnan, self.scores["total"]))
 
     def averages(self) -> dict[str, Any]:
-        """Contents of ``average_scores.json``: means and standard errors, also per tag; no NaN.
+        """Contents of ``average_scores.json``: means and errors, also per tag, without NaN.
 
         Raises RewardError if no line has a score.
         """
@@ -87,7 +87,7 @@ class Evaluation:
         return {name: value for name, value in means.items() if value["count"]}
 
     def metrics(self) -> dict[str, float]:
-        """Flat ``eval/*`` numbers for the log."""
+        """Flat ``eval/*`` metrics."""
         summary = self.averages()
         flat = {f"eval/{name}": value["mean"] for name, value in summary["mean"].items()}
         for tag, means in summary.get("tags", {}).items():
@@ -99,9 +99,9 @@ class Evaluation:
 
 
 def mean_and_error(values: list[float], clusters: list[str]) -> dict[str, float]:
-    """Mean of ``values`` without NaN, its standard error by ``clusters``, and their count.
+    """Mean of ``values`` except NaN, its standard error by ``clusters``, and their count.
 
-    Repeats of a prompt are not independent, hence the cluster-robust error of a mean,
+    As samples of the same prompt are not independent, the error is cluster-robust:
     sqrt(G/(G-1) sum_g (sum_i e_gi)^2) / n for G clusters (Liang & Zeger 1986); NaN for one cluster.
     """
     kept = [(v, c) for v, c in zip(values, clusters, strict=True) if not math.isnan(v)]
@@ -120,7 +120,7 @@ def mean_and_error(values: list[float], clusters: list[str]) -> dict[str, float]
 
 
 def _mean_over_tags(tags: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of the tags' means, and its standard error from theirs (tags are independent)."""
+    """Mean of the means of the tags, and its standard error for independent tags."""
     mean = math.fsum(tag["mean"] for tag in tags) / len(tags)
     return {
         "mean": mean,
@@ -131,9 +131,9 @@ def _mean_over_tags(tags: list[dict[str, float]]) -> dict[str, float]:
 def reserve_folder(folder: Path, settings: Mapping[str, Any], dist: Distributed) -> None:
     """Reserves ``folder`` for the evaluation with these ``settings``, finished or not.
 
-    Raises ValueError, naming the differing settings, if the folder holds another evaluation, or if
-    the ranks differ.  The path of the LoRA ("lora") may differ if its content ("lora_sha256") does
-    not, and so may options that decide where and how fast a reward computes; rewards may be added.
+    Raises ValueError with the differing settings if the folder holds another evaluation or the
+    ranks differ.  The path of the LoRA ("lora") may differ if its content ("lora_sha256") does not,
+    and so may reward options that only affect device and speed.  Rewards may be added.
     """
     wanted = json.loads(json.dumps(settings))
     for found in dist.gather_objects(wanted):
@@ -141,16 +141,16 @@ def reserve_folder(folder: Path, settings: Mapping[str, Any], dist: Distributed)
             if found.get(key) != wanted.get(key):
                 raise ValueError(
                     f"ranks differ in {key}: {found.get(key)!r} and {wanted.get(key)!r} (for a "
-                    "run that is still training, name a checkpoint, not the run's directory)"
+                    "run that is still training, give a checkpoint, not the run directory)"
                 )
     path = folder / SETTINGS_FILE
     lines: list[str] = []
-    # One rank reads for all: the others could see a half-written file.
+    # One rank reads, as the others could see a half-written file.
     begun = {other.name for other in folder.glob("*")} - {SETTINGS_FILE, LOCK_FILE}
     if dist.is_main and path.exists() and begun:
-        # A setting that an earlier version did not have was at its present default.
+        # Settings that an earlier version did not have were at their present defaults.
         defaults = {key: DEFAULTS[key] for key in wanted if key in DEFAULTS}
-        old, new = _deciding(defaults | read_object(path)), _deciding(wanted)
+        old, new = _determining(defaults | read_object(path)), _determining(wanted)
         added = {key for key in old.keys() ^ new.keys() if key.startswith("reward_options.")}
         lines = [
             f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
@@ -163,13 +163,13 @@ def reserve_folder(folder: Path, settings: Mapping[str, Any], dist: Distributed)
         raise ValueError(
             f"{folder} holds another evaluation:\n  "
             + "\n  ".join(lines)
-            + "\ngive another --output_dir, or remove that folder"
+            + "\nuse another --output_dir or remove that folder"
         )
 
 
-def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide images and scores, with ``reward_options.NAME`` for each reward that
-    is not scored by a server.
+def _determining(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that determine images and scores, with ``reward_options.NAME`` of each reward
+    that is not scored by a server.
     """
     options, reward_servers = settings.get("reward_options", {}), settings.get("reward_servers", {})
     own = {n: options.get(n, {}) for n in settings.get("rewards", {}) if n not in reward_servers}
@@ -201,13 +201,13 @@ def has_images(folder: Path, lines: Iterable[int]) -> bool:
 
 
 def save_images(images: Images, lines: Iterable[int], folder: Path) -> None:
-    """Writes the images of test ``lines``; one that is not finite is written fully transparent."""
+    """Writes the images of test ``lines``; non-finite images are fully transparent."""
     for image, line in zip(images.to_pil(), lines, strict=True):
         save_png(image, image_path(folder, line))
 
 
 def read_images(folder: Path, lines: Iterable[int]) -> Images:
-    """The images that ``save_images`` wrote.  Raises FileNotFoundError if one is missing."""
+    """Reads the images of ``save_images``.  Raises FileNotFoundError if one is missing."""
     pixels, finite = [], []
     for line in lines:
         with Image.open(image_path(folder, line)) as image:
@@ -222,14 +222,14 @@ def _progress_path(folder: Path, lines: range) -> Path:
 
 
 def write_scores(folder: Path, lines: range, scores: Scores, rewards: RewardSet) -> None:
-    """Writes the scores of ``lines`` by ``rewards``, for a repeated evaluation."""
+    """Writes the scores of ``lines`` by ``rewards``."""
     parts = {name: _without_nan(part.tolist()) for name, part in scores.parts.items()}
     numbers = {"total": scores.total.tolist(), "parts": parts}
     write_json(_progress_path(folder, lines), {"by": _identity(rewards), **numbers})
 
 
 def read_scores(folder: Path, lines: range, rewards: RewardSet) -> Scores | None:
-    """The scores that ``write_scores`` wrote for ``lines`` and equal ``rewards``, if any."""
+    """Reads the scores of ``write_scores`` for ``lines`` and equal ``rewards``, if any."""
     path = _progress_path(folder, lines)
     found = read_object(path) if path.is_file() else {}
     if found.get("by") != _identity(rewards):
@@ -239,7 +239,7 @@ def read_scores(folder: Path, lines: range, rewards: RewardSet) -> Scores | None
 
 
 def _identity(rewards: RewardSet) -> dict[str, Any]:
-    """Weights and options that the scores of ``rewards`` depend on, as read from JSON."""
+    """Weights and options that determine the scores of ``rewards``, as read from JSON."""
     options = {name: rewards.options.get(name, {}) for name in rewards.weights}
     own = {"weights": rewards.weights, "options": deciding_options(options)}
     return json.loads(json.dumps(own))
@@ -252,9 +252,9 @@ def _float64(values: list[float | None]) -> Tensor:
 def read_results(
     folder: Path, prompts: list[Prompt]
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Scores and settings that ``write_results`` wrote to ``folder``.
+    """Reads the scores and settings of ``write_results``.
 
-    Raises FileNotFoundError without them, ValueError if they are damaged or of other prompts.
+    Raises FileNotFoundError if they are missing, ValueError if damaged or for other prompts.
     """
     averages = finished(folder)
     if averages is None or not (folder / RESULTS_FILE).is_file():
@@ -267,7 +267,7 @@ def read_results(
     if [row.get("prompt") for row in rows] != [prompt.text for prompt in prompts]:
         raise ValueError(
             f"{folder} holds results of {len(rows)} other prompts than the {len(prompts)} lines to "
-            "score: give the data set and --limit with which they were drawn"
+            "score: use the data set and --limit of the images"
         )
     scores = {
         name: [math.nan if row["scores"][name] is None else row["scores"][name] for row in rows]
@@ -279,7 +279,7 @@ def read_results(
 def merge_scores(
     new: Evaluation, scores: dict[str, list[float]], weights: Mapping[str, float]
 ) -> Evaluation:
-    """``new`` with the earlier ``scores`` of the same images; the total is by ``weights``."""
+    """``new`` with the earlier ``scores`` of the same images, and the total by ``weights``."""
     joined = scores | new.scores
     rows = range(len(new.prompts))
     joined["total"] = [sum(w * joined[name][row] for name, w in weights.items()) for row in rows]
@@ -287,7 +287,7 @@ def merge_scores(
 
 
 def merge_settings(before: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by reward: from ``record`` for the rewards it scores, else from ``before``."""
+    """Settings by reward: those of ``record`` for its rewards, else those of ``before``."""
     scored = record["rewards"]
     return {
         key: {name: value for name, value in before.get(key, {}).items() if name not in scored}
@@ -297,8 +297,8 @@ def merge_settings(before: Mapping[str, Any], record: Mapping[str, Any]) -> dict
 
 
 def write_results(evaluation: Evaluation, folder: Path, *, settings: Mapping[str, Any]) -> None:
-    """Writes ``evaluation_results.jsonl`` (one object per sample) and then ``average_scores.json``,
-    which marks the evaluation as finished; removes its progress.
+    """Writes ``evaluation_results.jsonl`` (one object per sample), then ``average_scores.json``,
+    which marks the evaluation as finished; removes ``progress/``.
     """
     rows = []
     for i, (line, prompt) in enumerate(zip(evaluation.lines, evaluation.prompts, strict=True)):
@@ -319,7 +319,7 @@ def write_results(evaluation: Evaluation, folder: Path, *, settings: Mapping[str
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` to ``path`` atomically; its folder is created if needed."""
+    """Writes ``value`` to ``path`` atomically; creates the folder if needed."""
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

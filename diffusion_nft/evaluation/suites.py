@@ -1,4 +1,4 @@
-"""Suites of test sets: the table of their results, and published rows for comparison."""
+"""Suites of test sets, tables of their results, and published results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from diffusion_nft.utils.tables import markdown_table
 
 @dataclass(frozen=True)
 class Column:
-    """A mean of an evaluation, times ``scale``; ``over_tags``: the mean over tags."""
+    """Column of a table: a mean metric times ``scale``; ``over_tags``: averaged over tags."""
 
     title: str
     dataset: str
@@ -23,7 +23,7 @@ class Column:
     over_tags: bool = False
 
     def value(self, averages: Mapping[str, Any]) -> tuple[float, float | None] | None:
-        """Mean and standard error in the column's scale; None without the metric."""
+        """Scaled mean and standard error; None without the metric."""
         means = averages.get("mean_over_tags" if self.over_tags else "mean", {})
         if self.metric not in means:
             return None
@@ -34,7 +34,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Suite:
-    """Test sets, with the ``settings`` of their evaluations that flags may override."""
+    """Test sets, and default settings of their evaluation."""
 
     settings: dict[str, Any]
     columns: tuple[Column, ...]
@@ -46,8 +46,8 @@ class Suite:
 
 
 SUITES: dict[str, Suite] = {
-    # The tables of arXiv 2509.16117, in their scales: PickScore is 26 times the reward, and
-    # UnifiedReward 5 times.  GenEval's overall number is the mean of its six tags.
+    # The tables of arXiv 2509.16117, with their scales: PickScore is 26 times the reward, and
+    # UnifiedReward 5 times.  The overall GenEval score is the mean of six tags.
     "paper": Suite(
         settings={"seed": 42, "resolution": 512, "eval.num_steps": 40, "eval.solver": "flow"},
         columns=(
@@ -60,7 +60,7 @@ SUITES: dict[str, Suite] = {
             Column("ImageReward", "drawbench", "imagereward", 2),
             Column("UnifiedReward", "drawbench", "unifiedreward", 2, scale=5.0),
         ),
-        # Of Flow-GRPO each model's own score.
+        # For Flow-GRPO, only the score that each model was trained on.
         references={
             "base, no guidance": (0.24, 0.12, 20.51, 0.237, 0.204, 5.13, -0.58, 2.02),
             "base, guidance 4.5": (0.63, 0.59, 22.34, 0.285, 0.279, 5.36, 0.85, 3.03),
@@ -98,7 +98,7 @@ SUITES: dict[str, Suite] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A model's evaluations: the contents of ``average_scores.json`` by test set."""
+    """Evaluations of a model: contents of ``average_scores.json`` by test set."""
 
     name: str
     averages: dict[str, dict[str, Any]]
@@ -107,7 +107,7 @@ class Row:
 
     @property
     def judges(self) -> dict[str, Any]:
-        """Options and servers of the rewards that have any, by name."""
+        """Options and servers of the rewards, if any."""
         settings = [averages.get("settings", {}) for averages in self.averages.values()]
         return {
             f"{name}: {title}": value
@@ -118,7 +118,7 @@ class Row:
 
 
 def read_rows(folder: Path, suite: Suite) -> list[Row]:
-    """The models with a finished evaluation below ``folder``, which has one folder per model."""
+    """The models with a finished evaluation in ``folder``, which has one folder per model."""
     rows = []
     for model in sorted(path for path in folder.glob("*") if path.is_dir()):
         done = {name: finished(model / name) for name in suite.datasets}
@@ -135,7 +135,7 @@ def read_rows(folder: Path, suite: Suite) -> list[Row]:
 
 
 def as_json(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:
-    """Everything that ``as_markdown`` shows, and all other means."""
+    """The contents of ``as_markdown``, and all other means."""
     titles = [column.title for column in suite.columns]
     return {
         "references": {
@@ -160,7 +160,7 @@ def as_json(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def result_table(suite: Suite, rows: Sequence[Row]) -> str:
-    """References and models in Markdown, a row each."""
+    """Markdown table with one row per reference and model."""
     lines = [
         [
             f"reference: {name}",
@@ -176,7 +176,7 @@ def result_table(suite: Suite, rows: Sequence[Row]) -> str:
 
 
 def as_markdown(suite: Suite, rows: Sequence[Row]) -> str:
-    """The table, followed by every setting and version that the numbers depend on."""
+    """The table, followed by tables of all settings and versions."""
     counts = [
         f"- {row.name}: "
         + ", ".join(
@@ -187,8 +187,8 @@ def as_markdown(suite: Suite, rows: Sequence[Row]) -> str:
     ]
     parts = [
         result_table(suite, rows),
-        "± is the standard error of the mean, clustered by prompt.  A row whose name ends in "
-        "<N>lines is of N lines of each test set only, drawn the same way each time.",
+        "± is the standard error of the mean, clustered by prompt.  Rows whose names end in "
+        "<N>lines are for a fixed random subset of N lines of each test set.",
         "\n".join(counts),
         _comparison(rows, "settings"),
         *([_comparison(rows, "judges")] if any(row.judges for row in rows) else []),
@@ -207,7 +207,7 @@ def _cell(column: Column, row: Row) -> str:
 
 
 def _comparison(rows: Sequence[Row], part: str) -> str:
-    """A table with a row per key and a column per model."""
+    """A table with one row per key and one column per model."""
     columns = [getattr(row, part) for row in rows]
     keys = dict.fromkeys(key for column in columns for key in column)
     lines = [[key, *(str(column.get(key, "")) for column in columns)] for key in keys]

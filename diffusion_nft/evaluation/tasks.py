@@ -1,4 +1,4 @@
-"""The test sets of a suite that a command line asks for, and their rewards."""
+"""Test sets of a suite selected by flags, and their rewards."""
 
 import argparse
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class Task:
 
     dataset: str
     prompts: list[Prompt]
-    lines: list[int]  # of the test set, where the prompts stand
-    weights: dict[str, float]  # of its rewards
+    lines: list[int]  # line numbers of the prompts in the test set
+    weights: dict[str, float]  # of the rewards
     folder: Path
 
     @property
@@ -30,7 +30,7 @@ class Task:
 def suite_tasks(
     suite: Suite, args: argparse.Namespace, options: EvalOptions, model_dir: Path
 ) -> list[Task]:
-    """The test sets to evaluate.  Raises ValueError, naming all of them, for missing ones."""
+    """The test sets to evaluate.  Raises ValueError with the names of all missing ones."""
     chosen = args.datasets.split(",") if args.datasets else suite.datasets
     if unknown := [name for name in chosen if name not in suite.datasets]:
         raise ValueError(f"--datasets {unknown[0]!r}: choose from {', '.join(suite.datasets)}")
@@ -61,13 +61,13 @@ def suite_tasks(
 
 
 def try_rewards(tasks: list[Task], options: EvalOptions, dist: Distributed) -> bool:
-    """Before any sampling, builds every reward that is still needed, one at a time, on the first
-    rank.  Returns whether there are any, the same on all ranks.
+    """Builds each reward that is still needed on the first rank, to fail before any sampling.
 
-    Raises OSError, ImportError or ValueError of the first one that cannot be built.
+    Returns False on all ranks if none is needed.  Raises OSError, ImportError or ValueError if a
+    reward cannot be built.
     """
     needed = set().union(*(task.missing_rewards for task in tasks))
-    # One view for all ranks, as files may be seen at different moments.
+    # From one rank, as a network file system may show different states to others.
     needed = dist.broadcast_object(needed)
     if dist.is_main:
         for name in sorted(needed):

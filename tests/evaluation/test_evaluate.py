@@ -388,7 +388,7 @@ def test_ranks_that_resolve_latest_differently_are_refused(tmp_path):
     theirs = {"seed": 1, "lora": "run/checkpoint-6"}
     for rank in (0, 1):
         dist = Rank(rank, 2, rank, CPU, parts=(theirs,) * 2)
-        with pytest.raises(ValueError, match=r"ranks differ in lora: .*name a checkpoint"):
+        with pytest.raises(ValueError, match=r"ranks differ in lora: .*give a checkpoint"):
             reserve_folder(tmp_path, {"seed": 1, "lora": "run/checkpoint-4"}, dist)
     assert not list(tmp_path.iterdir())
 

@@ -139,7 +139,7 @@ def test_flags_go_before_the_options_and_servers_of_the_run(run_dir, tmp_path, m
     # A server has options of its own, and keys are nobody's business.
     record = choose(*run).record(HERE, str(tmp_path), {"shapes": 1.0}, 0)
     assert record["reward_options"] == {}
-    with pytest.raises(ValueError, match=r"go to its server, .*:9; --reward_servers shapes=local"):
+    with pytest.raises(ValueError, match=r"at its server, .*:9, or use .* shapes=local"):
         choose(*run, "--option", "shapes.rule=standard")
     own.update({"reward_options.unifiedreward.api_key": "s3cret"})
     record = choose(*run).record(HERE, str(tmp_path), {"unifiedreward": 1.0}, 0)

@@ -180,7 +180,7 @@ def test_a_phase_is_bound_by_what_takes_longest(flops, data, seconds, bound):
     [
         (("--set", "train.batchsize=3"), "train.batchsize"),
         (("--set", "train.batch_size=-1"), "train.batch_size"),
-        (("--set", "algorithm=best_of_n"), "the benchmark is of 'nft'"),
+        (("--set", "algorithm=best_of_n"), "supports 'nft' only"),
         (("--preset", "nothing"), "preset 'nothing' is unknown"),
         (("--rewards", "prettiness"), "prettiness"),
     ],

@@ -65,7 +65,7 @@ def test_one_failure_does_not_keep_the_others(ckpts, server, capsys):
 
 
 def test_names_are_checked_before_anything_is_fetched(ckpts, server, capsys):
-    for flags, complaint in ((["aesthetic", "nosuch"], "nosuch named"), ([], "nothing named")):
+    for flags, complaint in ((["aesthetic", "nosuch"], "'nosuch'"), ([], "no name given")):
         with pytest.raises(SystemExit) as caught:
             download(*flags)
         assert caught.value.code == 2

@@ -289,7 +289,7 @@ def test_a_stop_ends_the_runs_and_the_same_command_continues(tiny, monkeypatch, 
     threading.Thread(target=stop, daemon=True).start()
     with pytest.raises(SystemExit) as stopped:
         tiny.run("--variants", "few")
-    assert stopped.value.code == "stopped; the same command continues"
+    assert stopped.value.code == "stopped; rerun the same command to continue"
     printed = capsys.readouterr().out
     assert "tiny few seed 1: stopped" in printed and "seed 2" not in printed
     assert tiny.found() == []
@@ -339,7 +339,7 @@ def test_a_key_of_a_later_version_does_not_make_results_old(tiny):
         ((), "name an experiment"),
         (("tiny", "--variants", "fewer"), "--variants fewer: choose from plain, few"),
         (("tiny", "--jobs", 0), "--jobs: must be at least 1, not 0"),
-        (("tiny", "tiny", "--variants", "few"), "--variants are those of one experiment"),
+        (("tiny", "tiny", "--variants", "few"), "--variants needs exactly one experiment"),
     ],
 )
 def test_a_wrong_command_line_is_refused(tiny, runner, capsys, given, message):

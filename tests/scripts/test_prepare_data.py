@@ -240,11 +240,11 @@ def test_the_list_fetches_nothing(server, prepare, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        ([], "nothing named; choose from all, geneval, ocr"),
-        (["ocr", "coco"], "coco named; choose from all"),
-        (["ocr", "--generate"], "geneval, which is not named"),
-        (["geneval", "--seed", "1"], "belong to --generate"),
-        (["geneval", "--num_prompts", "5"], "belong to --generate"),
+        ([], "no name given; choose from all, geneval, ocr"),
+        (["ocr", "coco"], "unknown name 'coco'; choose from all"),
+        (["ocr", "--generate"], "--generate is for geneval only"),
+        (["geneval", "--seed", "1"], "need --generate"),
+        (["geneval", "--num_prompts", "5"], "need --generate"),
         (["geneval", "--generate", "--num_prompts", "0"], "must be at least 1, not 0"),
     ],
 )

@@ -1,0 +1,273 @@
+"""Estimated GPU memory of an SD3 model by micro-batch, without a GPU or weights.
+
+The trainer's own parts (policy, velocity, loss, backward pass, decoder) run on tensors that have
+shapes and dtypes but no storage.  The peak is the largest sum of the bytes of all live tensors
+after an operation.  Attention is fused, and dtypes are those of CUDA's autocast.  Not included: the
+CUDA context, workspaces of cuBLAS and cuDNN, fragmentation of the allocator, and rewards.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from diffusion_nft.algorithms import Batch
+from diffusion_nft.benchmarks.models import CLIP_TOKENS, Setup
+from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.flow import add_noise
+from diffusion_nft.models import image_size
+from diffusion_nft.models.embeddings import Conditioning
+from diffusion_nft.tracking.plan import memory
+from diffusion_nft.update import build_learner
+from diffusion_nft.utils.tables import markdown_table
+
+META = torch.device("meta")
+# The only one of ARCHITECTURES for which the text encoders are counted.
+WITH_TEXT_ENCODERS = "sd3.5-medium"
+# Functions used by SD3 that CUDA's autocast runs in the autocast dtype (None) or in a fixed dtype
+# (pytorch.org/docs/stable/amp.html, op reference).  Attention also runs in the autocast dtype.
+AUTOCAST = (
+    (F, "linear", None),
+    (F, "conv2d", None),
+    (torch, "addmm", None),
+    (F, "layer_norm", torch.float32),
+)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of live storages made by operations: currently ``now``, at most ``peak``."""
+
+    def __init__(self):
+        super().__init__()
+        self._sizes: dict[int, int] = {}
+        self.now = 0
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            # In-place operations and views return existing storages.
+            if isinstance(leaf, Tensor) and not func.is_view and not func._schema.is_mutable:
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+def _casting(function: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
+    """``function`` with all floating-point arguments cast to ``dtype``."""
+
+    def cast(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if floating else value
+
+    def call(*args: Any, **options: Any) -> Tensor:
+        return function(*map(cast, args), **{key: cast(value) for key, value in options.items()})
+
+    return call
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    assert not options.get("dropout_p") and not options.get("is_causal")
+    assert options.get("attn_mask") is None
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+
+@contextmanager
+def as_on_cuda(dtype: torch.dtype | None) -> Iterator[None]:
+    """Gives tensors without storage the dtypes and the attention that they have on a GPU.
+
+    ``dtype``: dtype of autocast, None if it is off.  Both fused attentions of CUDA keep the inputs,
+    the output and one number per row for the backward pass; the default for tensors without storage
+    keeps one number per pair of tokens.
+    """
+    attention = _attention
+    with ExitStack() as patches:
+        if dtype:
+            attention = _casting(_attention, dtype)
+            for module, name, to in AUTOCAST:
+                cast = _casting(getattr(module, name), to or dtype)
+                patches.enter_context(mock.patch.object(module, name, cast))
+        patches.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
+        yield
+
+
+def peak_bytes(work: Callable[[], object], autocast: torch.dtype | None) -> int:
+    """Peak bytes of the tensors made in ``work()``, as on a GPU."""
+    with as_on_cuda(autocast), LiveBytes() as live:
+        work()
+    return live.peak
+
+
+class MemoryEstimate:
+    """Memory of a model, its policy and the parts of an epoch.
+
+    Raises ValueError if the model does not support the resolution.
+    """
+
+    def __init__(self, config: ConfigDict, arch: str):
+        setup = Setup.of(config, Distributed(0, 1, 0, META), arch)
+        with META:
+            self.model: Any = setup.load()
+            learner = build_learner(config, setup.dist, self.model)
+        self.policy, self.algorithm = learner.policy, learner.algorithm
+        self.latent_shape = self.model.latent_shape(image_size(config))
+        self.kept = dict(memory(self.model, self.policy, setup.num_samples, self.latent_shape))
+        for weight in self.policy.parameters():
+            weight.grad = torch.zeros_like(weight)
+        precision = self.model.precision
+        same = precision.compute_dtype == precision.trained_dtype
+        self._autocast = None if same else precision.compute_dtype
+
+    def _inputs(self, size: int) -> tuple[Tensor, Tensor, Conditioning]:
+        """x, sigma and conditioning of a micro-batch."""
+        shape, precision = self.model.transformer.config, self.model.precision
+        length = CLIP_TOKENS + self.model.max_sequence_length
+        with META:
+            prompt_embeds = torch.empty(size, length, shape.joint_attention_dim)
+            pooled_prompt_embeds = torch.empty(size, shape.pooled_projection_dim)
+            x = torch.empty(size, *self.latent_shape, dtype=precision.trained_dtype)
+            sigma = torch.empty(size, dtype=precision.trained_dtype)
+        dtype = precision.compute_dtype
+        return x, sigma, Conditioning(prompt_embeds.to(dtype), pooled_prompt_embeds.to(dtype))
+
+    def _peak_gb(self, work: Callable[[], object]) -> float:
+        # torch's autocast does not support tensors without storage.
+        with mock.patch.object(self.model.precision, "autocast", nullcontext):
+            return peak_bytes(work, self._autocast) / 1e9
+
+    def training(self, size: int, *, checkpointing: bool) -> float:
+        """GB of a training step on a micro-batch of ``size`` (sample, sigma) pairs."""
+
+        def work() -> None:
+            x0, sigma, cond = self._inputs(size)
+            noise = torch.empty_like(x0)
+            batch = Batch(x0, noise, add_noise(x0, noise, sigma), sigma, torch.empty_like(sigma))
+
+            def velocity(policy: str) -> Tensor:
+                with self.policy.use_adapter(policy), torch.set_grad_enabled(policy == "current"):
+                    return self.model.velocity(batch.xt, sigma, cond)
+
+            losses, _ = self.algorithm.loss(velocity, batch)
+            losses.sum().backward()
+
+        transformer = self.model.transformer
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        else:
+            transformer.disable_gradient_checkpointing()
+        return self._peak_gb(work)
+
+    @torch.no_grad()
+    def sampling(self, size: int) -> float:
+        """GB of a forward pass of ``size`` samples with the old policy."""
+
+        def work() -> None:
+            with self.policy.use_adapter("old"):
+                self.model.velocity(*self._inputs(size))
+
+        return self._peak_gb(work)
+
+    def decoding(self, size: int) -> float:
+        """GB of decoding ``size`` latents together, in the decoder's precision."""
+        x0, _, _ = self._inputs(size)
+        self.model.vae_batch_size = size
+        return peak_bytes(lambda: self.model.decode(x0), autocast=None) / 1e9
+
+
+def text_encoders_gb(dtype: torch.dtype) -> float:
+    """GB of SD3's text encoders: CLIP-L/14, OpenCLIP-G/14 and the encoder of T5 v1.1 XXL."""
+    large = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768
+    )
+    giant = CLIPTextConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_attention_heads=20,
+        num_hidden_layers=32,
+        projection_dim=1280,
+    )
+    xxl = T5Config(
+        d_model=4096, d_ff=10240, num_heads=64, num_layers=24, feed_forward_proj="gated-gelu"
+    )
+    with META:
+        encoders: list[nn.Module] = [
+            CLIPTextModelWithProjection(large),
+            CLIPTextModelWithProjection(giant),
+            T5EncoderModel(xxl),
+        ]
+    size = 0
+    for encoder in encoders:
+        for name, weight in encoder.named_parameters():
+            # In fp16, transformers keeps T5's second projections in float32.
+            wide = dtype == torch.float16 and isinstance(encoder, T5EncoderModel) and ".wo." in name
+            size += weight.numel() * (4 if wide else dtype.itemsize)
+    return size / 1e9
+
+
+def estimate(config: ConfigDict, arch: str, sizes: Sequence[int]) -> dict[str, Any]:
+    """Memory in GB by micro-batch size, ready for JSON."""
+    model = MemoryEstimate(config, arch)
+    # Random pipelines have no encoders.
+    kept = {what: gb for what, gb in model.kept.items() if "encoders" not in what}
+    encoders = {}
+    if arch == WITH_TEXT_ENCODERS:
+        encoders["text encoders"] = text_encoders_gb(model.model.precision.compute_dtype)
+    return {
+        "about": {
+            "arch": arch,
+            "resolution": config.resolution,
+            "lora_rank": config.train.lora_rank,
+            "mixed_precision": config.mixed_precision,
+            "torch": torch.__version__,
+        },
+        "kept_gb": kept,
+        "encoders_gb": encoders,
+        "activations_gb": {
+            size: {
+                "training": model.training(size, checkpointing=False),
+                "training, gradient checkpointing": model.training(size, checkpointing=True),
+                "sampling": model.sampling(size),
+                "decoding": model.decoding(size),
+            }
+            for size in sizes
+        },
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results of ``estimate`` in Markdown."""
+    about, by_size = results["about"], results["activations_gb"]
+    kept = results["kept_gb"] | {"total": sum(results["kept_gb"].values())}
+    kept |= {f"{what}, unless offloaded": gb for what, gb in results["encoders_gb"].items()}
+    columns = list(next(iter(by_size.values())))
+    rows = [[str(size), *(f"{gb:.2f}" for gb in row.values())] for size, row in by_size.items()]
+    return "\n\n".join(
+        (
+            f"{about['arch']}, {about['resolution']} pixels, LoRA of rank {about['lora_rank']}, "
+            f"{about['mixed_precision']}: estimated, not measured on a GPU",
+            markdown_table(["constant", "GB"], [[what, f"{gb:.2f}"] for what, gb in kept.items()]),
+            markdown_table(["micro-batch: additional GB", *columns], rows),
+        )
+    )
