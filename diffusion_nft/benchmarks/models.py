@@ -19,7 +19,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from ml_collections import ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_nft.advantages import group_advantages, optimality, standardized_total
 from diffusion_nft.data.prompts import Prompt, epoch_prompts
@@ -142,7 +142,7 @@ class Setup:
         )
 
     def load(self, *, frozen_in_float32: bool = False) -> Any:
-        """Loads the model, with frozen weights in the compute dtype unless ``frozen_in_float32``."""
+        """Loads the model; its frozen weights are in the compute dtype or in float32."""
         config = self.config.copy_and_resolve_references()
         with config.unlocked():
             config.match_published = frozen_in_float32
@@ -174,8 +174,8 @@ def _random_pipeline(
             transformer = SD3Transformer2DModel(**arch.transformer)
             vae = AutoencoderKL(**arch.vae)
         parts: dict[str, Any] = {
-            "transformer": transformer.to(dtype.get("transformer", dtype["default"])),
-            "vae": vae.to(dtype["vae"]),
+            "transformer": _cast(transformer, dtype.get("transformer", dtype["default"])),
+            "vae": _cast(vae, dtype["vae"]),
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         }
         encoders = ("text_encoder", "tokenizer")
@@ -183,6 +183,10 @@ def _random_pipeline(
         return StableDiffusion3Pipeline(**parts, **absent)  # pyright: ignore[reportArgumentType]
 
     return build
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return module.to(dtype)  # diffusers' own ``to`` is annotated without its arguments
 
 
 def _random_embeddings(model: Any) -> Callable[[list[str]], list[Conditioning]]:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from http.client import HTTPException
@@ -75,13 +76,15 @@ def fetch_from_hub(repo: str, files: Sequence[str], target: Path | None = None) 
     """The folder with ``files`` of ``repo``, downloaded unless present, and verified.
 
     ``files``: names, and patterns with "*" of optional files.  ``target``: the folder; None: the
-    hub's cache.  Raises DownloadError.
+    hub's cache.  If the files are there and the hub does not answer, warns that they were not
+    verified.  Raises DownloadError.
     """
     page = f"{constants.ENDPOINT}/{repo}"
+    folder, present = target, False
     try:
-        folder = target
         if folder is None or _missing(folder, files):  # never replaces a user's files
             folder = Path(snapshot_download(repo, allow_patterns=[*files], local_dir=target))
+        present = not _missing(folder, files)
         checked = HfApi().verify_repo_checksums(repo, local_dir=folder)
     except RepositoryNotFoundError as error:
         raise DownloadError(
@@ -89,6 +92,9 @@ def fetch_from_hub(repo: str, files: Sequence[str], target: Path | None = None) 
             "there if it asks for that, and run `hf auth login`"
         ) from error
     except (OSError, HTTPError) as error:
+        if folder is not None and present:
+            warnings.warn(f"{folder} is not verified: {_reason(error)}", stacklevel=2)
+            return folder
         raise DownloadError(
             f"{repo} could not be fetched from {page} to {target or constants.HF_HUB_CACHE}: "
             f"{_reason(error.__cause__ or error)}"

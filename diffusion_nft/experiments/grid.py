@@ -21,8 +21,11 @@ from diffusion_nft.validation.stages import stages_of
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "scripts" / "train_nft_sd3.py"
 LOG_FILE = "experiment.log"
-# Keys, or prefixes of keys, that may differ between two runs that count as the same.
-IRRELEVANT_KEYS = ("run_name", "save_dir", "save_freq", "checkpoint.", "log.", "distributed.")
+# Keys, or prefixes of keys, that may differ between two runs that count as the same.  The limits
+# of alarms are among them: experiments only warn.
+IRRELEVANT_KEYS = (
+    *("run_name", "save_dir", "save_freq", "checkpoint.", "log.", "distributed.", "monitor.max_"),
+)
 
 
 @dataclass(frozen=True)

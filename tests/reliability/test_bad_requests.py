@@ -90,7 +90,7 @@ REQUESTS: dict[str, tuple[bytes, int, str]] = {
     "a list": (b"[]", 422, "Input should be an object, not []"),
     "null": (b"null", 422, "Input should be an object, not None"),
     "an empty object": (b"{}", 422, "protocol: Field required"),
-    "another protocol": (with_(protocol=99, prompts=0), 422, "protocol: Input should be 1, not 99"),
+    "another protocol": (with_(protocol=99, prompts=0), 422, "protocol: Input should be 2, not 99"),
     "another reward": (with_(reward="ocr"), 422, "reward 'ocr' is asked for; this server has 'sha"),
     "a path as reward": (with_(reward="../../etc/passwd"), 422, "'../../etc/passwd' is asked for"),
     "a module as reward": (with_(reward="os:system"), 422, "'os:system' is asked for"),

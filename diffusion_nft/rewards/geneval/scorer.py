@@ -55,7 +55,7 @@ class GenEvalScorer:
 
         Components, 0 or 1: ``accuracy`` (the benchmark's), ``strict_accuracy``, and
         ``accuracy/<tag>`` for each tag, NaN for images of other tags.  The benchmark's overall
-        score is the mean of the six tags' means.  Raises ValueError for metadata that is not GenEval's.
+        score is the mean of the six tags' means.  Raises ValueError for metadata of another form.
         """
         if not len(images) == len(prompts) == len(metadata):
             lengths = (

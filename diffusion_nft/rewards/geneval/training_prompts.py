@@ -121,7 +121,7 @@ def checked_prompts(folder: Path, split: str) -> list[Prompt]:
 
 
 def shares(num_prompts: int, mix: Mapping[str, int]) -> dict[str, int]:
-    """Lines per tag, with sum ``num_prompts``; the largest remainders, first ones first, round up."""
+    """Lines per tag, with sum ``num_prompts``; the largest remainders are rounded up."""
     total = sum(mix.values())
     if total < 1 or min(mix.values()) < 0 or not set(mix) <= set(TAGS):
         raise ValueError(f"mix = {dict(mix)} must give parts of {', '.join(TAGS)}")

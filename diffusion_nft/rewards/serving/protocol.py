@@ -34,7 +34,7 @@ from diffusion_nft.images import to_pil
 from diffusion_nft.rewards import RewardOutput
 
 # Version; incremented with every incompatible change.
-PROTOCOL = 1
+PROTOCOL = 2
 # Environment variable of the shared secret, for server and run.
 TOKEN_VARIABLE = "REWARD_SERVER_TOKEN"
 # Limit per request: a PNG of a few kilobytes can decompress to gigabytes.
@@ -72,7 +72,7 @@ class ScoringRequest(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    protocol: Literal[1]  # PROTOCOL
+    protocol: Literal[2]  # PROTOCOL
     reward: str
     options: dict[str, Any]
     images: Annotated[list[str], FailFast()]
