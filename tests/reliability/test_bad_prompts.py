@@ -80,7 +80,7 @@ UNFIT: dict[str, tuple[bytes, str]] = {
     "another world's object": (clause(**{"class": "zebra"}), "class 'zebra' is unknown"),
     "an object of a list": (clause(**{"class": []}), "class [] is unknown"),
     "an object without a count": (clause(count=None), "count None must be a whole number"),
-    "no such number": (clause(count=0), "count 0 must be a whole number from 1"),
+    "no such number": (clause(count=0), "count 0 must be a positive integer"),
     "half an object": (clause(count=0.5), "count 0.5 must be a whole number"),
     "a count of truth": (clause(count=True), "count True must be a whole number"),
     "an unknown colour": (clause(color="mauve"), "color 'mauve' is unknown"),

@@ -34,16 +34,16 @@ def fail(*arguments: object) -> object:
 
 
 RETURNED: dict[str, tuple[Answer, str]] = {
-    "nothing": (lambda *a: None, "returned NoneType, no RewardOutput"),
-    "a tensor": (lambda *a: ZEROS, "returned Tensor, no RewardOutput"),
-    "a tuple": (lambda *a: (ZEROS, {}), "returned tuple, no RewardOutput"),
-    "a mapping": (lambda *a: {"scores": ZEROS}, "returned dict, no RewardOutput"),
-    "its class": (lambda *a: RewardOutput, "returned type, no RewardOutput"),
-    "a list of scores": (lambda *a: RewardOutput([0.0] * 3), "returned list, no tensor"),
-    "an array": (lambda *a: RewardOutput(np.zeros(3)), "returned ndarray, no tensor"),
-    "no scores": (lambda *a: RewardOutput(None), "returned NoneType, no tensor"),
-    "text": (lambda *a: RewardOutput("0.5"), "returned str, no tensor"),
-    "one number": (lambda *a: RewardOutput(0.5), "returned float, no tensor"),
+    "nothing": (lambda *a: None, "returned NoneType, not a RewardOutput"),
+    "a tensor": (lambda *a: ZEROS, "returned Tensor, not a RewardOutput"),
+    "a tuple": (lambda *a: (ZEROS, {}), "returned tuple, not a RewardOutput"),
+    "a mapping": (lambda *a: {"scores": ZEROS}, "returned dict, not a RewardOutput"),
+    "its class": (lambda *a: RewardOutput, "returned type, not a RewardOutput"),
+    "a list of scores": (lambda *a: RewardOutput([0.0] * 3), "returned list, not a tensor"),
+    "an array": (lambda *a: RewardOutput(np.zeros(3)), "returned ndarray, not a tensor"),
+    "no scores": (lambda *a: RewardOutput(None), "returned NoneType, not a tensor"),
+    "text": (lambda *a: RewardOutput("0.5"), "returned str, not a tensor"),
+    "one number": (lambda *a: RewardOutput(0.5), "returned float, not a tensor"),
     "complex numbers": (lambda *a: RewardOutput(ZEROS + 1j), "returned torch.complex64"),
     "a scalar": (lambda *a: RewardOutput(torch.tensor(0.5)), "shape () for 3 images"),
     "none for three": (lambda *a: RewardOutput(torch.zeros(0)), "shape (0,) for 3 images"),
@@ -213,7 +213,7 @@ def test_a_bad_score_ends_a_run_with_its_state_saved(tmp_path, monkeypatch):
         return real()
 
     monkeypatch.setattr(trainer, "_sample", sample)
-    with one_thread(), pytest.raises(RewardError, match="'listing' returned list, no tensor"):
+    with one_thread(), pytest.raises(RewardError, match="'listing' returned list, not a tensor"):
         trainer.run()
     saved = Checkpointer(tmp_path).load_latest()
     assert saved is not None and saved.state["epoch"] == 1

@@ -306,29 +306,22 @@ def test_a_configured_reward_scores_every_image_in_order(name, request):
     assert {"device", *case.options} <= set(known)
 
 
-BF16 = torch.bfloat16
-
-
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("hpsv2", {"backend": "clip"}, "'clip' is unknown; choose from open_clip, hpsv2x"),
-        ("imagereward", {"backend": "blip"}, "'blip' is unknown; choose from transformers, image-"),
-        ("imagereward", {"backend": "image-reward", "dtype": BF16}, "in float32, not torch.bfloat"),
-        (
-            "ocr",
-            {"backend": "tesseract"},
-            "'tesseract' is unknown; choose from rapidocr, paddleocr",
-        ),
-        ("geneval", {"backend": "jax"}, "'jax' is unknown; choose from transformers, mmdet"),
-        ("geneval", {"channel_order": "bgr"}, "'bgr' is unknown; choose from swapped, rgb"),
-        ("geneval", {"grading": "kind"}, "'kind' is unknown; choose from published, bounded"),
-        ("geneval", {"batch_size": 0}, "batch_size 0 must be at least 1"),
+        ("hpsv2", {"backend": "clip"}, "must be one of open_clip, hpsv2x, not 'clip'"),
+        ("imagereward", {"backend": "blip"}, "must be one of transformers, image-reward, not"),
+        ("imagereward", {"backend": "image-reward", "dtype": "bf16"}, "in float32, not torch.bfl"),
+        ("ocr", {"backend": "tesseract"}, "must be one of rapidocr, paddleocr, not 'tesseract'"),
+        ("geneval", {"backend": "jax"}, "must be one of transformers, mmdet, not 'jax'"),
+        ("geneval", {"channel_order": "bgr"}, "must be one of swapped, rgb, not 'bgr'"),
+        ("geneval", {"grading": "kind"}, "must be one of published, bounded, not 'kind'"),
+        ("geneval", {"batch_size": 0}, "must be a positive integer, not 0"),
     ],
 )
 def test_what_a_reward_cannot_do_is_told_before_anything_is_loaded(name, options, words):
     with pytest.raises(ValueError, match=words):
-        reward_class(name)(device=CPU, **options)
+        build_reward(name, CPU, options)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class GenEvalScorer:
         """Graded scores: at most 1 and, as published, possibly negative.
 
         Components, 0 or 1: ``accuracy`` (the benchmark's), ``strict_accuracy``, and
-        ``accuracy/<tag>`` for each tag, NaN for images of other tags.  The benchmark's overall
+        ``accuracy/<tag>`` per tag, NaN for images of other tags.  The benchmark's overall
         score is the mean of the six tags' means.  Raises ValueError for metadata that is not GenEval's.
         """
         if not len(images) == len(prompts) == len(metadata):

@@ -147,12 +147,6 @@ def test_errors():
         score(
             images, ["", ""], [line("colors"), line("colors") | {"include": [{"class": "unicorn"}]}]
         )
-    with pytest.raises(
-        ValueError, match="grading 'kind' is unknown; choose from published, bounded"
-    ):
-        GenEvalScorer(brightness_detector, mean_color, grading="kind")
-    with pytest.raises(ValueError, match="batch_size 0 must be"):
-        GenEvalScorer(brightness_detector, mean_color, batch_size=0)
 
 
 @pytest.fixture

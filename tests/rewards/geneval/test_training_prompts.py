@@ -273,5 +273,5 @@ def test_what_cannot_be_made_is_refused():
         with pytest.raises(ValueError, match="must give parts of single_object"):
             generate(10, seed=0, mix=mix)
     everything = generate(240, seed=0, mix={"counting": 1})
-    with pytest.raises(ValueError, match="leave no counting prompt"):
+    with pytest.raises(ValueError, match="exclude all counting prompts"):
         generate(17, seed=0, test=everything)

@@ -215,7 +215,7 @@ def test_a_server_that_comes_back_goes_on():
     with serving("x", Rows()) as address:
         reward = RemoteReward("x", [address], **QUICK)
         assert len(ask(reward, 2).scores) == 2
-    with pytest.raises(ConnectionError, match=f"reward 'x' at {address} in 2 tries; .*Connect"):
+    with pytest.raises(ConnectionError, match=f"reward 'x' at {address} in 2 attempts; .*Connect"):
         ask(reward, 2)
     with serving("x", Rows(), port=int(address.rpartition(":")[2])):
         assert ask(reward, 2).scores.tolist() == [0, 1]
@@ -223,7 +223,7 @@ def test_a_server_that_comes_back_goes_on():
 
 def test_a_server_that_is_down_is_named():
     address = f"http://127.0.0.1:{unused_port()}"
-    with pytest.raises(ConnectionError, match=f"reward 'x' at {address} in 2 tries") as caught:
+    with pytest.raises(ConnectionError, match=f"reward 'x' at {address} in 2 attempts") as caught:
         RemoteReward("x", [address], **QUICK)
     assert "refused" in str(caught.value)
 
@@ -269,7 +269,7 @@ def test_a_secret_among_the_options_is_not_told(monkeypatch):
 @pytest.mark.parametrize("token", ["s3cret\n", "s3cret token", "s3cr\u00e9t"])
 def test_a_token_that_no_header_can_hold_is_refused_unquoted(monkeypatch, token):
     monkeypatch.setenv("REWARD_SERVER_TOKEN", token)
-    with pytest.raises(ValueError, match="REWARD_SERVER_TOKEN may hold") as caught:
+    with pytest.raises(ValueError, match="REWARD_SERVER_TOKEN must be") as caught:
         RemoteReward("x", ["http://127.0.0.1:9"], **QUICK)
     assert "s3cr" not in str(caught.value)
 
@@ -285,7 +285,7 @@ def test_servers_that_stall_are_given_up_after_twice_the_time_out():
     with standing_in() as one, standing_in() as two:
         remote = RemoteReward("x", [one.url, two.url], timeout=0.4, rounds=9, pause=0.01)
         one.RequestHandlerClass = two.RequestHandlerClass = Stalls
-        with pytest.raises(ConnectionError, match=r"in [234] tries"):
+        with pytest.raises(ConnectionError, match=r"in [234] attempts"):
             remote(torch.rand(1, 3, 8, 8), ["a"], [{}])
     assert len(asked) <= 4
 
@@ -327,7 +327,7 @@ FINE = {"scores": [1.0, 2.0], "components": {}}
 def test_lasting_trouble_is_an_error_after_the_last_try(status):
     with standing_in(lambda body: (status, b"<html>")) as server:
         reward = RemoteReward("x", [server.url], **QUICK)
-        with pytest.raises(ConnectionError, match=r"reward 'x'.* in 2 tries; the last: reward 'x'"):
+        with pytest.raises(ConnectionError, match=r"reward 'x'.* in 2 attempts; the last error: reward 'x'"):
             ask(reward, 2)
     assert server.scored == 2
 
@@ -518,10 +518,10 @@ def rows_server() -> Iterator[str]:
 def test_too_many_images_or_bytes_are_refused(rows_server):
     reward = RemoteReward("x", [rows_server], **QUICK)
     assert len(ask(reward, 3).scores) == 3
-    with pytest.raises(ValueError, match=r"413.*4 images in one request; this server takes 3"):
+    with pytest.raises(ValueError, match=r"413.*4 images in one request; this server accepts 3"):
         ask(reward, 4)
     for size in (64, 1024):  # 16 kB, which are sent at once, and 4 MB, which are not
-        with pytest.raises(ValueError, match=r"413.*this server takes 0.01 MB in one request"):
+        with pytest.raises(ValueError, match=r"413.*this server accepts 0.01 MB per request"):
             reward(random_images(1, size=size), [""], [{}])
 
     def endless():
