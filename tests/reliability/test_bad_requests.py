@@ -1,4 +1,4 @@
-"""A reward server and strangers' requests, a run and strangers' answers."""
+"""Invalid requests to a reward server, and invalid answers to a run."""
 
 import base64
 import io
@@ -91,7 +91,11 @@ REQUESTS: dict[str, tuple[bytes, int, str]] = {
     "null": (b"null", 422, "Input should be an object, not None"),
     "an empty object": (b"{}", 422, "protocol: Field required"),
     "another protocol": (with_(protocol=99, prompts=0), 422, "protocol: Input should be 1, not 99"),
-    "another reward": (with_(reward="ocr"), 422, "reward 'ocr' was requested; this server has 'sha"),
+    "another reward": (
+        with_(reward="ocr"),
+        422,
+        "reward 'ocr' was requested; this server has 'sha",
+    ),
     "a path as reward": (with_(reward="../../etc/passwd"), 422, "'../../etc/passwd' was requested"),
     "a module as reward": (with_(reward="os:system"), 422, "'os:system' was requested"),
     "half a pair as reward": (with_(reward="\ud800"), 422, "Invalid JSON: "),
@@ -130,7 +134,11 @@ REQUESTS: dict[str, tuple[bytes, int, str]] = {
     ),
     "too large": (with_(padding="x" * 600_000), 413, "accepts 0.5 MB per request"),
     "a path as image": (image("/etc/passwd"), 422, "image 0 is not a readable base64 PNG"),
-    "an address as image": (image("http://127.0.0.1/x.png"), 422, "image 0 is not a readable base64 PNG"),
+    "an address as image": (
+        image("http://127.0.0.1/x.png"),
+        422,
+        "image 0 is not a readable base64 PNG",
+    ),
     "an empty image": (image(""), 422, "image 0 is not a readable base64 PNG"),
     "not ASCII": (image("é"), 422, "image 0 is not a readable base64 PNG"),
     "half a pair as image": (image("\ud800"), 422, "Invalid JSON: "),
@@ -143,7 +151,11 @@ REQUESTS: dict[str, tuple[bytes, int, str]] = {
     "grey": (image(png(8, 8, color=0)), 422, "its mode is L, not RGB"),
     "with alpha": (image(png(8, 8, color=6)), 422, "its mode is RGBA, not RGB"),
     "3 bits": (image(png(8, 8, bits=3)), 422, "image 0 is not a readable base64 PNG"),
-    "no pixels for its size": (image(png(8, 8, data=b"\0")), 422, "image 0 is not a readable base64 PNG"),
+    "no pixels for its size": (
+        image(png(8, 8, data=b"\0")),
+        422,
+        "image 0 is not a readable base64 PNG",
+    ),
     "a bomb": (image(png(2**31 - 1, 2**31 - 1)), 413, "could be decompression bomb"),
     "a large one": (image(png(12_000, 12_000)), 413, "image 0 has more than"),
     "two sizes": (image(png(4, 4, data=b"\0" * 52)), 422, "the images differ in size"),
@@ -166,7 +178,7 @@ def test_a_bad_request_is_answered_by_name_and_reaches_no_reward(name, server, m
     detail = reply.json()["detail"]
     assert words in detail and len(detail) <= 2000 and len(detail.splitlines()) == 1
     assert Counting.batches - before == (status == 500)
-    # It serves the next one.
+    # The next request is served.
     sound = server.post("/score", content=with_()).json()
     assert len(sound["scores"]) == 2
 

@@ -1,4 +1,4 @@
-"""What a reward may not return, and images that it cannot take: named at the first score."""
+"""Invalid outputs of rewards and invalid images are reported at the first score."""
 
 import math
 from collections.abc import Callable
@@ -98,6 +98,7 @@ def test_any_kind_of_real_numbers_is_a_score(kind):
     values = torch.tensor([0, 1, 1]).to(getattr(torch, kind))
     found = score(lambda *a: RewardOutput(values, {"part": values}))
     assert found.total.tolist() == [0, 1, 1] and found.parts["bad/part"].dtype == torch.float64
+    assert score(lambda *a: RewardOutput(values[:0]), count=0).total.shape == (0,)
 
 
 def test_a_score_may_carry_a_graph_and_a_component_nan():
@@ -193,13 +194,7 @@ def test_an_outage_is_no_fault_of_an_image():
     assert calls == [3]
 
 
-def test_no_image_at_all_has_no_score():
-    found = score(lambda *a: RewardOutput(torch.zeros(0)), count=0)
-    assert found.total.shape == (0,)
-
-
 def test_a_bad_score_ends_a_run_with_its_state_saved(tmp_path, monkeypatch):
-    """In training: RewardError, and a checkpoint of the last sound epoch."""
     monkeypatch.setitem(REWARDS, "listing", f"{__name__}:Listing")
     monkeypatch.setattr(Listing, "sound", True)
     config = smoke(tmp_path, TINY)
@@ -220,7 +215,7 @@ def test_a_bad_score_ends_a_run_with_its_state_saved(tmp_path, monkeypatch):
 
 
 class Listing:
-    """Scores rightly while ``sound``, then as a list."""
+    """Scores as a tensor while ``sound``, then as a list."""
 
     sound = True
 

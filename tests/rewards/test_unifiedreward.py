@@ -1,4 +1,4 @@
-"""The UnifiedReward scorer against an HTTP server on loopback that plays the model."""
+"""UnifiedReward against a fake server of the model."""
 
 import asyncio
 import base64
@@ -49,7 +49,7 @@ Text Caption: [%s]"""
 
 @dataclass
 class Reply:
-    """What the server does with one request."""
+    """The server's reaction to one request."""
 
     body: str
     status: int = 200
@@ -381,7 +381,13 @@ def test_without_a_server_the_error_says_what_to_do():
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
     with pytest.raises(ConnectionError) as caught:
         UnifiedRewardReward(CPU, base_url=url, max_retries=1)
-    for part in (url, "Connection refused", "(up to 2 attempts)", "UNIFIEDREWARD_BASE_URL", COMMAND):
+    for part in (
+        url,
+        "Connection refused",
+        "(up to 2 attempts)",
+        "UNIFIEDREWARD_BASE_URL",
+        COMMAND,
+    ):
         assert part in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""GenEval's words, and the refusal of metadata that cannot be judged."""
+"""GenEval's vocabulary, and the refusal of invalid metadata."""
 
 import copy
 
