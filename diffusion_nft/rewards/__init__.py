@@ -174,7 +174,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         torch.device(device)
     except RuntimeError as error:
         raise ValueError(
-            f"the device of {name} must be 'cpu', 'cuda' or such as 'cuda:1', not {device!r}"
+            f"the device of {name} must be a device such as 'cpu' or 'cuda:1', not {device!r}"
         ) from error
 
 

@@ -286,13 +286,14 @@ def test_a_configured_reward_scores_every_image_in_order(name, request):
     assert torch.pdist(expected[:, None]).min() > 10 * case.atol
 
     reward = RewardSet.build({name: 1.0}, CPU, options={name: case.options})
-    scores = reward(Images.from_float(case.images), case.prompts, metadata)
+    images = Images.from_float(case.images)
+    scores = reward(images, case.prompts, metadata)
 
     assert scores.total.shape == (count,) and bool(scores.total.isfinite().all())
     torch.testing.assert_close(scores.total, expected, rtol=0, atol=case.atol)
     assert torch.equal(scores.parts[name], scores.total)
     for i in range(count):
-        alone = reward(case.images[i : i + 1], case.prompts[i : i + 1], metadata[i : i + 1])
+        alone = reward(images[i : i + 1], case.prompts[i : i + 1], metadata[i : i + 1])
         torch.testing.assert_close(alone.total, expected[i : i + 1], rtol=0, atol=case.atol)
     if case.near is not None:
         rough = build_reward(name, CPU, case.options | {"dtype": "bf16"})
@@ -331,7 +332,7 @@ def test_what_a_reward_cannot_do_is_told_before_anything_is_loaded(name, options
         ("ocr", "rapidocr", "onnxruntime", r'pip install -e "\.\[ocr\]"'),
         ("ocr", "paddleocr", "paddleocr", r"pip install paddlepaddle==2\.6\.2 paddleocr==2\.9\.1"),
         ("hpsv2", "open_clip", "open_clip", r'pip install -e "\.\[hpsv2\]"'),
-        ("hpsv2", "hpsv2x", "hpsv2.src", r"environment of its own.*pip install hpsv2x==1\.2\.0"),
+        ("hpsv2", "hpsv2x", "hpsv2.src", r"separate environment.*pip install hpsv2x==1\.2\.0"),
         ("imagereward", "image-reward", "ImageReward", r"image-reward==1\.5 transformers==4\."),
     ],
 )
