@@ -108,7 +108,7 @@ SPECIAL = [
     ("reward_options", {"unifiedreward": {"timeout": "1"}}, "must be of the type float"),
     ("reward_options", {"aesthetic": {"weights": 3}}, "the weights of aesthetic must be of the"),
     ("reward_options", {"clipscore": {"batch_size": 0}}, "must be a positive integer"),
-    ("reward_options", {"geneval": {"grading": "lax"}}, "the grading of geneval must be of the"),
+    ("reward_options", {"geneval": {"grading": "lax"}}, "the grading of geneval must be one of"),
     ("stages", ({},), "num_epochs = None: must be an integer >= 1"),
     ("stages", ({"num_epochs": 1, "seed": 3},), "must be the same in all stages"),
 ]
