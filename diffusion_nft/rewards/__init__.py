@@ -166,7 +166,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
                 raise ValueError(f"the {key} of {name}, {value!r}, {error}") from error
     size = options.get("batch_size", 1)
     if type(size) is not int or size < 1:
-        raise ValueError(f"the batch_size of {name} must be an integer of at least 1, not {size!r}")
+        raise ValueError(f"the batch_size of {name} must be a positive integer, not {size!r}")
     dtype, device = str(options.get("dtype", "fp32")), str(options.get("device", "cpu"))
     if dtype not in DTYPES:
         raise ValueError(f"the dtype of {name} must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -174,7 +174,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         torch.device(device)
     except RuntimeError as error:
         raise ValueError(
-            f"the device of {name} must be 'cpu', 'cuda' or such as 'cuda:1', not {device!r}"
+            f"the device of {name} must be a device such as 'cpu' or 'cuda:1', not {device!r}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""A reward server and strangers' requests, a run and strangers' answers."""
+"""Invalid requests to a reward server, and invalid answers to a run."""
 
 import base64
 import io
@@ -91,12 +91,16 @@ REQUESTS: dict[str, tuple[bytes, int, str]] = {
     "null": (b"null", 422, "Input should be an object, not None"),
     "an empty object": (b"{}", 422, "protocol: Field required"),
     "another protocol": (with_(protocol=99, prompts=0), 422, "protocol: Input should be 2, not 99"),
-    "another reward": (with_(reward="ocr"), 422, "reward 'ocr' is asked for; this server has 'sha"),
-    "a path as reward": (with_(reward="../../etc/passwd"), 422, "'../../etc/passwd' is asked for"),
-    "a module as reward": (with_(reward="os:system"), 422, "'os:system' is asked for"),
+    "another reward": (
+        with_(reward="ocr"),
+        422,
+        "reward 'ocr' was requested; this server has 'sha",
+    ),
+    "a path as reward": (with_(reward="../../etc/passwd"), 422, "'../../etc/passwd' was requested"),
+    "a module as reward": (with_(reward="os:system"), 422, "'os:system' was requested"),
     "half a pair as reward": (with_(reward="\ud800"), 422, "Invalid JSON: "),
     "a long reward": (with_(reward="x" * 100_000), 422, "reward 'xxx"),
-    "other options": (with_(options={"device": "cuda"}), 422, "their scores would be mixed"),
+    "other options": (with_(options={"device": "cuda"}), 422, "scores would not be comparable"),
     "no images": (with_(images=[], prompts=[], metadata=[]), 422, "at least one"),
     "images of text": (with_(images="abc"), 422, "images: Input should be a valid array"),
     "images of numbers": (
@@ -120,30 +124,30 @@ REQUESTS: dict[str, tuple[bytes, int, str]] = {
         "metadata.0: Input should be an object, not 'a'",
     ),
     "a prompt too few": (with_(prompts=["a"]), 422, "2 images, 1 prompts and 2 metadata"),
-    "metadata too many": (with_(metadata=[{}] * 9), 422, "as many of each are needed"),
+    "metadata too many": (with_(metadata=[{}] * 9), 422, "the numbers must be equal"),
     "a prompt with NUL": (with_(prompts=["a", "\0"]), 422, "prompts.1: a NUL (character 1)"),
     "half a pair": (with_(prompts=["\udc00", "b"]), 422, "Invalid JSON: "),
     "too many": (
         with_(images=IMAGES * 2, prompts=["a"] * 4, metadata=[{}] * 4),
         413,
-        "4 images in one request; this server takes 3",
+        "4 images in one request; this server accepts 3",
     ),
-    "too large": (with_(padding="x" * 600_000), 413, "takes 0.5 MB in one request"),
-    "a path as image": (image("/etc/passwd"), 422, "image 0 is no base64 PNG"),
-    "an address as image": (image("http://127.0.0.1/x.png"), 422, "image 0 is no base64 PNG"),
-    "an empty image": (image(""), 422, "image 0 is no base64 PNG"),
-    "not ASCII": (image("é"), 422, "image 0 is no base64 PNG"),
+    "too large": (with_(padding="x" * 600_000), 413, "accepts 0.5 MB per request"),
+    "a path as image": (image("/etc/passwd"), 422, "image 0 is not a readable"),
+    "an address as image": (image("http://127.0.0.1/x.png"), 422, "image 0 is not a readable"),
+    "an empty image": (image(""), 422, "image 0 is not a readable"),
+    "not ASCII": (image("é"), 422, "image 0 is not a readable"),
     "half a pair as image": (image("\ud800"), 422, "Invalid JSON: "),
-    "cut off": (image(IMAGES[0][:80]), 422, "image 0 is no base64 PNG"),
-    "a JPEG": (image(other_format("JPEG")), 422, "image 0 is no base64 PNG"),
-    "a GIF": (image(other_format("GIF")), 422, "image 0 is no base64 PNG"),
-    "a TIFF": (image(other_format("TIFF")), 422, "image 0 is no base64 PNG"),
-    "no width": (image(png(0, 8)), 422, "image 0 is no base64 PNG"),
-    "no height": (image(png(8, 0)), 422, "image 0 is no base64 PNG"),
+    "cut off": (image(IMAGES[0][:80]), 422, "image 0 is not a readable"),
+    "a JPEG": (image(other_format("JPEG")), 422, "image 0 is not a readable"),
+    "a GIF": (image(other_format("GIF")), 422, "image 0 is not a readable"),
+    "a TIFF": (image(other_format("TIFF")), 422, "image 0 is not a readable"),
+    "no width": (image(png(0, 8)), 422, "image 0 is not a readable"),
+    "no height": (image(png(8, 0)), 422, "image 0 is not a readable"),
     "grey": (image(png(8, 8, color=0)), 422, "its mode is L, not RGB"),
     "with alpha": (image(png(8, 8, color=6)), 422, "its mode is RGBA, not RGB"),
-    "3 bits": (image(png(8, 8, bits=3)), 422, "image 0 is no base64 PNG"),
-    "no pixels for its size": (image(png(8, 8, data=b"\0")), 422, "image 0 is no base64 PNG"),
+    "3 bits": (image(png(8, 8, bits=3)), 422, "image 0 is not a readable"),
+    "no pixels for its size": (image(png(8, 8, data=b"\0")), 422, "image 0 is not a readable"),
     "a bomb": (image(png(2**31 - 1, 2**31 - 1)), 413, "could be decompression bomb"),
     "a large one": (image(png(12_000, 12_000)), 413, "image 0 has more than"),
     "two sizes": (image(png(4, 4, data=b"\0" * 52)), 422, "the images differ in size"),
@@ -166,7 +170,7 @@ def test_a_bad_request_is_answered_by_name_and_reaches_no_reward(name, server, m
     detail = reply.json()["detail"]
     assert words in detail and len(detail) <= 2000 and len(detail.splitlines()) == 1
     assert Counting.batches - before == (status == 500)
-    # It serves the next one.
+    # The next request is served.
     sound = server.post("/score", content=with_()).json()
     assert len(sound["scores"]) == 2
 
@@ -216,8 +220,8 @@ ANSWERS: dict[str, tuple[bytes, str]] = {
     "components of a list": (answer(components=[]), "components: Input should be an object"),
     "no scores": (b'{"components": {}}', "scores: Field required"),
     "scores of text": (answer(scores="12"), "scores: Input should be a valid array, not '12'"),
-    "one for two": (answer(scores=[1]), "scores are 1 numbers, for 2 images"),
-    "three for two": (answer(scores=[1, 2, 3]), "scores are 3 numbers, for 2 images"),
+    "one for two": (answer(scores=[1]), "scores has 1 numbers for 2 images"),
+    "three for two": (answer(scores=[1, 2, 3]), "scores has 3 numbers for 2 images"),
     "texts": (answer(scores=["1", "2"]), "scores.0: Input should be a valid number, not '1'"),
     "truths": (answer(scores=[1, False]), "scores.1: Input should be a valid number, not False"),
     "lists": (answer(scores=[[1], [2]]), "scores.0: Input should be a valid number"),
@@ -229,7 +233,7 @@ ANSWERS: dict[str, tuple[bytes, str]] = {
     ),
     "400 digits": (answer(scores=[10**400, 1]), "scores.0: Input should be a finite number"),
     "5000 digits": (b'{"scores": [' + b"9" * 5000 + b"]}", "sent a malformed answer"),
-    "a short component": (answer(components={"x": [1]}), "x are 1 numbers, for 2 images"),
+    "a short component": (answer(components={"x": [1]}), "x has 1 numbers for 2 images"),
     "a component of texts": (answer(components={"x": ["a"]}), "components.x.0: Input should be a"),
     "an infinite component": (answer(components={"x": [math.inf]}), "finite number, not inf"),
 }
@@ -266,7 +270,7 @@ def test_a_sound_answer_is_read(monkeypatch):
 HEALTHS = [
     ([], ConnectionError, "Input should be an object"),
     ({}, ConnectionError, "protocol: Field required"),
-    (HEALTH | {"protocol": 7}, ValueError, f"has protocol 7, this run {PROTOCOL}"),
+    (HEALTH | {"protocol": 7}, ValueError, f"has protocol 7, this run has {PROTOCOL}"),
     (HEALTH | {"reward": "../ocr"}, ValueError, "serves reward '../ocr'"),
 ]
 

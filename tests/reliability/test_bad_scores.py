@@ -1,4 +1,4 @@
-"""What a reward may not return, and images that it cannot take: named at the first score."""
+"""Invalid outputs of rewards and invalid images are reported at the first score."""
 
 import math
 from collections.abc import Callable
@@ -34,16 +34,16 @@ def fail(*arguments: object) -> object:
 
 
 RETURNED: dict[str, tuple[Answer, str]] = {
-    "nothing": (lambda *a: None, "returned NoneType, no RewardOutput"),
-    "a tensor": (lambda *a: ZEROS, "returned Tensor, no RewardOutput"),
-    "a tuple": (lambda *a: (ZEROS, {}), "returned tuple, no RewardOutput"),
-    "a mapping": (lambda *a: {"scores": ZEROS}, "returned dict, no RewardOutput"),
-    "its class": (lambda *a: RewardOutput, "returned type, no RewardOutput"),
-    "a list of scores": (lambda *a: RewardOutput([0.0] * 3), "returned list, no tensor"),
-    "an array": (lambda *a: RewardOutput(np.zeros(3)), "returned ndarray, no tensor"),
-    "no scores": (lambda *a: RewardOutput(None), "returned NoneType, no tensor"),
-    "text": (lambda *a: RewardOutput("0.5"), "returned str, no tensor"),
-    "one number": (lambda *a: RewardOutput(0.5), "returned float, no tensor"),
+    "nothing": (lambda *a: None, "returned NoneType, not a RewardOutput"),
+    "a tensor": (lambda *a: ZEROS, "returned Tensor, not a RewardOutput"),
+    "a tuple": (lambda *a: (ZEROS, {}), "returned tuple, not a RewardOutput"),
+    "a mapping": (lambda *a: {"scores": ZEROS}, "returned dict, not a RewardOutput"),
+    "its class": (lambda *a: RewardOutput, "returned type, not a RewardOutput"),
+    "a list of scores": (lambda *a: RewardOutput([0.0] * 3), "returned list, not a tensor"),
+    "an array": (lambda *a: RewardOutput(np.zeros(3)), "returned ndarray, not a tensor"),
+    "no scores": (lambda *a: RewardOutput(None), "returned NoneType, not a tensor"),
+    "text": (lambda *a: RewardOutput("0.5"), "returned str, not a tensor"),
+    "one number": (lambda *a: RewardOutput(0.5), "returned float, not a tensor"),
     "complex numbers": (lambda *a: RewardOutput(ZEROS + 1j), "returned torch.complex64"),
     "a scalar": (lambda *a: RewardOutput(torch.tensor(0.5)), "shape () for 3 images"),
     "none for three": (lambda *a: RewardOutput(torch.zeros(0)), "shape (0,) for 3 images"),
@@ -98,6 +98,7 @@ def test_any_kind_of_real_numbers_is_a_score(kind):
     values = torch.tensor([0, 1, 1]).to(getattr(torch, kind))
     found = score(lambda *a: RewardOutput(values, {"part": values}))
     assert found.total.tolist() == [0, 1, 1] and found.parts["bad/part"].dtype == torch.float64
+    assert score(lambda *a: RewardOutput(values[:0]), count=0).total.shape == (0,)
 
 
 def test_a_score_may_carry_a_graph_and_a_component_nan():
@@ -193,13 +194,7 @@ def test_an_outage_is_no_fault_of_an_image():
     assert calls == [3]
 
 
-def test_no_image_at_all_has_no_score():
-    found = score(lambda *a: RewardOutput(torch.zeros(0)), count=0)
-    assert found.total.shape == (0,)
-
-
 def test_a_bad_score_ends_a_run_with_its_state_saved(tmp_path, monkeypatch):
-    """In training: RewardError, and a checkpoint of the last sound epoch."""
     monkeypatch.setitem(REWARDS, "listing", f"{__name__}:Listing")
     monkeypatch.setattr(Listing, "sound", True)
     config = smoke(tmp_path, TINY)
@@ -213,14 +208,14 @@ def test_a_bad_score_ends_a_run_with_its_state_saved(tmp_path, monkeypatch):
         return real()
 
     monkeypatch.setattr(trainer, "_sample", sample)
-    with one_thread(), pytest.raises(RewardError, match="'listing' returned list, no tensor"):
+    with one_thread(), pytest.raises(RewardError, match="'listing' returned list, not a tensor"):
         trainer.run()
     saved = Checkpointer(tmp_path).load_latest()
     assert saved is not None and saved.state["epoch"] == 1
 
 
 class Listing:
-    """Scores rightly while ``sound``, then as a list."""
+    """Scores as a tensor while ``sound``, then as a list."""
 
     sound = True
 

@@ -1,4 +1,4 @@
-"""Weights from strangers: pickles never run, and damaged or odd files are named."""
+"""Untrusted weights: pickles never run, and invalid files are named in errors."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ def state() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def lora(tmp_path: Path) -> Path:
-    """A folder with a sound LoRA in both layouts."""
+    """A folder with a valid LoRA in both layouts."""
     folder = tmp_path / "export"
     folder.mkdir()
     export_lora(folder, Lora(state(), "x"))
@@ -57,7 +57,7 @@ WRAPPINGS = list(pickles(Path("unused")))
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_the_pickles_of_these_tests_do_run_where_they_are_trusted(wrapping, marker, tmp_path):
-    """Otherwise, that nothing ran would say nothing."""
+    """Otherwise the other tests would pass for any loader."""
     import pickle
 
     data = pickles(marker)[wrapping]
@@ -87,7 +87,7 @@ def test_a_pickle_as_reward_weights_never_runs(loader, marker, tmp_path):
         assert str(path) in str(caught.value), wrapping
         if (loader, wrapping) == ("mmdet's", "hidden"):
             assert "could run code" in str(caught.value)
-            assert 'save {"state_dict": ...} alone' in str(caught.value)
+            assert 'save only {"state_dict": ...}' in str(caught.value)
         assert not marker.exists(), wrapping
 
 
@@ -265,7 +265,7 @@ def checkpoint(trained: Path, tmp_path: Path) -> Path:
 
 
 def sign(folder: Path) -> None:
-    """Makes the manifest fit the files, as a stranger would."""
+    """Updates the manifest to the files."""
     manifest = json.loads((folder / MANIFEST).read_text())
     for name in manifest["files"]:
         data = (folder / name).read_bytes()
@@ -285,7 +285,7 @@ def test_a_pickle_in_a_signed_checkpoint_never_runs(name, checkpoint, marker):
 
 
 def other(**changes: object) -> Callable[[Path], None]:
-    """A state that says something else, signed."""
+    """Changes the state's configuration and updates the manifest."""
 
     def damage(folder: Path) -> None:
         found = json.loads((folder / STATE).read_text())

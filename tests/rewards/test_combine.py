@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Brightness:
-    """Of the first pixel's red."""
+    """Red value of the first pixel."""
 
     built = 0
 

@@ -151,7 +151,7 @@ def test_the_published_architecture_takes_every_published_tensor():
 def test_each_image_meets_its_own_prompt_alone(reward):
     """Two rows for two pairs, not four."""
     rows = []
-    hook = reward._score.model.text.register_forward_pre_hook(
+    hook = reward.scorer.model.text.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     images = torch.stack([IMAGES[2], IMAGES[3]])
@@ -167,11 +167,11 @@ def test_missing_unexpected_and_misshapen_weights_are_refused(weights, folder, t
     key = "blip.visual_encoder.blocks.1.attn.qkv.bias"
     with pytest.raises(ValueError, match=rf"(?s)changed\.pt does not fit.*{key} is missing"):
         build_with({n: t for n, t in weights.items() if n != key}, folder, tmp_path)
-    with pytest.raises(ValueError, match=r"(?s)does not fit.*blip\.itm_head\.bias is left over"):
+    with pytest.raises(ValueError, match=r"(?s)does not fit.*blip\.itm_head\.bias is unexpected"):
         build_with({**weights, "blip.itm_head.bias": torch.zeros(2)}, folder, tmp_path)
     with pytest.raises(ValueError, match=r"(?s)does not fit.*size mismatch for mlp\.4\.weight"):
         build_with({**weights, "mlp.layers.7.weight": torch.zeros(1, 15)}, folder, tmp_path)
-    with pytest.raises(ValueError, match="holds a list where a state dict should be"):
+    with pytest.raises(ValueError, match="holds a list, not a state dict"):
         build_with([1], folder, tmp_path)
 
 
@@ -182,14 +182,14 @@ def test_what_does_not_touch_the_score_may_be_absent(weights, folder, tmp_path):
 
 
 def test_a_name_that_transformers_changed_is_an_error(weights):
-    with pytest.raises(ValueError, match=r"vision\.encoder\.stage\.0\.weight has no known"):
+    with pytest.raises(ValueError, match=r"vision\.encoder\.stage\.0\.weight has no counterpart"):
         convert(weights, ["vision.encoder.stage.0.weight"], Path("ImageReward.pt"))
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(folder, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(RECORD["vocabulary"][:-1]) + "\n")
     count = len(RECORD["vocabulary"]) + 1
-    with pytest.raises(ValueError, match=f"knows {count} tokens with .* the model {count + 1}"):
+    with pytest.raises(ValueError, match=f"has {count} tokens with .* the model has {count + 1}"):
         ImageRewardReward(
             CPU,
             tokenizer=str(tmp_path),

@@ -102,12 +102,12 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tiny_clip, tmp_path):
 
     folder = shutil.copytree(tiny_clip, tmp_path / "other")
     CLIPTokenizer().save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"knows 2 tokens, the model .* 518"):
+    with pytest.raises(ValueError, match=r"has 2 tokens, but the model .* 518"):
         PickScoreReward(device=CPU, model=tiny_clip, processor=str(folder))
 
 
 def test_a_model_out_of_reach_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     absent = str(tmp_path / "PickScore_v1")
-    with pytest.raises(OSError, match=r"PickScore_v1' is no local folder with a CLIPModel"):
+    with pytest.raises(OSError, match=r"PickScore_v1' is not a local folder with a CLIPModel"):
         PickScoreReward(device=CPU, model=absent)

@@ -43,7 +43,7 @@ tiny_config, tiny_open_clip = geneval_conftest.tiny_config, geneval_conftest.tin
 
 @dataclass
 class Case:
-    """What ``images: [B, 3, H, W]`` and ``prompts`` score with ``options``: ``expected: [B]``."""
+    """``expected: [B]`` scores of ``images: [B, 3, H, W]`` and ``prompts`` with ``options``."""
 
     images: Tensor
     prompts: list[str]
@@ -51,13 +51,13 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     metadata: list[dict] | None = None
     atol: float = 1e-6
-    near: float | None = None  # of scores in bfloat16; None: it computes in no lower precision
+    near: float | None = None  # tolerance in bfloat16; None: float32 only
 
 
 @pytest.fixture
 @torch.no_grad()
 def geneval(tiny_config, tiny_open_clip, tmp_path, monkeypatch) -> Case:
-    """A detector that finds six cats in every image, each as large as the image."""
+    """A detector that finds six cats in every image, each of the size of the image."""
     state = mmdet_state_dict(version=2, **TINY_DETECTOR)
     state["panoptic_head.cls_embed.bias"][15] = 50
     for name in ("panoptic_head.mask_embed.4", "panoptic_head.pixel_decoder.mask_feature"):
@@ -65,7 +65,7 @@ def geneval(tiny_config, tiny_open_clip, tmp_path, monkeypatch) -> Case:
         state[f"{name}.bias"].fill_(1)
     detector = tmp_path / "detector.pth"
     torch.save({"meta": {"epoch": 50}, "state_dict": state}, detector)
-    # What the reward has no options for: the published architectures.
+    # The reward has no options for its architectures.
     architecture, clip_weights = tiny_open_clip
     monkeypatch.setattr(mask2former, "swin_small_config", lambda: tiny_config)
     load = partial(scorer.ColorClassifier.load, architecture=architecture)
@@ -114,7 +114,7 @@ def ocr() -> Case:
 
 @pytest.fixture
 def random_images() -> Tensor:
-    """Of the CLIP models' own size, so that nothing is resized."""
+    """At CLIP's resolution, so that nothing is resized."""
     return smooth_images(4, 224, 224)
 
 
@@ -178,7 +178,7 @@ def hpsv2(recorded) -> Case:
 @pytest.fixture
 def imagereward(folder) -> Case:
     prompts = imagereward_tests.PROMPTS
-    # Two images of one size, in turns.
+    # Two images of one size, alternating.
     rows = [(6 + i % 2, i) for i in range(len(prompts))]
     return Case(
         torch.stack([imagereward_tests.IMAGES[image] for image, _ in rows]),
@@ -188,7 +188,7 @@ def imagereward(folder) -> Case:
             "backend": "transformers",
             "weights": str(folder / "ImageReward.pt"),
             "tokenizer": str(folder / "bert"),
-            # The one option that no text can give.
+            # The only option that is not plain text.
             "config": imagereward_tests.golden_config(),
             "dtype": "fp32",
             "batch_size": 4,
@@ -219,7 +219,7 @@ def unifiedreward(server) -> Case:
 
 @pytest.fixture
 def shapes() -> Case:
-    """Of three circles asked for, so many: the number of things and that of circles both count."""
+    """2, 3, 0 and 1 of three requested circles."""
     numbers = (2, 3, 0, 1)
     scenes = [Scene(tuple(Object("circle", "red", cell) for cell in range(n))) for n in numbers]
     caption = {"include": [{"class": "circle", "count": 3}]}
@@ -307,29 +307,22 @@ def test_a_configured_reward_scores_every_image_in_order(name, request):
     assert {"device", *case.options} <= set(known)
 
 
-BF16 = torch.bfloat16
-
-
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("hpsv2", {"backend": "clip"}, "'clip' is unknown; choose from open_clip, hpsv2x"),
-        ("imagereward", {"backend": "blip"}, "'blip' is unknown; choose from transformers, image-"),
-        ("imagereward", {"backend": "image-reward", "dtype": BF16}, "in float32, not torch.bfloat"),
-        (
-            "ocr",
-            {"backend": "tesseract"},
-            "'tesseract' is unknown; choose from rapidocr, paddleocr",
-        ),
-        ("geneval", {"backend": "jax"}, "'jax' is unknown; choose from transformers, mmdet"),
-        ("geneval", {"channel_order": "bgr"}, "'bgr' is unknown; choose from swapped, rgb"),
-        ("geneval", {"grading": "kind"}, "'kind' is unknown; choose from published, bounded"),
-        ("geneval", {"batch_size": 0}, "batch_size 0 must be at least 1"),
+        ("hpsv2", {"backend": "clip"}, "must be one of open_clip, hpsv2x, not 'clip'"),
+        ("imagereward", {"backend": "blip"}, "must be one of transformers, image-reward, not"),
+        ("imagereward", {"backend": "image-reward", "dtype": "bf16"}, "in float32, not torch.bfl"),
+        ("ocr", {"backend": "tesseract"}, "must be one of rapidocr, paddleocr, not 'tesseract'"),
+        ("geneval", {"backend": "jax"}, "must be one of transformers, mmdet, not 'jax'"),
+        ("geneval", {"channel_order": "bgr"}, "must be one of swapped, rgb, not 'bgr'"),
+        ("geneval", {"grading": "kind"}, "must be one of published, bounded, not 'kind'"),
+        ("geneval", {"batch_size": 0}, "must be a positive integer, not 0"),
     ],
 )
 def test_what_a_reward_cannot_do_is_told_before_anything_is_loaded(name, options, words):
     with pytest.raises(ValueError, match=words):
-        reward_class(name)(device=CPU, **options)
+        build_reward(name, CPU, options)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +332,7 @@ def test_what_a_reward_cannot_do_is_told_before_anything_is_loaded(name, options
         ("ocr", "rapidocr", "onnxruntime", r'pip install -e "\.\[ocr\]"'),
         ("ocr", "paddleocr", "paddleocr", r"pip install paddlepaddle==2\.6\.2 paddleocr==2\.9\.1"),
         ("hpsv2", "open_clip", "open_clip", r'pip install -e "\.\[hpsv2\]"'),
-        ("hpsv2", "hpsv2x", "hpsv2.src", r"environment of its own.*pip install hpsv2x==1\.2\.0"),
+        ("hpsv2", "hpsv2x", "hpsv2.src", r"separate environment.*pip install hpsv2x==1\.2\.0"),
         ("imagereward", "image-reward", "ImageReward", r"image-reward==1\.5 transformers==4\."),
     ],
 )

@@ -1,4 +1,4 @@
-"""The built-in world's reward on images drawn by hand."""
+"""The reward of the shapes world on hand-made images."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The UnifiedReward scorer against an HTTP server on loopback that plays the model."""
+"""UnifiedReward against a fake server of the model."""
 
 import asyncio
 import base64
@@ -49,7 +49,7 @@ Text Caption: [%s]"""
 
 @dataclass
 class Reply:
-    """What the server does with one request."""
+    """The server's reaction to one request."""
 
     body: str
     status: int = 200
@@ -285,7 +285,7 @@ def test_any_thread_may_call_and_nothing_is_left_behind(server):
         results = list(pool.map(lambda _: score(reward, *prompts), range(2)))
     assert results + asyncio.run(within_a_loop()) == [[0.8] * 12] * 4
     server.reply = lambda prompt, attempt: failing(400)
-    with pytest.raises(ValueError, match="answers 400"):
+    with pytest.raises(ValueError, match="returns 400"):
         score(reward, *prompts)
     limit = time.monotonic() + 5  # the server's own threads end a moment later
     while (server.connections or set(threading.enumerate()) - before) and time.monotonic() < limit:
@@ -338,8 +338,8 @@ def test_what_may_pass_is_tried_again(server):
     [
         (STALL, 0.3, "does not answer in time"),
         (DROP, 60, "cannot be reached, '"),
-        (failing(503), 60, """answers 503, '{"error": "no luck"}'"""),
-        (failing(429), 60, "answers 429"),
+        (failing(503), 60, """returns 503, '{"error": "no luck"}'"""),
+        (failing(429), 60, "returns 429"),
     ],
     ids=["stall", "drop", "503", "429"],
 )
@@ -349,7 +349,7 @@ def test_a_lasting_fault_is_an_error(server, fault, timeout, message):
     reward.timeout = timeout
     with pytest.raises(ConnectionError) as caught:
         score(reward, "a cat")
-    for part in (server.url, message, "(up to 2 tries)", "UNIFIEDREWARD_BASE_URL", COMMAND):
+    for part in (server.url, message, "(up to 2 attempts)", "UNIFIEDREWARD_BASE_URL", COMMAND):
         assert part in str(caught.value)
     assert server.attempts == {"a cat": 2}
 
@@ -359,14 +359,14 @@ def test_a_refused_request_is_not_tried_again(server, status):
     server.reply = lambda prompt, attempt: failing(status)
     with pytest.raises(ValueError) as caught:
         score(build(server), "a cat")
-    for part in (server.url, f"answers {status}", "no luck", "UNIFIEDREWARD_API_KEY"):
+    for part in (server.url, f"returns {status}", "no luck", "UNIFIEDREWARD_API_KEY"):
         assert part in str(caught.value)
     assert server.attempts == {"a cat": 1}
 
 
 def test_the_first_error_cancels_what_has_not_begun(server):
     server.reply = lambda prompt, attempt: Reply("{}", 400, delay=0.01)
-    with pytest.raises(ValueError, match="answers 400"):
+    with pytest.raises(ValueError, match="returns 400"):
         score(build(server, concurrency=2), *map(str, range(200)))
     assert len(server.requests) < 100
 
@@ -381,7 +381,13 @@ def test_without_a_server_the_error_says_what_to_do():
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
     with pytest.raises(ConnectionError) as caught:
         UnifiedRewardReward(CPU, base_url=url, max_retries=1)
-    for part in (url, "Connection refused", "(up to 2 tries)", "UNIFIEDREWARD_BASE_URL", COMMAND):
+    for part in (
+        url,
+        "Connection refused",
+        "(up to 2 attempts)",
+        "UNIFIEDREWARD_BASE_URL",
+        COMMAND,
+    ):
         assert part in str(caught.value)
 
 
@@ -395,11 +401,11 @@ def test_a_server_that_stalls_is_found_when_built(server, monkeypatch):
 @pytest.mark.parametrize(
     ("models", "parts"),
     [
-        (failing(401), ("answers 401", "UNIFIEDREWARD_API_KEY")),
+        (failing(401), ("returns 401", "UNIFIEDREWARD_API_KEY")),
         (Reply("<html>hello</html>"), ("does not serve OpenAI's API", "<html>hello")),
         (Reply('["a"]'), ("does not serve OpenAI's API", '["a"]')),
         (Reply('{"data": [1]}'), ("does not serve OpenAI's API", '{"data": [1]}')),
-        (Reply('{"data": []}'), ("has no model and no UnifiedReward", COMMAND)),
+        (Reply('{"data": []}'), ("serves no model, not UnifiedReward", COMMAND)),
         (
             Reply('{"data": [{"id": "llama"}, {"id": "my-UnifiedReward-7b-v1.5"}]}'),
             ("llama, my-UnifiedReward-7b-v1.5", MODEL, "UNIFIEDREWARD_MODEL", COMMAND),
@@ -484,7 +490,7 @@ def test_the_key_is_in_no_error_and_no_log(server, caplog):
 
 @pytest.mark.parametrize("key", ["secret\n", "sécret", "sec ret"])
 def test_a_key_that_no_header_can_carry_is_refused_unseen(server, key):
-    with pytest.raises(ValueError, match=r"UNIFIEDREWARD_API_KEY\) may hold") as caught:
+    with pytest.raises(ValueError, match=r"UNIFIEDREWARD_API_KEY\) must be") as caught:
         build(server, api_key=key)
     assert "cret" not in str(caught.value)
 

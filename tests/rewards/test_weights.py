@@ -1,4 +1,4 @@
-"""What the rewards need, against what the rewards themselves name and load."""
+"""The tables of reward weights against the models that the rewards load."""
 
 import importlib
 import inspect

@@ -121,9 +121,9 @@ def test_files_of_the_user_are_kept(server, prepare, tmp_path, file):
             "geneval",
             "train_metadata.jsonl",
             json.dumps(BENCH | {"tag": "size"}).encode(),
-            "no GenEval metadata: tag 'size' is unknown",
+            "invalid GenEval metadata: tag 'size' is unknown",
         ),
-        ("geneval", "train.txt", b"a cup", "no GenEval metadata: tag None is unknown"),
+        ("geneval", "train.txt", b"a cup", "invalid GenEval metadata: tag None is unknown"),
         ("ocr", "test.txt", b"caf\xe9", "not UTF-8 (byte 4)"),
     ],
 )

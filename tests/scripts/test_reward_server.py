@@ -1,4 +1,4 @@
-"""The reward server as users start it, and how little it needs around it."""
+"""The reward server as users start it, and the packages that it needs."""
 
 import signal
 import socket
@@ -64,8 +64,8 @@ def test_it_serves_until_it_is_told_to_stop(monkeypatch):
         assert process.stderr is not None and process.stderr.read() == ""
 
 
-# Runs the script in its arguments where the packages of training cannot be imported.  All rewards'
-# modules must import there, and one more reward, which takes its time, is registered.
+# Runs the script in its arguments without the packages of training.  All rewards' modules must
+# import, and a slow reward is registered.
 SLIM = """
 import importlib.abc, sys, time
 

@@ -53,9 +53,9 @@ class GenEvalScorer:
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> RewardOutput:
         """Graded scores: at most 1 and, as published, possibly negative.
 
-        Components, 0 or 1: ``accuracy`` (the benchmark's), ``strict_accuracy``, and
-        ``accuracy/<tag>`` for each tag, NaN for images of other tags.  The benchmark's overall
-        score is the mean of the six tags' means.  Raises ValueError for metadata of another form.
+        Components, 0 or 1: ``accuracy`` (the benchmark's), ``strict_accuracy``, and per tag
+        ``accuracy/<tag>``, NaN for images of other tags.  The benchmark's overall score is the mean
+        of the six tags' means.  Raises ValueError for invalid metadata.
         """
         if not len(images) == len(prompts) == len(metadata):
             lengths = (

@@ -89,18 +89,18 @@ def write_training_prompts(folder: Path, num_prompts: int, seed: int) -> str:
     target = folder / "train_metadata.jsonl"
     if files_of(folder, "test"):
         test = [prompt.metadata for prompt in checked_prompts(folder, "test")]
-        apart = f"without the {len(test):,} test prompts"
+        apart = f"apart from the {len(test):,} test prompts"
     else:
         test = []
         apart = (
-            "NOT checked against the test prompts, which are missing: once test_metadata.jsonl "
+            "NOT kept apart from the test prompts, which are missing: once test_metadata.jsonl "
             "exists, delete this file and generate it again"
         )
     lines = generate(num_prompts, seed=seed, test=test)
     content = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
-    how, found = "already exists", files_of(folder, "train")
+    how, found = "already there", files_of(folder, "train")
     if found and (found != [target] or target.read_bytes() != content):
-        raise FileExistsError(f"{found[0]} already exists: delete it to generate another")
+        raise FileExistsError(f"{found[0]} is there and kept: delete it to generate another")
     if not found:
         how = "written"
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def checked_prompts(folder: Path, split: str) -> list[Prompt]:
 
 
 def shares(num_prompts: int, mix: Mapping[str, int]) -> dict[str, int]:
-    """Lines per tag, with sum ``num_prompts``; the largest remainders are rounded up."""
+    """Lines per tag, with sum ``num_prompts``; the largest remainders, in order, round up."""
     total = sum(mix.values())
     if total < 1 or min(mix.values()) < 0 or not set(mix) <= set(TAGS):
         raise ValueError(f"mix = {dict(mix)} must give parts of {', '.join(TAGS)}")

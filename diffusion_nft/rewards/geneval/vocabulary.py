@@ -76,7 +76,7 @@ def _check_clause(clause: Mapping[str, Any], objects: Sequence[str]) -> None:
     _check_choice("class", clause.get("class"), objects)
     count = clause.get("count")
     if type(count) is not int or count < 1:
-        raise ValueError(f"count {count!r} must be an integer of at least 1")
+        raise ValueError(f"count {count!r} must be a positive integer")
 
 
 def _check_position(position: Any, index: int) -> None:

@@ -168,8 +168,6 @@ def test_the_reward_with_this_backend(fake, weights, monkeypatch):
 def test_what_does_not_fit_is_refused(fake, weights):
     with pytest.raises(ValueError, match="not 743b7d99"):
         MmdetDetector(weights, CPU)
-    with pytest.raises(ValueError, match=r"channel order 'bgr' is unknown; choose from swapped"):
-        MmdetDetector(weights, CPU, sha256=None, channel_order="bgr")
     with pytest.raises(ValueError, match=r"computes in float32, not torch\.float16"):
         MmdetDetector(weights, CPU, sha256=None, dtype=torch.float16)
     torch.save({"state_dict": {f"{NAME_2}x": torch.ones(3)}}, weights)

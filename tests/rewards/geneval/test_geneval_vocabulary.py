@@ -1,4 +1,4 @@
-"""GenEval's words, and the refusal of metadata that cannot be judged."""
+"""GenEval's vocabulary, and the refusal of invalid metadata."""
 
 import copy
 
@@ -49,7 +49,7 @@ def test_names_are_in_the_order_of_coco():
         (["include", 1], "a dog", '"include" must be a list of objects'),
         (["exclude"], {"class": "cat"}, '"exclude" must be a list of objects'),
         (["include", 0, "class"], "kat", "class 'kat' is unknown"),
-        (["include", 0, "count"], 0, "count 0 must be a whole number from 1"),
+        (["include", 0, "count"], 0, "count 0 must be a positive integer"),
         (["include", 0, "count"], "2", "count '2' must be"),
         (["include", 1, "color"], "grey", "color 'grey' is unknown; choose from red"),
         (["include", 1, "position"], ["near", 0], "position 'near' is unknown"),

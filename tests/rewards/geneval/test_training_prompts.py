@@ -1,4 +1,4 @@
-"""GenEval prompts of our own: grammar, mix, uniqueness, and distance from the test prompts."""
+"""Generated GenEval prompts: grammar, mix, uniqueness, separation from the test prompts."""
 
 import json
 from collections import Counter, defaultdict
@@ -176,7 +176,7 @@ def regardless_of_order(made: dict) -> tuple:
 
 
 def as_a_scene(made: dict) -> tuple:
-    """A left of B is B right of A: the names in the order of the alphabet, turned if need be."""
+    """A left of B is B right of A: the names in the order of the alphabet, turned if necessary."""
     if made["tag"] != "position":
         return regardless_of_order(made)
     target, placed = made["include"]
@@ -236,7 +236,7 @@ def test_apart_from_the_test_prompts_in_any_order_of_objects():
         ),
     ]
     parts = {line["tag"]: 1 for line in test}
-    # Every prompt there is: far more lines than different prompts, but for color_attr.
+    # Every prompt there is: far more lines than different prompts, except color_attr.
     made = generate(5 * 13_000, seed=0, test=test, mix=parts | {"color_attr": 0, "colors": 2})
     prompts = {line["prompt"].removeprefix("a photo of ") for line in made}
     for absent in (
@@ -273,5 +273,5 @@ def test_what_cannot_be_made_is_refused():
         with pytest.raises(ValueError, match="must give parts of single_object"):
             generate(10, seed=0, mix=mix)
     everything = generate(240, seed=0, mix={"counting": 1})
-    with pytest.raises(ValueError, match="leave no counting prompt"):
+    with pytest.raises(ValueError, match="exclude all counting prompts"):
         generate(17, seed=0, test=everything)

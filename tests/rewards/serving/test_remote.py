@@ -1,4 +1,4 @@
-"""Served rewards: the local numbers to the last bit, and what becomes of every kind of trouble."""
+"""Served rewards: bitwise the local scores, and the handling of every kind of failure."""
 
 import contextlib
 import json
@@ -215,24 +215,17 @@ def test_a_server_that_comes_back_goes_on():
     with serving("x", Rows()) as address:
         reward = RemoteReward("x", [address], **QUICK)
         assert len(ask(reward, 2).scores) == 2
-    with pytest.raises(ConnectionError, match=f"reward 'x' at {address} in 2 tries; .*Connect"):
+    with pytest.raises(ConnectionError, match=f"reward 'x' at {address} in 2 attempts; .*Connect"):
         ask(reward, 2)
     with serving("x", Rows(), port=int(address.rpartition(":")[2])):
         assert ask(reward, 2).scores.tolist() == [0, 1]
 
 
-def test_a_server_that_is_down_is_named():
-    address = f"http://127.0.0.1:{unused_port()}"
-    with pytest.raises(ConnectionError, match=f"reward 'x' at {address} in 2 tries") as caught:
-        RemoteReward("x", [address], **QUICK)
-    assert "refused" in str(caught.value)
-
-
-def test_pauses_double(monkeypatch):
-    pauses = []
+def test_a_server_that_is_down_is_named_after_pauses_that_double(monkeypatch):
+    pauses, address = [], f"http://127.0.0.1:{unused_port()}"
     monkeypatch.setattr("tenacity.nap.time.sleep", pauses.append)
-    with pytest.raises(ConnectionError):
-        RemoteReward("x", [f"http://127.0.0.1:{unused_port()}"], rounds=4, pause=0.5)
+    with pytest.raises(ConnectionError, match=f"reward 'x' at {address} in 4 .*refused"):
+        RemoteReward("x", [address], rounds=4, pause=0.5)
     assert pauses == [0.5, 1.0, 2.0]
 
 
@@ -269,7 +262,7 @@ def test_a_secret_among_the_options_is_not_told(monkeypatch):
 @pytest.mark.parametrize("token", ["s3cret\n", "s3cret token", "s3cr\u00e9t"])
 def test_a_token_that_no_header_can_hold_is_refused_unquoted(monkeypatch, token):
     monkeypatch.setenv("REWARD_SERVER_TOKEN", token)
-    with pytest.raises(ValueError, match="REWARD_SERVER_TOKEN may hold") as caught:
+    with pytest.raises(ValueError, match="REWARD_SERVER_TOKEN must be") as caught:
         RemoteReward("x", ["http://127.0.0.1:9"], **QUICK)
     assert "s3cr" not in str(caught.value)
 
@@ -285,7 +278,7 @@ def test_servers_that_stall_are_given_up_after_twice_the_time_out():
     with standing_in() as one, standing_in() as two:
         remote = RemoteReward("x", [one.url, two.url], timeout=0.4, rounds=9, pause=0.01)
         one.RequestHandlerClass = two.RequestHandlerClass = Stalls
-        with pytest.raises(ConnectionError, match=r"in [234] tries"):
+        with pytest.raises(ConnectionError, match=r"in [234] attempts"):
             remote(torch.rand(1, 3, 8, 8), ["a"], [{}])
     assert len(asked) <= 4
 
@@ -298,10 +291,6 @@ def test_something_else_at_the_address_is_refused():
     with standing_in() as server:
         server.RequestHandlerClass = Elsewhere
         with pytest.raises(ValueError, match="404: <html>no such page"):
-            RemoteReward("x", [server.url], **QUICK)
-    with standing_in() as server:
-        server.health = ["fine"]
-        with pytest.raises(ConnectionError, match="should be an object"):
             RemoteReward("x", [server.url], **QUICK)
 
 
@@ -327,7 +316,9 @@ FINE = {"scores": [1.0, 2.0], "components": {}}
 def test_lasting_trouble_is_an_error_after_the_last_try(status):
     with standing_in(lambda body: (status, b"<html>")) as server:
         reward = RemoteReward("x", [server.url], **QUICK)
-        with pytest.raises(ConnectionError, match=r"reward 'x'.* in 2 tries; the last: reward 'x'"):
+        with pytest.raises(
+            ConnectionError, match=r"reward 'x'.* in 2 attempts; the last error: reward 'x'"
+        ):
             ask(reward, 2)
     assert server.scored == 2
 
@@ -428,12 +419,6 @@ def test_a_server_sends_no_score_that_is_infinite():
 
 def test_a_token_is_asked_for(monkeypatch):
     with serving("x", Rows(), token="secret") as address:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
-            for reply in (
-                WEB.get(f"{address}/health", headers=headers),
-                WEB.post(f"{address}/score", json=body(1), headers=headers),
-            ):
-                assert reply.status_code == 401 and "secret" not in reply.text
         with pytest.raises(PermissionError, match=r"401.*REWARD_SERVER_TOKEN"):
             RemoteReward("x", [address], **QUICK)
         monkeypatch.setenv("REWARD_SERVER_TOKEN", "secret")
@@ -509,26 +494,17 @@ def body(count: int) -> dict:
     }
 
 
-@pytest.fixture(scope="module")
-def rows_server() -> Iterator[str]:
-    with serving("x", Rows(), max_images=3, max_megabytes=0.01) as address:
-        yield address
-
-
-def test_too_many_images_or_bytes_are_refused(rows_server):
-    reward = RemoteReward("x", [rows_server], **QUICK)
-    assert len(ask(reward, 3).scores) == 3
-    with pytest.raises(ValueError, match=r"413.*4 images in one request; this server takes 3"):
-        ask(reward, 4)
-    for size in (64, 1024):  # 16 kB, which are sent at once, and 4 MB, which are not
-        with pytest.raises(ValueError, match=r"413.*this server takes 0.01 MB in one request"):
-            reward(random_images(1, size=size), [""], [{}])
-
+def test_too_many_bytes_are_refused():
     def endless():
         for _ in range(1000):
             yield b"0" * 1000
 
-    reply = WEB.post(f"{rows_server}/score", content=endless())
+    with serving("x", Rows(), max_megabytes=0.01) as address:
+        reward = RemoteReward("x", [address], **QUICK)
+        for size in (64, 1024):  # 16 kB, sent in one piece, and 4 MB, which are not
+            with pytest.raises(ValueError, match=r"413.*server accepts 0.01 MB per request"):
+                reward(random_images(1, size=size), [""], [{}])
+        reply = WEB.post(f"{address}/score", content=endless())
     assert reply.status_code == 413, "without a declared length"
 
 

@@ -1,4 +1,4 @@
-"""Training on a served reward: the local run's weights, and a server that goes away and returns."""
+"""Training on a served reward: the weights of a local run, across a restart of the server."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ TOKEN = "secret"
 
 
 def quoted_test_lines(folder: Path) -> str:
-    """The built-in prompt set, its first test lines with a text to read, as ocr needs them."""
+    """The built-in prompt set, its first test lines with a quoted text for ocr."""
     folder.mkdir()
     shutil.copy(DATASET_ROOT / "shapes" / "train_metadata.jsonl", folder)
     lines = (DATASET_ROOT / "shapes" / "test_metadata.jsonl").read_text().splitlines()[:4]
@@ -41,7 +41,7 @@ def quoted_test_lines(folder: Path) -> str:
 
 
 def lose_server_within_the_run(command: list[str], run_dir: Path, process: subprocess.Popen) -> str:
-    """Starts ``command``, kills the server after the first checkpoint; what the run then says."""
+    """Starts ``command``, kills the server after a checkpoint; returns the run's output."""
     with subprocess.Popen(
         command,
         cwd=ROOT,
