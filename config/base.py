@@ -172,7 +172,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     # For algorithms "reward_weighted", "advantage_weighted" and "best_of_n".
     config.matching = matching = ml_collections.ConfigDict()
-    # Of the flow-matching error: uniform | sigma | one_minus_sigma | adaptive (algorithms/nft.py).
+    # Weighting of the flow-matching error: uniform | sigma | one_minus_sigma | adaptive (see
+    # algorithms/nft.py).
     matching.weighting = "uniform"
     # Weight of mean (v_theta - v_ref)^2.
     matching.kl_weight = 1e-4

@@ -69,7 +69,6 @@ def build_trainer(
         eval_rewards,
         test_prompts,
         test_lines,
-        dist=dist,
         metrics=metrics,
         monitor=monitor,
         timer=timer,

@@ -2,7 +2,8 @@
 
 The handler only records the signal.  The loops over micro-batches check it, and the ranks agree to
 stop in collectives that they need anyway, as a signal may reach only some ranks, or at different
-times.  A recorded signal is never cleared, so a rank that stopped early always tells the others.
+times.  A recorded signal is not cleared before the end of the run, so that a rank that stopped
+early always tells the others.
 """
 
 import signal

@@ -112,8 +112,7 @@ class KeepsBaselines(Protocol):
     state: dict[str, Any]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-    def forget_evaluation(self) -> None: ...
-    def forget_epoch(self) -> None: ...
+    def forget(self, baseline: str) -> None: ...
 
 
 class TrainingState:
@@ -184,14 +183,14 @@ class TrainingState:
         self.evaluated = state["evaluated"] and not new_test_set
         self.monitor.load_state_dict(state["monitor"])
         if (dataset, "train") in changed:
-            self.monitor.forget_epoch()
+            self.monitor.forget("x0_rms")
         now, former = flatten(self.config), with_defaults(state["config"])
         # Scores under other evaluation settings or on other test prompts are not comparable.
         settings = [key for key in former if key.startswith("eval.") and key != "eval.batch_size"]
         same = not new_test_set and all(now.get(key) == former[key] for key in settings)
         self.best_score = state["best_score"] if same else None
         if not same:
-            self.monitor.forget_evaluation()
+            self.monitor.forget("evaluation")
 
     def save(self, *, best: bool = False) -> None:
         """Writes a checkpoint with the LoRA for users; waits for all ranks.

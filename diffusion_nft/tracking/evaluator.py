@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from diffusion_nft.data.prompts import Prompt, draw_lines
-from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.evaluation.evaluate import evaluate
 from diffusion_nft.evaluation.results import Evaluation, write_results
 from diffusion_nft.rewards.combine import RewardSet
@@ -29,7 +28,6 @@ class Evaluator:
         prompts: list[Prompt],
         lines: list[int],
         *,
-        dist: Distributed,
         metrics: Metrics,
         monitor: Monitor,
         timer: Timer,
@@ -37,7 +35,7 @@ class Evaluator:
         self.state, self.stage, self.config = state, state.stage, state.config
         self.policy, self.model = state.learner.policy, state.learner.model
         self.rewards, self.prompts, self.lines = rewards, prompts, lines
-        self.dist, self.metrics, self.monitor, self.timer = dist, metrics, monitor, timer
+        self.dist, self.metrics, self.monitor, self.timer = state.dist, metrics, monitor, timer
         self.run_dir = Path(self.config.save_dir)
         self.before_after = self.run_dir / images_file(self.stage.number)
 

@@ -60,13 +60,9 @@ class Monitor:
         self.state |= state
         self.algorithm.scale_kl(self.state["kl_factor"])
 
-    def forget_evaluation(self) -> None:
-        """Makes the next evaluation the first, after a change of its settings."""
-        self.state.pop("evaluation", None)
-
-    def forget_epoch(self) -> None:
-        """Makes the next epoch the first, after a change of prompts."""
-        self.state.pop("x0_rms", None)
+    def forget(self, baseline: str) -> None:
+        """Makes the next ``"evaluation"``, or epoch (``"x0_rms"``), the first to compare with."""
+        self.state.pop(baseline, None)
 
     def epoch(self, values: Mapping[str, float]) -> dict[str, float]:
         """Checks the metrics of an epoch; returns ``monitor/*`` for the log.

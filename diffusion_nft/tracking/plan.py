@@ -60,7 +60,7 @@ def forwards_per_sample(config: ConfigDict) -> float:
     sigmas = max(1, int(visited * config.train.timestep_fraction))
     algorithm = build_algorithm(config)
     no_grad = len(algorithm.policies) - 1
-    current = CURRENT_FORWARDS + config.perf.gradient_checkpointing  # one more
+    current = CURRENT_FORWARDS + config.perf.gradient_checkpointing  # recomputing
     training = sigmas * (no_grad + current) * config.train.num_inner_epochs
     return calls * guided + training * (guided if algorithm.on_trajectories else 1)
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from diffusion_nft.validation.checks import is_section
+
 # Keys and sections that a stage may set, in addition to its num_epochs.
 KEYS, SECTIONS = ("dataset", "reward_fn"), ("sample", "train", "nft", "grpo", "matching", "eval")
 # The LoRA's shape and the optimizer's constants belong to the state that continues.
@@ -51,7 +53,7 @@ class Stage:
 
 def stage_problems(stages: Any) -> list[str]:
     """The problems of the form of ``config.stages``, one per line; values are not checked."""
-    if not isinstance(stages, tuple | list) or not all(map(_is_mapping, stages)):
+    if not isinstance(stages, tuple | list) or not all(map(is_section, stages)):
         shown = stages.to_dict() if isinstance(stages, ConfigDict) else stages
         return [
             f"stages = {shown!r}: must be a tuple of mappings, such as "
@@ -108,10 +110,6 @@ def stages_of(config: ConfigDict) -> list[Stage]:
     return [Stage(merged[i], i + 1, count, starts[i]) for i in range(count)]
 
 
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, Mapping | ConfigDict)
-
-
 def _is_settable(key: Any) -> bool:
     if not isinstance(key, str) or key.startswith(FIXED_PREFIXES):
         return False
@@ -126,7 +124,7 @@ def _merge(config: ConfigDict, stage: Mapping[str, Any]) -> ConfigDict:
         merged.stages = ()
         for key, value in stage.items():
             *section, name = key.split(".")
-            if key == "reward_fn" and _is_mapping(value):
+            if key == "reward_fn" and is_section(value):
                 value = ConfigDict(dict(value), allow_dotted_keys=True)
             (merged[section[0]] if section else merged)[name] = value
     return merged
@@ -134,5 +132,5 @@ def _merge(config: ConfigDict, stage: Mapping[str, Any]) -> ConfigDict:
 
 def _names(rewards: Any) -> set[str]:
     """The names in a mapping or tuple of rewards; empty for an invalid value."""
-    listed = _is_mapping(rewards) or isinstance(rewards, tuple | list)
+    listed = is_section(rewards) or isinstance(rewards, tuple | list)
     return {name for name in rewards if isinstance(name, str)} if listed else set()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffusion_nft.validation.schema import SCHEMA, validate
+from diffusion_nft.validation.schema import SCHEMA
 from tests.launch import ROOT
 from tests.reliability.bad_inputs import (
     Case,
@@ -65,21 +65,6 @@ def test_a_value_of_the_wrong_kind_is_refused_by_its_key(key, tmp_path, monkeypa
         assert "in the configuration" in first and not list(tmp_path.iterdir())
         (line,) = [line.strip() for line in lines if key.removesuffix("s") in line]
         assert line.startswith(f"{key} = ") and case.words in line, case.name
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("sample.noise_level", 1e308),
-        ("train.learning_rate", 5e-324),
-        ("seed", 2**63 - 1),
-        ("run_name", "\u202eрусский \U0001f600 e\u0301"),
-        ("pretrained.revision", "refs/pr/7"),
-        ("reward_fn", {"shapes": -1}),
-    ],
-)
-def test_an_unusual_value_is_valid(key, value, tmp_path):
-    validate(config_with(key, value, str(tmp_path / "run")))
 
 
 NFT = ROOT / "config" / "nft.py"

@@ -301,7 +301,7 @@ def manifest(text: str) -> Callable[[Path], None]:
 
 
 SOURCES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no JSON": (manifest("{"), "manifest.json is not JSON"),
+    "no JSON": (manifest("{"), "manifest.json is damaged: not JSON"),
     "a list": (manifest("[]"), "not a JSON object"),
     "an empty object": (manifest("{}"), "manifest.json is invalid"),
     "no files": (manifest('{"tensors": ["current"], "files": {}}'), "lacks state.json"),

@@ -189,7 +189,7 @@ def test_actions(tmp_path):
     resumed.evaluation(evaluation(diversity=0.01))
     assert "eval/diversity fell from 0.2 to 0.01" in said[0]
     # Under other evaluation settings the next one is the first; a new name is watched from then.
-    resumed.forget_evaluation()
+    resumed.forget("evaluation")
     resumed.evaluation(evaluation(diversity=0.01))
     assert len(said) == 1
     for _ in range(20):
