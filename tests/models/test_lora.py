@@ -181,18 +181,6 @@ def test_load_lora_reads_a_whole_description(exported, tmp_path):
     assert holds(load_lora(tmp_path), state)
 
 
-def test_load_lora_reads_our_former_exports(exported, tmp_path):
-    """They kept alpha in the configuration and in the metadata."""
-    _, state, _ = exported
-    about = {"r": RANK, "lora_alpha": ALPHA, "target_modules": sorted(TARGETS)}
-    SD3LoraLoaderMixin.save_lora_weights(tmp_path, state, transformer_lora_adapter_metadata=about)
-    LoraConfig(**about).save_pretrained(str(tmp_path / "lora"))
-    full = {f"base_model.model.{key}": value for key, value in state.items()}
-    safetensors.torch.save_file(full, tmp_path / "lora" / "adapter_model.safetensors")
-    for file in ("pytorch_lora_weights.safetensors", "lora"):
-        assert holds(load_lora(tmp_path / file), state)
-
-
 def test_load_lora_reads_alphas_among_the_weights(exported, tmp_path):
     _, state, _ = exported
     plain = {f"transformer.{key}": value for key, value in state.items()}
