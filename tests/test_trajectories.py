@@ -82,7 +82,7 @@ def make_learner(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> L
 
 
 def make_rollout(learner: Learner, scale: float, rank: int = 0, world_size: int = 1) -> Rollout:
-    """What the old policy of ``learner`` draws on a rank."""
+    """Samples of the old policy of ``learner`` on a rank."""
     old = learner.policy.weights["old"]
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():

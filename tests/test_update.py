@@ -142,7 +142,7 @@ R = torch.linspace(0.05, 0.95, NUM, dtype=torch.float64)
 
 
 def expected_gradient(learner: Learner, weights, batches) -> list[torch.Tensor]:
-    """Autograd of the mean over all pairs at once: formulas of the algorithm, written again."""
+    """Autograd of the mean over all pairs, from the formulas."""
     joined = {
         name: torch.cat([getattr(batch, name) for batch in batches])
         for name in ("x0", "noise", "xt", "sigma", "weight")
@@ -180,7 +180,7 @@ def test_the_gradient_is_autograds_of_the_mean_over_all_pairs(tmp_path, fraction
     torch.testing.assert_close(learner.dist.reduced, [expected], rtol=1e-10, atol=1e-12)
 
 
-def test_samples_without_a_score_are_no_part_of_the_mean(tmp_path):
+def test_samples_without_a_score_are_not_part_of_the_mean(tmp_path):
     learner = make_learner(tmp_path)
     before, rollout, weights = copies(learner), make_rollout(), R.clone()
     weights[[1, 6]] = torch.nan
@@ -389,7 +389,7 @@ def test_state_returns_through_json(tmp_path):
         assert torch.equal(mine, theirs)
 
 
-def test_sigma_slots():
+def test_sigma_indices():
     def draw(choice, used, seed):
         return choose_sigma_indices(10, used, choice, torch.Generator().manual_seed(seed))
 

@@ -203,7 +203,7 @@ def test_tags_have_equal_shares_however_often_they_repeat_a_prompt():
     for number in (24, 60, 240):
         tags = Counter(prompts[i].metadata["tag"] for i in draw_lines(prompts, number, together=2))
         assert len(tags) == 6 and max(tags.values()) - min(tags.values()) <= 2
-    # A tag that has no more leaves its share to the others.
+    # An exhausted tag leaves its share to the others.
     few = [Prompt(f"{i}", {"tag": "few"}) for i in range(3)]
     many = [Prompt(f"{i}", {"tag": "many"}) for i in range(3, 40)]
     assert {0, 1, 2} < set(draw_lines([*few, *many], 20))

@@ -145,7 +145,7 @@ def test_load_lora_reads_every_layout(exported, where):
 
 
 def holds(lora: Lora, state: dict[str, torch.Tensor], strength: float = ALPHA / RANK) -> bool:
-    """Whether ``lora`` is that of ``state`` at ``strength``, to the last bit."""
+    """True if ``lora`` is bitwise that of ``state`` at ``strength``."""
     expected = {k: v * strength if ".lora_B." in k else v for k, v in state.items()}
     equal = all(torch.equal(lora.state[key], expected[key]) for key in expected)
     return lora.state.keys() == expected.keys() and equal
@@ -235,7 +235,7 @@ def test_load_lora_refuses_pickles_and_what_is_not_plain_lora(tmp_path):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """What the published code leaves: PEFT's own save of the adapters ``default`` and ``old``."""
+    """A checkpoint of the published code: adapters ``default`` and ``old``, saved by PEFT."""
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights=False)
     wrapped = get_peft_model(tiny_transformer(), config)
     wrapped.add_adapter("old", config)

@@ -66,7 +66,7 @@ def test_a_texts_embedding_does_not_depend_on_its_neighbours(shapes_model):
     assert not torch.allclose(together.pooled_prompt_embeds[0], together.pooled_prompt_embeds[1])
 
 
-def test_images_lie_in_range_and_slices_change_nothing(shapes_model):
+def test_decoding_in_slices_changes_nothing(shapes_model):
     x0 = 3 * torch.randn(5, *shapes_model.latent_shape((48, 48)))
     images = shapes_model.decode(x0)
     assert images.pixels.shape == (5, 3, 48, 48) and images.pixels.dtype == torch.uint8
@@ -90,7 +90,7 @@ def test_offloading_and_checkpointing_give_the_same_numbers(shapes_model, monkey
     monkeypatch.setattr(sd3, "temporarily_on", recorded)
     ours, theirs = other.encode(TEXTS), shapes_model.encode(TEXTS)
     assert torch.equal(ours.prompt_embeds, theirs.prompt_embeds)
-    # All texts in one visit; a model that does not offload has none.
+    # All texts are encoded in one visit; a model that does not offload makes none.
     assert visits == [(other._text_encoders(), CPU)]
     x, sigma = torch.ones(3, *other.latent_shape((48, 48))), torch.full((3,), 0.3)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_offloading_and_checkpointing_give_the_same_numbers(shapes_model, monkey
     assert not any(p.requires_grad for p in other.transformer.parameters())
 
 
-def test_visiting_weights_come_home_without_a_copy(monkeypatch):
+def test_temporarily_moved_weights_are_restored_without_a_copy(monkeypatch):
     """Also after an error.  A move to a GPU gives a parameter other data, as this one does."""
 
     def move(module, device):
@@ -116,7 +116,7 @@ def test_visiting_weights_come_home_without_a_copy(monkeypatch):
     assert [weight.data_ptr() for weight in weights] == homes
 
 
-def test_a_model_out_of_reach_names_the_remedy(monkeypatch):
+def test_an_unavailable_model_is_an_error_with_advice(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for fetch in (fetch_pipeline, fetch_lora):
         with pytest.raises(OSError, match=r"nobody/nothing.*hf auth login"):
