@@ -106,7 +106,7 @@ FOREIGN = [
         side_by_side(solid(6), solid(6), FOREIGN, columns=2),
     ],
 )
-def test_captions_that_cannot_be_drawn_are_beside_the_grid_by_their_numbers(grid, tmp_path):
+def test_captions_that_cannot_be_drawn_are_saved_next_to_the_grid_by_number(grid, tmp_path):
     """The bundled font has ASCII alone, and a caption has four lines."""
     path = tmp_path / "new" / "grid.png"
     save_grid(grid, path)

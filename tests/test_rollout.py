@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -15,7 +15,6 @@ from diffusion_nft.models.sampling import guided_velocity
 from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores, build_rewards
 from diffusion_nft.rewards.worker import QUEUE_LENGTH, ScoringWorker
 from diffusion_nft.rollout import (
-    Rollout,
     diversity,
     gather_scores,
     generate_rollouts,
@@ -24,6 +23,7 @@ from diffusion_nft.rollout import (
     thumbnails,
 )
 from tests.launch import smoke
+from tests.test_update import make_rollout
 
 CPU = torch.device("cpu")
 
@@ -162,18 +162,7 @@ def test_images_to_show_are_of_many_prompts():
 def test_the_summary_by_hand():
     total = torch.tensor([0.0, 1.0, 2.0, 2.0], dtype=torch.float64)
     part = torch.tensor([1.0, math.nan, 3.0, math.nan], dtype=torch.float64)
-    rollout = Rollout(
-        scores=Scores(total, {"a": total, "a/part": part}),
-        diversity=0.5,
-        x0_rms=2.0,
-        indices=range(0),
-        x0=torch.zeros(0),
-        cond=None,  # pyright: ignore[reportArgumentType]
-        cond_rows=torch.zeros(0),
-        sigmas=torch.zeros(0),
-        images=Images.concatenate([]),
-        shown=[],
-    )
+    rollout = replace(make_rollout(), scores=Scores(total, {"a": total, "a/part": part}))
     r = torch.tensor([0.0, 0.55, 0.58, 1.0])
     values = rollout_metrics(rollout, r, 2)
     assert values["reward/mean"] == values["reward/a"] == 1.25

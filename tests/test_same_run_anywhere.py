@@ -171,7 +171,7 @@ def test_images_do_not_depend_on_ranks_and_micro_batches(solver, shapes_model, t
     assert min(float((x0[i] - x0[j]).abs().max()) for i in range(12) for j in range(i)) > 0.01
     for world_size, batch_size in ((1, 12), (2, 5), (3, 4), (13, 1)):
         ours = epoch(world_size, batch_size)
-        # Latents are no images: they reach beyond 3, and single values stray further than 1e-5.
+        # Latents exceed 3, and the error of single values 1e-5, so their norm is compared.
         assert float((ours[0] - x0).norm() / x0.norm()) <= 1e-5
         assert int((ours[1].pixels.int() - images.pixels.int()).abs().max()) <= 1
         assert torch.equal(ours[2], scores)

@@ -129,7 +129,7 @@ def test_nothing_is_computed_twice(tmp_path, monkeypatch, kl_weight):
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_the_next_prompts_are_encoded_beside_the_scores_where_both_fit(
+def test_the_next_prompts_are_encoded_during_scoring_unless_offloaded(
     tmp_path, monkeypatch, offload
 ):
     trainer = counting_trainer(tmp_path, **{"perf.offload_text_encoders": offload})

@@ -151,7 +151,7 @@ def test_a_failing_reward_ends_the_run_and_its_state_is_saved(fails, tmp_path, m
     saved = Checkpointer(tmp_path).load_latest()
     assert saved is not None and saved.state["epoch"] == 2
     assert saved.state["updater"]["step"] == 2
-    # Repaired, the same command goes on from there, and ends where a sound run ends.
+    # The same command then continues from there, and ends as an uninterrupted run.
     Fails.failing = False
     with one_thread():
         make_trainer(config, CPU).run()

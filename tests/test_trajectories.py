@@ -2,6 +2,7 @@
 algorithm on the built-in model.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,17 +10,15 @@ import torch
 from torch.distributions import Normal
 
 from diffusion_nft.algorithms import build_algorithm
-from diffusion_nft.data.prompts import shard
 from diffusion_nft.distributed.ranks import Distributed
-from diffusion_nft.images import Images
 from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.precision import Precision
-from diffusion_nft.rewards.combine import Scores
 from diffusion_nft.rollout import Rollout
 from diffusion_nft.runs.checkpoint import load_checkpoint
 from diffusion_nft.solvers import Trajectory, sample_trajectory
 from diffusion_nft.tracking.metrics import read_metrics
 from diffusion_nft.update import Learner
+from tests import test_update
 from tests.launch import make_trainer, one_thread, smoke, train_here, train_on_ranks
 from tests.test_update import CPU, NUM, SHAPE, Counted, LinearPolicy, copies
 
@@ -83,7 +82,7 @@ def make_learner(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> L
 
 
 def make_rollout(learner: Learner, scale: float, rank: int = 0, world_size: int = 1) -> Rollout:
-    """What the old policy of ``learner`` draws on a rank."""
+    """Samples of the old policy of ``learner`` on a rank."""
     old = learner.policy.weights["old"]
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -95,21 +94,15 @@ def make_rollout(learner: Learner, scale: float, rank: int = 0, world_size: int 
             generator=g,
             noise_level=NOISE,
         )
-    indices = shard(NUM, rank, world_size)
-    mine = slice(indices.start, indices.stop)
-    n = len(indices)
-    return Rollout(
-        scores=Scores(torch.zeros(NUM), {}),
-        diversity=0.0,
-        x0_rms=1.0,
-        indices=indices,
+    rollout = test_update.make_rollout(rank, world_size)
+    mine = slice(rollout.indices.start, rollout.indices.stop)
+    if not rollout.indices:
+        return rollout
+    return replace(
+        rollout,
         x0=xs[-1, mine],
-        cond=Conditioning(torch.zeros(max(n, 1), 1, 1), POOLED[mine] if n else torch.zeros(1, 1)),
-        cond_rows=torch.arange(n),
-        sigmas=LEVELS[:-1] if n else torch.zeros(0),
-        images=Images.concatenate([]),
-        shown=[],
-        trajectory=Trajectory(xs[:, mine], log_probs[:, mine]) if n else None,
+        cond=replace(rollout.cond, pooled_prompt_embeds=POOLED[mine]),
+        trajectory=Trajectory(xs[:, mine], log_probs[:, mine]),
     )
 
 
@@ -146,8 +139,7 @@ def test_the_gradient_is_autograds_through_both_halves_of_guidance(tmp_path, sca
     values = learner.train_epoch(rollout, WEIGHTS, epoch=0)
     assert 0 < values["loss/clip_fraction"] < 1, "some are clipped, and not all"
     expected = expected_gradient(before, rollout, scale)
-    for mine, theirs in zip(learner.dist.reduced[0], expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(learner.dist.reduced[0], expected, rtol=1e-9, atol=1e-12)
     assert values["optim/old_policy_decay"] == 0.0
     total = values["loss/policy"] + 0.1 * values["loss/kl"]
     assert values["loss/total"] == pytest.approx(total)
@@ -157,16 +149,15 @@ def test_the_gradient_is_autograds_through_both_halves_of_guidance(tmp_path, sca
 def test_ranks_and_micro_batches_change_nothing(tmp_path, world_size, batch_size):
     one = make_learner(tmp_path, sample__guidance_scale=2.0)
     one.train_epoch(make_rollout(one, 2.0), WEIGHTS, epoch=3)
-    sums = [torch.zeros(SHAPE, dtype=torch.float64) for _ in range(2)]
+    parts = []
     for rank in range(world_size):
         learner = make_learner(
             tmp_path, rank, world_size, sample__guidance_scale=2.0, train__batch_size=batch_size
         )
-        rollout = make_rollout(learner, 2.0, rank, world_size)
-        learner.train_epoch(rollout, WEIGHTS, epoch=3)
-        sums = [a + b for a, b in zip(sums, learner.dist.reduced[0], strict=True)]
-    for total, expected in zip(sums, one.dist.reduced[0], strict=True):
-        torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-13)
+        learner.train_epoch(make_rollout(learner, 2.0, rank, world_size), WEIGHTS, epoch=3)
+        parts.append(learner.dist.reduced[0])
+    sums = [sum(gradients) for gradients in zip(*parts, strict=True)]
+    torch.testing.assert_close(sums, one.dist.reduced[0], rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """The update on a linear model whose gradient autograd gives in one batch, and its failures."""
 
 import itertools
-from contextlib import nullcontext
+import json
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -33,31 +34,24 @@ class LinearPolicy:
     def __init__(self):
         g = torch.Generator().manual_seed(0)
         self.weights = {
-            name: [
-                torch.randn(SHAPE, generator=g, dtype=torch.float64).requires_grad_(
-                    name == "current"
-                )
-                for _ in range(2)
-            ]
+            name: [torch.randn(SHAPE, generator=g, dtype=torch.float64) for _ in range(2)]
             for name in ("current", "old", "ema", "reference")
         }
+        for weight in self.weights["current"]:
+            weight.requires_grad_()
         self.active = "current"
         self.ema_updates: list[tuple[str, float]] = []
 
     def parameters(self, name: str = "current") -> list[torch.Tensor]:
         return self.weights[name]
 
+    @contextmanager
     def use_adapter(self, name: str):
-        policy = self
-
-        class Switch:
-            def __enter__(self):
-                self.before, policy.active = policy.active, name
-
-            def __exit__(self, *details):
-                policy.active = self.before
-
-        return Switch()
+        before, self.active = self.active, name
+        try:
+            yield
+        finally:
+            self.active = before
 
     @torch.no_grad()
     def ema_update(self, name: str, decay: float) -> None:
@@ -148,7 +142,7 @@ R = torch.linspace(0.05, 0.95, NUM, dtype=torch.float64)
 
 
 def expected_gradient(learner: Learner, weights, batches) -> list[torch.Tensor]:
-    """Autograd of the mean over all pairs at once: formulas of the algorithm, written again."""
+    """Autograd of the mean over all pairs, from the formulas."""
     joined = {
         name: torch.cat([getattr(batch, name) for batch in batches])
         for name in ("x0", "noise", "xt", "sigma", "weight")
@@ -183,12 +177,10 @@ def test_the_gradient_is_autograds_of_the_mean_over_all_pairs(tmp_path, fraction
     before = copies(learner)
     learner.train_epoch(make_rollout(), R, epoch=0)
     expected = expected_gradient(learner, before, learner.algorithm.batches)
-    (ours,) = learner.dist.reduced
-    for mine, theirs in zip(ours, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(learner.dist.reduced, [expected], rtol=1e-10, atol=1e-12)
 
 
-def test_samples_without_a_score_are_no_part_of_the_mean(tmp_path):
+def test_samples_without_a_score_are_not_part_of_the_mean(tmp_path):
     learner = make_learner(tmp_path)
     before, rollout, weights = copies(learner), make_rollout(), R.clone()
     weights[[1, 6]] = torch.nan
@@ -197,9 +189,7 @@ def test_samples_without_a_score_are_no_part_of_the_mean(tmp_path):
     batches = learner.algorithm.batches
     assert sum(len(batch.x0) for batch in batches) == (NUM - 2) * 2
     expected = expected_gradient(learner, before, batches)
-    (ours,) = learner.dist.reduced
-    for mine, theirs in zip(ours, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(learner.dist.reduced, [expected], rtol=1e-10, atol=1e-12)
     assert values["optim/skipped_steps"] == 0 and values["loss/total"] > 0
 
 
@@ -255,14 +245,13 @@ def test_optimizer_steps_share_every_group_and_reduce_once_each(tmp_path):
 def test_the_ranks_gradients_sum_to_the_one_process_gradient(tmp_path, world_size, batch_size):
     one = make_learner(tmp_path)
     one.train_epoch(make_rollout(), R, epoch=3)
-    sums = [torch.zeros(SHAPE, dtype=torch.float64) for _ in range(2)]
+    parts = []
     for rank in range(world_size):
         learner = make_learner(tmp_path, rank, world_size, train__batch_size=batch_size)
         learner.train_epoch(make_rollout(rank, world_size), R, epoch=3)
-        (part,) = learner.dist.reduced
-        sums = [total + value for total, value in zip(sums, part, strict=True)]
-    for total, expected in zip(sums, one.dist.reduced[0], strict=True):
-        torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-13)
+        parts += learner.dist.reduced
+    sums = [sum(gradients) for gradients in zip(*parts, strict=True)]
+    torch.testing.assert_close(sums, one.dist.reduced[0], rtol=1e-12, atol=1e-13)
 
 
 def test_adamw_ema_and_old_policy_by_hand(tmp_path):
@@ -364,13 +353,11 @@ def test_the_fp16_scaler_skips_an_overflow_and_halves_its_scale(tmp_path):
     learner = make_fp16_learner(tmp_path)
     scale = learner.precision.scaler.get_scale()
     assert scale == FIRST_LOSS_SCALE
-    overflow = make_rollout()
-    overflow = Rollout(**{**vars(overflow), "x0": (overflow.x0 * 1e36).float()})
+    fine = replace(make_rollout(), x0=make_rollout().x0.float())
+    overflow = replace(fine, x0=fine.x0 * 1e36)
     learner.train_epoch(overflow, R, epoch=0)
     assert learner.step == 0 and learner.skipped == 1 and learner.policy.ema_updates == []
     assert learner.precision.scaler.get_scale() == scale / 2
-    fine = make_rollout()
-    fine = Rollout(**{**vars(fine), "x0": fine.x0.float()})
     learner.train_epoch(fine, R, epoch=1)
     assert learner.step == 1
     # Unscaled before it is clipped: the norm is that of the plain gradient.
@@ -383,8 +370,6 @@ def test_the_fp16_scaler_skips_an_overflow_and_halves_its_scale(tmp_path):
 
 
 def test_state_returns_through_json(tmp_path):
-    import json
-
     learner = make_learner(tmp_path)
     learner.train_epoch(make_rollout(), R, epoch=0)
     state = learner.state_dict()
@@ -394,14 +379,8 @@ def test_state_returns_through_json(tmp_path):
     other = make_learner(tmp_path)
     other.load_state_dict(state | {"optimizer": unflatten_optimizer(tensors, state["optimizer"])})
     with torch.no_grad():
-        for mine, theirs in zip(
-            other.policy.parameters(), learner.policy.parameters(), strict=True
-        ):
-            mine.copy_(theirs)
-        for name in ("old", "ema"):
-            for mine, theirs in zip(
-                other.policy.weights[name], learner.policy.weights[name], strict=True
-            ):
+        for name, weights in learner.policy.weights.items():
+            for mine, theirs in zip(other.policy.weights[name], weights, strict=True):
                 mine.copy_(theirs)
     for each in (learner, other):
         each.train_epoch(make_rollout(), R, epoch=1)
@@ -410,7 +389,7 @@ def test_state_returns_through_json(tmp_path):
         assert torch.equal(mine, theirs)
 
 
-def test_sigma_slots():
+def test_sigma_indices():
     def draw(choice, used, seed):
         return choose_sigma_indices(10, used, choice, torch.Generator().manual_seed(seed))
 
@@ -453,8 +432,8 @@ def test_zero_std_groups_are_filtered_and_still_count_in_the_mean(tmp_path):
     # The gradient is that of the remaining pairs, over the number of all.
     before = copies(make_learner(tmp_path))
     expected = expected_gradient(skipping, before, skipping.algorithm.batches)
-    for mine, theirs in zip(skipping.dist.reduced[0], expected, strict=True):
-        torch.testing.assert_close(mine, theirs * len(seen) / len(pairs), rtol=1e-10, atol=1e-12)
+    expected = [gradient * len(seen) / len(pairs) for gradient in expected]
+    torch.testing.assert_close(skipping.dist.reduced, [expected], rtol=1e-10, atol=1e-12)
     # With nothing left to learn from, every rank still makes the step.
     flat = replace(rollout, scores=Scores(torch.full((NUM,), 0.5), {}))
     skipping.train_epoch(flat, torch.full((NUM,), 0.5), epoch=1)
@@ -471,8 +450,7 @@ def test_an_automatic_micro_batch_leaves_the_update_as_it_is(tmp_path, capsys):
     for learner in (chosen, found):
         learner.train_epoch(make_rollout(), R, epoch=0)
     assert "train.batch_size = 0: micro-batches of 24 pairs" in capsys.readouterr().out
-    for mine, theirs in zip(chosen.dist.reduced[0], found.dist.reduced[0], strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(chosen.dist.reduced, found.dist.reduced, rtol=1e-10, atol=1e-12)
     # A rank without samples finds its size, too.
     idle = make_learner(tmp_path, rank=0, world_size=NUM + 1, train__batch_size=0)
     rollout = make_rollout(0, NUM + 1)

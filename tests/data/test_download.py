@@ -118,7 +118,7 @@ print(json.dumps(results))
 
 
 def hub(url, home, *calls):
-    """What the calls give in a process of its own: the hub's settings are import-time."""
+    """Results of the calls in a new process, as the hub's settings are read at import."""
     env = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-c", HUB_CALLS, json.dumps(calls)]
     env = os.environ | env | {"NO_PROXY": "127.0.0.1"}

@@ -132,22 +132,6 @@ def test_metadata_file(root):
     assert second == Prompt("a dog", other)
 
 
-def test_an_empty_text_line_is_told_by_its_number(root):
-    """tests/reliability/test_bad_prompts.py has all that is wrong with prompt files."""
-    write(root / "mine", train="\na cat\n", test="a cat\n \na dog\n")
-    with pytest.raises(ValueError, match=r"train\.txt, line 1: the line is empty"):
-        load_prompts("mine", "train")
-    with pytest.raises(ValueError, match=r"test\.txt, line 2: the line is empty"):
-        load_prompts("mine", "test")
-
-
-def test_built_in_prompt_set(monkeypatch):
-    monkeypatch.setattr(data, "DATASET_ROOT", Path(data.__file__).parents[2] / "dataset")
-    for split in data.SPLITS:
-        prompts = load_prompts("shapes", split)
-        assert {"tag", "include", "prompt"} <= set(prompts[0].metadata)
-
-
 def test_epoch_is_without_replacement():
     for epoch in range(20):
         chosen = epoch_prompts(range(50), 48, seed=42, epoch=epoch)
@@ -219,7 +203,7 @@ def test_tags_have_equal_shares_however_often_they_repeat_a_prompt():
     for number in (24, 60, 240):
         tags = Counter(prompts[i].metadata["tag"] for i in draw_lines(prompts, number, together=2))
         assert len(tags) == 6 and max(tags.values()) - min(tags.values()) <= 2
-    # A tag that has no more leaves its share to the others.
+    # An exhausted tag leaves its share to the others.
     few = [Prompt(f"{i}", {"tag": "few"}) for i in range(3)]
     many = [Prompt(f"{i}", {"tag": "many"}) for i in range(3, 40)]
     assert {0, 1, 2} < set(draw_lines([*few, *many], 20))

@@ -19,6 +19,7 @@ from diffusion_nft.models.sd3 import temporarily_on
 from diffusion_nft.policy import ADAPTERS, REFERENCE, Policy
 from diffusion_nft.randomness import generator
 from diffusion_nft.shapes.model import PIPELINE_DIR
+from tests.launch import build_shapes_model
 
 CPU = torch.device("cpu")
 TEXTS = ["a red circle", "two blue squares", "a green triangle"]
@@ -65,7 +66,7 @@ def test_a_texts_embedding_does_not_depend_on_its_neighbours(shapes_model):
     assert not torch.allclose(together.pooled_prompt_embeds[0], together.pooled_prompt_embeds[1])
 
 
-def test_images_lie_in_range_and_slices_change_nothing(shapes_model):
+def test_decoding_in_slices_changes_nothing(shapes_model):
     x0 = 3 * torch.randn(5, *shapes_model.latent_shape((48, 48)))
     images = shapes_model.decode(x0)
     assert images.pixels.shape == (5, 3, 48, 48) and images.pixels.dtype == torch.uint8
@@ -74,12 +75,7 @@ def test_images_lie_in_range_and_slices_change_nothing(shapes_model):
 
 
 def test_offloading_and_checkpointing_give_the_same_numbers(shapes_model, monkeypatch):
-    other = build_model(
-        "sd3",
-        name=str(PIPELINE_DIR),
-        max_sequence_length=8,
-        dist=Distributed(0, 1, 0, CPU),
-        precision=Precision("no", CPU),
+    other = build_shapes_model(
         offload_text_encoders=True,
         gradient_checkpointing=True,
         vae_batch_size=1,
@@ -94,7 +90,7 @@ def test_offloading_and_checkpointing_give_the_same_numbers(shapes_model, monkey
     monkeypatch.setattr(sd3, "temporarily_on", recorded)
     ours, theirs = other.encode(TEXTS), shapes_model.encode(TEXTS)
     assert torch.equal(ours.prompt_embeds, theirs.prompt_embeds)
-    # All texts in one visit; a model that does not offload has none.
+    # All texts are encoded in one visit; a model that does not offload makes none.
     assert visits == [(other._text_encoders(), CPU)]
     x, sigma = torch.ones(3, *other.latent_shape((48, 48))), torch.full((3,), 0.3)
     with torch.no_grad():
@@ -102,7 +98,7 @@ def test_offloading_and_checkpointing_give_the_same_numbers(shapes_model, monkey
     assert not any(p.requires_grad for p in other.transformer.parameters())
 
 
-def test_visiting_weights_come_home_without_a_copy(monkeypatch):
+def test_temporarily_moved_weights_are_restored_without_a_copy(monkeypatch):
     """Also after an error.  A move to a GPU gives a parameter other data, as this one does."""
 
     def move(module, device):
@@ -120,7 +116,7 @@ def test_visiting_weights_come_home_without_a_copy(monkeypatch):
     assert [weight.data_ptr() for weight in weights] == homes
 
 
-def test_a_model_out_of_reach_names_the_remedy(monkeypatch):
+def test_an_unavailable_model_is_an_error_with_advice(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for fetch in (fetch_pipeline, fetch_lora):
         with pytest.raises(OSError, match=r"nobody/nothing.*hf auth login"):
@@ -130,14 +126,7 @@ def test_a_model_out_of_reach_names_the_remedy(monkeypatch):
 def test_the_published_evaluation_truncates_timesteps_and_keeps_the_transformer_in_fp32():
     seen = {}
     for published in (False, True):
-        model = build_model(
-            "sd3",
-            name="shapes",
-            dist=Distributed(0, 1, 0, CPU),
-            precision=Precision("bf16", CPU),
-            max_sequence_length=8,
-            match_published=published,
-        )
+        model = build_shapes_model("bf16", match_published=published)
         seen[published] = steps = []
         model.transformer.register_forward_pre_hook(
             lambda _, __, given, steps=steps: steps.append(float(given["timestep"][0])),
@@ -252,10 +241,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object]]] = {
     "T5's tokenizer": ("has no tokenizer_3", lambda b: shutil.rmtree(b / "tokenizer_3")),
     "no weights": ("transformer has no weights", lambda b: (b / TRANSFORMER).unlink()),
     "cut weights": (f"{TRANSFORMER} is damaged", lambda b: cut(b / TRANSFORMER)),
-    "a lost weight": (
-        "some weights are missing in",
-        lambda b: lose_a_weight(b / TRANSFORMER),
-    ),
+    "a lost weight": ("some weights are missing", lambda b: lose_a_weight(b / TRANSFORMER)),
     "no config": ("vae has no config.json", lambda b: (b / "vae" / "config.json").unlink()),
     "config": ("cannot be loaded", lambda b: (b / "vae" / "config.json").write_text("{")),
     "index": ("model_index.json is damaged", lambda b: (b / "model_index.json").write_text("{")),
@@ -286,14 +272,7 @@ def test_compiled_blocks_predict_the_same_for_every_policy():
     # Compiling takes minutes; what it saves on a CPU is little (docs/benchmarks.md).
     both = []
     for compiled in (False, True):
-        model = build_model(
-            "sd3",
-            name="shapes",
-            dist=Distributed(0, 1, 0, CPU),
-            precision=Precision("no", CPU),
-            max_sequence_length=8,
-            compile=compiled,
-        )
+        model = build_shapes_model(compile=compiled)
         policy = Policy(
             model.transformer,
             targets=model.lora_targets,

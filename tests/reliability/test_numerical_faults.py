@@ -149,7 +149,7 @@ def test_too_many_faults_in_a_row_end_the_run_by_name(tmp_path, monkeypatch):
 def test_fp16_overflow_halves_the_scale_until_a_step_fits(tmp_path):
     """On the CPU too the scaler is on for fp16; a fault of scale alone does not last."""
     learner = make_fp16_learner(tmp_path)
-    rollout = Rollout(**{**vars(make_rollout()), "x0": make_rollout().x0.float()})
+    rollout = dataclasses.replace(make_rollout(), x0=make_rollout().x0.float())
     velocity, loss = learner.model.velocity, learner.algorithm.loss
     # As under autocast: the gradient passes through fp16, whose largest number is 65504.
     learner.model.velocity = lambda *given: velocity(*given).half().float()

@@ -35,7 +35,7 @@ class Mixture:
         return torch.special.ndtr((x.unsqueeze(-1) - (1 - s) * means) / total.sqrt()).mean(-1)
 
     def flow_map(self, x: Tensor, start: float = 1.0, end: float = 0.0) -> Tensor:
-        """Where the ODE carries ``x`` between two levels: in 1-D the map that keeps quantiles."""
+        """The ODE's solution from ``start`` to ``end``: in 1-D the map that preserves quantiles."""
         quantile = self._cdf(x, start)
         low, high = torch.full_like(x, -20.0), torch.full_like(x, 20.0)
         for _ in range(80):

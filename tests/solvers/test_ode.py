@@ -63,7 +63,7 @@ def diffusers_result(scheduler, velocity, x, sigmas):
 @pytest.mark.parametrize("num_steps", [1, 2, 10])
 @pytest.mark.parametrize("order", [1, 2])
 def test_dpm_equals_diffusers(order, num_steps, mixture, noise, shifted_grid):
-    """Where diffusers keeps the state in float32, so do we; agreement is to its rounding."""
+    """Both keep the state in float32 and agree to rounding."""
     scheduler = DPMSolverMultistepScheduler(
         solver_order=order,
         algorithm_type="dpmsolver++",
