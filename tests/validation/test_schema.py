@@ -229,8 +229,8 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("reward_options", {"ocr": {"threads": "many"}}, "the threads of ocr must be of the type"),
     ("reward_options", {"unifiedreward": {"timeout": "1"}}, "must be of the type float"),
     ("reward_options", {"aesthetic": {"weights": 3}}, "the weights of aesthetic must be of the"),
-    ("reward_options", {"clipscore": {"batch_size": 0}}, "must be a whole number from 1"),
-    ("reward_options", {"geneval": {"grading": "lax"}}, "the grading of geneval must be of the"),
+    ("reward_options", {"clipscore": {"batch_size": 0}}, "must be a positive integer"),
+    ("reward_options", {"geneval": {"grading": "lax"}}, "the grading of geneval must be one of"),
 ]
 
 
