@@ -39,7 +39,7 @@ BOUNDS_WITHOUT_FORMULA = {
 
 @dataclass
 class Phase:
-    """Time and cost of a phase; ``rows`` samples in ``calls``.  FLOPs and bytes are 0 if unknown."""
+    """Time and cost of a phase: ``rows`` samples in ``calls``; FLOPs and bytes are 0 if unknown."""
 
     seconds: float = 0.0
     calls: int = 0

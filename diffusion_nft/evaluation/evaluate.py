@@ -130,16 +130,7 @@ def evaluate(
     saved: list[Future[None]] = []
     # Images are saved in a separate thread, without waiting for their scores.
     with ThreadPoolExecutor(1) as saver:
-        result = _collect(
-            draw,
-            _scorer(rewards, prompts, places, folder),
-            prompts,
-            places,
-            batch_size,
-            dist,
-            num_images,
-            rewards.max_unscored,
-        )
+        result = _collect(draw, rewards, prompts, places, folder, batch_size, dist, num_images)
     for future in saved:
         future.result()
     if folder is not None:
@@ -205,39 +196,11 @@ def rescore(
     Scores of finished chunks are saved there until ``write_results``.  Raises FileNotFoundError if
     an image is missing.
     """
-    return _collect(
-        lambda chunk: read_images(folder, [lines[i] for i in chunk]).to(dist.device),
-        _scorer(rewards, prompts, lines, folder),
-        prompts,
-        lines,
-        batch_size,
-        dist,
-        num_images=0,
-        max_unscored=rewards.max_unscored,
-    )
 
+    def read(chunk: range) -> Images:
+        return read_images(folder, [lines[i] for i in chunk]).to(dist.device)
 
-def _scorer(
-    rewards: RewardSet, prompts: list[Prompt], places: Sequence[int], folder: Path | None
-) -> Callable[[Images, range], Scores]:
-    """A function that scores a chunk, or reads its scores by equal rewards from ``folder``."""
-
-    def score(images: Images, lines: range) -> Scores:
-        scores = None if folder is None else read_scores(folder, lines, rewards)
-        if scores is None:
-            chosen = [prompts[line] for line in lines]
-            scores = rewards(
-                images,
-                [p.text for p in chosen],
-                [p.metadata for p in chosen],
-                [f"line {places[line] + 1}" for line in lines],
-            )
-            # Not with failed images, which a later call scores again.
-            if folder is not None and not scores.reasons:
-                write_scores(folder, lines, scores, rewards)
-        return scores
-
-    return score
+    return _collect(read, rewards, prompts, lines, folder, batch_size, dist, num_images=0)
 
 
 def _chunks(num_lines: int, size: int, dist: Distributed) -> list[list[range]]:
@@ -248,15 +211,31 @@ def _chunks(num_lines: int, size: int, dist: Distributed) -> list[list[range]]:
 
 def _collect(
     images_of: Callable[[range], Images],
-    score: Callable[[Images, range], Scores],
+    rewards: RewardSet,
     prompts: list[Prompt],
     places: Sequence[int],
+    folder: Path | None,
     batch_size: int,
     dist: Distributed,
     num_images: int,
-    max_unscored: int,
 ) -> Evaluation:
     """Scores the images of this rank's chunks in the background and gathers the evaluation."""
+
+    def score(images: Images, chunk: range) -> Scores:
+        if folder is not None and (known := read_scores(folder, chunk, rewards)):
+            return known
+        chosen = [prompts[line] for line in chunk]
+        scores = rewards(
+            images,
+            [p.text for p in chosen],
+            [p.metadata for p in chosen],
+            [f"line {places[line] + 1}" for line in chunk],
+        )
+        # Without failed images, which a later call scores again.
+        if folder is not None and not scores.reasons:
+            write_scores(folder, chunk, scores, rewards)
+        return scores
+
     by_rank = _chunks(len(prompts), batch_size, dist)
     mine = [line for chunk in by_rank[dist.rank] for line in chunk]
     shown = {mine[i] for i in draw_lines([prompts[line] for line in mine], num_images)}
@@ -274,7 +253,7 @@ def _collect(
                 kept_lines += chosen
         no_thumbs = torch.zeros(0, 3 * THUMBNAIL**2)
         scores, all_thumbs = gather_scores(
-            dist, worker.results, torch.cat([no_thumbs, *thumbs]), max_unscored
+            dist, worker.results, torch.cat([no_thumbs, *thumbs]), rewards.max_unscored
         )
     order = torch.tensor([line for part in by_rank for chunk in part for line in chunk]).argsort()
     named = {"total": scores.total, **scores.parts}

@@ -221,7 +221,7 @@ def test_what_another_experiment_has_run_is_taken_over(tiny, capsys):
     capsys.readouterr()
     tiny.run("--variants", "few")
     printed = capsys.readouterr().out
-    assert f"tiny few seed 1: the run of {other}" in printed
+    assert f"tiny few seed 1: copied from {other}" in printed
     # Of seed 2 there is none.
     assert printed.count("started") == 1 and "tiny few seed 2: started" in printed
     assert parts(result) == (header | {"ran_as": "other less"}, numbers)

@@ -204,7 +204,7 @@ def test_without_a_baseline_there_is_no_test(plot, results, tmp_path):
         path.unlink()
     call(plot, "made", "--results", results.parent, "--output", tmp_path)
     page = (tmp_path / "made.md").read_text()
-    assert len(re.findall(r"\| no results of it +\| – +\| – +\| – +\|", page)) == 3
+    assert len(re.findall(r"\| no results +\| – +\| – +\| – +\|", page)) == 3
 
 
 def test_results_that_do_not_belong_together_are_refused(plot, results, tmp_path):
@@ -215,7 +215,7 @@ def test_results_that_do_not_belong_together_are_refused(plot, results, tmp_path
     assert "the seeds of base differ" in str(stopped.value)
     with pytest.raises(ValueError) as stopped:
         call(plot, "nothing", "--results", results.parent, "--output", tmp_path)
-    assert "holds no results: python scripts/experiments.py nothing" in str(stopped.value)
+    assert "has no results: run scripts/experiments.py nothing" in str(stopped.value)
 
 
 def test_alarms_and_watched_metrics_are_shown(plot, results, tmp_path):

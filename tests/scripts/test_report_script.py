@@ -317,7 +317,7 @@ def test_what_went_wrong_is_said(tmp_path):
         "loss/policy was not finite in 6 epochs, first 6.",
         "scored the same for 75% of the prompts",
         "reward/diversity fell from 0.200 to 0.100",
-        "eval/shapes fell by training: -0.375 ± 0.094.",
+        "eval/shapes decreased in training: -0.375 ± 0.094.",
         "the best eval/total, 0.500, was at epoch 0, not at the end (0.125).",
         "Not finished: 11 of 12 epochs.",
         "Started 2 times.",
