@@ -127,7 +127,7 @@ def measure(setup: Setup, repeats: int, baseline: bool) -> dict[str, Any]:
         with observer.watching():
             timed_epoch(way, repeats + 1)
         if isinstance(way, Product):
-            observer.time("checkpoint", way.state.save)
+            observer.timed("checkpoint", way.state.save)()
         results[way.name] = _summary(setup, observer, seconds[way.name], peaks)
         results[way.name]["peak_memory_gb"] = peaks_gb[way.name]
     if baseline:

@@ -131,7 +131,7 @@ class Observer:
         phase.flops += rows * cost.flops
         phase.bytes += cost.bytes(rows, weight, element)
 
-    def _timed(
+    def timed(
         self,
         name: str,
         function: Callable[..., Any],
@@ -211,7 +211,7 @@ class Observer:
         @contextmanager
         def use_adapter(name: str) -> Iterator[None]:
             switch = function(name)
-            self._timed("policy switch", switch.__enter__)()
+            self.timed("policy switch", switch.__enter__)()
             self._policies.append(name)
             try:
                 yield
@@ -237,7 +237,7 @@ class Observer:
     def watching(self) -> Iterator[None]:
         """Patches the methods in the block."""
         way = self.way
-        timed = self._timed
+        timed = self.timed
         wrapped = [
             (way, "sample", partial(self._whole, "sample")),
             (way, "train", partial(self._whole, "train")),
@@ -256,10 +256,6 @@ class Observer:
             for owner, name, wrap in wrapped:
                 stack.enter_context(mock.patch.object(owner, name, wrap(getattr(owner, name))))
             yield
-
-    def time(self, name: str, function: Callable[[], Any]) -> None:
-        """Runs ``function`` as phase ``name``."""
-        self._timed(name, function)()
 
 
 def verdict(name: str, phase: Phase, peaks: Peaks) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from diffusion_nft.data.prompts import Prompt, evaluated_lines
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.evaluation.evaluate import choose_rewards
 from diffusion_nft.evaluation.options import EvalOptions, named_rewards
-from diffusion_nft.evaluation.results import scored_by
+from diffusion_nft.evaluation.results import finished
 from diffusion_nft.evaluation.suites import Suite
 
 
@@ -24,7 +24,8 @@ class Task:
 
     @property
     def missing_rewards(self) -> set[str]:
-        return self.weights.keys() - scored_by(self.folder)
+        done = finished(self.folder)
+        return self.weights.keys() - (done["settings"].get("rewards", {}) if done else {})
 
 
 def suite_tasks(

@@ -230,7 +230,7 @@ def _read_part(path: Path, config: Row, rows: list[Row], number: int) -> Part:
     prefix = f"stages.{number}."
     own = {k.removeprefix(prefix): value for k, value in config.items() if k.startswith(prefix)}
     merged = config | own
-    rewards = unflatten(own).get("reward_fn") or unflatten(config).get("reward_fn", {})
+    rewards = dict(unflatten(own).get("reward_fn") or unflatten(config).get("reward_fn", {}))
     folder = path / "eval" / (f"stage-{number}" if number else "")
     tests = [row for row in rows if "eval/total" in row and row.get("stage", 0) == number]
     watched = [IMAGE_STATISTICS] if config.get("monitor.image_statistics") else []
