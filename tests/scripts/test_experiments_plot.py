@@ -1,4 +1,4 @@
-"""Tables and figures of experiments, against numbers computed by hand."""
+"""Tables and figures of experiments."""
 
 import json
 import math
@@ -56,14 +56,14 @@ def results(tmp_path):
 
 
 def colours(path, height: int) -> set[tuple[int, ...]]:
-    """Of a figure that is wide and at least ``height`` high."""
+    """Colours of a figure that is at least ``height`` high."""
     with Image.open(path) as image:
         assert image.width > 1000 and image.height > height
         return {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
 
 
 def blue() -> tuple[int, ...]:
-    """The first variant's colour."""
+    """Colour of the first variant."""
     return tuple(bytes.fromhex(plots.COLOURS[0].removeprefix("#")))
 
 

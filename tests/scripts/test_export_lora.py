@@ -1,4 +1,4 @@
-"""The export command: what it writes is what we sample with, in plain diffusers."""
+"""The export script: exported files give the same images in diffusers."""
 
 import json
 import re
@@ -39,7 +39,7 @@ TRAINED = {
     "checkpoint.keep": 0,
     "save_freq": 1,
     "eval_freq": 1,
-    # At which the LoRA shows.
+    # High, for a visible LoRA.
     "train.learning_rate": 0.03,
 }
 
@@ -60,7 +60,7 @@ def exported(run_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(run_dir) -> torch.Tensor:
-    """Latents by the checkpoint's LoRA in this project's own loading and sampling."""
+    """Latents with the LoRA of the checkpoint, sampled by this project."""
     about = {"name": "shapes", "max_sequence_length": 8}
     model = build_model("sd3", **about, dist=CPU, precision=Precision("no", CPU.device))
     sampler = Sampler("flow", STEPS, 1.0, (48, 48))
@@ -77,7 +77,7 @@ def ours(run_dir) -> torch.Tensor:
 
 
 def theirs(pipe: StableDiffusion3Pipeline) -> torch.Tensor:
-    """The same latents by diffusers' own sampling."""
+    """The same latents, sampled by diffusers."""
     pipe.set_progress_bar_config(disable=True)
     noise = normal((4, 12, 12), [generator(0, "sample")])
     return pipe(
@@ -99,7 +99,7 @@ def test_plain_diffusers_draws_our_image(exported, ours):
 
 
 def test_the_merged_pipeline_draws_our_image(exported, ours):
-    """But for float32's rounding of each merged weight: 7e-7 when this was written."""
+    """Up to float32 rounding of merged weights (7e-7)."""
     pipe = StableDiffusion3Pipeline.from_pretrained(exported)
     assert pipe.transformer.dtype == torch.float32
     assert not [name for name, _ in pipe.transformer.named_parameters() if "lora" in name]
@@ -176,7 +176,7 @@ def test_an_earlier_checkpoint_shows_neither_later_numbers_nor_later_images(run_
 
 
 def test_a_card_names_no_folder_of_the_machine(tmp_path, exported):
-    # A copy of a hub's model, in the hub's cache and elsewhere.
+    # A copy of a hub model in the hub cache, and elsewhere.
     for folder, name in (
         ("models--owner--base/snapshots/0a1b", "owner/base"),
         ("home/me/my-base", "my-base"),
@@ -244,7 +244,7 @@ def test_a_full_disk_costs_one_line_and_leaves_nothing(run_dir, tmp_path, flags,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(here.iterdir()) == [] and not (tmp_path / "new" / "folder").exists()
-    (here / ".unfinished").mkdir()  # as a command leaves it that was killed
+    (here / ".unfinished").mkdir()  # left by a killed command
     (here / ".unfinished" / "README.md").write_text("unfinished")
     call(export, *asked, here)
     assert "unfinished" not in (here / "README.md").read_text()
@@ -260,7 +260,7 @@ def test_a_lora_of_others_gets_a_card_without_a_run(exported, tmp_path):
     assert (head["base_model"], head["base_model_relation"]) == (base, "adapter")
     assert f'from_pretrained("{base}", torch_dtype=torch.float16)' in card
     assert "Trained" not in card and "Evaluation" not in card and "Configuration" not in card
-    # Without --pretrained, the LoRA's own description names the base.
+    # Without --pretrained, the base model is that named by the LoRA.
     call(export, "--lora_hf_path", tmp_path, "--output_dir", tmp_path / "again", "--adapter",
          "default")  # fmt: skip
     described = json.loads((tmp_path / "again" / "lora" / "adapter_config.json").read_text())
@@ -268,7 +268,7 @@ def test_a_lora_of_others_gets_a_card_without_a_run(exported, tmp_path):
 
 
 class Hub:
-    """Stands for huggingface_hub's HfApi, and keeps what it was asked to do."""
+    """Replacement of huggingface_hub's HfApi that records calls."""
 
     calls: tuple = ()
 

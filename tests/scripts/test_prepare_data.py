@@ -1,4 +1,4 @@
-"""The command that fetches prompt sets against a server on the loopback interface."""
+"""The script that downloads prompt sets, with a local server."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ CONTENT = {
 
 @pytest.fixture
 def server(monkeypatch):
-    """Serves small files under the published names, with their own blob ids in the table."""
+    """Serves small files under the published names, with their blob ids."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     for name, files in PUBLISHED_FILES.items():
         stand_ins = []
@@ -55,7 +55,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def prepare(tmp_path, capsys, monkeypatch):
-    """Runs the command with ``tmp_path/dataset`` as its folder; (status, output, errors)."""
+    """Runs the script for ``tmp_path/dataset``; returns (status, output, errors)."""
     module = script("prepare_data")
 
     def run(*flags: str) -> tuple[int, list[str], list[str]]:
@@ -171,7 +171,7 @@ def test_offline_one_line_says_what_from_where_whither_and_what_else(
         assert "refused" in error
     command = f"`python scripts/prepare_data.py geneval --generate --output_dir {folder}`"
     assert command in train and "--generate" not in test
-    # The command does what the message says.
+    # The suggested command works.
     flags = command.strip("`").split()[2:4]
     assert prepare(*flags, "--num_prompts", "900")[0] == 1  # the test prompts are still missing
     assert len(load_prompts(folder / "geneval", "train")) == 900
@@ -187,7 +187,7 @@ def test_generated_prompts_keep_apart_from_the_test_prompts(server, prepare, tmp
         f"geneval: {path} written, 3,000 prompts of seed 5, apart from the 2 test prompts"
     )
     assert server.fetched() == ["/mirror/geneval/test_metadata.jsonl"]
-    # 882 lines of counting are more than all its prompts: 240 but the one of the test.
+    # 882 lines of counting have all 240 prompts except that of the test.
     counting = {p.text for p in load_prompts(path.parent, "train") if p.metadata.get("exclude")}
     assert len(counting) == 239 and CUPS["prompt"] not in counting
 
