@@ -19,7 +19,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from ml_collections import ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_nft.advantages import group_advantages, optimality, standardized_total
 from diffusion_nft.data.prompts import Prompt, epoch_prompts
@@ -171,8 +171,8 @@ def _random_pipeline(
         del folder
         torch.manual_seed(0)
         with torch.device(device):
-            transformer = SD3Transformer2DModel(**arch.transformer)
-            vae = AutoencoderKL(**arch.vae)
+            transformer: nn.Module = SD3Transformer2DModel(**arch.transformer)
+            vae: nn.Module = AutoencoderKL(**arch.vae)
         parts: dict[str, Any] = {
             "transformer": transformer.to(dtype.get("transformer", dtype["default"])),
             "vae": vae.to(dtype["vae"]),

@@ -7,6 +7,7 @@ float64 in line order.
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from diffusion_nft.data.prompts import Prompt, draw_lines
 from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.evaluation.options import EvalOptions
 from diffusion_nft.evaluation.results import (
     Evaluation,
     finished,
@@ -47,6 +49,17 @@ DEFAULT_REWARDS: dict[str, tuple[str, ...]] = {
     "drawbench": _MODEL_BASED,
     "shapes": ("shapes",),
 }
+
+
+@dataclass(frozen=True)
+class Task:
+    """Evaluation of one test set, with its results in ``folder``."""
+
+    dataset: str
+    prompts: list[Prompt]
+    lines: list[int]  # line numbers of the prompts in the test set
+    weights: dict[str, float]  # of the rewards
+    folder: Path
 
 
 def choose_rewards(
@@ -139,44 +152,42 @@ def evaluate(
 
 
 def complete(
-    folder: Path,
-    prompts: list[Prompt],
-    weights: Mapping[str, float],
-    config: ConfigDict,
+    task: Task,
+    options: EvalOptions,
     record: Mapping[str, Any],
+    dist: Distributed,
     *,
     model: Callable[[], Model],
-    rewards: Callable[[Mapping[str, float]], RewardSet],
-    dist: Distributed,
-    lines: Sequence[int],
     keep_images: bool,
 ) -> None:
-    """Completes the evaluation of ``prompts`` in ``folder``, and writes its results.
+    """Completes the evaluation of ``task`` in its folder, and writes its results.
 
-    ``lines`` as in ``evaluate``.  ``record``: all settings that determine the images, and
-    ``PER_REWARD_SETTINGS``.  ``model`` and ``rewards`` are called only if images or scores are
-    missing; scores of earlier rewards are kept.  Raises ValueError if ``folder`` holds other
-    images, and the errors of ``evaluate``.
+    ``record``: all settings that determine the images, and ``PER_REWARD_SETTINGS``.  ``model`` is
+    called, and rewards are built, only if images or scores are missing; scores of earlier rewards
+    are kept.  Raises ValueError if the folder holds other images, and the errors of ``evaluate``.
     """
+    folder, prompts, lines = task.folder, task.prompts, task.lines
     reserve_folder(folder, record, dist)
-    done, drawn = finished(folder), has_images(folder, lines)
     # From one rank, as a network file system may show different states to others.
-    done, drawn = dist.broadcast_object((done, drawn))
+    done, drawn = dist.broadcast_object((finished(folder), has_images(folder, lines)))
     before = done["settings"] if done else {}
     earlier = before.get("rewards", {})
-    missing = {name: weight for name, weight in weights.items() if name not in earlier}
+    missing = {name: weight for name, weight in task.weights.items() if name not in earlier}
     if not missing and (drawn or not keep_images):
         dist.print_once(f"already finished: {folder}")
         return
     record = {**record, **merge_settings(before, {**record, "rewards": missing})}
     if drawn:
-        size = config.eval.batch_size
-        result = rescore(prompts, lines, rewards(missing), folder, batch_size=size, dist=dist)
+        size = options.config.eval.batch_size
+        scorer = options.rewards(missing, dist)
+        result = rescore(prompts, lines, scorer, folder, batch_size=size, dist=dist)
         if earlier:
             result = merge_scores(result, read_results(folder, prompts)[0], record["rewards"])
     else:
-        scorer, kept = rewards(record["rewards"]), folder if keep_images else None
-        result = evaluate(model(), prompts, scorer, config, dist=dist, lines=lines, folder=kept)
+        scorer, kept = options.rewards(record["rewards"], dist), folder if keep_images else None
+        result = evaluate(
+            model(), prompts, scorer, options.config, dist=dist, lines=lines, folder=kept
+        )
     if dist.is_main:
         write_results(result, folder, settings=record)
     dist.barrier()

@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from diffusion_nft.data.prompts import Prompt, draw_lines, load_prompts
 from diffusion_nft.distributed.ranks import Distributed
-from diffusion_nft.evaluation.evaluate import complete, evaluate, rescore
+from diffusion_nft.evaluation.evaluate import Task, complete, evaluate, rescore
 from diffusion_nft.evaluation.results import (
     Evaluation,
     image_path,
@@ -285,23 +286,18 @@ def test_rewards_that_are_added_score_each_image_once(shapes_model, prompts, tmp
     calls = []
     reward = counting(calls, lambda texts: broken and len(calls) == 5)
 
+    options = SimpleNamespace(
+        config=SETTINGS, rewards=lambda weights, dist: reward.build(weights, dist.device)
+    )
+
     def names() -> list[list[str]]:
         return [names for names, _ in calls]
 
     def ask(*names: str) -> dict:
         weights = dict.fromkeys(names, 1.0)
-        complete(
-            tmp_path,
-            prompts,
-            weights,
-            SETTINGS,
-            {"seed": 1, "rewards": weights, "reward_options": {}, "reward_servers": {}},
-            model=lambda: models.pop(),
-            rewards=lambda chosen: reward.build(chosen, CPU),
-            dist=ONE,
-            lines=range(len(prompts)),
-            keep_images=True,
-        )
+        task = Task("shapes", prompts, list(range(len(prompts))), weights, tmp_path)
+        record = {"seed": 1, "rewards": weights, "reward_options": {}, "reward_servers": {}}
+        complete(task, options, record, ONE, model=models.pop, keep_images=True)
         return json.loads((tmp_path / "average_scores.json").read_text())
 
     models, broken = [shapes_model], False

@@ -136,8 +136,3 @@ def test_flags_go_before_the_options_and_servers_of_the_run(run_dir, tmp_path, m
     own.update({"reward_options.unifiedreward.api_key": "s3cret"})
     record = choose(*run).record(HERE, str(tmp_path), {"unifiedreward": 1.0}, 0)
     assert "s3cret" not in json.dumps(record)
-
-
-def test_settings_that_cannot_go_together_are_refused():
-    with pytest.raises(ValueError, match="48 pixels only"):
-        choose("--pretrained", "shapes", "--resolution", 512)

@@ -104,11 +104,8 @@ def test_480_lines_on_1_2_and_3_processes(tmp_path):
         (("--dataset", "nowhere", "--reward", "shapes"), "nowhere"),
         (("--dataset", "shapes", "--reward", "pikscore"), "pikscore"),
         (("--dataset", "shapes", "--checkpoint_path", "/nowhere"), "/nowhere"),
-        (("--dataset", "shapes", "--solver", "dmp2", "--pretrained", "shapes"), "dmp2"),
         (("--dataset", "shapes", "--limit", "0", "--pretrained", "shapes"), "limit"),
         (("--dataset", "shapes", "--rescore"), "evaluation_results.jsonl"),
-        (("--dataset", "shapes", "--pretrained", "shapes", "--resolution", "64"), "48 pixels only"),
-        (("--dataset", "shapes", "--guidance_scale", "-3"), "[1, inf)"),
         (("--dataset", "shapes", "--skip_rewards", "shapes"), "leaves no reward"),
         (
             ("--dataset", "shapes", "--reward_servers", "ocr=http://127.0.0.1:9"),
