@@ -142,7 +142,7 @@ class Setup:
         )
 
     def load(self, *, frozen_in_float32: bool = False) -> Any:
-        """Loads the model; frozen weights are in the compute dtype or ``frozen_in_float32``."""
+        """Loads the model with frozen weights in the compute dtype, or in float32."""
         config = self.config.copy_and_resolve_references()
         with config.unlocked():
             config.match_published = frozen_in_float32

@@ -258,7 +258,7 @@ class Observer:
             yield
 
 
-def verdict(name: str, phase: Phase, peaks: Peaks) -> dict[str, Any]:
+def roofline(name: str, phase: Phase, peaks: Peaks) -> dict[str, Any]:
     """Roofline of a phase: FLOP per byte, share of the roof, the bound, and a sentence on it."""
     if not phase.bytes or not phase.seconds:
         return {"bound": None, "sentence": f"no formula; bound by {BOUNDS_WITHOUT_FORMULA[name]}"}
@@ -282,10 +282,10 @@ def verdict(name: str, phase: Phase, peaks: Peaks) -> dict[str, Any]:
     }
 
 
-def judged_phases(phases: dict[str, Phase], peaks: dict[str, Peaks]) -> dict[str, dict[str, Any]]:
-    """Each phase with its verdict; ``peaks``: those of the phase "decode" and of the "others"."""
+def with_rooflines(phases: dict[str, Phase], peaks: dict[str, Peaks]) -> dict[str, dict[str, Any]]:
+    """Each phase with its roofline; ``peaks``: those of the phase "decode" and of the "others"."""
     rows = {}
     for name, phase in phases.items():
         peak = peaks["decode" if name == "decode" else "others"]
-        rows[name] = asdict(phase) | verdict(name, phase, peak)
+        rows[name] = asdict(phase) | roofline(name, phase, peak)
     return rows

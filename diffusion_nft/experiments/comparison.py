@@ -164,7 +164,9 @@ def paired_test(
 
 
 def holm(ps: dict[str, float]) -> dict[str, float]:
-    """``ps`` adjusted for multiple tests by Holm's step-down method (1979); NaN is not a test."""
+    """``ps`` adjusted for multiple tests by Holm's step-down method (1979), which controls the
+    family-wise error rate; NaN is not a test.
+    """
     tested = sorted((p, variant) for variant, p in ps.items() if not math.isnan(p))
     steps = ((len(tested) - step) * p for step, (p, _) in enumerate(tested))
     adjusted = itertools.accumulate(steps, max)

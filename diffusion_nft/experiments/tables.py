@@ -167,7 +167,7 @@ def experiment_page(name: str, results: Results, args: argparse.Namespace) -> st
         *(markdown_table(head, rows) for head, *rows in filter(None, tables)),
         f"![Watched metrics against compute]({name}-watched.png)",
         *alarms_section(results),
-        "Means over seeds; ± and [ ] are 95 % intervals (Student's t over seeds), p is for a "
+        "Means over seeds; ± and [ ] are 95 % intervals (Student's t over seeds), p is from a "
         "paired t-test over common seeds, also adjusted by Holm's method for the table; the "
         "intervals are not adjusted. Seconds and forward-equivalents do not include "
         "evaluations; seconds depend on the load of the machine. A forward-equivalent is a "

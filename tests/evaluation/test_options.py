@@ -90,7 +90,7 @@ def test_every_path_is_expanded(run_dir, monkeypatch):
     assert parser.parse_args(["--output_dir=~/out"]).output_dir == run_dir.parent / "out"
 
 
-def test_the_record_tells_what_the_numbers_rest_on(run_dir, tmp_path):
+def test_the_record_has_all_settings_that_affect_results(run_dir, tmp_path):
     test = tmp_path / "test_metadata.jsonl"
     test.write_text('{"prompt": "a red circle"}\n')
     servers = ("--reward_servers", "shapes=http://127.0.0.1:9", "ocr=http://127.0.0.1:8")
@@ -107,7 +107,7 @@ def test_the_record_tells_what_the_numbers_rest_on(run_dir, tmp_path):
     assert record["adapter"] == "default"
 
 
-def test_flags_go_before_the_options_and_servers_of_the_run(run_dir, tmp_path, monkeypatch):
+def test_flags_override_options_and_servers_of_the_run(run_dir, tmp_path, monkeypatch):
     (tmp_path / "test_metadata.jsonl").write_text('{"prompt": "a red circle"}\n')
     own = {"reward_options.shapes.rule": "lenient", "reward_servers.shapes": ["http://127.0.0.1:9"]}
     real = settings.load_checkpoint

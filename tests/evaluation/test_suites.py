@@ -78,9 +78,9 @@ def test_the_json_holds_all_that_the_table_shows(folder):
     assert tables["references"]["NFT on GenEval"]["GenEval"] == 0.98
 
 
-def test_judges_that_differ_stand_below_the_table(folder):
+def test_reward_settings_are_below_the_table(folder):
     rows = read_rows(folder, PAPER)
-    assert "judges" not in as_markdown(PAPER, rows)
+    assert "reward_settings" not in as_markdown(PAPER, rows)
     path = folder / "lora" / "geneval" / "average_scores.json"
     result = json.loads(path.read_text())
     result["settings"] = {"reward_options": {"geneval": {"dtype": "fp16"}}, "reward_servers": {}}

@@ -18,7 +18,7 @@ from diffusion_nft.benchmarks import scaling
 from diffusion_nft.benchmarks.baseline import Published
 from diffusion_nft.benchmarks.epochs import make_config, timed_epoch
 from diffusion_nft.benchmarks.models import ARCHITECTURES, Product, Setup
-from diffusion_nft.benchmarks.phases import Observer, Peaks, Phase, verdict
+from diffusion_nft.benchmarks.phases import Observer, Peaks, Phase, roofline
 from diffusion_nft.benchmarks.scaling import AXES, BENCHMARK, draw, exponent, measure, time_epochs
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.flow import add_noise
@@ -170,7 +170,7 @@ def test_without_a_kl_term_ours_makes_no_reference_forward(tmp_path):
 )
 def test_a_phase_is_bound_by_what_takes_longest(flops, data, seconds, bound):
     peaks = Peaks(flops=100.0, bandwidth=10.0)
-    row = verdict("decode", Phase(seconds, 1, 1, flops, data), peaks)
+    row = roofline("decode", Phase(seconds, 1, 1, flops, data), peaks)
     assert row["bound"] == bound and row["sentence"].startswith(f"{bound}-bound")
     assert row["intensity"] == flops / data
 

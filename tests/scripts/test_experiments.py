@@ -182,7 +182,7 @@ def test_every_variant_runs_with_every_seed_and_once(tiny, monkeypatch, capsys):
     assert len(tiny.found()) == 3
 
 
-def test_a_result_says_what_ran_and_sums_the_epochs(tiny, runner):
+def test_a_result_has_a_header_and_cumulative_costs(tiny, runner):
     tiny.run("--variants", "few", "--seeds", 7)
     text = (tiny.results / "tiny" / "few-seed7.jsonl").read_text()
     about, *rows = map(json.loads, text.splitlines())
@@ -203,7 +203,7 @@ def test_a_result_says_what_ran_and_sums_the_epochs(tiny, runner):
     assert rows[-1]["eval/shapes/strict"] == 0.5 and rows[-1]["eval/diversity"] is None
 
 
-def test_what_another_experiment_has_run_is_taken_over(tiny, capsys):
+def test_results_of_the_same_run_elsewhere_are_copied(tiny, capsys):
     tiny.run("--variants", "few", "--seeds", 1)
     other = tiny.results / "other" / "less-seed1.jsonl"
     other.parent.mkdir()

@@ -72,7 +72,7 @@ def row_of(results, variant: str) -> dict[str, str]:
     return next(dict(zip(head, row, strict=True)) for row in rows if row[0] == variant)
 
 
-def test_the_table_is_what_one_computes_by_hand(results):
+def test_the_table_matches_a_hand_computation(results):
     assert list(comparison.read(results)) == ["base", "better", "shifted", "short"]
     row = row_of(results, "base")
     # Gains .25, .35, .30: mean .30, deviation .05; Student's t at 97.5 % with 2 degrees is 4.303.
@@ -117,7 +117,7 @@ def test_the_adjustment_is_for_the_tests_of_the_table(results):
     assert row_of(results, "short")["p, Holm"] == "–"
 
 
-def test_what_training_did_and_the_comparison_at_equal_time(results):
+def test_training_metrics_and_the_comparison_at_equal_time(results):
     (results / "better-seed4.jsonl").unlink()
     for seed in (1, 2, 3):
         path = results / f"better-seed{seed}.jsonl"
@@ -139,14 +139,14 @@ def test_what_training_did_and_the_comparison_at_equal_time(results):
 
 
 def test_where_the_baseline_reaches_a_variants_end(results):
-    # On base's lines .40, .50 and .45 lie at 1200, 1429 and 1333 of 2000 forward-equivalents.
+    # The baseline reaches .40, .50 and .45 after 1200, 1429 and 1333 of 2000 forward-equivalents.
     row = row_of(results, "shifted")
     assert row["base is there after"] == ".660 (.600 to .714)"
     row = row_of(results, "better")
     assert row["base is there after"] == "0 of 3"
     found = comparison.read(results)
     better, base = found["better"], found["base"]
-    # .60 of "better" lies at 2000 of seed 2's line, .63 nowhere on it; 10.5 is no .5.
+    # Seed 2 of the baseline reaches the .60 of "better" after 2000, but never .63.
     pair = {1: better[1], 2: better[3]}, {1: base[2], 2: base[2]}
     assert comparison.head_start(*pair) == "1 of 2: 1.000 (1.000 to 1.000)"
     assert comparison.share(10.5) == "10.500" and comparison.share(-0.5) == "-.500"
@@ -155,7 +155,7 @@ def test_where_the_baseline_reaches_a_variants_end(results):
 @pytest.mark.parametrize(
     "variant, text", [("short", "-.050, n=2: not tested"), ("shifted", "-.100 for each of n=3")]
 )
-def test_what_cannot_be_tested_is_said(results, variant, text):
+def test_few_or_equal_pairs_are_not_tested(results, variant, text):
     row = row_of(results, variant)
     assert row["against base at equal compute [95 %]"] == text and row["p"] == "–"
 

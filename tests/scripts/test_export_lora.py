@@ -218,7 +218,7 @@ def test_a_base_in_a_variant_alone_and_without_t5_is_merged_into_a_plain_folder(
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_a_lora_that_names_another_base_is_said(exported, tmp_path, capsys):
+def test_another_base_model_of_the_lora_is_printed(exported, tmp_path, capsys):
     base = "stabilityai/stable-diffusion-3.5-medium"
     said = {}
     for name in ("lora", "pytorch_lora_weights.safetensors"):
@@ -230,7 +230,7 @@ def test_a_lora_that_names_another_base_is_said(exported, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("flags", "room"), [((), 10_000), (("--merge",), 500_000)])
-def test_a_full_disk_costs_one_line_and_leaves_nothing(run_dir, tmp_path, flags, room):
+def test_a_full_disk_is_one_line_and_leaves_nothing(run_dir, tmp_path, flags, room):
     asked = ("--checkpoint_path", run_dir, *flags, "--output_dir")
     here = tmp_path / "here"
     here.mkdir()

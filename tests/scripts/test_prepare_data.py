@@ -127,7 +127,7 @@ def test_files_of_the_user_are_kept(server, prepare, tmp_path, file):
         ("ocr", "test.txt", b"caf\xe9", "not UTF-8 (byte 4)"),
     ],
 )
-def test_a_malformed_line_is_told_by_file_and_line(
+def test_a_malformed_line_is_named_by_file_and_line(
     server, prepare, tmp_path, name, file, line, wrong
 ):
     good = b"a sign" if name == "ocr" else json.dumps(BENCH).encode()
@@ -155,9 +155,7 @@ def test_a_damaged_file_is_not_put_in_place(server, prepare, tmp_path):
     assert not (tmp_path / "dataset/drawbench/test.txt").exists()
 
 
-def test_offline_one_line_says_what_from_where_whither_and_what_else(
-    prepare, tmp_path, monkeypatch
-):
+def test_offline_the_error_names_file_url_path_and_alternative(prepare, tmp_path, monkeypatch):
     with serving() as gone:
         url = gone.url
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -213,7 +211,7 @@ def test_without_test_prompts_the_output_says_that_nothing_was_kept_apart(
     assert load_prompts(tmp_path / "dataset/geneval", "train")[0].metadata["tag"]
 
 
-def test_nothing_is_generated_beside_malformed_test_prompts(server, prepare, tmp_path):
+def test_nothing_is_generated_with_malformed_test_prompts(server, prepare, tmp_path):
     path = write(tmp_path / "dataset/geneval/test_metadata.jsonl", b"{}\n")
     status, output, errors = prepare("geneval", "--generate")
     assert (status, output) == (1, [])

@@ -175,7 +175,7 @@ def test_the_page_can_be_read_without_seeing_it(page):
     assert {a["href"].removeprefix("#") for a in page.all("a")} <= targets
 
 
-def test_headline_numbers_are_what_one_computes_by_hand(page):
+def test_headline_numbers_match_a_hand_computation(page):
     # Gains .75, .25, .25, .75, mean .5; residuals by prompt .25, -.5, .25: 3/2 of the sum of
     # squares .375, its root over 4 lines.
     error = (1.5 * 0.375) ** 0.5 / 4
@@ -236,7 +236,7 @@ def test_a_run_that_is_not_finished(tmp_path):
     assert "5 of 1,200" in page.text and "not finished" in page.text
 
 
-def test_stages_are_told_apart(tmp_path):
+def test_stages_are_separate(tmp_path):
     rows, stages = [], {"stages.1.num_epochs": 4, "stages.2.num_epochs": 6}
     stages |= {"stages.2.dataset": "other", "stages.2.reward_fn.ocr": 0.5}
     run = make_run(
@@ -282,7 +282,7 @@ def test_a_comparison_names_all_and_shows_what_differs(tmp_path):
     assert "not comparable" not in page.text
 
 
-def test_runs_of_one_name_are_told_by_their_paths(tmp_path):
+def test_runs_with_equal_names_are_named_by_their_paths(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     runs = [make_run(tmp_path / folder / "run") for folder in ("a", "b")]
@@ -291,14 +291,14 @@ def test_runs_of_one_name_are_told_by_their_paths(tmp_path):
     assert "All keys have the same values." in page.text
 
 
-def test_runs_that_do_not_compare_are_said_to_differ(tmp_path):
+def test_incomparable_runs_have_warnings(tmp_path):
     other = {"dataset": "other", "reward_fn.shapes": 0.5}
     page = made(tmp_path, make_run(tmp_path / "a"), make_run(tmp_path / "b", **other))
     assert "different test lines: eval/* is not comparable" in page.text
     assert "reward/mean and eval/total are not comparable" in page.text
 
 
-def test_what_went_wrong_is_said(tmp_path):
+def test_warnings_and_notes(tmp_path):
     run = make_run(tmp_path / "run")
     rows = []
     (run / "eval").rename(run / "gone")
@@ -328,7 +328,7 @@ def test_what_went_wrong_is_said(tmp_path):
     assert "Warning" not in made(tmp_path, make_run(tmp_path / "sound")).text
 
 
-def test_what_is_no_run_is_refused_in_one_line(tmp_path):
+def test_invalid_run_directories_are_refused_in_one_line(tmp_path):
     empty = tmp_path / "empty"
     assert "is not a run directory: it has no config.json" in refused(tmp_path, empty)
     empty.mkdir()

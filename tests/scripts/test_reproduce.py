@@ -161,7 +161,7 @@ def test_the_papers_suite_on_stand_ins(paper, tmp_path, capsys, monkeypatch):
         assert len(list((folder / "images").iterdir())) == count and (folder / "grid.png").exists()
 
 
-def test_what_is_missing_is_named_at_once(paper, tmp_path):
+def test_all_missing_test_sets_are_named(paper, tmp_path):
     (data.DATASET_ROOT / "ocr" / "test.txt").unlink()
     (data.DATASET_ROOT / "drawbench" / "test.txt").unlink()
     with pytest.raises(ValueError, match=r"(?s)prepare_data.py ocr.*prepare_data.py drawbench"):

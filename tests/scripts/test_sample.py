@@ -100,7 +100,7 @@ def test_a_failure_leaves_what_was_drawn_and_the_same_command_overwrites(tmp_pat
     assert np.array_equal(draw(tmp_path, *asked)[kept.stem], whole)
 
 
-def test_the_base_beside_the_lora(tmp_path, lora):
+def test_compare_draws_the_base_model_too(tmp_path, lora):
     asked = [flag for prompt in PROMPTS for flag in ("--prompt", prompt)]
     pairs = draw(tmp_path / "pairs", *asked, "--lora_hf_path", lora, "--compare")
     base = draw(tmp_path / "base", *asked)
@@ -183,7 +183,7 @@ def test_a_lora_on_other_layers_is_drawn_as_diffusers_draws_it(tmp_path, capsys)
     assert not np.array_equal(base["000-a-red-circle-seed0"], drawn["000-a-red-circle-seed0"])
 
 
-def test_an_image_of_no_numbers_is_named_and_not_written(tmp_path, monkeypatch):
+def test_a_non_finite_image_is_an_error(tmp_path, monkeypatch):
     real, calls = SD3Model.decode, []
 
     def decode(self, x0):
