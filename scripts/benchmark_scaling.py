@@ -26,13 +26,7 @@ def parse_flags() -> argparse.Namespace:
     add = parser.add_argument
     add("--axes", nargs="+", choices=list(AXES), default=list(AXES))
     add("--repeats", type=positive, default=3, help="epochs at each size")
-    add(
-        "--ranks",
-        type=positive,
-        nargs="+",
-        default=list(AXES["ranks"].sizes),
-        help="process counts",
-    )
+    add("--ranks", type=positive, nargs="+", default=list(AXES["ranks"].sizes), help="processes")
     add("--output", type=user_path, help="also write the JSON to this file")
     add("--figure", type=user_path, help="plot the curves to this PNG")
     args = parser.parse_args()

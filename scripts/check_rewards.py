@@ -104,9 +104,7 @@ def main() -> int:
     parser = script_parser(__doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--reward", default="", help="comma-separated; default: all")
-    which.add_argument(
-        "--config", type=path_or_name, help="path:preset; checks the rewards of a preset"
-    )
+    which.add_argument("--config", type=path_or_name, help="path:preset, for its rewards")
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=device, default=usual)
     args = parser.parse_args()

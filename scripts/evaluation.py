@@ -12,13 +12,14 @@ With --save_images, rerunning the same command continues an interrupted evaluati
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
 from diffusion_nft.command_line import command, script_parser
 from diffusion_nft.data.prompts import evaluated_lines, resolve_dataset, split_file
 from diffusion_nft.distributed.ranks import Distributed, check_shared, distributed
-from diffusion_nft.evaluation.evaluate import choose_rewards, complete, rescore
+from diffusion_nft.evaluation.evaluate import Task, choose_rewards, complete, rescore
 from diffusion_nft.evaluation.options import (
     add_evaluation_flags,
     add_model_flags,
@@ -68,29 +69,14 @@ def evaluate_sets(args: argparse.Namespace, dist: Distributed) -> None:
     options.check_test_prompts(args.rewards, prompts, lines)
     record = options.record(dist, args.dataset, args.rewards, args.limit)
     if not args.rescore:
-        complete(
-            folder,
-            prompts,
-            args.rewards,
-            options.config,
-            record,
-            model=lambda: options.model(dist),
-            rewards=lambda weights: options.rewards(weights, dist),
-            dist=dist,
-            lines=lines,
-            keep_images=args.save_images,
-        )
+        task = Task(args.dataset, prompts, lines, args.rewards, folder)
+        model = functools.partial(options.model, dist)
+        complete(task, options, record, dist, model=model, keep_images=args.save_images)
         return
     scores, before = read_results(folder, prompts)
     settings = before | merge_settings(before, record)
-    new = rescore(
-        prompts,
-        lines,
-        options.rewards(args.rewards, dist),
-        folder,
-        batch_size=options.config.eval.batch_size,
-        dist=dist,
-    )
+    rewards, size = options.rewards(args.rewards, dist), options.config.eval.batch_size
+    new = rescore(prompts, lines, rewards, folder, batch_size=size, dist=dist)
     if dist.is_main:
         write_results(merge_scores(new, scores, settings["rewards"]), folder, settings=settings)
 

@@ -63,12 +63,7 @@ def parse_args() -> argparse.Namespace:
     add("--list", action="store_true", help="show the files, fetch nothing")
     add("--output_dir", type=user_path, default=DATASET_ROOT, help="default: dataset/")
     add("--generate", action="store_true", help="generate GenEval's training prompts")
-    add(
-        "--num_prompts",
-        type=positive,
-        default=NUM_PROMPTS,
-        help="for --generate; default: %(default)s",
-    )
+    add("--num_prompts", type=positive, default=NUM_PROMPTS, help="with --generate; %(default)s")
     add("--seed", type=int, default=SEED, help="with --generate; %(default)s")
     args = parser.parse_args()
     args.output_dir = args.output_dir.resolve()

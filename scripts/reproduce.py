@@ -17,7 +17,7 @@ from pathlib import Path
 from diffusion_nft.command_line import command, script_parser
 from diffusion_nft.data.prompts import draw_lines
 from diffusion_nft.distributed.ranks import check_shared, distributed
-from diffusion_nft.evaluation.evaluate import complete
+from diffusion_nft.evaluation.evaluate import Task, complete
 from diffusion_nft.evaluation.options import (
     EvalOptions,
     add_evaluation_flags,
@@ -32,7 +32,7 @@ from diffusion_nft.evaluation.results import (
     write_json,
 )
 from diffusion_nft.evaluation.suites import SUITES, as_json, as_markdown, read_rows, result_table
-from diffusion_nft.evaluation.tasks import Task, suite_tasks, try_rewards
+from diffusion_nft.evaluation.tasks import suite_tasks, try_rewards
 from diffusion_nft.runs.environment import write_environment
 from diffusion_nft.runs.lock import only_writer
 from diffusion_nft.shapes import BUILT_IN_MODEL
@@ -92,18 +92,7 @@ def main() -> None:
                 dist.print_once(
                     f"{task.dataset}: {len(task.prompts)} lines, {', '.join(task.weights)}"
                 )
-                complete(
-                    task.folder,
-                    task.prompts,
-                    task.weights,
-                    options.config,
-                    record,
-                    model=model,
-                    rewards=lambda weights: options.rewards(weights, dist),
-                    dist=dist,
-                    lines=task.lines,
-                    keep_images=True,
-                )
+                complete(task, options, record, dist, model=model, keep_images=True)
                 if dist.is_main:
                     draw_grid(task)
         if dist.is_main:

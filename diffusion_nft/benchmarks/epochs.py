@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from diffusion_nft.benchmarks.baseline import Published
 from diffusion_nft.benchmarks.models import ARCHITECTURES, Product, Setup
-from diffusion_nft.benchmarks.phases import Observer, Peaks, judged_phases, synchronize
+from diffusion_nft.benchmarks.phases import Observer, Peaks, synchronize, with_rooflines
 from diffusion_nft.runs.environment import cpu_name, environment
 from diffusion_nft.validation.config_files import load_file
 from diffusion_nft.validation.schema import SCHEMA, expand_paths, unknown_key, validate
@@ -127,7 +127,7 @@ def measure(setup: Setup, repeats: int, baseline: bool) -> dict[str, Any]:
         with observer.watching():
             timed_epoch(way, repeats + 1)
         if isinstance(way, Product):
-            observer.time("checkpoint", way.state.save)
+            observer.timed("checkpoint", way.state.save)()
         results[way.name] = _summary(setup, observer, seconds[way.name], peaks)
         results[way.name]["peak_memory_gb"] = peaks_gb[way.name]
     if baseline:
@@ -152,7 +152,7 @@ def _summary(
         "pairs_per_epoch": pairs,
         "flops_per_epoch": flops,
         "mfu": flops / epochs["median"] / peaks["others"].flops,
-        "phases": judged_phases(phases, peaks),
+        "phases": with_rooflines(phases, peaks),
     }
 
 

@@ -15,10 +15,9 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from ml_collections import ConfigDict
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from diffusion_nft.algorithms import Batch
 from diffusion_nft.benchmarks.models import CLIP_TOKENS, Setup
@@ -33,6 +32,9 @@ from diffusion_nft.utils.tables import markdown_table
 META = torch.device("meta")
 # The only one of ARCHITECTURES for which the text encoders are counted.
 WITH_TEXT_ENCODERS = "sd3.5-medium"
+# Numbers of parameters; T5_FLOAT32: the second projections of its 24 feed-forward layers.
+TEXT_ENCODERS = {"CLIP-L/14": 123_650_304, "OpenCLIP-G/14": 694_659_840, "T5-XXL": 4_762_310_656}
+T5_FLOAT32 = 24 * 10240 * 4096
 # Functions used by SD3 that CUDA's autocast runs in the autocast dtype (None) or in a fixed dtype
 # (pytorch.org/docs/stable/amp.html, op reference).  Attention also runs in the autocast dtype.
 AUTOCAST = (
@@ -197,32 +199,10 @@ class MemoryEstimate:
 
 
 def text_encoders_gb(dtype: torch.dtype) -> float:
-    """GB of SD3's text encoders: CLIP-L/14, OpenCLIP-G/14 and the encoder of T5 v1.1 XXL."""
-    large = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768
-    )
-    giant = CLIPTextConfig(
-        hidden_size=1280,
-        intermediate_size=5120,
-        num_attention_heads=20,
-        num_hidden_layers=32,
-        projection_dim=1280,
-    )
-    xxl = T5Config(
-        d_model=4096, d_ff=10240, num_heads=64, num_layers=24, feed_forward_proj="gated-gelu"
-    )
-    with META:
-        encoders: list[nn.Module] = [
-            CLIPTextModelWithProjection(large),
-            CLIPTextModelWithProjection(giant),
-            T5EncoderModel(xxl),
-        ]
-    size = 0
-    for encoder in encoders:
-        for name, weight in encoder.named_parameters():
-            # In fp16, transformers keeps T5's second projections in float32.
-            wide = dtype == torch.float16 and isinstance(encoder, T5EncoderModel) and ".wo." in name
-            size += weight.numel() * (4 if wide else dtype.itemsize)
+    """GB of SD3's text encoders; in fp16, transformers keeps some T5 weights in float32."""
+    size = sum(TEXT_ENCODERS.values()) * dtype.itemsize
+    if dtype == torch.float16:
+        size += T5_FLOAT32 * 2
     return size / 1e9
 
 

@@ -142,7 +142,7 @@ class Setup:
         )
 
     def load(self, *, frozen_in_float32: bool = False) -> Any:
-        """Loads the model; its frozen weights are in the compute dtype or in float32."""
+        """Loads the model with frozen weights in the compute dtype, or in float32."""
         config = self.config.copy_and_resolve_references()
         with config.unlocked():
             config.match_published = frozen_in_float32
@@ -171,11 +171,11 @@ def _random_pipeline(
         del folder
         torch.manual_seed(0)
         with torch.device(device):
-            transformer = SD3Transformer2DModel(**arch.transformer)
-            vae = AutoencoderKL(**arch.vae)
+            transformer: nn.Module = SD3Transformer2DModel(**arch.transformer)
+            vae: nn.Module = AutoencoderKL(**arch.vae)
         parts: dict[str, Any] = {
-            "transformer": _cast(transformer, dtype.get("transformer", dtype["default"])),
-            "vae": _cast(vae, dtype["vae"]),
+            "transformer": transformer.to(dtype.get("transformer", dtype["default"])),
+            "vae": vae.to(dtype["vae"]),
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         }
         encoders = ("text_encoder", "tokenizer")
@@ -183,10 +183,6 @@ def _random_pipeline(
         return StableDiffusion3Pipeline(**parts, **absent)  # pyright: ignore[reportArgumentType]
 
     return build
-
-
-def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return module.to(dtype)  # diffusers' own ``to`` is annotated without its arguments
 
 
 def _random_embeddings(model: Any) -> Callable[[list[str]], list[Conditioning]]:

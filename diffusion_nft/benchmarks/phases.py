@@ -39,7 +39,7 @@ BOUNDS_WITHOUT_FORMULA = {
 
 @dataclass
 class Phase:
-    """Time and cost of a phase of ``rows`` samples; FLOPs and bytes are 0 if unknown."""
+    """Time and cost of a phase: ``rows`` samples in ``calls``; FLOPs and bytes are 0 if unknown."""
 
     seconds: float = 0.0
     calls: int = 0
@@ -131,7 +131,7 @@ class Observer:
         phase.flops += rows * cost.flops
         phase.bytes += cost.bytes(rows, weight, element)
 
-    def _timed(
+    def timed(
         self,
         name: str,
         function: Callable[..., Any],
@@ -211,7 +211,7 @@ class Observer:
         @contextmanager
         def use_adapter(name: str) -> Iterator[None]:
             switch = function(name)
-            self._timed("policy switch", switch.__enter__)()
+            self.timed("policy switch", switch.__enter__)()
             self._policies.append(name)
             try:
                 yield
@@ -237,7 +237,7 @@ class Observer:
     def watching(self) -> Iterator[None]:
         """Patches the methods in the block."""
         way = self.way
-        timed = self._timed
+        timed = self.timed
         wrapped = [
             (way, "sample", partial(self._whole, "sample")),
             (way, "train", partial(self._whole, "train")),
@@ -257,12 +257,8 @@ class Observer:
                 stack.enter_context(mock.patch.object(owner, name, wrap(getattr(owner, name))))
             yield
 
-    def time(self, name: str, function: Callable[[], Any]) -> None:
-        """Runs ``function`` as phase ``name``."""
-        self._timed(name, function)()
 
-
-def verdict(name: str, phase: Phase, peaks: Peaks) -> dict[str, Any]:
+def roofline(name: str, phase: Phase, peaks: Peaks) -> dict[str, Any]:
     """Roofline of a phase: FLOP per byte, share of the roof, the bound, and a sentence on it."""
     if not phase.bytes or not phase.seconds:
         return {"bound": None, "sentence": f"no formula; bound by {BOUNDS_WITHOUT_FORMULA[name]}"}
@@ -286,10 +282,10 @@ def verdict(name: str, phase: Phase, peaks: Peaks) -> dict[str, Any]:
     }
 
 
-def judged_phases(phases: dict[str, Phase], peaks: dict[str, Peaks]) -> dict[str, dict[str, Any]]:
-    """Each phase with its verdict; ``peaks``: those of the phase "decode" and of the "others"."""
+def with_rooflines(phases: dict[str, Phase], peaks: dict[str, Peaks]) -> dict[str, dict[str, Any]]:
+    """Each phase with its roofline; ``peaks``: those of the phase "decode" and of the "others"."""
     rows = {}
     for name, phase in phases.items():
         peak = peaks["decode" if name == "decode" else "others"]
-        rows[name] = asdict(phase) | verdict(name, phase, peak)
+        rows[name] = asdict(phase) | roofline(name, phase, peak)
     return rows

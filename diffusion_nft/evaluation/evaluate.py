@@ -7,6 +7,7 @@ float64 in line order.
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from diffusion_nft.data.prompts import Prompt, draw_lines
 from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.evaluation.options import EvalOptions
 from diffusion_nft.evaluation.results import (
     Evaluation,
     finished,
@@ -47,6 +49,17 @@ DEFAULT_REWARDS: dict[str, tuple[str, ...]] = {
     "drawbench": _MODEL_BASED,
     "shapes": ("shapes",),
 }
+
+
+@dataclass(frozen=True)
+class Task:
+    """Evaluation of one test set, with its results in ``folder``."""
+
+    dataset: str
+    prompts: list[Prompt]
+    lines: list[int]  # line numbers of the prompts in the test set
+    weights: dict[str, float]  # of the rewards
+    folder: Path
 
 
 def choose_rewards(
@@ -130,16 +143,7 @@ def evaluate(
     saved: list[Future[None]] = []
     # Images are saved in a separate thread, without waiting for their scores.
     with ThreadPoolExecutor(1) as saver:
-        result = _collect(
-            draw,
-            _scorer(rewards, prompts, places, folder),
-            prompts,
-            places,
-            batch_size,
-            dist,
-            num_images,
-            rewards.max_unscored,
-        )
+        result = _collect(draw, rewards, prompts, places, folder, batch_size, dist, num_images)
     for future in saved:
         future.result()
     if folder is not None:
@@ -148,44 +152,42 @@ def evaluate(
 
 
 def complete(
-    folder: Path,
-    prompts: list[Prompt],
-    weights: Mapping[str, float],
-    config: ConfigDict,
+    task: Task,
+    options: EvalOptions,
     record: Mapping[str, Any],
+    dist: Distributed,
     *,
     model: Callable[[], Model],
-    rewards: Callable[[Mapping[str, float]], RewardSet],
-    dist: Distributed,
-    lines: Sequence[int],
     keep_images: bool,
 ) -> None:
-    """Completes the evaluation of ``prompts`` in ``folder``, and writes its results.
+    """Completes the evaluation of ``task`` in its folder, and writes its results.
 
-    ``lines`` as in ``evaluate``.  ``record``: all settings that determine the images, and
-    ``PER_REWARD_SETTINGS``.  ``model`` and ``rewards`` are called only if images or scores are
-    missing; scores of earlier rewards are kept.  Raises ValueError if ``folder`` holds other
-    images, and the errors of ``evaluate``.
+    ``record``: all settings that determine the images, and ``PER_REWARD_SETTINGS``.  ``model`` is
+    called, and rewards are built, only if images or scores are missing; scores of earlier rewards
+    are kept.  Raises ValueError if the folder holds other images, and the errors of ``evaluate``.
     """
+    folder, prompts, lines = task.folder, task.prompts, task.lines
     reserve_folder(folder, record, dist)
-    done, drawn = finished(folder), has_images(folder, lines)
     # From one rank, as a network file system may show different states to others.
-    done, drawn = dist.broadcast_object((done, drawn))
+    done, drawn = dist.broadcast_object((finished(folder), has_images(folder, lines)))
     before = done["settings"] if done else {}
     earlier = before.get("rewards", {})
-    missing = {name: weight for name, weight in weights.items() if name not in earlier}
+    missing = {name: weight for name, weight in task.weights.items() if name not in earlier}
     if not missing and (drawn or not keep_images):
         dist.print_once(f"already finished: {folder}")
         return
     record = {**record, **merge_settings(before, {**record, "rewards": missing})}
     if drawn:
-        size = config.eval.batch_size
-        result = rescore(prompts, lines, rewards(missing), folder, batch_size=size, dist=dist)
+        size = options.config.eval.batch_size
+        scorer = options.rewards(missing, dist)
+        result = rescore(prompts, lines, scorer, folder, batch_size=size, dist=dist)
         if earlier:
             result = merge_scores(result, read_results(folder, prompts)[0], record["rewards"])
     else:
-        scorer, kept = rewards(record["rewards"]), folder if keep_images else None
-        result = evaluate(model(), prompts, scorer, config, dist=dist, lines=lines, folder=kept)
+        scorer, kept = options.rewards(record["rewards"], dist), folder if keep_images else None
+        result = evaluate(
+            model(), prompts, scorer, options.config, dist=dist, lines=lines, folder=kept
+        )
     if dist.is_main:
         write_results(result, folder, settings=record)
     dist.barrier()
@@ -205,39 +207,11 @@ def rescore(
     Scores of finished chunks are saved there until ``write_results``.  Raises FileNotFoundError if
     an image is missing.
     """
-    return _collect(
-        lambda chunk: read_images(folder, [lines[i] for i in chunk]).to(dist.device),
-        _scorer(rewards, prompts, lines, folder),
-        prompts,
-        lines,
-        batch_size,
-        dist,
-        num_images=0,
-        max_unscored=rewards.max_unscored,
-    )
 
+    def read(chunk: range) -> Images:
+        return read_images(folder, [lines[i] for i in chunk]).to(dist.device)
 
-def _scorer(
-    rewards: RewardSet, prompts: list[Prompt], places: Sequence[int], folder: Path | None
-) -> Callable[[Images, range], Scores]:
-    """A function that scores a chunk, or reads its scores by equal rewards from ``folder``."""
-
-    def score(images: Images, lines: range) -> Scores:
-        scores = None if folder is None else read_scores(folder, lines, rewards)
-        if scores is None:
-            chosen = [prompts[line] for line in lines]
-            scores = rewards(
-                images,
-                [p.text for p in chosen],
-                [p.metadata for p in chosen],
-                [f"line {places[line] + 1}" for line in lines],
-            )
-            # Not with failed images, which a later call scores again.
-            if folder is not None and not scores.reasons:
-                write_scores(folder, lines, scores, rewards)
-        return scores
-
-    return score
+    return _collect(read, rewards, prompts, lines, folder, batch_size, dist, num_images=0)
 
 
 def _chunks(num_lines: int, size: int, dist: Distributed) -> list[list[range]]:
@@ -248,15 +222,31 @@ def _chunks(num_lines: int, size: int, dist: Distributed) -> list[list[range]]:
 
 def _collect(
     images_of: Callable[[range], Images],
-    score: Callable[[Images, range], Scores],
+    rewards: RewardSet,
     prompts: list[Prompt],
     places: Sequence[int],
+    folder: Path | None,
     batch_size: int,
     dist: Distributed,
     num_images: int,
-    max_unscored: int,
 ) -> Evaluation:
     """Scores the images of this rank's chunks in the background and gathers the evaluation."""
+
+    def score(images: Images, chunk: range) -> Scores:
+        if folder is not None and (known := read_scores(folder, chunk, rewards)):
+            return known
+        chosen = [prompts[line] for line in chunk]
+        scores = rewards(
+            images,
+            [p.text for p in chosen],
+            [p.metadata for p in chosen],
+            [f"line {places[line] + 1}" for line in chunk],
+        )
+        # Without failed images, which a later call scores again.
+        if folder is not None and not scores.reasons:
+            write_scores(folder, chunk, scores, rewards)
+        return scores
+
     by_rank = _chunks(len(prompts), batch_size, dist)
     mine = [line for chunk in by_rank[dist.rank] for line in chunk]
     shown = {mine[i] for i in draw_lines([prompts[line] for line in mine], num_images)}
@@ -274,7 +264,7 @@ def _collect(
                 kept_lines += chosen
         no_thumbs = torch.zeros(0, 3 * THUMBNAIL**2)
         scores, all_thumbs = gather_scores(
-            dist, worker.results, torch.cat([no_thumbs, *thumbs]), max_unscored
+            dist, worker.results, torch.cat([no_thumbs, *thumbs]), rewards.max_unscored
         )
     order = torch.tensor([line for part in by_rank for chunk in part for line in chunk]).argsort()
     named = {"total": scores.total, **scores.parts}

@@ -64,24 +64,14 @@ PUBLISHED_LENGTH = 256
 def add_model_flags(parser: argparse.ArgumentParser, *, lora_required: bool = False) -> None:
     """Adds the flags that ``resolve_options`` reads."""
     lora = parser.add_mutually_exclusive_group(required=lora_required)
-    lora.add_argument(
-        "--checkpoint_path",
-        type=user_path,
-        help="checkpoint, or run directory for its latest checkpoint",
-    )
-    lora.add_argument(
-        "--lora_hf_path",
-        type=path_or_name,
-        help="LoRA on the hub, or a local PEFT folder or diffusers file",
-    )
+    add = lora.add_argument
+    add("--checkpoint_path", type=user_path, help="checkpoint, or run directory (its latest)")
+    files = "LoRA on the hub, or a local PEFT folder or diffusers file"
+    add("--lora_hf_path", type=path_or_name, help=files)
     add = parser.add_argument
     add("--adapter", default=DEFAULT_ADAPTER, help="adapter of a PEFT folder with several")
-    add(
-        "--pretrained",
-        dest="pretrained.model",
-        type=path_or_name,
-        help="base model: folder, hub name or 'shapes'",
-    )
+    base = "base model: folder, hub name or 'shapes'"
+    add("--pretrained", dest="pretrained.model", type=path_or_name, help=base)
     add("--model_type", dest="pretrained.model_type", choices=sorted(MODELS))
     add("--num_inference_steps", dest="eval.num_steps", type=positive)
     add("--solver", dest="eval.solver")

@@ -185,12 +185,6 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return {"settings": {}} | read_object(path) if path.is_file() else None
 
 
-def scored_by(folder: Path) -> dict[str, float]:
-    """Reward -> weight of the evaluation in ``folder``; empty if it is not finished."""
-    averages = finished(folder)
-    return averages["settings"].get("rewards", {}) if averages else {}
-
-
 def image_path(folder: Path, line: int) -> Path:
     return folder / IMAGES / f"{line:06d}.png"
 

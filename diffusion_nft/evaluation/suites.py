@@ -106,7 +106,7 @@ class Row:
     environment: dict[str, str]  # of all starts
 
     @property
-    def judges(self) -> dict[str, Any]:
+    def reward_settings(self) -> dict[str, Any]:
         """Options and servers of the rewards, if any."""
         settings = [averages.get("settings", {}) for averages in self.averages.values()]
         return {
@@ -191,7 +191,11 @@ def as_markdown(suite: Suite, rows: Sequence[Row]) -> str:
         "<N>lines are for a fixed random subset of N lines of each test set.",
         "\n".join(counts),
         _comparison(rows, "settings"),
-        *([_comparison(rows, "judges")] if any(row.judges for row in rows) else []),
+        *(
+            [_comparison(rows, "reward_settings")]
+            if any(row.reward_settings for row in rows)
+            else []
+        ),
         _comparison(rows, "environment"),
     ]
     return "\n\n".join(parts) + "\n"

@@ -1,30 +1,14 @@
 """Test sets of a suite selected by flags, and their rewards."""
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion_nft.data.prompts import Prompt, evaluated_lines
+from diffusion_nft.data.prompts import evaluated_lines
 from diffusion_nft.distributed.ranks import Distributed
-from diffusion_nft.evaluation.evaluate import choose_rewards
+from diffusion_nft.evaluation.evaluate import Task, choose_rewards
 from diffusion_nft.evaluation.options import EvalOptions, named_rewards
-from diffusion_nft.evaluation.results import scored_by
+from diffusion_nft.evaluation.results import finished
 from diffusion_nft.evaluation.suites import Suite
-
-
-@dataclass(frozen=True)
-class Task:
-    """One test set of a suite."""
-
-    dataset: str
-    prompts: list[Prompt]
-    lines: list[int]  # line numbers of the prompts in the test set
-    weights: dict[str, float]  # of the rewards
-    folder: Path
-
-    @property
-    def missing_rewards(self) -> set[str]:
-        return self.weights.keys() - scored_by(self.folder)
 
 
 def suite_tasks(
@@ -66,7 +50,10 @@ def try_rewards(tasks: list[Task], options: EvalOptions, dist: Distributed) -> b
     Returns False on all ranks if none is needed.  Raises OSError, ImportError or ValueError if a
     reward cannot be built.
     """
-    needed = set().union(*(task.missing_rewards for task in tasks))
+    needed: set[str] = set()
+    for task in tasks:
+        done = finished(task.folder)
+        needed |= task.weights.keys() - (done["settings"].get("rewards", {}) if done else {})
     # From one rank, as a network file system may show different states to others.
     needed = dist.broadcast_object(needed)
     if dist.is_main:

@@ -1,4 +1,4 @@
-"""Results of experiments: gains, and paired tests at equal compute.
+"""Statistics of experiments: gains, and paired tests at equal compute.
 
 Intervals are Student's t over seeds.
 """
@@ -24,13 +24,13 @@ ACCURACY = "eval/shapes/strict"
 COST, SECONDS = "forward_equivalents", "seconds"
 NO_ALARM_EPOCH = sys.maxsize
 CONFIDENCE = 0.95
-# Fewer pairs are not tested: their spread is not known.
+# Minimum number of pairs for a test.
 MIN_PAIRS = 3
 
 
 @dataclass(frozen=True)
 class Result:
-    """A result file of scripts/experiments.py: header, evaluations and epochs in their order."""
+    """A result file of scripts/experiments.py: header, and rows of evaluations and epochs."""
 
     about: dict[str, Any]
     rows: list[dict[str, Any]]
@@ -40,7 +40,7 @@ class Result:
         return [row for row in self.rows if "eval/total" in row]
 
     def first_alarms(self) -> dict[str, int]:
-        """Alarm -> first epoch at which it is on, or NO_ALARM_EPOCH; earliest first."""
+        """Alarm -> first epoch in which it is on, or NO_ALARM_EPOCH; earliest first."""
         first: dict[str, int] = {}
         for row in self.rows:
             for key, on in row.items():
@@ -55,11 +55,11 @@ class Result:
 
     @property
     def gain(self) -> float:
-        """Strict accuracy at the end minus that at the start."""
+        """Final minus initial strict accuracy."""
         return self.evaluations[-1][ACCURACY] - self.evaluations[0][ACCURACY]
 
     def last(self, key: str) -> float:
-        """A metric of the last evaluation; NaN if it is not known."""
+        """A metric of the last evaluation; NaN if missing."""
         value = self.evaluations[-1].get(key)
         return math.nan if value is None else value
 
@@ -69,8 +69,8 @@ class Result:
         return float(np.interp(spent, spendings, values))
 
     def reaches(self, accuracy: float) -> float:
-        """Forward-equivalents until strict accuracy is ``accuracy``, interpolated between
-        evaluations; infinite if it never is.
+        """Forward-equivalents until strict ``accuracy`` is reached, interpolated between
+        evaluations; infinite if it is not reached.
         """
         rows = self.evaluations
         if rows[0][ACCURACY] >= accuracy:
@@ -82,27 +82,27 @@ class Result:
         return math.inf
 
 
-# variant -> seed -> result; the baseline comes first.
+# variant -> seed -> result, with the baseline first.
 Results = dict[str, dict[int, Result]]
 
 
 def read(folder: Path) -> Results:
-    """The results of an experiment.
+    """Reads the results of an experiment.
 
-    Raises ValueError if there are none, or if the seeds of a variant ran with different settings.
+    Raises ValueError if there are none, or if the settings of a variant differ between seeds.
     """
     found: Results = {}
     baseline = ""
     paths = sorted(folder.glob("*.jsonl"))
     if not paths:
-        raise ValueError(f"{folder} holds no results: python scripts/experiments.py {folder.name}")
+        raise ValueError(f"{folder} has no results: run scripts/experiments.py {folder.name}")
     for path in paths:
         about, *rows = read_lines(path) or [{}]
         if missing := {"variant", "seed", "baseline", "preset", "changes"} - about.keys():
-            raise ValueError(f"{path} is not a result: its first line lacks {', '.join(missing)}")
+            raise ValueError(f"{path} is not a result: its first line has no {', '.join(missing)}")
         result = Result(about, rows)
         if len(result.evaluations) < 2 or ACCURACY not in result.evaluations[0]:
-            raise ValueError(f"{path} must hold two evaluations or more, with {ACCURACY}")
+            raise ValueError(f"{path} must have at least two evaluations with {ACCURACY}")
         found.setdefault(about["variant"], {})[about["seed"]] = result
         baseline = about["baseline"]
     for variant, results in found.items():
@@ -120,7 +120,7 @@ def read(folder: Path) -> Results:
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half its 95 % interval by Student's t; NaN for a single value."""
+    """Mean, and half-width of its 95 % interval (Student's t); NaN for a single value."""
     from scipy import stats
 
     n = len(values)
@@ -131,7 +131,7 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
 
 
 class Comparison(NamedTuple):
-    """A variant against the baseline, both after ``spent``; ``p`` is NaN if nothing was tested."""
+    """Difference of a variant to the baseline after ``spent``; ``p`` is NaN without a test."""
 
     difference: str
     spent: float
@@ -141,9 +141,8 @@ class Comparison(NamedTuple):
 def paired_test(
     variant: dict[int, Result], baseline: dict[int, Result], key: str = COST
 ) -> Comparison:
-    """Difference of the strict accuracies with its interval, and the p of a paired t-test over
-    common seeds, of which at least three are needed.  Both are taken at the largest amount of
-    ``key`` that every run of both variants has spent.
+    """Difference in strict accuracy with its interval, and p of a paired t-test over common seeds
+    (at least three), at the largest amount of ``key`` that all runs of both variants have spent.
     """
     from scipy import stats
 
@@ -165,10 +164,8 @@ def paired_test(
 
 
 def holm(ps: dict[str, float]) -> dict[str, float]:
-    """``ps`` adjusted for multiple tests (Holm 1979, step-down); NaN is not a test.
-
-    If all variants with an adjusted p of at most ``alpha`` are declared different, the probability
-    that any of these is wrong is at most ``alpha``.
+    """``ps`` adjusted for multiple tests by Holm's step-down method (1979), which controls the
+    family-wise error rate; NaN is not a test.
     """
     tested = sorted((p, variant) for variant, p in ps.items() if not math.isnan(p))
     steps = ((len(tested) - step) * p for step, (p, _) in enumerate(tested))
@@ -177,9 +174,10 @@ def holm(ps: dict[str, float]) -> dict[str, float]:
 
 
 def head_start(variant: dict[int, Result], baseline: dict[int, Result]) -> str:
-    """The share of a variant's compute that the baseline needs for the variant's final accuracy:
-    mean and range over common seeds, and in how many it gets there.  A dash if the variant only
-    lost accuracy.
+    """Share of a variant's compute after which the baseline has the variant's final accuracy.
+
+    Mean and range over the common seeds in which it is reached, and their number.  A dash if the
+    accuracy of the variant fell in all seeds.
     """
     seeds = sorted(variant.keys() & baseline.keys())
     if all(variant[s].gain < 0 for s in seeds):
@@ -193,10 +191,10 @@ def head_start(variant: dict[int, Result], baseline: dict[int, Result]) -> str:
 
 
 def share(value: float, sign: str = "") -> str:
-    """.760, or with ``sign`` "+": +.025; a dash for NaN."""
+    """``".760"``, or with ``sign`` "+" ``"+.025"``; a dash for NaN."""
     return "–" if math.isnan(value) else re.sub(r"^([+-]?)0\.", r"\1.", f"{value:{sign}.3f}")
 
 
 def probability(p: float) -> str:
-    """.035, or <.001; a dash for NaN."""
+    """``".035"`` or ``"<.001"``; a dash for NaN."""
     return "<.001" if p < 0.001 else share(p)

@@ -1,4 +1,4 @@
-"""The runs of an experiment: a configuration per variant and seed, and which of them are done."""
+"""Planned runs of an experiment: one configuration per variant and seed."""
 
 import argparse
 import json
@@ -67,7 +67,7 @@ class PlannedRun:
         return hash_splits({stage.config.dataset for stage in stages_of(self.config)})
 
     def command(self) -> list[str]:
-        """The command line after the interpreter, with paths relative to the current folder."""
+        """Arguments of the Python interpreter, with paths relative to the current folder."""
         changes = {**self.changes, "seed": self.seed, "save_dir": self.config.save_dir}
         flags = [
             f"--config.{key}={value if isinstance(value, str) else repr(value)}"
@@ -77,9 +77,9 @@ class PlannedRun:
 
 
 def plan(name: str, experiment: Any, args: argparse.Namespace) -> list[PlannedRun]:
-    """The requested runs: all variants with one seed, then with the next.
+    """The requested runs, ordered by seed.
 
-    Raises ValueError for a variant whose configuration cannot run.
+    Raises ValueError for a variant with an invalid configuration.
     """
     return [
         make_run(name, experiment, variant, seed, args)
@@ -91,12 +91,9 @@ def plan(name: str, experiment: Any, args: argparse.Namespace) -> list[PlannedRu
 def make_run(
     name: str, experiment: Any, variant: str, seed: int, args: argparse.Namespace
 ) -> PlannedRun:
-    """One run of the experiment ``name``, its configuration checked."""
-    chosen, changes, stem = (
-        experiment.variants[variant],
-        experiment.changes(variant),
-        f"{variant}-seed{seed}",
-    )
+    """One run of the experiment ``name``, with its validated configuration."""
+    chosen, changes = experiment.variants[variant], experiment.changes(variant)
+    stem = f"{variant}-seed{seed}"
     try:
         for key in changes:
             if key not in SCHEMA and not key.startswith("reward_fn."):
@@ -115,10 +112,10 @@ def make_run(
 def differences(
     run: PlannedRun, former: dict[str, Any], former_changes: Sequence[str]
 ) -> list[str]:
-    """One line per key whose value differs from the flat configuration ``former``.
+    """One line per key with another value than in the flat configuration ``former``.
 
-    A key in only one of them is ignored unless a variant sets it: another version of the program
-    added or removed it, with the same behaviour by default.
+    A key in only one of the two is ignored unless a variant sets it: another version added or
+    removed it, with the same behaviour by default.
     """
     now, set_by_variant = flatten(run.config), {*run.changes, *former_changes}
     lines = []
@@ -151,7 +148,7 @@ def is_done(run: PlannedRun) -> bool:
     if done:
         header = read_header(run.result)
         changed = differences(run, header["config"], list(header["changes"]))
-        # Older results have no hashes of their prompts.
+        # Results of earlier versions have no hashes of their prompts.
         for dataset, split in changed_prompts(header.get("prompts", {}), run.prompts):
             changed.append(f"the {split} prompts of dataset {dataset}")
         refuse(run, run.result, changed)
@@ -166,6 +163,5 @@ def refuse(run: PlannedRun, path: Path, lines: list[str]) -> None:
         raise ValueError(
             f"{run.title} has changed since {path}:\n  "
             + "\n  ".join(lines)
-            + f"\nto run it again, remove {run.result} and {run.folder}; "
-            "or give the new variant a name"
+            + f"\nremove {run.result} and {run.folder} to run it again, or rename the variant"
         )

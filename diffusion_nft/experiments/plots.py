@@ -1,4 +1,4 @@
-"""Figures of experiments: curves of strict accuracy, and of watched metrics."""
+"""Figures of experiments: strict accuracy and other metrics."""
 
 import math
 from collections import defaultdict
@@ -19,16 +19,16 @@ from diffusion_nft.experiments.tables import watched
 from diffusion_nft.rewards import IMAGE_STATISTICS
 
 AXES = {COST: "training compute, forward-equivalents", SECONDS: "training time, s"}
-# Okabe and Ito's colours, which the colour-blind can tell apart; markers tell them apart in grey.
+# The colour-blind safe palette of Okabe and Ito.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
-LINES = ("-", "--", ":")  # one for each round through the colours
-MAX_VARIANTS_WITH_RUNS = 3  # With more variants, the lines of single runs cannot be told apart.
+LINES = ("-", "--", ":")  # by repetition of the colours
+MAX_VARIANTS_WITH_RUNS = 3  # with more variants, single runs are not drawn
 
 
 def curve(results: dict[int, Result], key: str) -> tuple[list[float], list[float], list[float]]:
-    """(mean of ``key``, mean of strict accuracy, half the interval of its gain over the start) at
-    each evaluation.
+    """Mean of ``key``, mean of strict accuracy, and half-width of the interval of its gain, at each
+    evaluation.
     """
     runs = [result.evaluations for result in results.values()]
     x, accuracies = (
@@ -40,7 +40,7 @@ def curve(results: dict[int, Result], key: str) -> tuple[list[float], list[float
 
 
 def draw(results: Results, path: Path) -> None:
-    """Two panels with the curves of all variants.  Raises ImportError without matplotlib."""
+    """Plots strict accuracy against compute and time.  Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 3.8), layout="constrained")
@@ -62,8 +62,8 @@ def draw(results: Results, path: Path) -> None:
 
 
 def draw_watched(results: Results, path: Path) -> None:
-    """A panel per watched metric, against compute: the mean over seeds, and with few variants each
-    run as a thin line.  Raises ImportError without matplotlib.
+    """Plots each watched metric against compute: the mean over seeds, and with few variants also
+    the single runs as thin lines.  Raises ImportError without matplotlib.
     """
     from matplotlib.figure import Figure
 

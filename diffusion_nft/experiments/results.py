@@ -1,9 +1,9 @@
-"""Results of runs, as small files that can be committed.
+"""Result files of runs, small enough to be committed.
 
-The first line is a header about the run; then follows one object per evaluation or epoch, with the
-training seconds and forward-equivalents so far, which do not include evaluations.  A
-forward-equivalent is a sample's pass through the transformer without LoRA; a backward pass is
-converted by FLOPs, with the formulas of models/flops.py.
+The first line is a header, followed by one object per evaluation or epoch with the training seconds
+and forward-equivalents so far, without evaluations.  A forward-equivalent is a forward pass of one
+sample through the transformer without LoRA; backward passes are converted by FLOPs
+(models/flops.py).
 """
 
 import json
@@ -28,19 +28,18 @@ from diffusion_nft.validation.flat import flatten
 
 BUILT_IN_PIPELINE = ROOT / "diffusion_nft" / "shapes" / "pipeline"
 THREADS = "OMP_NUM_THREADS"
-# Metrics of an epoch that are kept, in addition to those of the monitor; evaluations keep all.
+# Metrics kept of an epoch, in addition to those of the monitor.
 EPOCH_METRICS = ("reward/mean", "reward/diversity", "reward/x0_rms", "loss/kl")
-# At most this many epochs are kept.
 MAX_EPOCHS_KEPT = 80
 SIGNIFICANT_DIGITS = 5
 
 
 class Incomplete(ValueError):
-    """A run has not ended, or lacks data for its result."""
+    """A run is not finished, or lacks data for its result."""
 
 
 def model_shape(config: ConfigDict) -> tuple[dict[str, Any], int, int]:
-    """(configuration of the transformer, side of its latents, number of prompt tokens) of a run.
+    """Configuration of the transformer, side of its latents and number of prompt tokens of a run.
 
     Raises ValueError for a model that is neither the built-in one nor a folder.
     """
@@ -59,26 +58,24 @@ def model_shape(config: ConfigDict) -> tuple[dict[str, Any], int, int]:
 
 
 def backward_over_forward(config: ConfigDict) -> float:
-    """FLOPs of a backward pass through the frozen transformer to its LoRAs, in forward passes
-    without LoRA.
-    """
+    """FLOPs of a backward pass to the LoRA, divided by those of a forward pass without LoRA."""
     shape = model_shape(config)
     return backward_cost(*shape, config.train.lora_rank).flops / forward_cost(*shape).flops
 
 
 def threads(jobs: int) -> str:
-    """Threads of each run: from the environment, or an equal share of the cores."""
+    """Threads per run: OMP_NUM_THREADS, or an equal share of the cores."""
     return os.environ.get(THREADS, str(max(1, (os.cpu_count() or 1) // jobs)))
 
 
 def place(run: PlannedRun) -> dict[str, Any]:
-    """The header's part on the experiment; the rest is about the run alone."""
+    """The part of the header about the experiment."""
     about = {key: getattr(run.experiment, key) for key in ("question", "baseline", "watched")}
     return {"experiment": run.name, **about, "variant": run.variant}
 
 
 def header(run: PlannedRun, ratio: float, jobs: int) -> dict[str, Any]:
-    """The run, its machine, and the version of the program."""
+    """The header of a result: the run, its machine and versions."""
     starts = read_lines(run.folder / ENVIRONMENTS_FILE)
     if not starts:
         raise Incomplete(f"{run.folder / ENVIRONMENTS_FILE} has no start")
@@ -110,10 +107,10 @@ def header(run: PlannedRun, ratio: float, jobs: int) -> dict[str, Any]:
 
 
 def rows(run: PlannedRun, ratio: float) -> Iterator[dict[str, Any]]:
-    """One object per evaluation or epoch, with the sums of the epochs so far.
+    """One object per evaluation or epoch, with the seconds and cost of the epochs so far.
 
-    Epochs repeated after an interruption count once.  Raises Incomplete if an epoch has no cost, or
-    the last one was not evaluated.
+    Epochs repeated after an interruption count once.  Raises Incomplete if an epoch has no cost or
+    the last epoch was not evaluated.
     """
     every = math.ceil(run.config.num_epochs / MAX_EPOCHS_KEPT)
     seconds = cost = 0.0
@@ -127,7 +124,7 @@ def rows(run: PlannedRun, ratio: float) -> Iterator[dict[str, Any]]:
             except KeyError as error:
                 raise Incomplete(
                     f"epoch {row['epoch']} in {run.folder / METRICS_FILE} has no {error}: remove "
-                    f"{run.folder} and run it again"
+                    f"{run.folder} to run it again"
                 ) from error
         if evaluation or row["epoch"] % every == 0:
             kept = {"seconds": seconds, "forward_equivalents": cost} | {
@@ -148,7 +145,7 @@ def rows(run: PlannedRun, ratio: float) -> Iterator[dict[str, Any]]:
 def write_result(run: PlannedRun, jobs: int) -> dict[str, Any]:
     """Writes the result of a finished run; returns its last evaluation.
 
-    Raises ValueError if it is not finished or ran with another configuration.
+    Raises ValueError if the run is not finished or had another configuration.
     """
     ratio = backward_over_forward(run.config)
     numbers = list(rows(run, ratio))
@@ -168,17 +165,16 @@ def _json(line: dict[str, Any]) -> str:
 
 
 def same_elsewhere(run: PlannedRun) -> Path | None:
-    """The newest result of the same run under another variant or experiment, made by a committed
-    version of the program.  Results that were themselves taken over do not count.
+    """The newest result of the same run under another variant or experiment.
 
-    Raises ValueError if a file among the results is not one.
+    Excludes copied results, and those of uncommitted code.  Raises ValueError for a damaged result.
     """
     found = []
     for path in run.result.parent.parent.glob(f"*/*-seed{run.seed}.jsonl"):
         about = read_header(path)
         if path == run.result or "ran_as" in about or about["git_dirty"]:
             continue
-        # The header's changes went through JSON: tuples are lists there.
+        # As in JSON, where tuples are lists.
         changes = json.loads(json.dumps(run.changes))
         same = about["preset"] == run.preset and about["changes"] == changes
         same = same and not changed_prompts(about.get("prompts", {}), run.prompts)
@@ -187,8 +183,8 @@ def same_elsewhere(run: PlannedRun) -> Path | None:
     return max(found)[1] if found else None
 
 
-def take_over(run: PlannedRun, source: Path) -> None:
-    """Writes the numbers at ``source`` as the result of ``run``; the header names their origin."""
+def copy_result(run: PlannedRun, source: Path) -> None:
+    """Copies the result ``source`` as that of ``run``; the header names its origin."""
     first, _, rest = source.read_text(encoding="utf-8").partition("\n")
     about = json.loads(first)
     ran_as = f"{about['experiment']} {about['variant']}"

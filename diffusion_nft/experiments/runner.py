@@ -1,4 +1,4 @@
-"""Runs the training script on planned runs, several at once, until a stop is requested."""
+"""Runs the training script on planned runs, several simultaneously, until a stop is requested."""
 
 import os
 import re
@@ -14,8 +14,8 @@ from diffusion_nft.experiments.grid import PlannedRun
 from diffusion_nft.experiments.results import (
     THREADS,
     Incomplete,
+    copy_result,
     same_elsewhere,
-    take_over,
     threads,
     write_result,
 )
@@ -25,10 +25,10 @@ SHOWN_METRICS = ("eval/total", "eval/shapes/strict")
 
 
 def run_all(todo: list[PlannedRun], jobs: int) -> list[PlannedRun]:
-    """Runs ``todo``, ``jobs`` at a time, until all have ended or a stop is requested; prints when
-    each starts and ends.  Returns those that failed.
+    """Runs ``todo``, ``jobs`` at a time, until all have ended or a stop is requested.
 
-    A run that another variant or experiment has finished is not repeated: it gets that result.
+    Prints starts and ends; returns the failed runs.  The result of the same run in another variant
+    or experiment is copied.
     """
     waiting, failed = deque(todo), []
     running: list[tuple[PlannedRun, subprocess.Popen[bytes], float]] = []
@@ -37,8 +37,8 @@ def run_all(todo: list[PlannedRun], jobs: int) -> list[PlannedRun]:
             while waiting and len(running) < jobs and not requested():
                 run = waiting.popleft()
                 if source := same_elsewhere(run):
-                    take_over(run, source)
-                    print(f"{run.title}: the run of {source}")
+                    copy_result(run, source)
+                    print(f"{run.title}: copied from {source}")
                     continue
                 running.append((run, _start(run, jobs), time.monotonic()))
                 print(f"{run.title}: started, log: {run.log}", flush=True)
@@ -69,7 +69,7 @@ def _start(run: PlannedRun, jobs: int) -> subprocess.Popen[bytes]:
 
 
 def _end(processes: Iterable[subprocess.Popen[bytes]]) -> None:
-    """Asks ``processes`` to save and end, and waits until they have."""
+    """Requests a stop of ``processes`` and waits for their end."""
     asked = list(processes)
     for process in asked:
         process.terminate()
@@ -78,7 +78,7 @@ def _end(processes: Iterable[subprocess.Popen[bytes]]) -> None:
 
 
 def _finish(run: PlannedRun, code: int, jobs: int) -> tuple[str, bool]:
-    """A line on the outcome of a run that ended with ``code``, and whether it failed."""
+    """The outcome of a run that ended with ``code``: a message, and True for a failure."""
     try:
         if code:
             raise Incomplete(f"exit status {code}: {_last_line(run.log)}")
@@ -93,6 +93,6 @@ def _finish(run: PlannedRun, code: int, jobs: int) -> tuple[str, bool]:
 
 def _last_line(path: Path) -> str:
     text = path.read_text(encoding="utf-8", errors="replace")
-    # A progress bar ends its lines with a carriage return.
+    # Lines of a progress bar end with a carriage return.
     lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
-    return lines[-1] if lines else "it printed nothing"
+    return lines[-1] if lines else "no output"

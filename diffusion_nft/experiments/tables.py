@@ -1,4 +1,4 @@
-"""Tables of experiments by variant, tag and alarm, and the page that shows them."""
+"""Tables of experiments by variant, tag and alarm, and the Markdown page of an experiment."""
 
 import argparse
 import math
@@ -27,7 +27,7 @@ from diffusion_nft.utils.tables import markdown_table
 TAG_STRICT = re.compile("eval/tag/(.+)/shapes/strict")
 STRICTER, DIVERSITY = "eval/shapes/stricter", "eval/diversity"
 REWARD, KL = "reward/mean", "loss/kl"
-# Epochs over which the reward is averaged.
+# Number of epochs over which the reward is averaged.
 WINDOW = 3
 COLUMNS = (
     "variant",
@@ -46,11 +46,11 @@ COLUMNS = (
 )
 
 
-Table = list[list[str]]  # the first row is the head
+Table = list[list[str]]  # the first row is the header
 
 
 def by_variant(results: Results, baseline: str) -> Table:
-    """A row per variant: means over its seeds, and its comparison with the baseline."""
+    """One row per variant: means over seeds, and the comparison with the baseline."""
     base = results.get(baseline, {})
     tests = {
         variant: paired_test(runs, base)
@@ -65,7 +65,7 @@ def by_variant(results: Results, baseline: str) -> Table:
             statistics.fmean(run.last(key) for run in runs.values())
             for key in (STRICTER, DIVERSITY, SECONDS, COST)
         )
-        against = ["–" if base else "no results of it", "–", "–", "–", "–"]
+        against = ["–" if base else "no results", "–", "–", "–", "–"]
         if variant in tests:
             difference, spent, p = tests[variant]
             ps = (probability(p), probability(adjusted[variant]))
@@ -87,8 +87,8 @@ def by_variant(results: Results, baseline: str) -> Table:
 
 
 def in_training(results: Results, baseline: str) -> Table:
-    """A row per variant: rewards of the training samples, distance to the reference, accuracy by
-    epoch, and the comparison at equal time.
+    """One row per variant: rewards in training, distance to the reference, accuracy by epoch, and
+    the comparison with the baseline at equal time.
     """
     head = ["in training", f"reward, first → last {WINDOW} epochs", f"{KL}, last epoch"]
     rows = [[*head, "strict after epoch", f"against {baseline} at equal seconds [95 %]"]]
@@ -121,13 +121,13 @@ def in_training(results: Results, baseline: str) -> Table:
 
 
 def start_and_end(results: dict[int, Result], key: str) -> str:
-    """``".485 → .762"``: means over seeds of the first and the last evaluation."""
+    """``".485 → .762"``: means over seeds in the first and last evaluation."""
     start = statistics.fmean(result.evaluations[0][key] for result in results.values())
     return f"{share(start)} → {share(statistics.fmean(r.last(key) for r in results.values()))}"
 
 
 def by_tag(results: Results) -> Table:
-    """Strict accuracy of each tag, a row per variant; empty without tags."""
+    """Strict accuracy by tag, one row per variant; empty without tags."""
     runs = [result for seeds in results.values() for result in seeds.values()]
     keys = set.intersection(*(set(row) for result in runs for row in result.evaluations))
     tags = {found[1]: key for key in sorted(keys) if (found := TAG_STRICT.fullmatch(key))}
@@ -140,7 +140,7 @@ def by_tag(results: Results) -> Table:
 
 
 def commands(name: str, results: Results, jobs: int) -> list[str]:
-    """The commands that ran the experiment: one for each set of seeds, with its variants."""
+    """The commands that run the experiment, one per set of seeds."""
     variants: dict[tuple[int, ...], list[str]] = {}
     for variant, runs in results.items():
         variants.setdefault(tuple(sorted(runs)), []).append(variant)
@@ -152,7 +152,7 @@ def commands(name: str, results: Results, jobs: int) -> list[str]:
 
 
 def experiment_page(name: str, results: Results, args: argparse.Namespace) -> str:
-    """The experiment's page: question, figures, tables, how to read them, how to remake them."""
+    """Markdown page of an experiment: question, figures, tables, explanations and commands."""
     abouts = _abouts(results)
     about = abouts[-1]
     baseline = about["baseline"]
@@ -167,20 +167,20 @@ def experiment_page(name: str, results: Results, args: argparse.Namespace) -> st
         *(markdown_table(head, rows) for head, *rows in filter(None, tables)),
         f"![Watched metrics against compute]({name}-watched.png)",
         *alarms_section(results),
-        "Means over seeds; ± and [ ] are 95 % intervals (Student's t over seeds), p is of a "
-        "paired t-test over common seeds, and by Holm's method for all of the table; the "
-        "intervals are not adjusted. Evaluations count in neither seconds nor "
-        "forward-equivalents; seconds depend on the load of the machine. A "
-        "forward-equivalent is a sample's pass through the transformer; a backward pass is "
+        "Means over seeds; ± and [ ] are 95 % intervals (Student's t over seeds), p is from a "
+        "paired t-test over common seeds, also adjusted by Holm's method for the table; the "
+        "intervals are not adjusted. Seconds and forward-equivalents do not include "
+        "evaluations; seconds depend on the load of the machine. A forward-equivalent is a "
+        "forward pass of one sample through the transformer; a backward pass is "
         f"{', '.join(f'{ratio:.3f}' for ratio in ratios)} of them by FLOPs. Two variants are "
         "compared at the end of the cheapest run of both. Curves are interpolated linearly between "
-        "evaluations; these lines lie below a curve that flattens, more so with expensive epochs. "
-        "The first table's last column is the share of a variant's compute that the baseline needs "
-        "to reach the variant's final accuracy: mean (range), and in how many seeds it does. Bands "
-        f"are of the gain over the start. Machine: {machines(abouts)}.",
+        "evaluations, which underestimates a concave curve, more so with expensive epochs. "
+        "The last column of the first table is the share of a variant's compute that the baseline "
+        "needs to reach the variant's final accuracy: mean (range), and the number of seeds in "
+        f"which it does. Bands are for the gain. Machine: {machines(abouts)}.",
         f"    {shlex.join(again)}",
-        "remakes figures and tables from the results, which came from (with another --results, as "
-        "finished runs are not repeated)",
+        "makes figures and tables from the results, which were made by (to repeat finished runs, "
+        "use another --results)",
         "\n".join(f"    {line}" for line in commands(name, results, about["machine"]["jobs"])),
         f"at revision {revisions(abouts)}.{elsewhere(abouts)}",
     ]
@@ -192,12 +192,12 @@ def _abouts(results: Results) -> list[dict[str, Any]]:
 
 
 def watched(results: Results) -> list[str]:
-    """The metrics that the experiment draws in addition to strict accuracy."""
+    """Metrics plotted in addition to strict accuracy."""
     return _abouts(results)[-1].get("watched") or [REWARD, KL, STRICTER, DIVERSITY]
 
 
 def alarms_section(results: Results) -> list[str]:
-    """The table of first alarms with its explanation; empty if no run had a monitor."""
+    """The table of first alarms with its explanation; empty if no run had alarms."""
     table = alarms(results)
     if not table:
         return []
@@ -206,15 +206,14 @@ def alarms_section(results: Results) -> list[str]:
         return ["No alarm of the monitor was on in the runs that had one."]
     return [
         markdown_table(head, rows),
-        "Alarms: number of runs in which the limit was passed, of those with this alarm; median of "
-        "the epochs in which it was first passed (first to last of them). Evaluations are not made "
-        "in every epoch.",
+        "Alarms: number of runs in which the alarm was on, of those that had it; median (range) of "
+        "its first epochs. Not every epoch has an evaluation.",
     ]
 
 
 def alarms(results: Results) -> Table:
-    """A row per variant; a column per alarm that was ever on, earliest first, and one for the first
-    alarms of the runs.  A dash: no run of the variant had this alarm.
+    """One row per variant; one column per alarm that was on, earliest first, and one for the first
+    alarms of the runs.  A dash if no run of the variant had the alarm.
     """
     firsts = {
         variant: [run.first_alarms() for run in runs.values()] for variant, runs in results.items()
@@ -240,7 +239,7 @@ def _first_epochs(seen: list[int]) -> str:
 
 
 def _first_of_all(runs: list[dict[str, int]]) -> str:
-    """``"loss/kl 4, eval/diversity 1"``; alarms of the same epoch are joined by "+"."""
+    """``"loss/kl 4, eval/diversity 1"``, with "+" between alarms of the same epoch."""
     names = []
     for run in runs:
         epoch = min(run.values(), default=NO_ALARM_EPOCH)
@@ -251,7 +250,7 @@ def _first_of_all(runs: list[dict[str, int]]) -> str:
 
 
 def machines(abouts: list[dict[str, Any]]) -> str:
-    """The machines on which seconds were measured, each kind once."""
+    """The unique machines of the runs."""
     places = (about["machine"] for about in abouts)
     texts = (
         f"{place['cpu']} with {place['cores']} cores, {place['device']}, "
@@ -262,14 +261,14 @@ def machines(abouts: list[dict[str, Any]]) -> str:
 
 
 def revisions(abouts: list[dict[str, Any]]) -> str:
-    """Revisions of the program, the commonest first; a star: the working tree had changes."""
+    """Git revisions, most common first; a star marks uncommitted changes."""
     names = [about["git_revision"][:9] + "*" * about["git_dirty"] for about in abouts]
     text = ", ".join(name for name, _ in Counter(names).most_common())
     return f"{text} (* with uncommitted changes)" if "*" in text else text
 
 
 def elsewhere(abouts: list[dict[str, Any]]) -> str:
-    """The results taken from the same variant of another experiment."""
+    """A sentence on the results copied from other experiments."""
     taken = Counter((about["variant"], about["ran_as"]) for about in abouts if "ran_as" in about)
     texts = (
         f"{variant} (seeds: {count}) ran as {ran_as}" for (variant, ran_as), count in taken.items()

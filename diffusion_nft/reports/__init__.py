@@ -1,1 +1,1 @@
-"""The HTML report of a run."""
+"""HTML report of runs, and model card of an exported LoRA."""

@@ -1,18 +1,18 @@
-"""Charts of a report: their scales, ticks and texts; page.html draws them as SVG."""
+"""Charts of a report: scales, ticks and texts.  page.html draws them as SVG."""
 
 import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
 
-# Longer curves are reduced to at most this many points, means over equal stretches.
+# Maximum number of points of a curve; longer curves are averaged over equal intervals.
 MAX_POINTS = 400
-# The y axis spans at least this share of its largest value.
+# Minimum span of the y axis, as a share of its largest value.
 MIN_RANGE = 0.2
-# Sizes in SVG units: the box of a chart, and the margins around its plot.
+# SVG units: size of a chart, and edges of its plot.
 WIDTH, HEIGHT = 420.0, 230.0
 LEFT, RIGHT, TOP, BOTTOM = 54.0, 406.0, 10.0, 196.0
-# Of bars: the width of the longest, and the heights of a group's title, a bar, and a gap.
+# SVG units: width of the longest bar, heights of a group title, a bar and a gap.
 BAR_WIDTH = 356.0
 TITLE, BAR_HEIGHT, GAP = 18, 13, 10
 
@@ -21,7 +21,7 @@ Point = tuple[float, float | None, float | None]
 
 
 def number(value: float | None, sign: str = "") -> str:
-    """``value`` in three or four significant digits, or as a whole number; "–" for None and NaN."""
+    """``value`` with three or four significant digits, or as an integer; "–" for None and NaN."""
     if value is None or math.isnan(value):
         return "–"
     if value == 0:
@@ -35,21 +35,21 @@ def number(value: float | None, sign: str = "") -> str:
 
 
 def thin(points: list[Point]) -> list[Point]:
-    """``points`` or, of a longer curve, at most MAX_POINTS means over equal stretches."""
+    """``points``, averaged over equal intervals if there are more than MAX_POINTS."""
     size = math.ceil(len(points) / MAX_POINTS)
     if size <= 1:
         return points
     thinned: list[Point] = []
     for start in range(0, len(points), size):
-        stretch = points[start : start + size]
-        values = [y for _, y, _ in stretch if y is not None]
+        interval = points[start : start + size]
+        values = [y for _, y, _ in interval if y is not None]
         y = math.fsum(values) / len(values) if values else None
-        thinned.append((math.fsum(x for x, _, _ in stretch) / len(stretch), y, None))
+        thinned.append((math.fsum(x for x, _, _ in interval) / len(interval), y, None))
     return thinned
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[tuple[float, str]]:
-    """About ``count`` round numbers from ``low`` to a larger ``high``, each with its text."""
+    """About ``count`` round numbers from ``low`` to ``high`` with their texts."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.85)
@@ -62,9 +62,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[tuple[float, str]]:
 
 
 def limits(values: list[float]) -> tuple[float, float]:
-    """A range around ``values``, with some room.  It begins at zero where that is close, and is not
-    so narrow that a small change looks large.
-    """
+    """Axis limits for ``values`` with a margin, from zero if close, at least MIN_RANGE wide."""
     low, high = min(values), max(values)
     if 0 <= low < high / 2:
         return 0.0, high * 1.05
@@ -75,7 +73,7 @@ def limits(values: list[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Curve:
-    """A named curve; ``colour`` numbers its colour and dashes."""
+    """A named curve; ``colour`` is an index of colours and dashes."""
 
     colour: int
     name: str
@@ -83,11 +81,10 @@ class Curve:
 
     @cached_property
     def known(self) -> list[tuple[float, float, float]]:
-        """The points that have a y; an unknown error is 0."""
+        """The points with a y; unknown errors are 0."""
         return [(x, y, error or 0.0) for x, y, error in self.points if y is not None]
 
     def summary(self, x_label: str) -> str:
-        """First and last point in words."""
         (x0, y0, _), (x1, y1, _) = self.known[0], self.known[-1]
         text = f"{number(y0)} at {x_label} {x0:,.7g}"
         if x1 != x0:
@@ -99,7 +96,7 @@ class Curve:
 class Chart:
     """Curves over a common x, each with at least one known point.
 
-    ``at_x`` and ``at_y`` give SVG coordinates; ``summary`` is the text for screen readers.
+    ``at_x`` and ``at_y`` return SVG coordinates, ``summary`` the text for screen readers.
     """
 
     title: str
@@ -107,7 +104,7 @@ class Chart:
     note: str = ""
     x_label: str = "epoch"
     marks: tuple[float, ...] = ()  # x of vertical lines
-    dots: bool = False  # marks every point, with its error
+    dots: bool = False  # mark every point, with its error
 
     @cached_property
     def x_range(self) -> tuple[float, float]:
@@ -117,7 +114,6 @@ class Chart:
 
     @cached_property
     def y_range(self) -> tuple[float, float]:
-        """Ends of the y axis: ``limits`` of all points and their error bars."""
         known = [point for curve in self.curves for point in curve.known]
         return limits([end for _, y, error in known for end in (y - error, y + error)])
 
@@ -131,7 +127,7 @@ class Chart:
 
     @property
     def x_ticks(self) -> list[tuple[float, str]]:
-        """Ticks of the x axis; of epochs, whole numbers only."""
+        """Ticks of the x axis; integers only for epochs."""
         found = ticks(*self.x_range)
         return [tick for tick in found if self.x_label != "epoch" or tick[0] == round(tick[0])]
 
@@ -149,7 +145,7 @@ class Chart:
         return "".join(steps)
 
     def dotted(self, curve: Curve) -> list[tuple[float, float, float]]:
-        """Points of ``curve`` to mark with a dot; a single one always, as it has no line."""
+        """Points of ``curve`` to mark with a dot, including a single one without a line."""
         return curve.known if self.dots or len(curve.known) == 1 else []
 
     @property
@@ -176,7 +172,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Bars:
-    """Horizontal bars in groups: one bar per series in each group; methods as in ``Chart``."""
+    """Horizontal bars: one per series in each group; methods as in ``Chart``."""
 
     title: str
     groups: list[str]
@@ -184,7 +180,7 @@ class Bars:
     series: list[tuple[int, str, list[tuple[float | None, float | None]]]]
 
     def at_y(self, group: int, bar: int = 0) -> int:
-        """SVG coordinate of the top of a bar, by numbers from 0."""
+        """SVG coordinate of the top of a bar, by indices."""
         return group * (TITLE + BAR_HEIGHT * len(self.series) + GAP) + TITLE + BAR_HEIGHT * bar
 
     @cached_property

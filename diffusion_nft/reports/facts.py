@@ -1,4 +1,4 @@
-"""Tables of a report, and warnings and notes about its runs."""
+"""Tables of a report, and warnings and notes on its runs."""
 
 import json
 import math
@@ -11,19 +11,19 @@ from diffusion_nft.reports.runs import Part, Run, Score, sorted_names
 from diffusion_nft.runs.run_dir import differences
 from diffusion_nft.tracking.monitor import ALARM, is_image_statistic
 
-# Means over this many epochs at the start and at the end are compared.
+# Number of first and of last epochs whose means are compared.
 WINDOW = 5
-# Limits of the warnings: share of groups with equal scores, and of diversity that is lost.
+# Limits of warnings: share of groups with equal scores, share of diversity lost.
 MAX_FLAT_GROUPS, MAX_LOST_DIVERSITY = 0.5, 0.2
-# Decimals of a number with a standard error; smaller errors are written with an exponent.
+# Maximum decimals of a number with an error; smaller errors have an exponent.
 MAX_DECIMALS = 5
-# A null here is a number that was not finite; elsewhere it may mean "does not apply".
+# Metrics for which null means a non-finite number; for others it may mean "not applicable".
 FINITE_METRICS = ("loss/", "reward/mean", "reward/std", "reward/x0_rms", "eval/total")
 NON_PHASE_METRICS = ("time/epoch", "time/eval", "time/images_per_second", "time/peak_memory_gb")
-# Keys that name a run, and are not compared.
+# Keys that are not compared.
 NAMES = ("save_dir", "run_name")
 
-# A label, and a text for each run.
+# (label, one text per run).
 Table = list[tuple[str, list[str]]]
 
 
@@ -34,7 +34,6 @@ def rewards_text(part: Part) -> str:
 
 
 def overview(runs: list[Run]) -> Table:
-    """Model, data, reward, algorithm, seed and progress of each run."""
     return [
         ("Model", [run.config["pretrained.model"] for run in runs]),
         ("Data", [" → ".join(dict.fromkeys(part.dataset for part in run.parts)) for run in runs]),
@@ -57,8 +56,8 @@ def _json(value: object) -> str:
 
 
 def config_differences(runs: list[Run]) -> Table:
-    """Configuration keys with their value in each run and "yes" or "no": whether the key alters
-    training; those that do come first.
+    """Differing configuration keys with their value in each run, and "yes" (first) or "no" for keys
+    that alter training or not.
     """
     rows = []
     for key in sorted(set().union(*(run.config for run in runs)) - set(NAMES)):
@@ -69,7 +68,7 @@ def config_differences(runs: list[Run]) -> Table:
 
 
 def with_error(score: Score, sign: str = "") -> str:
-    """``"0.760 ± 0.042"``, to two digits of the error; without an error the number alone."""
+    """``"0.760 ± 0.042"``, with two digits of the error; only the number without an error."""
     value, error = score
     if value is None or not error or not math.isfinite(error):
         return number(value, sign)
@@ -80,7 +79,7 @@ def with_error(score: Score, sign: str = "") -> str:
 
 
 def finals(runs: list[Run]) -> Table:
-    """The last numbers of each run; of a run in stages, those of its last stage."""
+    """Final metrics of each run, or of its last stage."""
 
     def evaluated(part: Part, name: str) -> str:
         if not part.tests or part.tests[-1].score(name)[0] is None:
@@ -98,7 +97,7 @@ def finals(runs: list[Run]) -> Table:
 
 
 def timing(runs: list[Run]) -> Table:
-    """Seconds by phase, speed and cost of each run, without rows that no run has."""
+    """Seconds by phase, speed and cost of each run."""
 
     def row(
         label: str, key: str, reduce: Callable[[list[float]], float], unit: str = ""
@@ -128,7 +127,7 @@ def timing(runs: list[Run]) -> Table:
 
 
 def comparison_warnings(runs: list[Run]) -> Iterator[str]:
-    """Reasons why numbers of the runs are not comparable."""
+    """Reasons why metrics of the runs are not comparable."""
     parts = [run.parts[-1] for run in runs if run.parts[-1].tests]
     counts = {part.tests[-1].row.get(NUM_SAMPLES) for part in parts} - {None}
     if len({part.dataset for part in parts}) > 1 or len(counts) > 1:
@@ -138,7 +137,6 @@ def comparison_warnings(runs: list[Run]) -> Iterator[str]:
 
 
 def warnings(run: Run) -> Iterator[str]:
-    """Signs that training went wrong."""
     yield from _alarms(run)
     skipped = [row for row in run.epochs if row.get("optim/skipped_steps")]
     if skipped:
@@ -158,14 +156,14 @@ def warnings(run: Run) -> Iterator[str]:
     _, flat = _ends(run, "reward/frac_zero_std")
     if flat >= MAX_FLAT_GROUPS:
         yield (
-            f"In the last {WINDOW} epochs all images of a prompt scored the same for {flat:.0%} "
-            "of the prompts (reward/frac_zero_std); these give no training signal."
+            f"In the last {WINDOW} epochs, all images of a prompt scored the same for {flat:.0%} "
+            "of the prompts (reward/frac_zero_std), which have no training signal."
         )
     first, last = _ends(run, "reward/diversity")
     if last < (1 - MAX_LOST_DIVERSITY) * first:
         yield (
-            f"Images of a prompt became alike: reward/diversity fell from {number(first)} to "
-            f"{number(last)} (means of {WINDOW} epochs)."
+            f"Images of a prompt became similar: reward/diversity fell from {number(first)} to "
+            f"{number(last)} (means over {WINDOW} epochs)."
         )
     for part in run.parts:
         if len(part.tests) > 1:
@@ -173,7 +171,7 @@ def warnings(run: Run) -> Iterator[str]:
 
 
 def _ends(run: Run, key: str) -> tuple[float, float]:
-    """Means of ``key`` over the first and the last WINDOW epochs; NaN if the run is too short."""
+    """Means of ``key`` over the first and last WINDOW epochs; NaN if the run is too short."""
     values = run.values(key)
     if len(values) < 2 * WINDOW:
         return math.nan, math.nan
@@ -194,13 +192,13 @@ def _alarms(run: Run) -> Iterator[str]:
 
 
 def _losses(part: Part) -> Iterator[str]:
-    """Scores that fell by training, and a total that was better before the end."""
+    """Warnings on scores that decreased, and on a better total before the end."""
     where = f"{part.title}: " if part.title else ""
     for name in part.names:
         change = part.change(name)
         if change.direction == "down" and not is_image_statistic(name):
             kind = "held-out " if part.is_held_out(name) else ""
-            yield f"{where}{kind}eval/{name} fell by training: {with_error(change.gain)}."
+            yield f"{where}{kind}eval/{name} decreased in training: {with_error(change.gain)}."
     totals = [(t.row["eval/total"], t.row["epoch"]) for t in part.tests]
     known = [(total, epoch) for total, epoch in totals if total is not None]
     last = totals[-1][0]
@@ -213,7 +211,7 @@ def _losses(part: Part) -> Iterator[str]:
 
 
 def notes(run: Run) -> Iterator[str]:
-    """Interruptions, and differences between the starts."""
+    """Notes on interruptions and differences between starts."""
     if not run.finished:
         yield f"Not finished: {run.done:,} of {run.planned:,} epochs."
     if len(run.starts) > 1:
@@ -227,7 +225,7 @@ def notes(run: Run) -> Iterator[str]:
 
 
 def starts(run: Run) -> Table:
-    """Time; device, processes, versions, revision and command of each start."""
+    """Time, device, processes, versions, revision and command of each start."""
     return [
         (
             start.get("time", "–"),
@@ -245,7 +243,6 @@ def starts(run: Run) -> Table:
 
 
 def environment(run: Run) -> Table:
-    """The environment of the last start."""
     return [
         (key, ["–" if value is None else value]) for key, value in sorted(run.starts[-1].items())
     ]

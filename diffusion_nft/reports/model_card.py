@@ -1,4 +1,4 @@
-"""The model card of an exported LoRA: the base model, its training, use, and evaluations."""
+"""Model card of an exported LoRA: base model, training, usage and evaluation."""
 
 import json
 import shutil
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import StrictUndefined, Template
-from tabulate import tabulate
 
 from diffusion_nft.evaluation.options import EvalOptions
 from diffusion_nft.models import PIPELINE_INDEX
@@ -19,11 +18,12 @@ from diffusion_nft.shapes import BUILT_IN_MODEL
 from diffusion_nft.tracking.metrics import METRICS_FILE
 from diffusion_nft.tracking.summary import comparable, images_file, stage_evaluations
 from diffusion_nft.utils.files import read_object
+from diffusion_nft.utils.tables import markdown_table
 from diffusion_nft.validation.flat import unflatten
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 CARD, SAMPLES = "README.md", "samples.png"
-# Keys and sections of a run's configuration that describe a machine, not the weights.
+# Keys and sections of the configuration that describe a machine.
 UNSHARED_KEYS = (
     "run_name",
     "save_dir",
@@ -37,20 +37,20 @@ UNSHARED_KEYS = (
     "log.",
     "distributed.",
 )
-# These are local paths or public names, those of stages included.
+# Suffixes of keys for local paths or public names.
 PATH_KEYS = ("dataset", "pretrained.model")
 
 
 def write_card(
     options: EvalOptions, lora: Lora, folder: Path, *, repo: str | None, merged: bool
 ) -> None:
-    """Writes README.md and, where the run has left it, the image of before and after training.
+    """Writes README.md and, if the run has it, the image of samples before and after training.
 
-    ``merged``: ``folder`` holds a pipeline with the LoRA in its weights.
+    ``merged``: ``folder`` has a pipeline with the LoRA merged.
     """
     base = public_name(options.config.pretrained.model)
     built_in = base == BUILT_IN_MODEL and not merged
-    # JSON's quoting, as the names may be a stranger's.
+    # Quoted as JSON, as names are not trusted.
     source = "PIPELINE_DIR" if built_in else json.dumps((repo or ".") if merged else base)
     if merged:
         index = read_object(folder / PIPELINE_INDEX)
@@ -75,18 +75,18 @@ def write_card(
 
 
 def _title(options: EvalOptions, base: str) -> str:
-    """Run and checkpoint, or the LoRA's name on the hub; no folders of this machine."""
+    """Run and checkpoint, or name of the LoRA on the hub; never a local path."""
     if options.checkpoint:
         return options.name
     return f"LoRA of {base}" if Path(options.lora).exists() else options.lora
 
 
 def _about_run(run: dict[str, Any], checkpoint: Path, folder: Path) -> dict[str, Any]:
-    """The template's values that a run adds; copies its image into ``folder``."""
+    """Template values of the run; copies its image to ``folder``."""
     state = read_json(checkpoint / STATE)
     run_dir, stage = checkpoint.resolve().parents[1], state.get("stage", 0)
     image = run_dir / images_file(stage)
-    # Of an earlier checkpoint than the stage's last, the image would show other weights.
+    # The image shows the weights at the end of the stage.
     shown = state["epoch"] >= run["num_epochs"] and image.is_file()
     if shown:
         shutil.copyfile(image, folder / SAMPLES)
@@ -94,11 +94,9 @@ def _about_run(run: dict[str, Any], checkpoint: Path, folder: Path) -> dict[str,
         "state": state,
         "stage": stage,
         "dataset": public_name(run["dataset"]),
-        "rewards": tabulate(
-            unflatten(run).reward_fn.items(),
-            headers=("reward", "weight"),
-            tablefmt="pipe",
-            floatfmt="g",
+        "rewards": markdown_table(
+            ["reward", "weight"],
+            [[name, f"{weight:g}"] for name, weight in unflatten(run).reward_fn.items()],
         ),
         "evaluations": _evaluations(run_dir / METRICS_FILE, state["epoch"], stage),
         "samples": SAMPLES if shown else "",
@@ -107,8 +105,8 @@ def _about_run(run: dict[str, Any], checkpoint: Path, folder: Path) -> dict[str,
 
 
 def _evaluations(path: Path, epoch: int, stage: int) -> str:
-    """The last evaluation of ``stage`` (0: of a run without stages) up to ``epoch``, and the first
-    that compares with it; empty if there is none.
+    """Table of the last evaluation of ``stage`` (0: of a run without stages) up to ``epoch`` and
+    the first comparable one; empty if there is none.
     """
     rows = comparable([row for row in stage_evaluations(path, stage) if row["epoch"] <= epoch])
     if not rows:
@@ -116,17 +114,21 @@ def _evaluations(path: Path, epoch: int, stage: int) -> str:
     first, last = rows[0], rows[-1]
     names = [key for key, value in last.items() if key.startswith("eval/") and value is not None]
     names.sort(key=lambda name: (name.startswith("eval/tag/"), name))
-    return tabulate(
-        [(name.removeprefix("eval/"), first.get(name), last[name]) for name in names],
-        headers=("mean over the test prompts", f"epoch {first['epoch']}", f"epoch {last['epoch']}"),
-        tablefmt="pipe",
-        floatfmt=".4f",
-        missingval="–",
+    return markdown_table(
+        ["mean over the test prompts", f"epoch {first['epoch']}", f"epoch {last['epoch']}"],
+        [
+            [name.removeprefix("eval/"), *(_score(row.get(name)) for row in (first, last))]
+            for name in names
+        ],
     )
 
 
+def _score(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
 def _shared_json(run: dict[str, Any]) -> str:
-    """The run's configuration, without keys that describe this machine."""
+    """The configuration of the run, without keys that describe a machine."""
     sections = tuple(name for name in UNSHARED_KEYS if name.endswith("."))
     kept = {
         key: public_name(value) if key.endswith(PATH_KEYS) else value

@@ -26,7 +26,7 @@ for (const chart of document.querySelectorAll("svg[data-chart]")) {
     tip.replaceChildren(`${label} ${text(place)}`);
     for (const curve of curves) {
       const [px, y, error] = nearest(curve.points, place, (point) => point[0]);
-      // Where curves have points at different places, each says where its nearest one is.
+      // The x of the nearest point, if it differs from that of the cursor.
       const where = px === place ? "" : ` (at ${text(px)})`;
       const name = curves.length > 1 ? `${curve.name}: ` : "";
       const line = document.createElement("div");
@@ -38,7 +38,7 @@ for (const chart of document.querySelectorAll("svg[data-chart]")) {
     const middle = frame.left + (pixel / 420) * frame.width;
     const side = middle + 14 + tip.offsetWidth > document.documentElement.clientWidth;
     tip.style.left = `${Math.max(4, scrollX + (side ? middle - 14 - tip.offsetWidth : middle + 14))}px`;
-    // Beside the cursor; on a narrow screen above the chart, which it would hide.
+    // Next to the cursor, or above the chart on a narrow screen.
     const wide = frame.width < 0.7 * document.documentElement.clientWidth;
     tip.style.top = `${Math.max(0, scrollY + frame.top + (wide ? 8 : 4 - tip.offsetHeight))}px`;
   }

@@ -1,4 +1,4 @@
-"""Builds the HTML page of a report from its runs."""
+"""The HTML page of a report."""
 
 import base64
 import hashlib
@@ -17,23 +17,22 @@ from diffusion_nft.reports.charts import Bars, Chart, Curve, Point, number, thin
 from diffusion_nft.reports.runs import Part, Run, Test, sorted_names
 
 HERE = Path(__file__).resolve().parent
-# Images with more bytes are converted to WebP, at most this wide (in pixels) and as high as WebP
-# allows.
+# Images with more bytes are converted to WebP with at most this size in pixels.
 MAX_BYTES, MAX_WIDTH, MAX_HEIGHT, QUALITY = 200_000, 1600, 16_000, 82
-# Number of prompts in the lists of those that gained and that lost most, and in the full list.
+# Maximum number of prompts in the lists of largest gains and losses, and in the full list.
 ENDS, MAX_PROMPTS = 10, 300
-# Colour of the values before training.
+# Colour index of values before training.
 BEFORE_COLOUR = -1
-# Curves shown first, with their meaning; all others are folded away.
+# Curves shown first, with notes; all others are folded.
 TRAINING = {
     "reward/mean": "of the epoch's samples",
     "loss/policy": "",
     "loss/kl": "squared distance to the base model",
     "optim/grad_norm": "before clipping",
-    "reward/diversity": "0: all look the same",
-    "reward/frac_zero_std": "of prompts: no signal",
+    "reward/diversity": "0: identical images",
+    "reward/frac_zero_std": "share of prompts without signal",
     "optim/learning_rate": "",
-    "optim/old_policy_decay": "0: follows immediately",
+    "optim/old_policy_decay": "0: copy of the policy",
 }
 COST = {
     "time/epoch": "training time, s",
@@ -42,9 +41,7 @@ COST = {
 
 
 def figure(path: Path) -> dict[str, Any]:
-    """Template values of the image in ``path``, converted if it is large, with the captions that
-    it cannot show in full.
-    """
+    """Template values of an image, converted if large, with its captions if they are truncated."""
     data, kind = path.read_bytes(), "png"
     with Image.open(io.BytesIO(data)) as image:
         width, height = image.size
@@ -65,7 +62,7 @@ def figure(path: Path) -> dict[str, Any]:
 
 
 def cards(part: Part) -> list[dict[str, Any]]:
-    """Headline numbers of a part: first and last evaluation."""
+    """Template values of the first and last evaluation of a part."""
     found = []
     for name in part.names:
         change = part.change(name)
@@ -79,7 +76,7 @@ def cards(part: Part) -> list[dict[str, Any]]:
 
 
 def _join(pieces: Iterable[list[Point]]) -> list[Point]:
-    """The points of all stages, with a gap between one stage and the next."""
+    """The points of all stages, with gaps in between."""
     points: list[Point] = []
     for piece in pieces:
         if points and piece:
@@ -89,7 +86,7 @@ def _join(pieces: Iterable[list[Point]]) -> list[Point]:
 
 
 def evaluation_curve(run: Run, name: str, cost: str = "") -> Curve:
-    """``eval/name`` with its standard errors over epochs, or over the sum of ``cost`` so far."""
+    """``eval/name`` with standard errors over epochs, or over the cumulative ``cost``."""
 
     def at(epoch: int) -> float:
         if not cost:
@@ -103,7 +100,6 @@ def evaluation_curve(run: Run, name: str, cost: str = "") -> Curve:
 
 
 def training_curve(run: Run, key: str) -> Curve:
-    """A metric of training over epochs."""
     pieces = []
     for part in run.parts:
         rows = [row for row in run.epochs if row.get("stage", 0) == part.number and key in row]
@@ -112,7 +108,7 @@ def training_curve(run: Run, key: str) -> Curve:
 
 
 def _stage_ends(runs: list[Run]) -> tuple[float, ...]:
-    """The epochs at which a stage ends and another begins; none for several runs."""
+    """Last epochs of all stages but the last; none for several runs."""
     if len(runs) > 1:
         return ()
     numbers = [part.number for part in runs[0].parts[:-1]]
@@ -121,13 +117,13 @@ def _stage_ends(runs: list[Run]) -> tuple[float, ...]:
 
 
 def _chart(title: str, curves: list[Curve], **options: Any) -> list[Chart]:
-    """The chart of those of ``curves`` that have points; empty if there are none."""
+    """The chart of the ``curves`` with known points; empty if there are none."""
     known = [curve for curve in curves if curve.known]
     return [Chart(title, known, **options)] if known else []
 
 
 def evaluation_charts(runs: list[Run]) -> list[Chart]:
-    """A chart of everything that is evaluated; for several runs, also of the total over cost."""
+    """One chart per evaluated score; for several runs, also of the total over cost."""
     parts = [part for run in runs for part in run.parts]
     found = []
     for name in sorted_names(name for part in parts for name in part.names):
@@ -162,8 +158,8 @@ def training_charts(runs: list[Run]) -> tuple[list[Chart], list[Chart]]:
 
 
 def tag_bars(runs: list[Run]) -> list[tuple[str, list[Bars]]]:
-    """(heading, charts by tag): before and after in each stage of a single run; the end of several
-    runs.
+    """(heading, charts by tag): before and after each stage of a single run, or the final scores of
+    several runs.
     """
     if len(runs) > 1:
         last = [(run, run.parts[-1]) for run in runs]
@@ -179,7 +175,7 @@ def tag_bars(runs: list[Run]) -> list[tuple[str, list[Bars]]]:
 
 
 def _bars(parts: list[Part], tests: list[tuple[int, str, Test]]) -> list[Bars]:
-    """A chart of everything that ``tests`` evaluated by tag; ``tests``: (colour, name, test)."""
+    """One chart per score by tag; ``tests``: (colour, name, test)."""
     tags, found = sorted({tag for part in parts for tag in part.tags}), []
     for name in sorted_names(name for part in parts for name in part.names):
         series = [
@@ -192,7 +188,7 @@ def _bars(parts: list[Part], tests: list[tuple[int, str, Test]]) -> list[Bars]:
 
 
 def prompts(part: Part) -> dict[str, Any]:
-    """Template values of the prompts that gained and lost most, and of all of them."""
+    """Template values of the prompts with the largest gains and losses, and of all prompts."""
     rows = [
         (prompt, count, number(before), number(after), number(after - before, "+"))
         for prompt, before, after, count in part.by_prompt
@@ -211,8 +207,8 @@ def prompts(part: Part) -> dict[str, Any]:
 def page(runs: list[Run]) -> str:
     """The report on one or several runs as a self-contained HTML page.
 
-    All text from the runs is escaped, and the page's security policy lets the browser load nothing
-    and run only the page's own script.  Raises OSError if an image cannot be read.
+    All text from the runs is escaped, and the security policy of the page allows no requests and
+    only the script of the page.  Raises OSError if an image cannot be read.
     """
     environment = Environment(
         loader=FileSystemLoader(HERE),

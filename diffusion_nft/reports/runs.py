@@ -1,4 +1,4 @@
-"""Reads a run directory for scripts/report.py; needs no model."""
+"""Reads run directories for a report."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -21,9 +21,9 @@ from diffusion_nft.utils.files import read_lines, read_object
 from diffusion_nft.validation.flat import unflatten
 
 Row = dict[str, Any]
-# A value and its standard error, each None if unknown.
+# (value, standard error), each None if unknown.
 Score = tuple[float | None, float | None]
-# A gain counts as a change if it is larger than this many of its standard errors.
+# Minimum gain, in standard errors, that counts as a change.
 MIN_STANDARD_ERRORS = 2.0
 
 
@@ -49,7 +49,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Test:
-    """One evaluation: its line of metrics.jsonl, and the folder of its results, if that exists."""
+    """One evaluation: its row in metrics.jsonl, and the folder of its results, if it exists."""
 
     row: Row
     folder: Path
@@ -72,13 +72,13 @@ class Test:
 
 @dataclass(frozen=True)
 class Part:
-    """A stage of a run; number 0: the whole of a run without stages."""
+    """A stage of a run; number 0 is a run without stages."""
 
     number: int
     dataset: str
     rewards: dict[str, float]
     held_out: list[str]
-    tests: list[Test]  # those comparable with the last one
+    tests: list[Test]  # comparable with the last one
     image: Path
 
     @property
@@ -92,8 +92,9 @@ class Part:
 
     @cached_property
     def names(self) -> list[str]:
-        """Evaluated scores: total, rewards and components, diversity.  A total that equals the only
-        reward is left out."""
+        """Evaluated scores: total, rewards and components, diversity.  Excludes a total that equals
+        the only reward.
+        """
         left_out = {NUM_SAMPLES.removeprefix("eval/")}
         if list(self.rewards.values()) == [1] and set(self.rewards) <= set(self._evaluated):
             left_out.add("total")
@@ -102,15 +103,15 @@ class Part:
 
     @cached_property
     def tags(self) -> list[str]:
-        """The tags of the test lines, in alphabetical order."""
+        """Sorted tags of the test lines."""
         return sorted({name.split("/")[1] for name in self._evaluated if name.startswith("tag/")})
 
     def is_held_out(self, name: str) -> bool:
-        """True if ``name`` belongs to a reward that is not trained on."""
+        """True if ``name`` is of a reward that is not trained on."""
         return name.split("/")[0] in self.held_out
 
     def change(self, name: str) -> Change:
-        """First and last evaluation; there must be one."""
+        """Change from the first to the last evaluation, which must exist."""
         first, last = self.tests[0], self.tests[-1]
         before, after = first.score(name), last.score(name)
         if before[0] is None or after[0] is None:
@@ -124,8 +125,8 @@ class Part:
 
     @cached_property
     def by_prompt(self) -> list[tuple[str, float, float, int]]:
-        """(prompt, mean total before, mean total after, number of test lines), largest gain first.
-        Empty if the two evaluations are not of the same lines.
+        """(prompt, mean total before, mean total after, number of test lines), by descending gain.
+        Empty if the lines of the two evaluations differ.
         """
         if len(self.tests) < 2:
             return []
@@ -148,12 +149,12 @@ class Run:
     config: Row  # flat, as in config.json
     starts: list[Row]
     rows: list[Row]  # of metrics.jsonl
-    parts: list[Part]  # those that have begun; at least one
+    parts: list[Part]  # at least one
     colour: int = 0
 
     @cached_property
     def epochs(self) -> list[Row]:
-        """The rows that training wrote, one per epoch."""
+        """The rows of training, one per epoch."""
         return [row for row in self.rows if "reward/mean" in row]
 
     def values(self, key: str) -> list[float]:
@@ -178,14 +179,14 @@ class Run:
 
     @property
     def training_images(self) -> list[Path]:
-        """The first, a middle and the last saved grid of training samples."""
+        """The first, middle and last grid of training samples."""
         found = sorted((self.path / "images").glob(f"train-{'[0-9]' * 6}.png"))
         chosen = sorted({0, len(found) // 2, len(found) - 1}) if found else []
         return [found[i] for i in chosen]
 
 
 def sorted_names(names: Iterable[str]) -> list[str]:
-    """``names`` of scores, each once, with the total first and diversity last."""
+    """Unique ``names`` of scores, with the total first and diversity last."""
     return sorted(dict.fromkeys(names), key=lambda name: (name == "diversity", name != "total"))
 
 
@@ -194,9 +195,9 @@ def _is_stage_length(key: str) -> bool:
 
 
 def read_run(path: Path) -> Run:
-    """The run in the directory ``path``, finished or not.
+    """Reads the run in the directory ``path``.
 
-    Raises ValueError if it is not a run directory or one of its files is damaged.
+    Raises ValueError if it is not a run directory or a file is damaged.
     """
     file = path / CONFIG_FILE
     if not file.is_file():
@@ -214,9 +215,9 @@ def read_run(path: Path) -> Run:
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
-    """The runs in ``paths``; those with the same name are named by their paths.
+    """Reads the runs in ``paths``; runs with equal names are named by their paths.
 
-    Raises ValueError as ``read_run``, and for a directory that is given twice.
+    Raises the errors of ``read_run``, and ValueError for a repeated directory.
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError("a run directory is given twice")
@@ -229,7 +230,7 @@ def _read_part(path: Path, config: Row, rows: list[Row], number: int) -> Part:
     prefix = f"stages.{number}."
     own = {k.removeprefix(prefix): value for k, value in config.items() if k.startswith(prefix)}
     merged = config | own
-    rewards = unflatten(own).get("reward_fn") or unflatten(config).get("reward_fn", {})
+    rewards = dict(unflatten(own).get("reward_fn") or unflatten(config).get("reward_fn", {}))
     folder = path / "eval" / (f"stage-{number}" if number else "")
     tests = [row for row in rows if "eval/total" in row and row.get("stage", 0) == number]
     watched = [IMAGE_STATISTICS] if config.get("monitor.image_statistics") else []
@@ -248,8 +249,9 @@ def _read_part(path: Path, config: Row, rows: list[Row], number: int) -> Part:
 
 
 def _pairs(before: list[Row], after: list[Row], name: str) -> list[tuple[str, float, float]]:
-    """(prompt, old score, new score) of the test lines that have the score ``name``; empty unless
-    both evaluations are of the same prompts."""
+    """(prompt, old score, new score) of the test lines with the score ``name``; empty if the
+    prompts of the two evaluations differ.
+    """
     if [row["prompt"] for row in before] != [row["prompt"] for row in after]:
         return []
     pairs = [

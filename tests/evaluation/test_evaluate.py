@@ -1,4 +1,4 @@
-"""Evaluation: standard errors by hand, line order, padding-free chunks, saved images."""
+"""Evaluation: statistics, independence of ranks and chunks, saved images, resuming."""
 
 import contextlib
 import json
@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from diffusion_nft.data.prompts import Prompt, draw_lines, load_prompts
 from diffusion_nft.distributed.ranks import Distributed
-from diffusion_nft.evaluation.evaluate import complete, evaluate, rescore
+from diffusion_nft.evaluation.evaluate import Task, complete, evaluate, rescore
 from diffusion_nft.evaluation.results import (
     Evaluation,
     image_path,
@@ -42,7 +43,7 @@ SETTINGS = unflatten(
 )
 
 
-def test_the_error_is_clustered_by_prompt():
+def test_standard_errors_are_clustered_by_prompt():
     values = [1.0, 3.0, 2.0, 2.0, 7.0, math.nan]
     clusters = ["a", "a", "b", "b", "c", "c"]
     # Mean 3; residuals a: -2 + 0, b: -1 - 1, c: 4; G = 3, n = 5.
@@ -50,20 +51,12 @@ def test_the_error_is_clustered_by_prompt():
     assert mean_and_error(values, clusters) == pytest.approx(
         {"mean": 3.0, "stderr": expected, "count": 5}
     )
-
-
-def test_without_repeats_the_error_is_the_usual_one():
-    values = np.random.default_rng(0).random(20)
-    result = mean_and_error(values.tolist(), [str(i) for i in range(20)])
-    assert result["stderr"] == pytest.approx(values.std(ddof=1) / math.sqrt(20))
     # Exact repeats add no information: 20 prompts x 3 have the error of 20.
-    thrice = mean_and_error(
-        values.repeat(3).tolist(), [str(i) for i in range(20) for _ in range(3)]
-    )
-    assert thrice["stderr"] == pytest.approx(result["stderr"])
-
-
-def test_edge_cases_of_the_error():
+    values = np.random.default_rng(0).random(20)
+    for count in (1, 3):
+        clusters = [str(i) for i in range(20) for _ in range(count)]
+        error = mean_and_error(values.repeat(count).tolist(), clusters)["stderr"]
+        assert error == pytest.approx(values.std(ddof=1) / math.sqrt(20))
     assert math.isnan(mean_and_error([1.0, 2.0], ["a", "a"])["stderr"])
     assert mean_and_error([math.nan], ["a"])["count"] == 0
 
@@ -71,6 +64,7 @@ def test_edge_cases_of_the_error():
 def test_averages_per_tag_and_over_tags():
     prompts = [Prompt(text, {"tag": tag}) for text, tag in ("ax", "bx", "cy", "dy", "ey")]
     scores = {"total": [1.0, 3.0, 0.0, 3.0, 6.0], "part": [math.nan] * 2 + [1.0, 2.0, 3.0]}
+    scores["unused"] = [math.nan] * 5
     result = Evaluation(prompts, scores, 0.5, torch.zeros(0), [], []).averages()
     assert result["num_samples"] == result["num_prompts"] == 5
     assert result["mean"]["total"]["mean"] == pytest.approx(13 / 5)
@@ -81,26 +75,15 @@ def test_averages_per_tag_and_over_tags():
     errors = [result["tags"][tag]["total"]["stderr"] for tag in "xy"]
     assert over["total"] == pytest.approx({"mean": 2.5, "stderr": math.hypot(*errors) / 2})
     assert over["part"]["mean"] == 2
+    assert "unused" not in result["mean"] and "unused" not in over
     json.dumps(result)
-
-
-def test_a_component_that_applies_to_no_sample_is_left_out():
-    prompts = [Prompt("a", {"tag": "x"}), Prompt("b", {"tag": "y"})]
-    scores = {"total": [1.0, 3.0], "part": [math.nan, math.nan]}
-    result = Evaluation(prompts, scores, 0.5, torch.zeros(0), [], []).averages()
-    assert "part" not in result["mean"] and "part" not in result["mean_over_tags"]
-
-
-def test_untagged_sets_have_no_tags():
-    result = Evaluation(
-        [Prompt("a")], {"total": [1.0]}, math.nan, torch.zeros(0), [], []
-    ).averages()
-    assert "tags" not in result and result["diversity"] is None
+    untagged = Evaluation([Prompt("a")], {"total": [1.0]}, math.nan, torch.zeros(0), [], [])
+    assert "tags" not in untagged.averages() and untagged.averages()["diversity"] is None
 
 
 @dataclass(frozen=True)
 class Rank(Distributed):
-    """A rank that hands over its own part, to be put together by the test."""
+    """A rank whose ``gather_objects`` returns ``parts`` for the other ranks."""
 
     parts: tuple = ()
 
@@ -114,7 +97,7 @@ def rewards() -> RewardSet:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
-    """Seven lines, of which two repeat a prompt."""
+    """Seven lines, two of which repeat a prompt."""
     lines = load_prompts("shapes", "test")
     return [lines[0], lines[1], lines[0], lines[2], lines[1], lines[3], lines[4]]
 
@@ -122,16 +105,22 @@ def prompts() -> list[Prompt]:
 @pytest.fixture(scope="module")
 def whole(shapes_model, prompts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
-    result = evaluate(
-        shapes_model,
-        prompts,
-        rewards(),
-        SETTINGS,
-        dist=ONE,
-        num_images=3,
-        folder=folder,
-    )
-    return result, folder
+    return evaluate(
+        shapes_model, prompts, rewards(), SETTINGS, dist=ONE, num_images=3, folder=folder
+    ), folder
+
+
+def counting(calls: list, fails=lambda texts: False) -> type[RewardSet]:
+    """Rewards that append (names, number of images) to ``calls`` and fail if ``fails(texts)``."""
+
+    class Counting(RewardSet):
+        def __call__(self, images, texts, metadata, names):
+            if fails(texts):
+                raise RewardError("the server is gone")
+            calls.append((sorted(self.weights), len(texts)))
+            return super().__call__(images, texts, metadata, names)
+
+    return Counting
 
 
 def test_some_lines_are_the_samples_that_they_are_among_all(whole, prompts, shapes_model, tmp_path):
@@ -155,14 +144,14 @@ def test_every_line_is_a_sample_with_its_own_noise(whole, prompts):
     assert all(len(values) == 7 for values in result.scores.values())
     images = read_images(folder, range(7))
     assert len(list((folder / "images").iterdir())) == 7
-    # Lines 0 and 2 share a prompt, not an image.
+    # Lines 0 and 2 have the same prompt and different noise.
     assert float((images.to_float()[0] - images.to_float()[2]).abs().max()) > 0.05
     assert result.image_lines == draw_lines(prompts, 3) != [0, 1, 2]
     assert torch.equal(result.images.pixels, images[result.image_lines].pixels)
     for line, prompt in enumerate(prompts):
         alone = rewards()(images[[line]], [prompt.text], [prompt.metadata])
         ours = {name: values[line] for name, values in result.scores.items()}
-        # The image was scored as it was saved, in 8 bits a channel.
+        # The scored image is the saved one, with 8 bits per channel.
         assert ours["jpeg_compressibility"] == float(alone.parts["jpeg_compressibility"])
         assert ours["total"] == ours["jpeg_compressibility"] + 2 * ours["shapes"]
 
@@ -177,30 +166,23 @@ def test_any_number_of_ranks_gives_the_same_numbers(whole, shapes_model, prompts
             return [value]
 
     def on(dist):
-        return evaluate(
-            shapes_model,
-            prompts,
-            rewards(),
-            SETTINGS,
-            dist=dist,
-        )
+        return evaluate(shapes_model, prompts, rewards(), SETTINGS, dist=dist)
 
-    # First every rank alone, to hear what it sends (the order cannot be restored from its own part,
-    # which may be an error), then rank 0 with what the others sent.
+    # First run each rank alone to record its part (restoring the order may fail), then rank 0 with
+    # the parts of the others.
     for rank in range(world_size):
         with contextlib.suppress(IndexError, RuntimeError):
             on(Listening(rank, world_size, rank, CPU))
     assert len(sent) == world_size
     result = on(Rank(0, world_size, 0, CPU, parts=tuple(sent)))
     assert result.scores == whole[0].scores
-    # As text, where NaN equals NaN.
+    # As text, for NaN.
     assert json.dumps(result.averages()) == json.dumps(whole[0].averages())
 
 
 def test_rescoring_saved_images_needs_no_model(whole, prompts):
     result, folder = whole
     again = rescore(prompts, range(7), rewards(), folder, batch_size=3, dist=ONE)
-    # As text, where NaN equals NaN.
     assert json.dumps(again.scores) == json.dumps(result.scores)
     assert again.diversity == result.diversity
     with pytest.raises(FileNotFoundError):
@@ -237,11 +219,11 @@ def test_saved_images_return_as_they_were(tmp_path):
 def test_an_interrupted_evaluation_repeats_no_finished_image(
     whole, shapes_model, prompts, tmp_path
 ):
-    """Stopped at several moments: the same numbers, and only what was missing is made."""
+    """The results are the same, and only missing images and scores are made."""
     drawn, scored = [], []
 
     class Counting:
-        """The model, telling how many images it decodes."""
+        """The model; counts decoded images."""
 
         def __getattr__(self, name):
             return getattr(shapes_model, name)
@@ -250,14 +232,10 @@ def test_an_interrupted_evaluation_repeats_no_finished_image(
             drawn.append(len(x0))
             return shapes_model.decode(x0)
 
-    class Reward(RewardSet):
-        def __call__(self, images, texts, metadata, names):
-            if texts[0] == fails_at:
-                raise RewardError("the server is gone")
-            scored.append(len(texts))
-            return super().__call__(images, texts, metadata, names)
+    def num_scored() -> int:
+        return sum(count for _, count in scored)
 
-    counted = Reward.build(rewards().weights, CPU)
+    counted = counting(scored, lambda texts: texts[0] == fails_at).build(rewards().weights, CPU)
 
     def again():
         drawn.clear()
@@ -269,13 +247,13 @@ def test_an_interrupted_evaluation_repeats_no_finished_image(
     with pytest.raises(RewardError):
         again()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
-    made, judged, fails_at = len(before), sum(scored), None
+    made, judged, fails_at = len(before), num_scored(), None
     assert made == sum(drawn) >= 6 and 4 <= judged <= 5
-    # An image of the second chunk is lost: both of its lines are made anew, beside each other.
+    # An image of the second chunk is lost: the whole chunk is sampled again.
     image_path(tmp_path, 3).unlink()
     (tmp_path / "images" / ".tmp-000006.png").write_bytes(b"half an image")
     result = again()
-    assert sum(drawn) == 7 - made + 2 and sum(scored) == 7 - judged
+    assert sum(drawn) == 7 - made + 2 and num_scored() == 7 - judged
     assert json.dumps(result.scores) == json.dumps(whole[0].scores)
     assert result.diversity == whole[0].diversity
     for path, stamp in before.items():
@@ -288,7 +266,7 @@ def test_an_interrupted_evaluation_repeats_no_finished_image(
 
 
 def test_images_do_not_wait_for_their_scores(shapes_model, prompts, tmp_path):
-    """A reward that takes so long that a kill finds all images drawn and none scored."""
+    """All images are saved before the first score."""
     found = []
 
     class Slow(RewardSet):
@@ -306,51 +284,43 @@ def test_images_do_not_wait_for_their_scores(shapes_model, prompts, tmp_path):
 
 def test_rewards_that_are_added_score_each_image_once(shapes_model, prompts, tmp_path):
     calls = []
+    reward = counting(calls, lambda texts: broken and len(calls) == 5)
 
-    class Counting(RewardSet):
-        def __call__(self, images, texts, metadata, names):
-            if broken and len(calls) == 5:
-                raise RewardError("the server is gone")
-            calls.append(sorted(self.weights))
-            return super().__call__(images, texts, metadata, names)
+    options = SimpleNamespace(
+        config=SETTINGS, rewards=lambda weights, dist: reward.build(weights, dist.device)
+    )
+
+    def names() -> list[list[str]]:
+        return [names for names, _ in calls]
 
     def ask(*names: str) -> dict:
         weights = dict.fromkeys(names, 1.0)
-        complete(
-            tmp_path,
-            prompts,
-            weights,
-            SETTINGS,
-            {"seed": 1, "rewards": weights, "reward_options": {}, "reward_servers": {}},
-            model=lambda: models.pop(),
-            rewards=lambda chosen: Counting.build(chosen, CPU),
-            dist=ONE,
-            lines=range(len(prompts)),
-            keep_images=True,
-        )
+        task = Task("shapes", prompts, list(range(len(prompts))), weights, tmp_path)
+        record = {"seed": 1, "rewards": weights, "reward_options": {}, "reward_servers": {}}
+        complete(task, options, record, ONE, model=models.pop, keep_images=True)
         return json.loads((tmp_path / "average_scores.json").read_text())
 
     models, broken = [shapes_model], False
     first = ask("shapes")
-    assert calls == [["shapes"]] * 4
-    # The added reward breaks after one chunk of four; asked again, it goes on with the second.
+    assert names() == [["shapes"]] * 4
+    # The added reward fails after one of four chunks; the second call continues with the second.
     broken = True
     with pytest.raises(RewardError):
         ask("shapes", "jpeg_compressibility")
     broken = False
     both = ask("shapes", "jpeg_compressibility")
-    assert calls[4:] == [["jpeg_compressibility"]] * 4
+    assert names()[4:] == [["jpeg_compressibility"]] * 4
     assert both["mean"]["shapes"] == first["mean"]["shapes"]
     assert both["settings"]["rewards"] == {"shapes": 1.0, "jpeg_compressibility": 1.0}
     assert json.loads((tmp_path / "settings.json").read_text()) == both["settings"]
     assert ask("jpeg_compressibility") == both and len(calls) == 8
-    # Without results, the images are scored anew, still without a model.
+    # Without results, the images are scored again, without a model.
     (tmp_path / "average_scores.json").unlink()
     assert ask("shapes")["mean"]["shapes"] == first["mean"]["shapes"]
 
 
-def test_a_folder_keeps_to_one_evaluation(tmp_path):
-    # Nothing was drawn for the first: a mistaken command does not stand in the way.
+def test_a_folder_has_one_evaluation(tmp_path):
+    # Without images, other settings replace the first ones.
     reserve_folder(tmp_path, {"seed": 3}, ONE)
     reserve_folder(tmp_path, {"seed": 1, "lora": "here", "lora_sha256": "a"}, ONE)
     (tmp_path / "images").mkdir()
@@ -359,17 +329,14 @@ def test_a_folder_keeps_to_one_evaluation(tmp_path):
         reserve_folder(tmp_path, {"seed": 2, "lora": "here", "lora_sha256": "a"}, ONE)
     with pytest.raises(ValueError, match="lora_sha256: 'a' -> 'b'"):
         reserve_folder(tmp_path, {"seed": 1, "lora": "here", "lora_sha256": "b"}, ONE)
-
-
-def test_a_setting_that_an_older_evaluation_lacks_is_at_its_default(tmp_path):
-    reserve_folder(tmp_path, {"seed": 1}, ONE)
-    (tmp_path / "images").mkdir()
-    reserve_folder(tmp_path, {"seed": 1, "resolution": 512}, ONE)
+    # A setting that an evaluation of an earlier version does not have was at its default.
+    same = {"seed": 1, "lora": "here", "lora_sha256": "a"}
+    reserve_folder(tmp_path, same | {"resolution": 512}, ONE)
     with pytest.raises(ValueError, match="resolution: 512 -> 256"):
-        reserve_folder(tmp_path, {"seed": 1, "resolution": 256}, ONE)
+        reserve_folder(tmp_path, same | {"resolution": 256}, ONE)
 
 
-def test_a_folder_keeps_to_the_options_of_its_rewards(tmp_path):
+def test_a_folder_has_one_set_of_reward_options(tmp_path):
     def record(*names: str, reward_servers=(), **options: object) -> dict:
         served = dict.fromkeys(reward_servers, ("http://gpu7:8000",))
         weights = dict.fromkeys(names, 1.0)
@@ -394,33 +361,25 @@ def test_ranks_that_resolve_latest_differently_are_refused(tmp_path):
 
 
 def test_scores_of_other_options_are_not_taken_for_these(whole, prompts, tmp_path):
-    asked = []
-
-    class Counting(RewardSet):
-        def __call__(self, images, texts, metadata, names):
-            if len(asked) == 2:
-                raise RewardError("the server is gone")
-            asked.append(len(texts))
-            return super().__call__(images, texts, metadata, names)
-
+    calls = []
+    reward = counting(calls, lambda texts: len(calls) == 2)
     shutil.copytree(whole[1] / "images", tmp_path / "images")
 
     def again(**options: object) -> int:
-        """How many images are scored."""
-        asked.clear()
-        weights = {"jpeg_compressibility": 1.0}
-        scorer = Counting.build(weights, CPU)
+        """Number of scored images."""
+        calls.clear()
+        scorer = reward.build({"jpeg_compressibility": 1.0}, CPU)
         scorer.options = {"jpeg_compressibility": options} if options else {}
         with contextlib.suppress(RewardError):
             rescore(prompts, range(7), scorer, tmp_path, batch_size=2, dist=ONE)
-        return sum(asked)
+        return sum(count for _, count in calls)
 
     assert again(quality=1) == again() == 4
-    # Where and how fast it is done does not matter.
+    # Options that only affect speed are ignored.
     assert again(batch_size=1) == 3
 
 
-def test_settings_say_of_each_reward_how_it_was_scored_last():
+def test_merged_settings_are_those_of_the_last_scores():
     before = {
         "rewards": {"a": 1.0, "b": 1.0},
         "reward_options": {"a": {"x": 1}, "b": {"x": 1}},

@@ -1,4 +1,4 @@
-"""Which of a flag, a run and a default wins."""
+"""Evaluation options: precedence, names of folders, and records of settings."""
 
 import argparse
 import hashlib
@@ -48,10 +48,8 @@ def test_the_published_length_is_for_the_published_model():
     assert choose("--match_published").config.pretrained[LENGTH] == 256
     assert choose("--match_published", "--max_sequence_length", 77).config.pretrained[LENGTH] == 77
     assert choose("--match_published", "--pretrained", "shapes").config.pretrained[LENGTH] == 8
-    assert (
-        choose("--match_published", script={"pretrained.model": "shapes"}).config.pretrained[LENGTH]
-        == 8
-    )
+    script = {"pretrained.model": "shapes"}
+    assert choose("--match_published", script=script).config.pretrained[LENGTH] == 8
 
 
 def test_a_folder_is_named_by_what_is_most_often_varied(run_dir):
@@ -61,7 +59,6 @@ def test_a_folder_is_named_by_what_is_most_often_varied(run_dir):
     assert choose("--checkpoint_path", run_dir).folder_name(0).startswith("mine-checkpoint-")
     other = choose("--solver", "dpm2", "--num_inference_steps", 20, "--mixed_precision", "bf16")
     assert other.folder_name(0) == "base-cfg1-seed42-dpm2-20steps-bf16"
-    # LoRAs that lie in folders of the same name.
     (weights,) = run_dir.glob("checkpoints/checkpoint-*/lora")
     name = choose("--pretrained", "shapes", "--lora_hf_path", weights, "--adapter", "old").name
     assert name == f"mine-{weights.parent.name}-lora-old"
@@ -70,14 +67,14 @@ def test_a_folder_is_named_by_what_is_most_often_varied(run_dir):
 
 def test_a_model_is_named_as_it_was_chosen(run_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # Folders that happen to have these names here are not what was chosen.
+    # Local folders of these names are not used.
     for folder in ("base", "shapes"):
         (tmp_path / folder).mkdir()
     assert choose().name == "base" and choose("--pretrained", "shapes").name == "shapes"
     (tmp_path / "favourite").symlink_to(run_dir)
     chosen = choose("--checkpoint_path", "favourite")
     assert chosen.name == f"favourite-{chosen.checkpoint.name}"
-    # A checkpoint outside a run directory, and from within.
+    # A checkpoint outside a run directory, and as the working directory.
     shutil.copytree(chosen.checkpoint, tmp_path / "copied")
     assert choose("--checkpoint_path", "copied").name.endswith(f"{tmp_path.name}-copied")
     monkeypatch.chdir(chosen.checkpoint)
@@ -93,7 +90,7 @@ def test_every_path_is_expanded(run_dir, monkeypatch):
     assert parser.parse_args(["--output_dir=~/out"]).output_dir == run_dir.parent / "out"
 
 
-def test_the_record_tells_what_the_numbers_rest_on(run_dir, tmp_path):
+def test_the_record_has_all_settings_that_affect_results(run_dir, tmp_path):
     test = tmp_path / "test_metadata.jsonl"
     test.write_text('{"prompt": "a red circle"}\n')
     servers = ("--reward_servers", "shapes=http://127.0.0.1:9", "ocr=http://127.0.0.1:8")
@@ -105,15 +102,12 @@ def test_the_record_tells_what_the_numbers_rest_on(run_dir, tmp_path):
     (weights,) = run_dir.glob("checkpoints/checkpoint-*/lora/adapter_model.safetensors")
     assert record["lora_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert record["seed"] == 5 and record["eval.solver"] == "flow"
-    # Neither where results go nor how many processes make them.
     assert not {"output_dir", "world_size"} & record.keys()
-    assert (
-        record["reward_servers"] == {"shapes": ("http://127.0.0.1:9",)}
-        and record["adapter"] == "default"
-    )
+    assert record["reward_servers"] == {"shapes": ("http://127.0.0.1:9",)}
+    assert record["adapter"] == "default"
 
 
-def test_flags_go_before_the_options_and_servers_of_the_run(run_dir, tmp_path, monkeypatch):
+def test_flags_override_options_and_servers_of_the_run(run_dir, tmp_path, monkeypatch):
     (tmp_path / "test_metadata.jsonl").write_text('{"prompt": "a red circle"}\n')
     own = {"reward_options.shapes.rule": "lenient", "reward_servers.shapes": ["http://127.0.0.1:9"]}
     real = settings.load_checkpoint
@@ -132,11 +126,9 @@ def test_flags_go_before_the_options_and_servers_of_the_run(run_dir, tmp_path, m
     other = choose(*run, "--reward_servers", "shapes=local", "--option", "shapes.rule=standard")
     assert other.rewards({"shapes": 1.0}, HERE)._rewards["shapes"].rule == "standard"
     record = other.record(HERE, str(tmp_path), {"shapes": 1.0}, 0)
-    assert (
-        record["reward_options"] == {"shapes": {"rule": "standard"}}
-        and record["reward_servers"] == {}
-    )
-    # A server has options of its own, and keys are nobody's business.
+    assert record["reward_options"] == {"shapes": {"rule": "standard"}}
+    assert record["reward_servers"] == {}
+    # Options of rewards with a server, and API keys, are not recorded.
     record = choose(*run).record(HERE, str(tmp_path), {"shapes": 1.0}, 0)
     assert record["reward_options"] == {}
     with pytest.raises(ValueError, match=r"at its server, .*:9, or use .* shapes=local"):
@@ -144,8 +136,3 @@ def test_flags_go_before_the_options_and_servers_of_the_run(run_dir, tmp_path, m
     own.update({"reward_options.unifiedreward.api_key": "s3cret"})
     record = choose(*run).record(HERE, str(tmp_path), {"unifiedreward": 1.0}, 0)
     assert "s3cret" not in json.dumps(record)
-
-
-def test_settings_that_cannot_go_together_are_refused():
-    with pytest.raises(ValueError, match="48 pixels only"):
-        choose("--pretrained", "shapes", "--resolution", 512)

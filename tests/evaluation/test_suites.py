@@ -1,4 +1,4 @@
-"""Suites: the table's values, scales and rows."""
+"""Suites: values, scales and rows of the tables."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def averages(**means: float) -> dict:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Two models, of which the second was interrupted after GenEval."""
+    """Two models; the second was interrupted after GenEval."""
     geneval = averages(**{"geneval/accuracy": 0.5})
     geneval["mean_over_tags"] = {"geneval/accuracy": {"mean": 0.625, "stderr": None}}
     drawbench = averages(pickscore=0.85, unifiedreward=0.6, imagereward=-0.3)
@@ -44,7 +44,7 @@ def test_a_row_is_in_the_papers_scales(folder):
     base, lora = read_rows(folder, PAPER)
     assert (base.name, lora.name) == ("base", "lora")
     values = {c.title: c.value(base.averages.get(c.dataset, {})) for c in PAPER.columns}
-    # PickScore times 26, UnifiedReward times 5, as are their errors; GenEval over the tags.
+    # PickScore and its error times 26, UnifiedReward times 5; GenEval averaged over tags.
     assert values["PickScore"] == pytest.approx((22.1, 0.26))
     assert values["UnifiedReward"] == pytest.approx((3.0, 0.05))
     assert values["GenEval"] == (0.625, None)
@@ -78,9 +78,9 @@ def test_the_json_holds_all_that_the_table_shows(folder):
     assert tables["references"]["NFT on GenEval"]["GenEval"] == 0.98
 
 
-def test_judges_that_differ_stand_below_the_table(folder):
+def test_reward_settings_are_below_the_table(folder):
     rows = read_rows(folder, PAPER)
-    assert "judges" not in as_markdown(PAPER, rows)
+    assert "reward_settings" not in as_markdown(PAPER, rows)
     path = folder / "lora" / "geneval" / "average_scores.json"
     result = json.loads(path.read_text())
     result["settings"] = {"reward_options": {"geneval": {"dtype": "fp16"}}, "reward_servers": {}}

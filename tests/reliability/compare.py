@@ -1,4 +1,4 @@
-"""Whether two runs ended in the same state."""
+"""Differences between the final states of two runs."""
 
 import math
 from pathlib import Path
@@ -11,18 +11,17 @@ from diffusion_nft.models.lora import DIFFUSERS_WEIGHTS, PEFT_FOLDER, PEFT_WEIGH
 from diffusion_nft.runs.checkpoint import Checkpointer
 from diffusion_nft.tracking.metrics import read_metrics
 
-# How far rows of the log may be apart where weights may be.
+# Tolerance of the log if weights may differ.
 LOG_TOLERANCE = 1e-2
 LORAS = (DIFFUSERS_WEIGHTS, f"{PEFT_FOLDER}/{PEFT_WEIGHTS}")
 
 
 def differences(run_dir: Path, other: Path, within: float = 0.0) -> list[str]:
-    """One line per difference between the ends of two runs; none if they agree.
+    """One line per difference between the final states of two runs.
 
-    ``within`` 0: weights, moments, counters, the choice of the best, the exported LoRA and the log
-    (but for times) are the same to the last bit.  Else the relative distance that weights and
-    moments, each kind for itself, may have; the log may then be apart by LOG_TOLERANCE, and the
-    rest of the state but for its fractions is the same.
+    ``within``: allowed relative distance of weights and of each kind of moments.  With 0, these,
+    counters, the best checkpoint, the exported LoRA and the log (except times) must be bitwise
+    equal; otherwise the log may differ by LOG_TOLERANCE, and floats in the state are not compared.
     """
     ours, theirs = (Checkpointer(folder).load_latest() for folder in (run_dir, other))
     if ours is None or theirs is None:
@@ -41,7 +40,7 @@ def differences(run_dir: Path, other: Path, within: float = 0.0) -> list[str]:
         if pair[0] != pair[1]:
             lines.append(f"{name} differs")
     if not within:
-        # Not by their bytes: the order of a safetensors file's metadata is not fixed.
+        # The bytes may differ, as safetensors does not fix the order of metadata.
         for name in LORAS:
             if _distance(load_file(ours.path / name), load_file(theirs.path / name)):
                 lines.append(f"{name} differs")
@@ -51,7 +50,7 @@ def differences(run_dir: Path, other: Path, within: float = 0.0) -> list[str]:
 def _in_group(
     group: str, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], within: float
 ) -> list[str]:
-    """Each kind of tensor by itself: beside counts of steps, moments would weigh nothing."""
+    """Compares each kind of tensor separately, as step counts are much larger than moments."""
     if ours.keys() != theirs.keys():
         return [f"{group} has other tensors"]
     lines = []
@@ -64,12 +63,12 @@ def _in_group(
 
 
 def _kind(key: str) -> str:
-    """Of "0.exp_avg" the last part; of a weight of a LoRA "lora_A" or "lora_B" as well."""
+    """Last parts of a key without numbers, such as "exp_avg" or "lora_A.weight"."""
     return ".".join(part for part in key.split(".")[-2:] if not part.isdigit())
 
 
 def _without_fractions(value: Any) -> Any:
-    """A JSON value in which every float is None, at any depth."""
+    """A JSON value with None for all floats."""
     if isinstance(value, dict):
         return {key: _without_fractions(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -78,7 +77,7 @@ def _without_fractions(value: Any) -> Any:
 
 
 def _distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """0 if equal to the last bit, else the relative distance of all tensors together."""
+    """Relative distance over all tensors; 0 if bitwise equal."""
     if a.keys() != b.keys():
         return math.inf
     if all(torch.equal(a[key], b[key]) for key in b):

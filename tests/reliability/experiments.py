@@ -1,4 +1,4 @@
-"""One experiment: strike a run, give the same command again, compare with an uninterrupted run."""
+"""Experiments that stop a run, rerun its command, and compare with an uninterrupted run."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.launch import ROOT, environment, torchrun, train_command
 from tests.reliability.compare import differences
 from tests.reliability.faults import PHASES, Strike, children
 
-# Two epochs of two updates, with images at the end: every phase comes in several calls.
+# Two epochs of two updates, with several calls of each phase.
 SETTINGS = {
     "num_epochs": 2,
     "train.learning_rate": 0.0005,
@@ -33,22 +33,22 @@ WRAPPER = "tests/reliability/faults.py"
 TIMEOUT_S = 300
 STOPPED = "the same command continues the run"
 SAVING = re.compile(r"the state of epoch (\d+) is being saved")
-# Relative distance that the weights may have on another number of processes.
+# Allowed relative distance of weights on another number of processes.
 FP64_WITHIN, FP32_WITHIN = 1e-9, 1e-3
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is done to a run of ``nproc`` processes, and how it goes on."""
+    """How a run of ``nproc`` processes is stopped and resumed."""
 
     name: str
     nproc: int
     whom: str = "self"
     signal: str = "SIGKILL"
-    resume_nproc: int = 0  # 0: as before
-    restarts: int = 0  # torchrun's own
+    resume_nproc: int = 0  # 0: ``nproc``
+    restarts: int = 0  # of torchrun
     fp64: bool = False
-    by_clock: bool = False  # at any moment instead of in a phase
+    by_clock: bool = False  # at a random time instead of in a phase
 
     @property
     def within(self) -> float:
@@ -74,7 +74,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Result:
-    """``problems`` is empty if all was as promised."""
+    """Outcome of an experiment; no ``problems`` if the run recovered."""
 
     kind: str
     strike: str
@@ -84,7 +84,7 @@ class Result:
 
 
 def command(run_dir: Path, nproc: int, *, plan: str = "", fp64: bool = False, restarts: int = 0):
-    """The training command; with a ``plan``, through the wrapper."""
+    """The training command, through the wrapper with a ``plan``."""
     settings = SETTINGS | {"mixed_precision": "fp64" if fp64 else "no"}
     overrides = [f"{key}={value}" for key, value in settings.items()]
     plain = train_command(run_dir, *overrides, nproc=nproc)
@@ -106,7 +106,7 @@ def start(line: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def finish(process: subprocess.Popen[bytes]) -> int:
-    """Its exit code.  One that hangs is killed with its children, and TimeoutExpired raised."""
+    """The exit code.  After a timeout, kills all processes and raises TimeoutExpired."""
     try:
         return process.wait(TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -115,7 +115,7 @@ def finish(process: subprocess.Popen[bytes]) -> int:
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> int:
-    """Kills a launcher and its children at once, as a machine that dies; its exit code."""
+    """Kills a launcher and its children, as in a crash of the machine; returns its exit code."""
     ranks = children(process.pid)
     for pid in (process.pid, *ranks):
         os.kill(pid, signal.SIGKILL)
@@ -123,14 +123,14 @@ def kill_all(process: subprocess.Popen[bytes]) -> int:
 
 
 class Laboratory:
-    """Experiments below ``folder``; uninterrupted runs are made once, when first needed."""
+    """Experiments in ``folder``, with lazily created uninterrupted runs."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def reference(self, nproc: int, fp64: bool = False) -> Path:
-        """An uninterrupted run; beside it lie the calls of each phase, by rank, and its seconds."""
+        """An uninterrupted run; RUN.counts has its seconds and the calls of each phase by rank."""
         run_dir = self.folder / f"reference-{nproc}{'-fp64' if fp64 else ''}"
         counts = run_dir.with_suffix(".counts")
         if not (counts / "seconds.json").exists():
@@ -147,14 +147,14 @@ class Laboratory:
         return json.loads((counts / f"{rank}.json").read_text())
 
     def choose(self, kind: Kind, phase: str, rng: random.Random) -> Strike:
-        """A random call of ``phase`` on a random rank that makes such calls."""
+        """A random call of ``phase`` on a random rank that has calls."""
         able = [rank for rank in range(kind.nproc) if self._counts(kind.nproc, rank)[phase]]
         rank = rng.choice(able)
         call = rng.randint(1, self._counts(kind.nproc, rank)[phase])
         return Strike(phase, call, rank, kind.whom, kind.signal)
 
     def run(self, kind: Kind, strike: Strike, name: str, rng: random.Random) -> Result:
-        """Strikes a run at ``strike`` (or by the clock) and lets it go on to its end."""
+        """Stops a run at ``strike`` (or by the clock) and resumes it to its end."""
         run_dir, log = self.folder / name, self.folder / f"{name}.log"
         shutil.rmtree(run_dir, ignore_errors=True)
         log.unlink(missing_ok=True)
@@ -180,45 +180,44 @@ class Laboratory:
         if not what.endswith("(it had ended)"):
             output = log.read_text(errors="replace")
             problems = self._unexpected_end(kind, exits[0], output)
-            # A rank that lost a killed one says how to go on, too, and has nothing to save.
+            # After SIGKILL, other ranks print the same message without saving.
             problems += _not_saved(run_dir, output) if kind.signal != "SIGKILL" else []
         if not kind.restarts:
             nproc = kind.resume_nproc or kind.nproc
             exits.append(finish(start(command(run_dir, nproc, fp64=kind.fp64), log)))
             if exits[1]:
-                problems.append(f"the same command again ended with {exits[1]}")
+                problems.append(f"the rerun command ended with {exits[1]}")
         if not problems:
             reference = self.reference(kind.nproc, kind.fp64)
             problems = differences(run_dir, reference, kind.within)
         return Result(kind.name, what, exits, time.monotonic() - started, problems)
 
     def _unexpected_end(self, kind: Kind, code: int, output: str) -> list[str]:
-        """What is wrong with how the struck run ended."""
+        """Problems of the end of the stopped run."""
         if kind.signal == "SIGKILL":
             expected = "0" if kind.restarts else "not 0"
             return [] if (code == 0) == bool(kind.restarts) else [f"exit {code}, not {expected}"]
-        # torchrun itself ends with 1 for a signal that it was sent, whatever its ranks did.
+        # torchrun exits with 1 after a signal.
         expected = 1 if kind.whom == "launcher" else 0
         lines = [] if code == expected else [f"exit {code}, not {expected}"]
-        # Too late to stop: the run was finished.
+        # Unless the run was already finished.
         if STOPPED not in output and "best eval/total" not in output:
-            lines.append("no word of how to go on")
+            lines.append("no message on how to continue")
         return lines
 
 
 def _not_saved(run_dir: Path, output: str) -> list[str]:
-    """What is wrong with the checkpoint that a stopped run said it would leave."""
+    """Problems of the checkpoint that a stopped run announced."""
     said = SAVING.search(output)
     if said is None:
-        # Stopped when nothing was left to save.
         return ["it stopped without saving"] if STOPPED in output else []
     newest = Checkpointer(run_dir).load_latest()
     if newest is None:
-        return [f"epoch {said[1]} was to be saved, and there is no checkpoint"]
+        return [f"epoch {said[1]} was to be saved, but there is no checkpoint"]
     epoch = newest.state["epoch"]
     return [] if epoch == int(said[1]) else [f"epoch {said[1]} was to be saved, not {epoch}"]
 
 
 def plan(index: int) -> tuple[Kind, str]:
-    """Kind and phase of experiment ``index``: after 77 of them every pair was there once."""
+    """Kind and phase of experiment ``index``; 77 experiments have all pairs."""
     return KINDS[index % len(KINDS)], list(PHASES)[index % len(PHASES)]

@@ -1,10 +1,10 @@
-"""Strikes a training run at an exact moment: at the n-th call of a phase's function, on one rank.
+"""Sends a signal to a training run at the n-th call of the function of a phase, on one rank.
 
-As a command it is the training script, with a plan before its flags:
+Can be run instead of the training script, with a plan before the flags:
 
     torchrun ... tests/reliability/faults.py '{"phase": "training", "call": 3}' --config ...
 
-A plan {"counts": FOLDER} strikes nowhere and leaves the number of calls of each phase, by rank.
+A plan {"counts": FOLDER} sends no signal and writes the number of calls of each phase, by rank.
 """
 
 import functools
@@ -23,25 +23,25 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "train_nft_sd3.py"
 
-# Phase -> the function whose calls count; each is called at least once an epoch on some rank.
+# Phase -> function whose calls are counted; each is called at least once per epoch on some rank.
 PHASES = {
-    "sampling": "diffusion_nft.rollout:thumbnails",  # a batch of images is there
+    "sampling": "diffusion_nft.rollout:thumbnails",  # after each batch of images
     "scoring": "diffusion_nft.rewards.combine:RewardSet.__call__",  # in the background thread
     "training": "diffusion_nft.update:Learner._loss",  # before each micro-batch
-    "update": "diffusion_nft.policy:Policy.ema_update",  # weights changed, but not yet ema or old
+    "update": "diffusion_nft.policy:Policy.ema_update",  # before EMA and old weights
     "log": "diffusion_nft.tracking.metrics:Metrics.log",
     "evaluation": "diffusion_nft.evaluation.evaluate:thumbnails",
-    # Before each file and folder is made durable.
+    # Before each fsync.
     "checkpoint": "diffusion_nft.runs.checkpoint:sync",
 }
 
 
 @dataclass(frozen=True)
 class Strike:
-    """``signal`` at call ``call`` (from 1) of ``phase`` on ``rank``, to ``whom``.
+    """Sends ``signal`` at call ``call`` (from 1) of ``phase`` on ``rank``, to ``whom``.
 
-    self: that rank; all: every rank and its launcher, as when a machine dies; launcher: torchrun.
-    Only the first of torchrun's attempts is struck.
+    self: that rank; all: all ranks and the launcher, as in a crash of the machine; launcher:
+    torchrun.  Only in the first attempt of torchrun.
     """
 
     phase: str
@@ -69,15 +69,15 @@ class Strike:
 
 
 def children(process: int) -> list[int]:
-    """The process ids of its children (Linux)."""
+    """Process ids of the children (Linux)."""
     tasks = Path(f"/proc/{process}/task").iterdir()
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 @contextmanager
 def before_each_call(phase: str, act: Callable[[int], None]) -> Iterator[None]:
-    """Within the block ``act(n)`` runs before call n (from 1) of the phase's function."""
-    # All of them first: one that imports a function from another must not get it watched.
+    """Calls ``act(n)`` before call n (from 1) of the function of ``phase`` in the block."""
+    # Import all modules before patching, as one may import a function from another.
     modules = {key: importlib.import_module(e.partition(":")[0]) for key, e in PHASES.items()}
     *parents, name = PHASES[phase].partition(":")[2].split(".")
     holder: Any = functools.reduce(getattr, parents, modules[phase])
@@ -99,7 +99,7 @@ def before_each_call(phase: str, act: Callable[[int], None]) -> Iterator[None]:
 
 @contextmanager
 def struck(strike: Strike) -> Iterator[None]:
-    """Within the block the strike comes, if this is its rank and torchrun's first attempt."""
+    """Applies ``strike`` in the block, on its rank and in the first attempt of torchrun."""
     here = int(os.environ.get("RANK", 0)) == strike.rank
     first = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0
 
@@ -113,7 +113,7 @@ def struck(strike: Strike) -> Iterator[None]:
 
 @contextmanager
 def counted(folder: Path) -> Iterator[None]:
-    """At its end the block leaves ``<rank>.json`` in ``folder``: calls of each phase."""
+    """Writes the number of calls of each phase in the block to ``<rank>.json`` in ``folder``."""
     counts = dict.fromkeys(PHASES, 0)
 
     def keep(phase: str, call: int) -> None:
@@ -134,7 +134,7 @@ def main() -> None:
     with counted(Path(plan["counts"])) if "counts" in plan else struck(Strike(**plan)):
         try:
             runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as end:  # absl ends every program so
+        except SystemExit as end:  # absl always raises it
             if end.code:
                 raise
 

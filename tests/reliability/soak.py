@@ -1,13 +1,12 @@
-"""Does a long run grow?  Watches memory, threads, open files and the run directory from outside.
+"""Measures memory, threads, open files and files in the run directory over a long run.
 
     python tests/reliability/soak.py --epochs 500 --out docs/results/soak
 
-Trains the smallest run of the built-in model with the real command, writes a line for every epoch
-to <out>.jsonl, draws <out>.png, and exits with 1 if anything but the logs grew: the medians of the
-first and the last fifth after a warm-up of a tenth are compared.
+Trains a small run of the built-in model with the training script, writes one line per epoch to
+<out>.jsonl and a figure to <out>.png.  Exits with 1 if a quantity grew from the median of the first
+fifth to that of the last fifth, after a warm-up of a tenth.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from diffusion_nft.command_line import script_parser
 from tests.launch import environment, train_command
 
 SETTINGS = {
@@ -34,12 +34,11 @@ SETTINGS = {
     "log.num_images": 4,
     "log.image_freq": 25,
 }
-# Quantity -> by how much its median may grow, as a share of the first one's.
+# Quantity -> relative growth that is allowed.
 ALLOWED = {"memory_mb": 0.02, "threads": 0.0, "open_files": 0.0, "checkpoints": 0.0}
 
 
 def look(process: psutil.Process, run_dir: Path) -> dict[str, float]:
-    """What the run holds now."""
     return {
         "memory_mb": process.memory_info().rss / 1e6,
         "threads": process.num_threads(),
@@ -50,12 +49,11 @@ def look(process: psutil.Process, run_dir: Path) -> dict[str, float]:
 
 
 def epochs_made(path: Path) -> int:
-    """Lines of training in the run's log."""
     return path.read_text().count('"loss/total"') if path.exists() else 0
 
 
 def watch(epochs: int, run_dir: Path) -> list[dict[str, float]]:
-    """Runs ``epochs`` and looks after every one.  Raises RuntimeError if the run fails."""
+    """Trains ``epochs``, with one measurement per epoch.  Raises RuntimeError if the run fails."""
     overrides = [f"{key}={value}" for key, value in (SETTINGS | {"num_epochs": epochs}).items()]
     rows: list[dict[str, float]] = []
     log = run_dir.with_suffix(".log")
@@ -77,9 +75,9 @@ def watch(epochs: int, run_dir: Path) -> list[dict[str, float]]:
 
 
 def growth(rows: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
-    """Quantity -> medians of the first and of the last fifth, after a tenth of warm-up.
+    """Quantity -> medians of the first and last fifth, after a tenth of warm-up.
 
-    Raises ValueError if there are no ``rows``.
+    Raises ValueError without ``rows``.
     """
     if not rows:
         raise ValueError("no epoch was seen")
@@ -95,29 +93,23 @@ def growth(rows: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
 
 
 def draw(rows: list[dict[str, float]], path: Path) -> None:
-    """One panel a quantity, over epochs."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    """Plots one panel per quantity over epochs."""
+    from matplotlib.figure import Figure
 
     keys = [key for key in rows[0] if key != "epoch"]
-    figure, axes = plt.subplots(len(keys), 1, figsize=(7, 2 * len(keys)), sharex=True)
+    figure = Figure(figsize=(7, 2 * len(keys)), layout="constrained")
+    axes = figure.subplots(len(keys), 1, sharex=True)
     for axis, key in zip(axes, keys, strict=True):
         axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], linewidth=1)
         axis.set_ylabel(key.replace("_", " "))
         axis.set_ylim(0, 1.15 * max(row[key] for row in rows))
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel("epoch")
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
 def main() -> Any:
-    """Runs, writes, judges."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--epochs", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("soak"), help="without suffix")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Flags of the other commands: refused in one line before a model or a reward is loaded."""
+"""Invalid flags of scripts are refused in one line before a model or reward is loaded."""
 
 from pathlib import Path
 
@@ -15,8 +15,6 @@ ONE = (*BUILT_IN, "--prompt", "a red circle")
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "file").write_text("x")
     (tmp_path / "latin").write_bytes("café".encode("latin-1"))
-    (tmp_path / "image").write_bytes(b"\x89PNG\r\n\x1a\n\0")
-    (tmp_path / "nul").write_bytes(b"a\0cat")
     (tmp_path / "x.jsonl").write_text('{"prompt": "a red circle"}\na red circle\n')
     (tmp_path / "pickle").mkdir()
     (tmp_path / "pickle" / "adapter_model.bin").write_bytes(b"\x80\x04.")
@@ -28,8 +26,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refused(name: str, case: Case, seen: Watch, capsys: pytest.CaptureFixture[str]) -> str:
-    """The last line of what the command says."""
-    # SystemExit is argparse's; of the others the command makes one line.
+    """The last line of the error."""
+    # argparse raises SystemExit.
     with pytest.raises((SystemExit, ValueError, OSError)) as caught:
         call(script(name), *case.given)
     seen.expect(case.moment)
@@ -42,35 +40,20 @@ SAMPLE: dict[str, tuple[str, tuple[object, ...]]] = {
     "no prompt": ("give --prompt or --prompts_file", BUILT_IN),
     "empty prompts": ("give --prompt or --prompts_file", (*BUILT_IN, "--prompt", " \t")),
     "a prompt of NUL": ("a prompt holds a NUL", (*BUILT_IN, "--prompt", "a\0b")),
-    "a prompt of bytes": ("a prompt holds half a surrogate", (*BUILT_IN, "--prompt", "caf\udce9")),
     "prompts absent": ("No such file", (*BUILT_IN, "--prompts_file", "absent")),
     "prompts of a folder": ("Is a directory", (*BUILT_IN, "--prompts_file", "full")),
-    "prompts in Latin-1": (
-        "latin, line 1: not UTF-8 (byte 4)",
-        (*BUILT_IN, "--prompts_file", "latin"),
-    ),
-    "prompts of an image": (
-        "line 1: not UTF-8 (byte 1)",
-        (*BUILT_IN, "--prompts_file", "image"),
-    ),
-    "prompts with NUL": ("nul, line 1: a NUL", (*BUILT_IN, "--prompts_file", "nul")),
+    "prompts in Latin-1": ("latin, line 1: not UTF-8", (*BUILT_IN, "--prompts_file", "latin")),
     "prompts of no JSON": ("x.jsonl, line 2: not JSON", (*BUILT_IN, "--prompts_file", "x.jsonl")),
     "output to a file": ("file is not a folder", (*ONE, "--output_dir", "file")),
     "output below a file": ("file/x could not be written", (*ONE, "--output_dir", "file/x")),
     "output of NUL": ("--output_dir: 'a\\x00b' is not a path", (*ONE, "--output_dir", "a\0b")),
     "output of nobody": ("~nobody-at-all has no home", (*ONE, "--output_dir", "~nobody-at-all/x")),
-    "output nowhere": ("--output_dir: must not be empty", (*ONE, "--output_dir", "")),
-    "a LoRA of NUL": ("--lora_hf_path: 'a\\x00b' is not a path", (*ONE, "--lora_hf_path", "a\0b")),
     "a LoRA of no name": ("--lora_hf_path: must not be empty", (*ONE, "--lora_hf_path", "")),
-    "a model of NUL": ("--pretrained: 'a\\x00b' is not a path", (*ONE, "--pretrained", "a\0b")),
     "comparison with nothing": ("--compare needs", (*ONE, "--compare")),
     "seeds of text": ("invalid int value", (*ONE, "--seeds", "one")),
     "no steps": ("must be at least 1", (*ONE, "--num_inference_steps", 0)),
     "steps of NaN": ("invalid positive value", (*ONE, "--num_inference_steps", "nan")),
     "guidance of NaN": ("in [1, inf)", (*ONE, "--guidance_scale", "nan")),
-    "guidance of inf": ("in [1, inf)", (*ONE, "--guidance_scale", "inf")),
-    "negative guidance": ("in [1, inf)", (*ONE, "--guidance_scale", -3)),
-    "an odd size": ("48 pixels only", (*ONE, "--resolution", 50)),
     "a huge size": ("48 pixels only", (*ONE, "--resolution", 10**18)),
     "512 tokens": ("trained at 8 tokens", (*ONE, "--max_sequence_length", 512)),
     "an unknown solver": ("solver 'dmp2' is unknown", (*ONE, "--solver", "dmp2")),
@@ -79,10 +62,6 @@ SAMPLE: dict[str, tuple[str, tuple[object, ...]]] = {
     "a model of any folder": ("model_index.json", ("--pretrained", ".", "--prompt", "x")),
     "a model that climbs": ("hub name", ("--pretrained", "../../x", "--prompt", "x")),
     "no run there": ("is neither a checkpoint", (*ONE, "--checkpoint_path", "full")),
-    "a run of NUL": (
-        "--checkpoint_path: 'a\\x00b' is not a path: it holds a control character",
-        (*ONE, "--checkpoint_path", "a\0b"),
-    ),
     "both": ("not allowed with", (*ONE, "--checkpoint_path", "x", "--lora_hf_path", "y")),
 }
 EXPORT: dict[str, tuple[str, tuple[object, ...]]] = {
@@ -112,19 +91,13 @@ SERVER: dict[str, tuple[str, tuple[object, ...]]] = {
     "an unknown reward": ("invalid choice", ("--reward", "../x", *PORT)),
     "a port of text": ("invalid", ("--reward", "shapes", "--port", "http")),
     "a port too high": ("is not from 0 to 65535", ("--reward", "shapes", "--port", 65536)),
-    "a negative port": ("is not from 0 to 65535", ("--reward", "shapes", "--port", "-1")),
     "an option without value": ("is not of the form KEY=VALUE", (*SHAPES, "--option", "size")),
     "an unknown option": ("shapes has no option 'size'", (*SHAPES, "--option", "size=3")),
-    "an option of code": (
-        "shapes has no option '__init__'",
-        (*SHAPES, "--option", "__init__=__import__('os')"),
-    ),
     "a deep option": ("shapes has no option 'x'", (*SHAPES, "--option", "x=" + "[" * 9999)),
     "an unknown device": ("", (*SHAPES, "--device", "gpu")),
     "an absent device": ("'hpu:9' cannot be used", (*SHAPES, "--option", "device=hpu:9")),
     "no images": ("must be at least 1, not 0", (*SHAPES, "--max_images", 0)),
     "no megabytes": ("must be a positive number", (*SHAPES, "--max_megabytes", "nan")),
-    "infinite megabytes": ("must be a positive number", (*SHAPES, "--max_megabytes", "inf")),
     "a host of NUL": ("", (*SHAPES, "--host", "a\0b")),
     "an open host": ("opens the server to other machines", (*SHAPES, "--host", "0.0.0.0")),
     "an unknown engine": (
@@ -138,40 +111,43 @@ SERVER: dict[str, tuple[str, tuple[object, ...]]] = {
 }
 
 
-@parametrized([Case(f"sample: {n}", "flags", words, given) for n, (words, given) in SAMPLE.items()])
+def cases(table: dict[str, tuple[str, tuple[object, ...]]]) -> pytest.MarkDecorator:
+    return parametrized(
+        [Case(name, "flags", words, given) for name, (words, given) in table.items()]
+    )
+
+
+@cases(SAMPLE)
 def test_sample_refuses(case, here, monkeypatch, capsys):
     line = refused("sample", case, watch(monkeypatch), capsys)
     assert case.words in line and not (here / "samples").exists()
 
 
-@parametrized([Case(f"export: {n}", "flags", words, given) for n, (words, given) in EXPORT.items()])
+@cases(EXPORT)
 def test_export_refuses(case, here, monkeypatch, capsys):
     line = refused("export_lora", case, watch(monkeypatch), capsys)
     assert case.words in line and not (here / "new").exists()
     assert (here / "full" / "x").read_text() == "x"
 
 
-def serve(*arguments: object, **options: object) -> None:
-    raise Reached("a reward was about to be served")
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(*arguments: object, **options: object) -> None:
+        raise Reached("a reward was about to be served")
 
-
-@parametrized([Case(f"server: {n}", "flags", words, given) for n, (words, given) in SERVER.items()])
-def test_the_reward_server_refuses(case, monkeypatch, capsys):
     monkeypatch.delenv("REWARD_SERVER_TOKEN", raising=False)
-    module = script("reward_server")
-    monkeypatch.setattr(module.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)
     monkeypatch.setattr("diffusion_nft.rewards.serving.server.create_app", serve)
-    with pytest.raises((SystemExit, ValueError, OSError)) as caught:
-        call(module, *case.given)
-    said = capsys.readouterr().err if isinstance(caught.value, SystemExit) else str(caught.value)
-    assert case.words in said.strip().splitlines()[-1]
+
+
+@cases(SERVER)
+def test_the_reward_server_refuses(case, server, monkeypatch, capsys):
+    assert case.words in refused("reward_server", case, watch(monkeypatch), capsys)
 
 
 @pytest.mark.parametrize("token", ["a b", "a\nb", "é", "\udcff", "a\x7f"])
-def test_a_token_that_no_header_can_hold_is_refused_unquoted(token, monkeypatch):
+def test_a_token_that_no_header_can_hold_is_refused_unquoted(token, server, monkeypatch):
     monkeypatch.setenv("REWARD_SERVER_TOKEN", token)
-    module = script("reward_server")
-    monkeypatch.setattr(module.signal, "signal", lambda *arguments: None)
     with pytest.raises(ValueError, match="printable ASCII only") as caught:
-        call(module, *SHAPES)
+        call(script("reward_server"), *SHAPES)
     assert token not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The soak's judgement, and a short one: a run holds no more after some epochs than before."""
+"""Resources of a run do not grow over epochs."""
 
 import os
 import threading
@@ -14,13 +14,10 @@ def rows(**last: float) -> list[dict[str, float]]:
     return [{"epoch": i, **steady, **(last if i > 80 else {})} for i in range(100)]
 
 
-def test_what_grows_is_seen_and_what_does_not_is_not():
+def test_growth_compares_the_first_and_last_medians():
     assert all(first == end for first, end in growth(rows()).values())
     first, end = growth(rows(memory_mb=120.0))["memory_mb"]
     assert (first, end) == (100.0, 120.0)
-
-
-def test_too_few_epochs_are_no_answer():
     with pytest.raises(ValueError, match="no epoch"):
         growth([])
 
@@ -31,5 +28,5 @@ def test_a_short_run_leaves_nothing_open(tmp_path):
     held = len(os.listdir("/proc/self/fd")), threading.active_count()
     train_here(tmp_path, settings | {"num_epochs": 8})
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == held
-    # The newest three, and the best one.
+    # The newest three and the best.
     assert 3 <= len(list(tmp_path.glob("checkpoints/checkpoint-*"))) <= 4

@@ -1,4 +1,4 @@
-"""The project's scripts, called in this process: it saves the seconds that importing takes."""
+"""Scripts called in this process, to save the time of imports."""
 
 import runpy
 import sys
@@ -16,20 +16,19 @@ def script(name: str) -> ModuleType:
 
 
 def call(module: ModuleType, *flags: object) -> int | None:
-    """``main()`` of a script with these flags; what it returns."""
+    """Calls ``main()`` of a script with these flags and returns its result."""
     with one_thread(), flags_of(module.__name__, *flags):
         return module.main()
 
 
 def command(name: str, *flags: object) -> None:
-    """``scripts/<name>.py`` as it is run from a shell: it ends with SystemExit."""
+    """Runs ``scripts/<name>.py`` as from a shell; raises SystemExit."""
     with one_thread(), flags_of(name, *flags):
         runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
 
 
 @contextmanager
 def flags_of(name: str, *flags: object) -> Iterator[None]:
-    """``flags`` as those of a script."""
     before, sys.argv = sys.argv, [f"{name}.py", *map(str, flags)]
     try:
         yield

@@ -1,4 +1,4 @@
-"""The benchmark: its formulas against torch's own counter, and what it counts in an epoch."""
+"""Benchmark: FLOPs against torch's counter, equality of both implementations, and phases."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ from diffusion_nft.benchmarks import scaling
 from diffusion_nft.benchmarks.baseline import Published
 from diffusion_nft.benchmarks.epochs import make_config, timed_epoch
 from diffusion_nft.benchmarks.models import ARCHITECTURES, Product, Setup
-from diffusion_nft.benchmarks.phases import Observer, Peaks, Phase, verdict
+from diffusion_nft.benchmarks.phases import Observer, Peaks, Phase, roofline
 from diffusion_nft.benchmarks.scaling import AXES, BENCHMARK, draw, exponent, measure, time_epochs
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.flow import add_noise
@@ -38,7 +38,7 @@ def make_setup(tmp_path, arch: str, *changes: str) -> Setup:
 
 
 def counted(work) -> tuple[object, int]:
-    # The counter knows no fused attention of CPUs.
+    # The counter does not support fused attention on CPUs.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         result = work()
     return result, counter.get_total_flops()
@@ -77,7 +77,7 @@ def test_the_medium_architecture_has_the_real_ones_size():
         model = SD3Transformer2DModel(**arguments)
         shapes = (1, 16, 64, 64), (1, 205, 4096), (1, 2048), (1,)
         inputs = [torch.zeros(shape) for shape in shapes]
-    # The published file of float16 weights, 4.94 GB, which holds the table of positions too.
+    # The published file has float16 weights and the table of positions, 4.94 GB.
     values = sum(tensor.numel() for tensor in model.state_dict().values())
     assert 2 * values == pytest.approx(4.94e9, rel=0.002)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_it_counts_what_an_epoch_does_and_prints_it(tmp_path, capsys):
         assert results[way]["flops_per_epoch"] == sum(p["flops"] for p in phases.values())
         assert all(phase["seconds"] >= 0 and phase["sentence"] for phase in phases.values())
     assert results["ours"]["phases"]["checkpoint"]["calls"] == 1
-    # The baseline's old policy has its adapters beside their layers, as the trained one.
+    # The old policy of the baseline is not merged.
     old, current = (results["baseline"]["phases"][f"{p} forward"] for p in ("old", "current"))
     assert (
         old["flops"] == current["flops"] > results["ours"]["phases"]["reference forward"]["flops"]
@@ -170,7 +170,7 @@ def test_without_a_kl_term_ours_makes_no_reference_forward(tmp_path):
 )
 def test_a_phase_is_bound_by_what_takes_longest(flops, data, seconds, bound):
     peaks = Peaks(flops=100.0, bandwidth=10.0)
-    row = verdict("decode", Phase(seconds, 1, 1, flops, data), peaks)
+    row = roofline("decode", Phase(seconds, 1, 1, flops, data), peaks)
     assert row["bound"] == bound and row["sentence"].startswith(f"{bound}-bound")
     assert row["intensity"] == flops / data
 

@@ -114,7 +114,6 @@ def test_live_bytes_are_of_storages_not_of_views():
     assert (live.peak, live.now) == (80, result.nbytes)
 
 
-@pytest.mark.slow
 def test_text_encoders_have_the_published_sizes():
     # Bytes of text_encoder, text_encoder_2 and text_encoder_3 of SD3.5-Medium, float16.
     halves = 0.247 + 1.39 + 9.52

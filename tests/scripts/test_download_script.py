@@ -1,4 +1,4 @@
-"""The download command against a server on the loopback interface."""
+"""The download script with a local server."""
 
 import hashlib
 import os
@@ -27,7 +27,7 @@ def server():
 
 @pytest.fixture
 def ckpts(server, tmp_path, monkeypatch):
-    """The folder of weight files; two rewards need a file of ``server`` each, and nothing else."""
+    """The folder of weight files; two rewards need one file of ``server`` each."""
     monkeypatch.setenv("DIFFUSION_NFT_REWARD_CKPTS", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     files = {
@@ -41,7 +41,6 @@ def ckpts(server, tmp_path, monkeypatch):
 
 
 def download(*flags: str) -> int | None:
-    """``scripts/download.py`` in this process; its exit status."""
     return call(script("download"), *flags)
 
 
@@ -85,11 +84,11 @@ def test_all_is_every_reward(ckpts, server, capsys, monkeypatch):
 
 
 def table(output: str) -> dict[str, list[str]]:
-    """What each line of --list says is present, by reward."""
-    said: dict[str, list[str]] = {}
+    """The last column of --list by reward."""
+    present: dict[str, list[str]] = {}
     for line in output.splitlines()[1:-1]:
-        said.setdefault(line.split()[0], []).append(line.split()[-1])
-    return said
+        present.setdefault(line.split()[0], []).append(line.split()[-1])
+    return present
 
 
 def test_the_hubs_rewards_from_a_mirror(server, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Experiments: what is run, what is run again, and what a result file says."""
+"""The experiments script: planned runs, repetition of runs, and result files."""
 
 import json
 import os
@@ -23,8 +23,8 @@ from diffusion_nft.validation.flat import flatten
 from tests.launch import ROOT, train_here
 from tests.scripts.in_process import call, script
 
-# Stands for the training script: two epochs, continued where they stopped.  FAKE in the environment
-# makes the run of one directory fail, or wait for a stop in the middle.
+# Replacement of the training script: two epochs, resumable.  FAKE="MODE DIRECTORY" in the
+# environment makes a run fail, or wait for a stop in the middle.
 FAKE_TRAIN = """
 import ast, json, os, pathlib, signal, sys, time
 
@@ -71,8 +71,8 @@ def runner():
 
 @pytest.fixture
 def tiny(runner, tmp_path, monkeypatch):
-    """The command on an experiment of two variants and two seeds, with a training script that
-    pretends; ``tiny.steps`` is what the second variant changes.
+    """The script on an experiment of two variants and two seeds, with a fake training script;
+    ``tiny.steps`` is the change of the second variant.
     """
     real = load_file(ROOT / "config" / "experiments.py")
     train = tmp_path / "train.py"
@@ -109,11 +109,11 @@ def named_runs(runner):
     return {name: (one, grid.plan(name, one, args)) for name, one in named.items()}
 
 
-# Variants that are evaluated with guidance, after other epochs.
+# Variants evaluated with guidance and after other epochs.
 GUIDED = ("flow-grpo-cfg", "cfg-lr-1e-3", "cfg-lr-3e-3", "cfg-in-evaluation")
 
 
-def test_the_named_experiments_are_sound_and_their_variants_evaluated_alike(named_runs):
+def test_experiments_are_valid_and_their_variants_evaluated_alike(named_runs):
     for name, (experiment, runs) in named_runs.items():
         assert experiment.baseline in experiment.variants
         assert all(re.fullmatch(r"[a-z0-9_-]+", word) for word in (name, *experiment.variants))
@@ -144,10 +144,9 @@ def test_fewer_and_more_steps_train_at_as_many_sigmas(named_runs):
 
 def test_a_runs_command_gives_its_configuration(named_runs, monkeypatch):
     runs = [run for _, runs in named_runs.values() for run in runs]
-    # One run of each variant: the others differ in the seed alone.
-    for run in {(run.experiment.question, run.variant): run for run in runs}.values():
+    # One run per variant; others differ only in the seed.
+    for run in {(run.name, run.variant): run for run in runs}.values():
         values = flags.FlagValues()
-        # The parser of overrides looks there.
         monkeypatch.setattr(sys, "argv", run.command())
         config = config_flags.DEFINE_config_file("config", flag_values=values)
         values(sys.argv)
@@ -155,7 +154,7 @@ def test_a_runs_command_gives_its_configuration(named_runs, monkeypatch):
 
 
 def parts(result: Path) -> tuple[dict, str]:
-    """The header of a result, and the text of its rows."""
+    """Header of a result, and text of its rows."""
     about, numbers = result.read_text().split("\n", 1)
     return json.loads(about), numbers
 
@@ -183,7 +182,7 @@ def test_every_variant_runs_with_every_seed_and_once(tiny, monkeypatch, capsys):
     assert len(tiny.found()) == 3
 
 
-def test_a_result_says_what_ran_and_sums_the_epochs(tiny, runner):
+def test_a_result_has_a_header_and_cumulative_costs(tiny, runner):
     tiny.run("--variants", "few", "--seeds", 7)
     text = (tiny.results / "tiny" / "few-seed7.jsonl").read_text()
     about, *rows = map(json.loads, text.splitlines())
@@ -204,7 +203,7 @@ def test_a_result_says_what_ran_and_sums_the_epochs(tiny, runner):
     assert rows[-1]["eval/shapes/strict"] == 0.5 and rows[-1]["eval/diversity"] is None
 
 
-def test_what_another_experiment_has_run_is_taken_over(tiny, capsys):
+def test_results_of_the_same_run_elsewhere_are_copied(tiny, capsys):
     tiny.run("--variants", "few", "--seeds", 1)
     other = tiny.results / "other" / "less-seed1.jsonl"
     other.parent.mkdir()
@@ -221,11 +220,10 @@ def test_what_another_experiment_has_run_is_taken_over(tiny, capsys):
     capsys.readouterr()
     tiny.run("--variants", "few")
     printed = capsys.readouterr().out
-    assert f"tiny few seed 1: the run of {other}" in printed
-    # Of seed 2 there is none.
+    assert f"tiny few seed 1: copied from {other}" in printed
     assert printed.count("started") == 1 and "tiny few seed 2: started" in printed
     assert parts(result) == (header | {"ran_as": "other less"}, numbers)
-    # The same changes of other settings are another run.
+    # With other settings, the same changes are another run.
     result.unlink()
     theirs["config"]["train.learning_rate"] = 0.5
     put(other, theirs, numbers)
@@ -248,7 +246,7 @@ def test_results_on_other_prompts_are_neither_finished_nor_taken_over(tiny, caps
     capsys.readouterr()
     tiny.run("--variants", "few", "--seeds", 1)
     assert "tiny few seed 1: started" in capsys.readouterr().out
-    # Results of versions that did not note their prompts stay.
+    # Results of earlier versions have no prompts.
     del header["prompts"]
     put(result, header, numbers)
     tiny.run("--variants", "few", "--seeds", 1)
@@ -309,7 +307,7 @@ def test_results_of_a_variant_that_has_changed_are_refused(tiny, capsys):
     assert f"tiny few seed 1 has changed since {result}:" in str(stopped.value)
     assert "sample.num_steps: 2 -> 3" in str(stopped.value)
     assert tiny.starts() == ["few-seed1"]
-    # Neither does the run directory of the former variant become a result of the new one.
+    # The run directory of the former variant is refused, too.
     result.unlink()
     with pytest.raises(ValueError) as stopped:
         tiny.run()
@@ -327,7 +325,7 @@ def test_a_key_of_a_later_version_does_not_make_results_old(tiny):
     put(result, header, numbers)
     with pytest.raises(ValueError) as stopped:
         tiny.run("--variants", "few", "--seeds", 1)
-    # The variant sets this one itself.
+    # Set by the variant.
     assert "sample.num_steps: '(absent)' -> 2" in str(stopped.value)
     assert "ema_decay" not in str(stopped.value)
 
@@ -419,7 +417,7 @@ def test_a_result_of_a_long_run_stays_small(tiny, runner):
     (run.folder / "config.json").write_text(json.dumps({"eval.num_steps": 3}))
     last = results.write_result(run, jobs=1)
     assert run.result.stat().st_size < 30_000
-    # Epochs are left out, not what they cost.
+    # The cost includes epochs that are left out.
     assert last["seconds"] == pytest.approx(500 / 3, rel=1e-4)
     rows = list(map(json.loads, run.result.read_text().splitlines()))[1:]
     assert sum("eval/total" in row for row in rows) == 11

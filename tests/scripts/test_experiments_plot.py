@@ -1,4 +1,4 @@
-"""Tables and figures of experiments, against numbers computed by hand."""
+"""Tables and figures of experiments."""
 
 import json
 import math
@@ -56,14 +56,14 @@ def results(tmp_path):
 
 
 def colours(path, height: int) -> set[tuple[int, ...]]:
-    """Of a figure that is wide and at least ``height`` high."""
+    """Colours of a figure that is at least ``height`` high."""
     with Image.open(path) as image:
         assert image.width > 1000 and image.height > height
         return {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
 
 
 def blue() -> tuple[int, ...]:
-    """The first variant's colour."""
+    """Colour of the first variant."""
     return tuple(bytes.fromhex(plots.COLOURS[0].removeprefix("#")))
 
 
@@ -72,7 +72,7 @@ def row_of(results, variant: str) -> dict[str, str]:
     return next(dict(zip(head, row, strict=True)) for row in rows if row[0] == variant)
 
 
-def test_the_table_is_what_one_computes_by_hand(results):
+def test_the_table_matches_a_hand_computation(results):
     assert list(comparison.read(results)) == ["base", "better", "shifted", "short"]
     row = row_of(results, "base")
     # Gains .25, .35, .30: mean .30, deviation .05; Student's t at 97.5 % with 2 degrees is 4.303.
@@ -117,7 +117,7 @@ def test_the_adjustment_is_for_the_tests_of_the_table(results):
     assert row_of(results, "short")["p, Holm"] == "–"
 
 
-def test_what_training_did_and_the_comparison_at_equal_time(results):
+def test_training_metrics_and_the_comparison_at_equal_time(results):
     (results / "better-seed4.jsonl").unlink()
     for seed in (1, 2, 3):
         path = results / f"better-seed{seed}.jsonl"
@@ -139,14 +139,14 @@ def test_what_training_did_and_the_comparison_at_equal_time(results):
 
 
 def test_where_the_baseline_reaches_a_variants_end(results):
-    # On base's lines .40, .50 and .45 lie at 1200, 1429 and 1333 of 2000 forward-equivalents.
+    # The baseline reaches .40, .50 and .45 after 1200, 1429 and 1333 of 2000 forward-equivalents.
     row = row_of(results, "shifted")
     assert row["base is there after"] == ".660 (.600 to .714)"
     row = row_of(results, "better")
     assert row["base is there after"] == "0 of 3"
     found = comparison.read(results)
     better, base = found["better"], found["base"]
-    # .60 of "better" lies at 2000 of seed 2's line, .63 nowhere on it; 10.5 is no .5.
+    # Seed 2 of the baseline reaches the .60 of "better" after 2000, but never .63.
     pair = {1: better[1], 2: better[3]}, {1: base[2], 2: base[2]}
     assert comparison.head_start(*pair) == "1 of 2: 1.000 (1.000 to 1.000)"
     assert comparison.share(10.5) == "10.500" and comparison.share(-0.5) == "-.500"
@@ -155,7 +155,7 @@ def test_where_the_baseline_reaches_a_variants_end(results):
 @pytest.mark.parametrize(
     "variant, text", [("short", "-.050, n=2: not tested"), ("shifted", "-.100 for each of n=3")]
 )
-def test_what_cannot_be_tested_is_said(results, variant, text):
+def test_few_or_equal_pairs_are_not_tested(results, variant, text):
     row = row_of(results, variant)
     assert row["against base at equal compute [95 %]"] == text and row["p"] == "–"
 
@@ -204,7 +204,7 @@ def test_without_a_baseline_there_is_no_test(plot, results, tmp_path):
         path.unlink()
     call(plot, "made", "--results", results.parent, "--output", tmp_path)
     page = (tmp_path / "made.md").read_text()
-    assert len(re.findall(r"\| no results of it +\| – +\| – +\| – +\|", page)) == 3
+    assert len(re.findall(r"\| no results +\| – +\| – +\| – +\|", page)) == 3
 
 
 def test_results_that_do_not_belong_together_are_refused(plot, results, tmp_path):
@@ -215,7 +215,7 @@ def test_results_that_do_not_belong_together_are_refused(plot, results, tmp_path
     assert "the seeds of base differ" in str(stopped.value)
     with pytest.raises(ValueError) as stopped:
         call(plot, "nothing", "--results", results.parent, "--output", tmp_path)
-    assert "holds no results: python scripts/experiments.py nothing" in str(stopped.value)
+    assert "has no results: run scripts/experiments.py nothing" in str(stopped.value)
 
 
 def test_alarms_and_watched_metrics_are_shown(plot, results, tmp_path):

@@ -1,4 +1,4 @@
-"""The export command: what it writes is what we sample with, in plain diffusers."""
+"""The export script: exported files give the same images in diffusers."""
 
 import json
 import re
@@ -39,7 +39,7 @@ TRAINED = {
     "checkpoint.keep": 0,
     "save_freq": 1,
     "eval_freq": 1,
-    # At which the LoRA shows.
+    # High, for a visible LoRA.
     "train.learning_rate": 0.03,
 }
 
@@ -60,7 +60,7 @@ def exported(run_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(run_dir) -> torch.Tensor:
-    """Latents by the checkpoint's LoRA in this project's own loading and sampling."""
+    """Latents with the LoRA of the checkpoint, sampled by this project."""
     about = {"name": "shapes", "max_sequence_length": 8}
     model = build_model("sd3", **about, dist=CPU, precision=Precision("no", CPU.device))
     sampler = Sampler("flow", STEPS, 1.0, (48, 48))
@@ -77,7 +77,7 @@ def ours(run_dir) -> torch.Tensor:
 
 
 def theirs(pipe: StableDiffusion3Pipeline) -> torch.Tensor:
-    """The same latents by diffusers' own sampling."""
+    """The same latents, sampled by diffusers."""
     pipe.set_progress_bar_config(disable=True)
     noise = normal((4, 12, 12), [generator(0, "sample")])
     return pipe(
@@ -99,7 +99,7 @@ def test_plain_diffusers_draws_our_image(exported, ours):
 
 
 def test_the_merged_pipeline_draws_our_image(exported, ours):
-    """But for float32's rounding of each merged weight: 7e-7 when this was written."""
+    """Up to float32 rounding of merged weights (7e-7)."""
     pipe = StableDiffusion3Pipeline.from_pretrained(exported)
     assert pipe.transformer.dtype == torch.float32
     assert not [name for name, _ in pipe.transformer.named_parameters() if "lora" in name]
@@ -137,10 +137,10 @@ def test_the_card(run_dir, exported):
     assert "base_model:" not in card, "the built-in model is not on the hub"
     assert f"# {run_dir.name}-checkpoint-4\n\nA LoRA of `shapes`, rank 32. " in card
     assert "for diffusers (>= 0.33.1) and ComfyUI" in card and "for PEFT (>= 0.10.0)" in card
-    assert re.search(r"\| shapes +\| +1 \|", card) and "for 2 epochs (4 optimizer steps)" in card
+    assert re.search(r"\| shapes +\| 1 +\|", card) and "for 2 epochs (4 optimizer steps)" in card
     rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if "eval/total" in row]
     totals = [f"{row['eval/total']:.4f}" for row in (rows[0], rows[-1])]
-    assert re.search(rf"\| total +\| +{totals[0]} \| +{totals[1]} \|", card)
+    assert re.search(rf"\| total +\| {totals[0]} +\| {totals[1]} +\|", card)
     config = json.loads(re.findall(r"```json\n(.*?)```", card, re.DOTALL)[0])
     assert config["train.learning_rate"] == 0.03 and config["pretrained.model"] == "shapes"
     assert str(run_dir) not in card and "save_dir" not in config
@@ -171,12 +171,12 @@ def test_an_earlier_checkpoint_shows_neither_later_numbers_nor_later_images(run_
     earlier = run_dir / "checkpoints" / "checkpoint-2"
     call(export, "--checkpoint_path", earlier, "--output_dir", tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert re.search(r"\| +epoch 0 \| +epoch 1 \|", card) and "samples.png" not in card
+    assert re.search(r"\| epoch 0 +\| epoch 1 +\|", card) and "samples.png" not in card
     assert not (tmp_path / "samples.png").exists()
 
 
 def test_a_card_names_no_folder_of_the_machine(tmp_path, exported):
-    # A copy of a hub's model, in the hub's cache and elsewhere.
+    # A copy of a hub model in the hub cache, and elsewhere.
     for folder, name in (
         ("models--owner--base/snapshots/0a1b", "owner/base"),
         ("home/me/my-base", "my-base"),
@@ -218,7 +218,7 @@ def test_a_base_in_a_variant_alone_and_without_t5_is_merged_into_a_plain_folder(
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_a_lora_that_names_another_base_is_said(exported, tmp_path, capsys):
+def test_another_base_model_of_the_lora_is_printed(exported, tmp_path, capsys):
     base = "stabilityai/stable-diffusion-3.5-medium"
     said = {}
     for name in ("lora", "pytorch_lora_weights.safetensors"):
@@ -230,7 +230,7 @@ def test_a_lora_that_names_another_base_is_said(exported, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("flags", "room"), [((), 10_000), (("--merge",), 500_000)])
-def test_a_full_disk_costs_one_line_and_leaves_nothing(run_dir, tmp_path, flags, room):
+def test_a_full_disk_is_one_line_and_leaves_nothing(run_dir, tmp_path, flags, room):
     asked = ("--checkpoint_path", run_dir, *flags, "--output_dir")
     here = tmp_path / "here"
     here.mkdir()
@@ -244,7 +244,7 @@ def test_a_full_disk_costs_one_line_and_leaves_nothing(run_dir, tmp_path, flags,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(here.iterdir()) == [] and not (tmp_path / "new" / "folder").exists()
-    (here / ".unfinished").mkdir()  # as a command leaves it that was killed
+    (here / ".unfinished").mkdir()  # left by a killed command
     (here / ".unfinished" / "README.md").write_text("unfinished")
     call(export, *asked, here)
     assert "unfinished" not in (here / "README.md").read_text()
@@ -260,7 +260,7 @@ def test_a_lora_of_others_gets_a_card_without_a_run(exported, tmp_path):
     assert (head["base_model"], head["base_model_relation"]) == (base, "adapter")
     assert f'from_pretrained("{base}", torch_dtype=torch.float16)' in card
     assert "Trained" not in card and "Evaluation" not in card and "Configuration" not in card
-    # Without --pretrained, the LoRA's own description names the base.
+    # Without --pretrained, the base model is that named by the LoRA.
     call(export, "--lora_hf_path", tmp_path, "--output_dir", tmp_path / "again", "--adapter",
          "default")  # fmt: skip
     described = json.loads((tmp_path / "again" / "lora" / "adapter_config.json").read_text())
@@ -268,7 +268,7 @@ def test_a_lora_of_others_gets_a_card_without_a_run(exported, tmp_path):
 
 
 class Hub:
-    """Stands for huggingface_hub's HfApi, and keeps what it was asked to do."""
+    """Replacement of huggingface_hub's HfApi that records calls."""
 
     calls: tuple = ()
 

@@ -1,4 +1,4 @@
-"""The command that fetches prompt sets against a server on the loopback interface."""
+"""The script that downloads prompt sets, with a local server."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ CONTENT = {
 
 @pytest.fixture
 def server(monkeypatch):
-    """Serves small files under the published names, with their own blob ids in the table."""
+    """Serves small files under the published names, with their blob ids."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     for name, files in PUBLISHED_FILES.items():
         stand_ins = []
@@ -55,7 +55,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def prepare(tmp_path, capsys, monkeypatch):
-    """Runs the command with ``tmp_path/dataset`` as its folder; (status, output, errors)."""
+    """Runs the script for ``tmp_path/dataset``; returns (status, output, errors)."""
     module = script("prepare_data")
 
     def run(*flags: str) -> tuple[int, list[str], list[str]]:
@@ -127,7 +127,7 @@ def test_files_of_the_user_are_kept(server, prepare, tmp_path, file):
         ("ocr", "test.txt", b"caf\xe9", "not UTF-8 (byte 4)"),
     ],
 )
-def test_a_malformed_line_is_told_by_file_and_line(
+def test_a_malformed_line_is_named_by_file_and_line(
     server, prepare, tmp_path, name, file, line, wrong
 ):
     good = b"a sign" if name == "ocr" else json.dumps(BENCH).encode()
@@ -155,9 +155,7 @@ def test_a_damaged_file_is_not_put_in_place(server, prepare, tmp_path):
     assert not (tmp_path / "dataset/drawbench/test.txt").exists()
 
 
-def test_offline_one_line_says_what_from_where_whither_and_what_else(
-    prepare, tmp_path, monkeypatch
-):
+def test_offline_the_error_names_file_url_path_and_alternative(prepare, tmp_path, monkeypatch):
     with serving() as gone:
         url = gone.url
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -171,7 +169,7 @@ def test_offline_one_line_says_what_from_where_whither_and_what_else(
         assert "refused" in error
     command = f"`python scripts/prepare_data.py geneval --generate --output_dir {folder}`"
     assert command in train and "--generate" not in test
-    # The command does what the message says.
+    # The suggested command works.
     flags = command.strip("`").split()[2:4]
     assert prepare(*flags, "--num_prompts", "900")[0] == 1  # the test prompts are still missing
     assert len(load_prompts(folder / "geneval", "train")) == 900
@@ -187,7 +185,7 @@ def test_generated_prompts_keep_apart_from_the_test_prompts(server, prepare, tmp
         f"geneval: {path} written, 3,000 prompts of seed 5, apart from the 2 test prompts"
     )
     assert server.fetched() == ["/mirror/geneval/test_metadata.jsonl"]
-    # 882 lines of counting are more than all its prompts: 240 but the one of the test.
+    # 882 lines of counting have all 240 prompts except that of the test.
     counting = {p.text for p in load_prompts(path.parent, "train") if p.metadata.get("exclude")}
     assert len(counting) == 239 and CUPS["prompt"] not in counting
 
@@ -213,7 +211,7 @@ def test_without_test_prompts_the_output_says_that_nothing_was_kept_apart(
     assert load_prompts(tmp_path / "dataset/geneval", "train")[0].metadata["tag"]
 
 
-def test_nothing_is_generated_beside_malformed_test_prompts(server, prepare, tmp_path):
+def test_nothing_is_generated_with_malformed_test_prompts(server, prepare, tmp_path):
     path = write(tmp_path / "dataset/geneval/test_metadata.jsonl", b"{}\n")
     status, output, errors = prepare("geneval", "--generate")
     assert (status, output) == (1, [])

@@ -1,4 +1,4 @@
-"""The HTML report, read by a parser and by a browser; its numbers, against ones made by hand."""
+"""The HTML report, read by a parser and by a browser."""
 
 import base64
 import hashlib
@@ -21,7 +21,7 @@ SHAPES = {"svg", "path", "circle", "rect"}
 
 
 class Page(HTMLParser):
-    """Text, elements and addresses of a page; raises on tags that do not nest."""
+    """Text and elements of a page; checks that tags are nested."""
 
     def __init__(self, source: str):
         super().__init__()
@@ -54,7 +54,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
     def chart(self, title: str) -> dict:
-        """What the script knows of a chart."""
+        """The data of a chart."""
         charts = {str(a["aria-label"]).split(": ")[0]: a for a in self.all("svg") if len(a) > 4}
         return json.loads(charts[title]["data-chart"])
 
@@ -90,7 +90,7 @@ def add_evaluation(run, rows: list[dict], epoch: int, scores: list[float], stage
 
 
 def make_run(path, *, seed: int = 1, epochs: int = 12, planned: int = 12, rows=None, **config):
-    """A run that looks like one of the trainer's: two evaluations, starts, images."""
+    """A run directory with two evaluations, starts and images."""
     path.mkdir()
     flat = {"num_epochs": planned, "pretrained.model": "shapes", "dataset": "shapes"}
     flat |= {"reward_fn.shapes": 1.0, "seed": seed, "algorithm": "nft", "save_dir": str(path)}
@@ -126,7 +126,7 @@ def made(tmp_path, *runs) -> Page:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Page:
-    """Of one finished run."""
+    """The report on a finished run."""
     folder = tmp_path_factory.mktemp("page")
     return made(folder, make_run(folder / "run"))
 
@@ -144,7 +144,7 @@ def test_everything_from_a_run_is_escaped(tmp_path):
     page = made(tmp_path, make_run(tmp_path / "run", run_name=EVIL))
     assert len(page.all("script")) == len(page.all("style")) == 1
     assert "alert(" not in re.findall(r"<script>(.*?)</script>", page.source, re.S)[0]
-    # As text it is all there: title, name, prompt, command, configuration.
+    # As text: title, name, prompt, command, configuration.
     assert page.text.count(EVIL) >= 5
 
 
@@ -175,7 +175,7 @@ def test_the_page_can_be_read_without_seeing_it(page):
     assert {a["href"].removeprefix("#") for a in page.all("a")} <= targets
 
 
-def test_headline_numbers_are_what_one_computes_by_hand(page):
+def test_headline_numbers_match_a_hand_computation(page):
     # Gains .75, .25, .25, .75, mean .5; residuals by prompt .25, -.5, .25: 3/2 of the sum of
     # squares .375, its root over 4 lines.
     error = (1.5 * 0.375) ** 0.5 / 4
@@ -236,7 +236,7 @@ def test_a_run_that_is_not_finished(tmp_path):
     assert "5 of 1,200" in page.text and "not finished" in page.text
 
 
-def test_stages_are_told_apart(tmp_path):
+def test_stages_are_separate(tmp_path):
     rows, stages = [], {"stages.1.num_epochs": 4, "stages.2.num_epochs": 6}
     stages |= {"stages.2.dataset": "other", "stages.2.reward_fn.ocr": 0.5}
     run = make_run(
@@ -257,7 +257,7 @@ def test_stages_are_told_apart(tmp_path):
     assert "shapes held out" in page.text, "the second stage only evaluates it"
     points = page.chart("eval/shapes")["curves"][0]["points"]
     assert points == [[0, 0.0, 0.05], [4, 0.5, 0.05], [4, 0.25, 0.05]]
-    # A gap between the stages: two strokes of the pen.
+    # The curve has a gap between stages.
     assert page.source.count('class="mark"') >= 1
     assert max(str(a.get("d", "")).count("M") for a in page.all("path")) == 2
 
@@ -282,7 +282,7 @@ def test_a_comparison_names_all_and_shows_what_differs(tmp_path):
     assert "not comparable" not in page.text
 
 
-def test_runs_of_one_name_are_told_by_their_paths(tmp_path):
+def test_runs_with_equal_names_are_named_by_their_paths(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     runs = [make_run(tmp_path / folder / "run") for folder in ("a", "b")]
@@ -291,14 +291,14 @@ def test_runs_of_one_name_are_told_by_their_paths(tmp_path):
     assert "All keys have the same values." in page.text
 
 
-def test_runs_that_do_not_compare_are_said_to_differ(tmp_path):
+def test_incomparable_runs_have_warnings(tmp_path):
     other = {"dataset": "other", "reward_fn.shapes": 0.5}
     page = made(tmp_path, make_run(tmp_path / "a"), make_run(tmp_path / "b", **other))
     assert "different test lines: eval/* is not comparable" in page.text
     assert "reward/mean and eval/total are not comparable" in page.text
 
 
-def test_what_went_wrong_is_said(tmp_path):
+def test_warnings_and_notes(tmp_path):
     run = make_run(tmp_path / "run")
     rows = []
     (run / "eval").rename(run / "gone")
@@ -317,7 +317,7 @@ def test_what_went_wrong_is_said(tmp_path):
         "loss/policy was not finite in 6 epochs, first 6.",
         "scored the same for 75% of the prompts",
         "reward/diversity fell from 0.200 to 0.100",
-        "eval/shapes fell by training: -0.375 ± 0.094.",
+        "eval/shapes decreased in training: -0.375 ± 0.094.",
         "the best eval/total, 0.500, was at epoch 0, not at the end (0.125).",
         "Not finished: 11 of 12 epochs.",
         "Started 2 times.",
@@ -328,7 +328,7 @@ def test_what_went_wrong_is_said(tmp_path):
     assert "Warning" not in made(tmp_path, make_run(tmp_path / "sound")).text
 
 
-def test_what_is_no_run_is_refused_in_one_line(tmp_path):
+def test_invalid_run_directories_are_refused_in_one_line(tmp_path):
     empty = tmp_path / "empty"
     assert "is not a run directory: it has no config.json" in refused(tmp_path, empty)
     empty.mkdir()
@@ -404,7 +404,7 @@ def test_axes_have_round_numbers(low, high, expected):
 
 @pytest.fixture
 def browser():
-    """A headless Chromium; where there is none, the test is skipped and says what is missing."""
+    """A headless Chromium."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
     with sync_api.sync_playwright() as playwright:
         path = shutil.which("chromium") or shutil.which("google-chrome")
@@ -431,7 +431,6 @@ def test_a_browser_shows_it_without_errors_or_requests(tmp_path, browser, width)
         page.on("dialog", lambda dialog, said=said: said.append(dialog.message))
         page.on("request", lambda request, asked=asked: asked.append(request.url))
         page.goto((tmp_path / "report.html").as_uri())
-        # Nothing is wider than the screen, and every image is shown.
         assert page.evaluate("document.documentElement.scrollWidth") == width
         assert page.evaluate("[...document.images].every((i) => i.complete && i.naturalWidth > 0)")
         chart = page.locator("svg[data-chart]").first

@@ -1,4 +1,4 @@
-"""The reproduction command: one path with training and evaluation, and no work done twice."""
+"""The reproduction script: same results as training and evaluation, resuming, and tables."""
 
 import json
 import os
@@ -20,7 +20,6 @@ from tests.scripts.in_process import call, script
 
 
 def reproduce(*flags: object) -> None:
-    """``scripts/reproduce.py`` in this process."""
     call(script("reproduce"), *flags)
 
 
@@ -45,10 +44,10 @@ def test_training_evaluation_and_reproduction_give_the_same_numbers(tmp_path, ca
     ]
     for key in ("mean", "tags", "mean_over_tags", "diversity", "num_samples"):
         assert averages[0][key] == averages[1][key] == averages[2][key]
-    # The two that stand alone also write down the same settings.
+    # The settings of the two scripts are the same, too.
     assert averages[1]["settings"] == averages[2]["settings"]
     capsys.readouterr()
-    # Asked again, nothing is made: the model is not even loaded.
+    # A second call does not load the model.
     monkeypatch.setattr(settings, "load_model", None)
     reproduce("--suite", "shapes", *both, tmp_path / "all")
     shown = capsys.readouterr().out
@@ -73,11 +72,11 @@ def test_a_killed_reproduction_repeats_no_finished_image(tmp_path):
     made = {path.name: path.stat().st_mtime_ns for path in images.glob("0*.png")}
     assert 4 <= len(made) < 16, "killed too early or too late"
     reproduce(*flags)
-    # Chunks of four in the order of the file, to which the drawn lines keep.
+    # Finished chunks of four.
     whole = sorted(made)[: len(made) // 4 * 4]
     assert len(list(images.glob("0*.png"))) == 16
     assert all((images / name).stat().st_mtime_ns == made[name] for name in whole)
-    # An uninterrupted call gives the same bytes.
+    # The results are those of an uninterrupted call.
     reproduce(*flags[:-1], tmp_path / "again")
     for name in ("average_scores.json", "evaluation_results.jsonl"):
         one = images.parent / name
@@ -86,9 +85,7 @@ def test_a_killed_reproduction_repeats_no_finished_image(tmp_path):
 
 
 class Brightness:
-    """A stand-in for every reward of the paper's table: the mean of the pixels, by name."""
-
-    asked: list[str]
+    """Replacement of all rewards of the paper: the mean of the pixels."""
 
     def __init__(self, device: torch.device):
         del device
@@ -99,7 +96,7 @@ class Brightness:
 
 
 class Missing(Brightness):
-    """A reward that cannot be had."""
+    """A reward that is not available."""
 
     def __init__(self, device: torch.device):
         raise OSError("no server answers")
@@ -107,7 +104,7 @@ class Missing(Brightness):
 
 @pytest.fixture
 def paper(tmp_path, monkeypatch) -> None:
-    """Small stand-ins for the paper's test sets and rewards."""
+    """Small replacements of the paper's test sets and rewards."""
     root = tmp_path / "dataset"
     for name in ("geneval", "ocr", "drawbench"):
         (root / name).mkdir(parents=True)
@@ -136,7 +133,7 @@ def test_the_papers_suite_on_stand_ins(paper, tmp_path, capsys, monkeypatch):
         patch.setitem(rewards.REWARDS, "unifiedreward", f"{__name__}:Missing")
         with pytest.raises(OSError, match="no server answers"):
             reproduce(*BUILT_IN, *out)
-        assert not list((tmp_path / "out").rglob("*.png")), "refused before anything was drawn"
+        assert not list((tmp_path / "out").rglob("*.png")), "refused before sampling"
     reproduce(*BUILT_IN, *out, "--skip_rewards", "aesthetic")
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     (model,) = table["models"]
@@ -152,7 +149,7 @@ def test_the_papers_suite_on_stand_ins(paper, tmp_path, capsys, monkeypatch):
     assert values["GenEval"] == pytest.approx(sum(by_tag) / 2)
     assert values["OCR"] == model["averages"]["ocr"]["mean"]["ocr"]["mean"]
     assert "reference: NFT on several rewards" in capsys.readouterr().out
-    # A reward that was left out is added later: the images stay, the other scores too.
+    # A skipped reward is added later; images and other scores are kept.
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/*/images/*")}
     reproduce(*BUILT_IN, *out)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
@@ -164,7 +161,7 @@ def test_the_papers_suite_on_stand_ins(paper, tmp_path, capsys, monkeypatch):
         assert len(list((folder / "images").iterdir())) == count and (folder / "grid.png").exists()
 
 
-def test_what_is_missing_is_named_at_once(paper, tmp_path):
+def test_all_missing_test_sets_are_named(paper, tmp_path):
     (data.DATASET_ROOT / "ocr" / "test.txt").unlink()
     (data.DATASET_ROOT / "drawbench" / "test.txt").unlink()
     with pytest.raises(ValueError, match=r"(?s)prepare_data.py ocr.*prepare_data.py drawbench"):
@@ -180,7 +177,7 @@ def test_other_settings_are_other_rows_or_refused(paper, tmp_path):
     reproduce(*flags)
     with pytest.raises(ValueError, match=r"eval\.batch_size: 16 -> 4"):
         reproduce(*flags, "--batch_size", 4)
-    # The other test set of the same row, too.
+    # Also for another test set of the same model.
     with pytest.raises(ValueError, match=r"eval\.batch_size: 16 -> 4"):
         reproduce(*BUILT_IN, "--datasets", "geneval", "--output_dir", tmp_path, "--batch_size", 4)
     reproduce(*flags, "--guidance_scale", 2, "--seed", 1)

@@ -1,4 +1,4 @@
-"""The sampling command: which images it draws, and what they depend on."""
+"""The sampling script."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ BASE = (*BASE.split(), "--num_inference_steps", "4")
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory) -> Path:
-    """A random LoRA of the built-in model, large enough to show."""
+    """A random LoRA of the built-in model with a visible effect."""
     g = torch.Generator().manual_seed(0)
     state = {}
     for name, module in load_shapes_pipeline().transformer.named_modules():
@@ -44,7 +44,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def draw(folder: Path, *flags: object) -> dict[str, np.ndarray]:
-    """Name -> image of what the command writes."""
+    """Name -> image written by the script."""
     call(sample, *BASE, *flags, "--output_dir", folder)
     return {path.stem: pixels(path) for path in folder.glob("*.png")}
 
@@ -100,7 +100,7 @@ def test_a_failure_leaves_what_was_drawn_and_the_same_command_overwrites(tmp_pat
     assert np.array_equal(draw(tmp_path, *asked)[kept.stem], whole)
 
 
-def test_the_base_beside_the_lora(tmp_path, lora):
+def test_compare_draws_the_base_model_too(tmp_path, lora):
     asked = [flag for prompt in PROMPTS for flag in ("--prompt", prompt)]
     pairs = draw(tmp_path / "pairs", *asked, "--lora_hf_path", lora, "--compare")
     base = draw(tmp_path / "base", *asked)
@@ -110,13 +110,13 @@ def test_the_base_beside_the_lora(tmp_path, lora):
         assert np.array_equal(pairs[name], with_lora[name])
         assert not np.array_equal(base[name], with_lora[name])
     assert len(pairs) == 2 * len(PROMPTS) + 1
-    # The grid shows both, enlarged by repeating pixels; a title or captions may lie above or below.
+    # The grid has both, enlarged by repeating pixels.
     for name in ("000-a-red-circle-seed0-base", "000-a-red-circle-seed0"):
         assert holds(pairs["grid"], np.kron(pairs[name], np.ones((3, 3, 1), np.uint8))), name
 
 
 def holds(sheet: np.ndarray, image: np.ndarray) -> bool:
-    """Whether ``image`` occurs in ``sheet`` as it is."""
+    """True if ``image`` occurs in ``sheet``."""
     height, width, _ = image.shape
     rows, columns = (sheet.shape[i] - image.shape[i] + 1 for i in (0, 1))
     corners = np.argwhere((sheet[:rows, :columns] == image[0, 0]).all(-1))
@@ -135,7 +135,7 @@ def test_the_lora_of_another_model_is_one_clear_line(tmp_path):
 
 
 def test_either_adapter_of_a_published_checkpoint(tmp_path):
-    """PEFT's own save of two adapters, as the published code makes it."""
+    """Two adapters saved by PEFT, as in the published code."""
     config = LoraConfig(
         r=4, lora_alpha=8, target_modules=list(LORA_TARGETS), init_lora_weights=False
     )
@@ -183,7 +183,7 @@ def test_a_lora_on_other_layers_is_drawn_as_diffusers_draws_it(tmp_path, capsys)
     assert not np.array_equal(base["000-a-red-circle-seed0"], drawn["000-a-red-circle-seed0"])
 
 
-def test_an_image_of_no_numbers_is_named_and_not_written(tmp_path, monkeypatch):
+def test_a_non_finite_image_is_an_error(tmp_path, monkeypatch):
     real, calls = SD3Model.decode, []
 
     def decode(self, x0):
