@@ -15,6 +15,7 @@ from diffusion_nft.flow import add_noise
 from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.randomness import generator, normal
 from diffusion_nft.rollout import Rollout
+from diffusion_nft.utils.devices import to_device
 
 # Index of a sample among this rank's, and index of a sigma.
 Pair = tuple[int, int]
@@ -39,13 +40,6 @@ def choose_sigma_indices(available: int, used: int, choice: str, rng: torch.Gene
         return list(range(used))
     start = float(torch.rand((), generator=rng, dtype=torch.float64))
     return [int((start + i) * available / used) for i in range(used)]
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``; the copy to a GPU is asynchronous."""
-    if device.type == "cuda" and tensor.device != device:
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ class LoraLinear(lora.Linear):
             return y
         (name,) = self._active_adapter
         a, b, scaling = self._factors(name)
-        low = F.linear(x, a)
-        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), b.t(), alpha=scaling).view_as(y)
+        low = F.linear(x, a.to(x.dtype)).flatten(0, -2)
+        return torch.addmm(y.flatten(0, -2), low, b.t().to(y.dtype), alpha=scaling).view_as(y)
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor, float]:
         a = self.get_parameter(f"lora_A.{name}.weight")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from diffusion_nft.algorithms import Algorithm, PolicyVelocity, build_algorithm
-from diffusion_nft.batches import EpochBatches, Pair, StepPairs, fitting_micro_batch, to_device
+from diffusion_nft.batches import EpochBatches, Pair, StepPairs, fitting_micro_batch
 from diffusion_nft.distributed.preemption import Preempted, requested
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models import Model
@@ -24,6 +24,7 @@ from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.sampling import guided_velocity
 from diffusion_nft.policy import Policy
 from diffusion_nft.rollout import Rollout
+from diffusion_nft.utils.devices import to_device
 
 
 def learning_rate(initial: float, half_life: float, epoch: int) -> float:

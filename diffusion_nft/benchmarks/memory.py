@@ -2,13 +2,12 @@
 
 The trainer's own parts (policy, velocity, loss, backward pass, decoder) run on tensors that have
 shapes and dtypes but no storage.  The peak is the largest sum of the bytes of all live tensors
-after an operation.  Attention is fused, and dtypes are those of CUDA's autocast.  Not included: the
-CUDA context, workspaces of cuBLAS and cuDNN, fragmentation of the allocator, and rewards.
+after an operation.  Attention is fused.  Not included: the CUDA context, workspaces of cuBLAS and
+cuDNN, fragmentation of the allocator, and rewards.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -35,14 +34,6 @@ WITH_TEXT_ENCODERS = "sd3.5-medium"
 # Numbers of parameters; T5_FLOAT32: the second projections of its 24 feed-forward layers.
 TEXT_ENCODERS = {"CLIP-L/14": 123_650_304, "OpenCLIP-G/14": 694_659_840, "T5-XXL": 4_762_310_656}
 T5_FLOAT32 = 24 * 10240 * 4096
-# Functions used by SD3 that CUDA's autocast runs in the autocast dtype (None) or in a fixed dtype
-# (pytorch.org/docs/stable/amp.html, op reference).  Attention also runs in the autocast dtype.
-AUTOCAST = (
-    (F, "linear", None),
-    (F, "conv2d", None),
-    (torch, "addmm", None),
-    (F, "layer_norm", torch.float32),
-)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -77,47 +68,19 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
 
-def _casting(function: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
-    """``function`` with all floating-point arguments cast to ``dtype``."""
-
-    def cast(value: Any) -> Any:
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(dtype) if floating else value
-
-    def call(*args: Any, **options: Any) -> Tensor:
-        return function(*map(cast, args), **{key: cast(value) for key, value in options.items()})
-
-    return call
-
-
 def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     assert not options.get("dropout_p") and not options.get("is_causal")
     assert options.get("attn_mask") is None
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
 
-@contextmanager
-def as_on_cuda(dtype: torch.dtype | None) -> Iterator[None]:
-    """Gives tensors without storage the dtypes and the attention that they have on a GPU.
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Peak bytes of the tensors made in ``work()``.
 
-    ``dtype``: dtype of autocast, None if it is off.  Both fused attentions of CUDA keep the inputs,
-    the output and one number per row for the backward pass; the default for tensors without storage
-    keeps one number per pair of tokens.
+    Attention keeps what CUDA's fused kernels keep for the backward pass: the inputs, the output and
+    one number per row.  The default for tensors without storage keeps one per pair of tokens.
     """
-    attention = _attention
-    with ExitStack() as patches:
-        if dtype:
-            attention = _casting(_attention, dtype)
-            for module, name, to in AUTOCAST:
-                cast = _casting(getattr(module, name), to or dtype)
-                patches.enter_context(mock.patch.object(module, name, cast))
-        patches.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
-        yield
-
-
-def peak_bytes(work: Callable[[], object], autocast: torch.dtype | None) -> int:
-    """Peak bytes of the tensors made in ``work()``, as on a GPU."""
-    with as_on_cuda(autocast), LiveBytes() as live:
+    with mock.patch.object(F, "scaled_dot_product_attention", _attention), LiveBytes() as live:
         work()
     return live.peak
 
@@ -138,9 +101,6 @@ class MemoryEstimate:
         self.kept = dict(memory(self.model, self.policy, setup.num_samples, self.latent_shape))
         for weight in self.policy.parameters():
             weight.grad = torch.zeros_like(weight)
-        precision = self.model.precision
-        same = precision.compute_dtype == precision.trained_dtype
-        self._autocast = None if same else precision.compute_dtype
 
     def _inputs(self, size: int) -> tuple[Tensor, Tensor, Conditioning]:
         """x, sigma and conditioning of a micro-batch."""
@@ -153,11 +113,6 @@ class MemoryEstimate:
             sigma = torch.empty(size, dtype=precision.trained_dtype)
         dtype = precision.compute_dtype
         return x, sigma, Conditioning(prompt_embeds.to(dtype), pooled_prompt_embeds.to(dtype))
-
-    def _peak_gb(self, work: Callable[[], object]) -> float:
-        # torch's autocast does not support tensors without storage.
-        with mock.patch.object(self.model.precision, "autocast", nullcontext):
-            return peak_bytes(work, self._autocast) / 1e9
 
     def training(self, size: int, *, checkpointing: bool) -> float:
         """GB of a training step on a micro-batch of ``size`` (sample, sigma) pairs."""
@@ -179,7 +134,7 @@ class MemoryEstimate:
             transformer.enable_gradient_checkpointing()
         else:
             transformer.disable_gradient_checkpointing()
-        return self._peak_gb(work)
+        return peak_bytes(work) / 1e9
 
     @torch.no_grad()
     def sampling(self, size: int) -> float:
@@ -189,13 +144,13 @@ class MemoryEstimate:
             with self.policy.use_adapter("old"):
                 self.model.velocity(*self._inputs(size))
 
-        return self._peak_gb(work)
+        return peak_bytes(work) / 1e9
 
     def decoding(self, size: int) -> float:
         """GB of decoding ``size`` latents together, in the decoder's precision."""
         x0, _, _ = self._inputs(size)
         self.model.vae_batch_size = size
-        return peak_bytes(lambda: self.model.decode(x0), autocast=None) / 1e9
+        return peak_bytes(lambda: self.model.decode(x0)) / 1e9
 
 
 def text_encoders_gb(dtype: torch.dtype) -> float:

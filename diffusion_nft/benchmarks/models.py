@@ -174,8 +174,8 @@ def _random_pipeline(
             transformer: nn.Module = SD3Transformer2DModel(**arch.transformer)
             vae: nn.Module = AutoencoderKL(**arch.vae)
         parts: dict[str, Any] = {
-            "transformer": transformer.to(dtype.get("transformer", dtype["default"])),
-            "vae": vae.to(dtype["vae"]),
+            "transformer": _cast(transformer, dtype.get("transformer", dtype["default"])),
+            "vae": _cast(vae, dtype["vae"]),
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         }
         encoders = ("text_encoder", "tokenizer")
@@ -183,6 +183,10 @@ def _random_pipeline(
         return StableDiffusion3Pipeline(**parts, **absent)  # pyright: ignore[reportArgumentType]
 
     return build
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return module.to(dtype)  # diffusers annotates its own ``to`` without arguments
 
 
 def _random_embeddings(model: Any) -> Callable[[list[str]], list[Conditioning]]:

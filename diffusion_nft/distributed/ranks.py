@@ -150,6 +150,19 @@ class Distributed:
             if self.local_rank == 0:
                 self.barrier()
 
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Runs the block on one rank of each node at a time."""
+        own = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        turns = max(self.gather_objects(own))
+        for _ in range(self.local_rank):
+            self.barrier()
+        try:
+            yield
+        finally:
+            for _ in range(self.local_rank, turns):
+                self.barrier()
+
 
 def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
     """The store through which the ranks rendezvous.

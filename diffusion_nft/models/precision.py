@@ -48,9 +48,13 @@ class Precision:
             enabled=mixed_precision == "fp16",
         )
 
-    def autocast(self) -> AbstractContextManager:
-        """Autocast to the compute dtype; a no-op if the trained weights have it."""
-        if self.compute_dtype == self.trained_dtype:
+    def autocast(self, stored: torch.dtype) -> AbstractContextManager:
+        """Autocast to the compute dtype for weights ``stored`` in another one, else a no-op.
+
+        Autocast widens LayerNorm's output to float32, and each layer after it keeps a copy of its
+        own in the compute dtype for the backward pass.
+        """
+        if stored == self.compute_dtype:
             return nullcontext()
         return torch.autocast(self.device.type, self.compute_dtype)
 

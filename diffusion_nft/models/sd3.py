@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5: loading, prompts to embeddings, velocities, latents to images."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import diffusers.utils.logging
@@ -120,20 +120,17 @@ class SD3Model:
         dtypes = {"default": precision.compute_dtype, "vae": precision.trained_dtype}
         if match_published:
             dtypes["transformer"] = precision.trained_dtype
+        self.stored_dtype = dtypes.get("transformer", precision.compute_dtype)
         diffusers.utils.logging.disable_progress_bar()
         # Otherwise diffusers warns of every prompt longer than CLIP's 77 tokens.
         diffusers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        self.pipe = load_pipeline(folder, dtypes)
+        # A pipeline is read into host memory first, which has room for one rather than one per GPU.
+        with dist.in_turn() if self.device.type == "cuda" else nullcontext():
+            self._load(folder, dtypes, offload_text_encoders)
         if self.pipe.text_encoder is not None and self.pipe.text_encoder_3 is None:
             dist.print_once(f"{name} has no T5: prompts are encoded by CLIP alone")
         self.pipe.set_progress_bar_config(disable=True)
-        for networks in self.parts().values():
-            for network in networks:
-                network.requires_grad_(False).eval()
-        self.transformer = self.pipe.transformer.to(self.device)
-        # Convolutions are faster in this layout, on CPUs and on tensor cores.
-        self.vae = self.pipe.vae.to(self.device, memory_format=torch.channels_last)
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         if compile:
@@ -145,12 +142,20 @@ class SD3Model:
         self.max_sequence_length = max_sequence_length
         self.offload_text_encoders = offload_text_encoders
         self.vae_batch_size = vae_batch_size
-        if not offload_text_encoders:
-            for encoder in self._text_encoders():
-                encoder.to(self.device)
         self.forward_counts = {"cost/forwards": 0, "cost/backwards": 0}
         self.encode_cached = EmbeddingCache(self._encode, embed_cache_gb * 1e9)
         self.name = name
+
+    def _load(self, folder: Path, dtypes: dict[str, torch.dtype], offloaded: bool) -> None:
+        self.pipe = load_pipeline(folder, dtypes)
+        for networks in self.parts().values():
+            for network in networks:
+                network.requires_grad_(False).eval()
+        self.transformer = self.pipe.transformer.to(self.device)
+        # Convolutions are faster in this layout, on CPUs and on tensor cores.
+        self.vae = self.pipe.vae.to(self.device, memory_format=torch.channels_last)
+        for encoder in () if offloaded else self._text_encoders():
+            encoder.to(self.device)
 
     def _text_encoders(self) -> list[torch.nn.Module]:
         encoders = (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3)
@@ -223,9 +228,9 @@ class SD3Model:
         if torch.is_grad_enabled():
             self.forward_counts["cost/backwards"] += len(x)
         timestep = timestep_from_sigma(sigma)
-        with self.precision.autocast():
+        with self.precision.autocast(self.stored_dtype):
             v = self.transformer(
-                hidden_states=x,
+                hidden_states=x.to(self.stored_dtype),
                 timestep=timestep.trunc() if self.match_published else timestep,
                 encoder_hidden_states=cond.prompt_embeds,
                 pooled_projections=cond.pooled_prompt_embeds,

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -35,3 +36,10 @@ def usable_device(name: str) -> torch.device:
         cause = re.split(r"\n|\. ", str(error).strip())[0]
         raise ValueError(f"device {name!r} cannot be used: {cause}") from error
     return device
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; the host does not wait for its copy to a GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

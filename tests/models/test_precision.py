@@ -29,9 +29,10 @@ def test_dtypes_and_scaler(name, compute, trained):
     precision = Precision(name, CPU)
     assert (precision.compute_dtype, precision.trained_dtype) == (compute, trained)
     assert precision.scaler.is_enabled() == (name == "fp16")
-    with precision.autocast():
-        product = torch.ones(2, 2, dtype=trained) @ torch.ones(2, 2, dtype=trained)
-    assert product.dtype == compute
+    for stored in (trained, compute):
+        with precision.autocast(stored):
+            product = torch.ones(2, 2, dtype=stored) @ torch.ones(2, 2, dtype=stored)
+        assert product.dtype == compute
 
 
 def test_bf16_stores_frozen_weights_in_bf16_and_trains_in_fp32(shapes_model):
