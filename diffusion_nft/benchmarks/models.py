@@ -171,11 +171,11 @@ def _random_pipeline(
         del folder
         torch.manual_seed(0)
         with torch.device(device):
-            transformer: nn.Module = SD3Transformer2DModel(**arch.transformer)
-            vae: nn.Module = AutoencoderKL(**arch.vae)
-        parts: dict[str, Any] = {
-            "transformer": transformer.to(dtype.get("transformer", dtype["default"])),
-            "vae": vae.to(dtype["vae"]),
+            transformer = SD3Transformer2DModel(**arch.transformer)
+            vae = AutoencoderKL(**arch.vae)
+        parts: dict[str, Any] = {  # as nn.Module, for the types of ``to``
+            "transformer": nn.Module.to(transformer, dtype.get("transformer", dtype["default"])),
+            "vae": nn.Module.to(vae, dtype["vae"]),
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         }
         encoders = ("text_encoder", "tokenizer")
