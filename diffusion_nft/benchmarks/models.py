@@ -171,8 +171,8 @@ def _random_pipeline(
         del folder
         torch.manual_seed(0)
         with torch.device(device):
-            transformer: nn.Module = SD3Transformer2DModel(**arch.transformer)
-            vae: nn.Module = AutoencoderKL(**arch.vae)
+            transformer = SD3Transformer2DModel(**arch.transformer)
+            vae = AutoencoderKL(**arch.vae)
         parts: dict[str, Any] = {
             "transformer": _cast(transformer, dtype.get("transformer", dtype["default"])),
             "vae": _cast(vae, dtype["vae"]),

@@ -242,7 +242,7 @@ def _collect(
             [p.metadata for p in chosen],
             [f"line {places[line] + 1}" for line in chunk],
         )
-        # Without failed images, which a later call scores again.
+        # If some images failed, a later call scores the chunk again.
         if folder is not None and not scores.reasons:
             write_scores(folder, chunk, scores, rewards)
         return scores

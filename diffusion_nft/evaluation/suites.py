@@ -190,13 +190,11 @@ def as_markdown(suite: Suite, rows: Sequence[Row]) -> str:
         "± is the standard error of the mean, clustered by prompt.  Rows whose names end in "
         "<N>lines are for a fixed random subset of N lines of each test set.",
         "\n".join(counts),
-        _comparison(rows, "settings"),
         *(
-            [_comparison(rows, "reward_settings")]
-            if any(row.reward_settings for row in rows)
-            else []
+            _comparison(rows, part)
+            for part in ("settings", "reward_settings", "environment")
+            if any(getattr(row, part) for row in rows)
         ),
-        _comparison(rows, "environment"),
     ]
     return "\n\n".join(parts) + "\n"
 

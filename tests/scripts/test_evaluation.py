@@ -88,16 +88,6 @@ def test_two_processes_write_the_same_bytes(run_dir, tmp_path):
     same_bytes(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.multiproc
-@pytest.mark.slow
-def test_480_lines_on_1_2_and_3_processes(tmp_path):
-    for count in (1, 2, 3):
-        flags = ["--pretrained", "shapes", "--dataset", "shapes", "--output_dir"]
-        insist(run(torchrun(count, "scripts/evaluation.py", *flags, str(tmp_path / str(count)))))
-        assert averages(tmp_path / str(count))["num_samples"] == 480
-        same_bytes(tmp_path / "1", tmp_path / str(count))
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
