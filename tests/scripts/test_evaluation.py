@@ -105,7 +105,7 @@ def test_two_processes_write_the_same_bytes(run_dir, tmp_path):
         (("--dataset", "shapes", "--option", "shapes.rul=lenient"), "no option 'rul'"),
         (("--dataset", "shapes", "--option", "shapes.rule=lennient"), "lennient"),
         (("--dataset", "shapes", "--option", "pikscore.dtype=fp16"), "pikscore"),
-        (("--dataset", "shapes", "--reward_servers", "shapes=nowhere"), "no address"),
+        (("--dataset", "shapes", "--reward_servers", "shapes=nowhere"), "is not an address"),
         ((), "--dataset"),
     ],
 )
