@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _setup_privateuseone_for_python_backend,
+)
 
 aten = torch.ops.aten
 COPIES = (aten.copy_.default, aten._to_copy.default)
@@ -22,10 +25,10 @@ _library = torch.library.Library("aten", "IMPL")
 
 
 class SimulatedTensor(Tensor):
-    """``inner``, reported as a tensor on the simulated GPU."""
+    """``held``, reported as a tensor on the simulated GPU."""
 
-    inner: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    held: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "SimulatedTensor":
@@ -37,24 +40,24 @@ class SimulatedTensor(Tensor):
             dtype=inner.dtype,
             device=torch.device("gpu", 0),
         )
-        tensor.inner = inner
+        tensor.held = inner
         return tensor
 
     def tolist(self) -> Any:
         WAITS["tolist"] += 1
-        return self.inner.tolist()
+        return self.held.tolist()
 
     def numpy(self, **options: Any) -> Any:
         raise TypeError("can't convert a tensor on the simulated GPU to numpy")
 
     def __repr__(self, **options: Any) -> str:
-        return f"gpu({self.inner})"
+        return f"gpu({self.held})"
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        on_gpu = {id(t.inner): t for t in tensors if isinstance(t, cls)}
+        on_gpu = {id(t.held): t for t in tensors if isinstance(t, cls)}
         for tensor in tensors:
             # CUDA takes numbers, which tensors of no dimension are, from the CPU.
             if func not in COPIES and not isinstance(tensor, cls) and tensor.dim():
@@ -78,7 +81,7 @@ class SimulatedTensor(Tensor):
 
 
 def _inner(value: Any) -> Any:
-    return value.inner if isinstance(value, SimulatedTensor) else value
+    return value.held if isinstance(value, SimulatedTensor) else value
 
 
 def _empty(size, *, memory_format=None, dtype=None, layout=None, device=None, pin_memory=None):
@@ -95,10 +98,17 @@ def _copy_from(source, target, non_blocking=False):
     return target
 
 
+class _Backend(_DummyBackendModule):
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
 @cache
 def simulated_gpu() -> torch.device:
-    """The device, which this process can use from now on."""
-    _setup_privateuseone_for_python_backend("gpu")
+    """The device, which this process can use from now on; call it before any backward pass."""
+    _setup_privateuseone_for_python_backend("gpu", backend_module=_Backend())
+    # ``Module.to`` would otherwise change what a parameter reports, not what it holds.
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
     _library.impl("empty.memory_format", _empty, "PrivateUse1")
     _library.impl("empty_strided", _empty_strided, "PrivateUse1")
     _library.impl("_copy_from", _copy_from, "PrivateUse1")
