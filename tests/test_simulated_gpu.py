@@ -66,7 +66,7 @@ def compare(name: str) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_run_on_another_device_is_the_same(name):
-    code = f"import tests.conftest; from tests.test_devices import compare; compare({name!r})"
+    code = f"import tests.conftest; from tests.test_simulated_gpu import compare; compare({name!r})"
     insist(run([sys.executable, "-c", code]))
 
 
