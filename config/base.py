@@ -9,6 +9,7 @@ the key, is continued with the default.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -52,12 +53,17 @@ def get_config() -> ml_collections.ConfigDict:
     pretrained.model = "stabilityai/stable-diffusion-3.5-medium"
     # Branch, tag or commit on the hub; empty: the default branch.
     pretrained.revision = ""
-    # The family of the model: a name in diffusion_nft.models.MODELS.
-    pretrained.model_type = "sd3"
-    # T5 tokens per prompt (CLIP always uses 77).
+    # The family of the model: a name in diffusion_nft.models.MODELS; empty: as its files say.
+    pretrained.model_type = ""
+    # Tokens per prompt (CLIP always uses 77).
     pretrained.max_sequence_length = 128
-    # Pixels, height = width.
-    config.resolution = 512
+    # Guidance value that is an input of the transformer (FLUX.1-dev), the same in rollouts, losses
+    # and evaluation.  Other models ignore it.
+    pretrained.embedded_guidance = 3.5
+    # Accept models distilled to few steps (FLUX.1-schnell, Turbo, Lightning), which training blurs.
+    pretrained.allow_distilled = False
+    # Pixels: height = width, or (height, width).
+    config.resolution = config_dict.FieldReference(512, field_type=object)
 
     # A name under dataset/ or a folder, with train and test .txt or _metadata.jsonl files.
     config.dataset = ""
@@ -97,6 +103,8 @@ def get_config() -> ml_collections.ConfigDict:
     sample.noise_level = 0.7
     # Classifier-free guidance of the rollout (1: none).  Of the losses only flow_grpo uses it.
     sample.guidance_scale = 1.0
+    # Negative prompt of guidance, in rollouts and evaluation, for lines without "negative_prompt".
+    sample.negative_prompt = ""
     # Standard deviation of the advantage over the whole epoch (True) or over each group (False).
     sample.global_std = True
     # Standardise each reward per group before the weighted sum, so that weights do not depend on
@@ -112,8 +120,9 @@ def get_config() -> ml_collections.ConfigDict:
     train.gradient_step_per_epoch = 1
     # Passes over the epoch's samples, each with fresh noise.
     train.num_inner_epochs = 1
-    # Fraction of the sampler's sigmas at which each sample is trained:
-    # int(num_steps * timestep_fraction), at least 1.
+    # The noisiest int(num_steps * sigma_range) of the sampler's sigmas are trained on, and each
+    # sample at int(that * timestep_fraction) of them; both are at least 1.
+    train.sigma_range = 1.0
     train.timestep_fraction = 0.99
     # Choice of these sigmas per sample: random | stratified (one per equal part of the sampler's
     # path) | first (the noisiest).
@@ -135,7 +144,9 @@ def get_config() -> ml_collections.ConfigDict:
     # one_only | binary.
     train.adv_clip_max = 5.0
     train.adv_mode = "all"
-    # LoRA on the attention projections.
+    # Linear layers with LoRA: attention | attention+mlp (see docs/models.md), a tuple of ends of
+    # names, or a regular expression of whole names.
+    train.lora_targets = config_dict.FieldReference("attention", field_type=object)
     train.lora_rank = 32
     train.lora_alpha = 64
     # A LoRA of this rank (a PEFT folder or a diffusers file) from which the current and the old
@@ -192,6 +203,8 @@ def get_config() -> ml_collections.ConfigDict:
     evaluation.num_steps = 40
     evaluation.solver = "flow"
     evaluation.guidance_scale = 1.0
+    # Pixels as resolution, or 0: the same.
+    evaluation.resolution = config_dict.FieldReference(0, field_type=object)
     # Micro-batch of images; test lines are distributed to the ranks in chunks of this size.
     evaluation.batch_size = 16
     # Evaluate before the first epoch.

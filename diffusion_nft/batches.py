@@ -42,6 +42,14 @@ def choose_sigma_indices(available: int, used: int, choice: str, rng: torch.Gene
     return [int((start + i) * available / used) for i in range(used)]
 
 
+def trained_sigmas(num_sigmas: int, train: ConfigDict) -> tuple[int, int]:
+    """How many of the sampler's sigmas, the noisiest, are trained on, and at how many of these each
+    sample is.
+    """
+    available = max(1, int(num_sigmas * train.sigma_range))
+    return available, max(1, int(available * train.timestep_fraction))
+
+
 @dataclass(frozen=True)
 class StepPairs:
     """The pairs of one optimizer step."""
@@ -70,8 +78,7 @@ class EpochBatches:
         self.train, self.seed = config.train, config.seed
         self.group_size = config.sample.num_image_per_prompt
         self.on_trajectories = algorithm.on_trajectories
-        fraction = config.train.timestep_fraction
-        self.sigmas_per_sample = max(1, int(len(rollout.sigmas) * fraction))
+        self.available, self.sigmas_per_sample = trained_sigmas(len(rollout.sigmas), config.train)
         self._scored = ~weights.isnan()
         self._trained = self._scored.clone()
         if config.train.filter_zero_std_groups:
@@ -107,7 +114,7 @@ class EpochBatches:
         return steps.reshape(-1)
 
     def _pairs(self, chosen: Tensor, key: tuple[int, int]) -> list[Pair]:
-        available, used = len(self.rollout.sigmas), self.sigmas_per_sample
+        available, used = self.available, self.sigmas_per_sample
         pairs = []
         for row, index in enumerate(self.rollout.indices):
             if chosen[index]:
@@ -129,7 +136,7 @@ class EpochBatches:
         device = self.rollout.x0.device
         on_device = to_device(rows, device)
         weight = to_device(self.weights[rows + self.rollout.indices.start], device)
-        cond = self.rollout.cond.select(self.rollout.cond_rows[on_device])
+        cond = self.rollout.cond.select([self.rollout.cond_rows[row] for row, _ in pairs])
         if self.on_trajectories:
             return self._transitions(on_device, sigma_indices, weight), cond
         return self._noised(pairs, key, on_device, sigma_indices, weight), cond

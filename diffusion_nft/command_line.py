@@ -50,6 +50,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def resolution(text: str) -> int | tuple[int, int]:
+    """argparse type of N, or HEIGHTxWIDTH, in pixels."""
+    sides = tuple(positive(side) for side in text.split("x", 1))
+    return sides if len(sides) == 2 else sides[0]
+
+
 def device(text: str) -> torch.device:
     """argparse type of a usable device."""
     try:

@@ -9,8 +9,9 @@ therefore merged with the base into separate weights, unless this would lose pre
 of the base are never written to.
 """
 
+import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -205,11 +206,39 @@ class Policy:
                 self._activate(before)
 
 
-def unusual_modules(model: Any, modules: Iterable[str]) -> str:
-    """Differences between ``modules`` and the layers of ``model.lora_targets``; "" if none."""
-    names = (name for name, _ in model.transformer.named_modules())
-    ends = tuple(f".{target}" for target in model.lora_targets)
-    usual, own = {name for name in names if name.endswith(ends)}, set(modules)
+def lora_layers(model: Any, targets: str | Sequence[str]) -> list[str]:
+    """Names of the linear layers with LoRA.  ``targets``: a key of ``model.lora_targets``, a
+    regular expression of whole names, or ends of names.
+
+    Raises ValueError if one of them matches no layer.
+    """
+    layers = (nn.Linear, LoraLinear)
+    names = [
+        name
+        for name, module in model.transformer.named_modules()
+        # Of a layer that has a LoRA already, the layer rather than its parts.
+        if isinstance(module, layers) and ".base_layer" not in name and ".lora_" not in name
+    ]
+    if isinstance(targets, str):
+        patterns = {targets: model.lora_targets.get(targets, targets)}
+    else:
+        patterns = {end: rf"(.*\.)?{re.escape(end)}" for end in targets}
+    found: dict[str, None] = {}
+    for target, pattern in patterns.items():
+        matching = [name for name in names if re.fullmatch(pattern, name)]
+        if not matching:
+            raise ValueError(
+                f"train.lora_targets: {target!r} matches no linear layer of {model.name} (one is "
+                f"{names[len(names) // 2]}); choose from {', '.join(model.lora_targets)}, a tuple "
+                "of ends of names, or a regular expression of whole names"
+            )
+        found |= dict.fromkeys(matching)
+    return list(found)
+
+
+def unusual_modules(model: Any, modules: Iterable[str], targets: str | Sequence[str]) -> str:
+    """Differences between ``modules`` and the layers of ``targets``; "" if none."""
+    usual, own = set(lora_layers(model, targets)), set(modules)
     return ", ".join(
         f"{len(found)} {what} ({min(found)}{', ...' if len(found) > 1 else ''})"
         for what, found in (("more", own - usual), ("fewer", usual - own))

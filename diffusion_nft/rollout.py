@@ -34,7 +34,7 @@ class Rollout:
     indices: range  # of this rank's samples
     x0: Tensor  # [n, C, h, w]
     cond: Conditioning  # of this rank's prompts, one row each
-    cond_rows: Tensor  # [n]: row of ``cond`` per sample
+    cond_rows: list[int]  # row of ``cond`` per sample
     x0_rms: float  # root mean square of all scored latents
     sigmas: Tensor  # [S]: distinct non-zero noise levels visited by the solver; empty if n is 0
     images: Images  # up to num_images of this rank's, for the log
@@ -96,8 +96,8 @@ def generate_rollouts(
     sampler = Sampler.for_rollouts(config)
     first = indices.start // size
     groups_here = slice(first, -(-indices.stop // size) if indices else first)
-    cond = model.encode([prompt.text for prompt in prompts[groups_here]])
-    cond_rows = torch.tensor([i // size - first for i in indices], device=model.device).long()
+    cond = sampler.encode(model, prompts[groups_here]).to(model.device)
+    cond_rows = [i // size - first for i in indices]
     shown = shown_samples(indices, size, num_images)
     latents, chains, thumbs, kept, sigmas = [], [], [], [], torch.zeros(0)
     with ScoringWorker(dist.device) as worker:
@@ -125,7 +125,7 @@ def generate_rollouts(
         # Offloaded encoders would compete with the reward models for the device's memory.
         early = config.perf.embed_cache_gb and not config.perf.offload_text_encoders
         if early and not requested():
-            model.encode_cached([prompt.text for prompt in ahead[groups_here]])
+            sampler.encode(model, ahead[groups_here])
         empty = torch.zeros(0, 3 * THUMBNAIL**2)
         scores, all_thumbs = gather_scores(
             dist, worker.results, torch.cat([empty, *thumbs]), rewards.max_unscored

@@ -22,7 +22,7 @@ from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models import Model
 from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.sampling import guided_velocity
-from diffusion_nft.policy import Policy
+from diffusion_nft.policy import Policy, lora_layers
 from diffusion_nft.rollout import Rollout
 from diffusion_nft.utils.devices import to_device
 
@@ -241,11 +241,11 @@ def build_learner(
 ) -> Learner:
     """A Learner with a new policy and algorithm.
 
-    ``lora_modules``: layers with LoRA; by default ``model.lora_targets``.
+    ``lora_modules``: layers with LoRA; by default those of ``train.lora_targets``.
     """
     policy = Policy(
         model.transformer,
-        targets=list(lora_modules) or model.lora_targets,
+        targets=list(lora_modules) or lora_layers(model, config.train.lora_targets),
         rank=config.train.lora_rank,
         alpha=config.train.lora_alpha,
         seed=config.seed,

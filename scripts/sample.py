@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion_nft.command_line import command, script_parser, user_path
-from diffusion_nft.data.prompts import check_text, read_prompts
+from diffusion_nft.data.prompts import Prompt, check_text, read_prompts
 from diffusion_nft.distributed.ranks import distributed
 from diffusion_nft.evaluation.options import add_model_flags, resolve_options
 from diffusion_nft.images import Images, save_png
-from diffusion_nft.models import Model, load_model
+from diffusion_nft.models import Model
+from diffusion_nft.models.loading import load_model
 from diffusion_nft.models.sampling import Sampler
 from diffusion_nft.policy import REFERENCE
 from diffusion_nft.randomness import generator
@@ -80,7 +81,8 @@ def draw(
     images = []
     for number, prompt in enumerate(prompts):
         for seed in seeds:
-            latents = sampler(model, model.encode([prompt]), [generator(seed, "sample")])[0]
+            cond = sampler.encode(model, [Prompt(prompt)]).to(model.device)
+            latents = sampler(model, cond, [generator(seed, "sample")])[0]
             images.append(model.decode(latents).to("cpu"))
             if not images[-1].finite.all():
                 raise ValueError(

@@ -32,6 +32,13 @@ TINY: dict[str, Any] = {
 }
 
 
+# Ends of the names of SD3's layers with LoRA, as in the published code.
+LORA_TARGETS = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
+
+
 def environment() -> dict[str, str]:
     """Offline, one thread a process."""
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
@@ -103,10 +110,12 @@ def build_shapes_model(precision: str = "no", **options: Any) -> Any:
     from diffusion_nft.distributed.ranks import Distributed
     from diffusion_nft.models import build_model
     from diffusion_nft.models.precision import Precision
+    from diffusion_nft.shapes.model import PIPELINE_DIR
 
     device = torch.device("cpu")
     return build_model(
         "sd3",
+        folder=PIPELINE_DIR,
         name="shapes",
         max_sequence_length=8,
         dist=Distributed(0, 1, 0, device),

@@ -115,7 +115,7 @@ def test_values_of_the_published_presets(name: str) -> None:
         "resume_from": "",
         "pretrained.model": "stabilityai/stable-diffusion-3.5-medium",
         "pretrained.revision": "",
-        "pretrained.model_type": "sd3",
+        "pretrained.model_type": "",
         "pretrained.max_sequence_length": 128,
         "resolution": 512,
         "sample.num_groups": 48,

@@ -11,8 +11,9 @@ from peft.tuners import lora
 
 from diffusion_nft.models.lora import Lora
 from diffusion_nft.models.precision import Precision
-from diffusion_nft.models.sd3 import LORA_TARGETS
+from diffusion_nft.models.sd3 import SD3Model
 from diffusion_nft.policy import ADAPTERS, LoraLinear, Policy, policy_of_lora, unusual_modules
+from tests.launch import LORA_TARGETS
 
 RANK, ALPHA = 3, 12
 
@@ -310,7 +311,7 @@ def test_a_lora_on_any_linear_layers_is_the_policy_that_peft_has(base, transform
     theirs = get_peft_model_state_dict(wrapped)
     state = {key.removeprefix("base_model.model."): value for key, value in theirs.items()}
     precision = Precision("no", torch.device("cpu"))
-    model = SimpleNamespace(transformer=transformer, precision=precision, lora_targets=LORA_TARGETS)
+    model = SimpleNamespace(transformer=transformer, precision=precision)
     policy = policy_of_lora(model, Lora(state))
     expected = predict(wrapped)
     assert float((expected - predict(base)).norm() / expected.norm()) > 1e-2
@@ -322,12 +323,14 @@ def test_a_lora_on_any_linear_layers_is_the_policy_that_peft_has(base, transform
 
 
 def test_unusual_modules_are_counted_and_named(transformer):
-    model = SimpleNamespace(transformer=transformer, lora_targets=LORA_TARGETS)
+    model = SimpleNamespace(transformer=transformer, lora_targets=SD3Model.lora_targets)
     usual = [n for n, _ in transformer.named_modules() if n.endswith(LORA_TARGETS)]
-    assert unusual_modules(model, usual) == ""
-    assert unusual_modules(model, [*usual, "proj_out"]) == "1 more (proj_out)"
+    assert unusual_modules(model, usual, "attention") == ""
+    assert unusual_modules(model, [*usual, "proj_out"], "attention") == "1 more (proj_out)"
     words = "1 more (proj_out), 14 fewer (transformer_blocks.0.attn.add_k_proj, ...)"
-    assert len(usual) == 15 and unusual_modules(model, ["proj_out", usual[-1]]) == words
+    assert (
+        len(usual) == 15 and unusual_modules(model, ["proj_out", usual[-1]], "attention") == words
+    )
 
 
 def test_a_policy_names_the_layers_that_the_model_lacks(transformer):

@@ -11,6 +11,7 @@ import torch
 from diffusion_nft.data.prompts import load_prompts
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.images import Images
+from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.sampling import guided_velocity
 from diffusion_nft.rewards.combine import RewardError, RewardSet, Scores, build_rewards
 from diffusion_nft.rewards.worker import QUEUE_LENGTH, ScoringWorker
@@ -115,8 +116,8 @@ def test_every_sample_is_scored_against_its_own_prompt(shapes_model, tmp_path):
     assert rewards.asked == expected
     # The conditioning of each sample is that of its prompt, each prompt's there once.
     alone = shapes_model.encode([p.text for p in prompts])
-    assert torch.equal(rollout.cond.prompt_embeds, alone.prompt_embeds)
-    assert rollout.cond_rows.tolist() == [i // 4 for i in range(12)]
+    assert torch.equal(rollout.cond.prompt.prompt_embeds, alone.prompt_embeds)
+    assert rollout.cond_rows == [i // 4 for i in range(12)]
     assert len(rollout.images) == 7
     images = shapes_model.decode(rollout.x0)
     # Two lines of four, as near as three prompts come to it.
@@ -135,8 +136,8 @@ def test_guidance_mixes_two_velocities(shapes_model):
     cond, empty = shapes_model.encode(texts), shapes_model.encode(["", ""])
     x = torch.randn(2, *shapes_model.latent_shape((48, 48)))
     sigma = torch.tensor([0.7, 0.3])
-    guided = guided_velocity(shapes_model, cond, 3.0)
-    plain = guided_velocity(shapes_model, cond, 1.0)
+    guided = guided_velocity(shapes_model, Conditioning(cond, empty), 3.0)
+    plain = guided_velocity(shapes_model, Conditioning(cond), 1.0)
     with torch.no_grad():
         with_prompt = shapes_model.velocity(x, sigma, cond)
         without = shapes_model.velocity(x, sigma, empty)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusion_nft import rollout
 from diffusion_nft.data.prompts import epoch_prompts
 from diffusion_nft.distributed.ranks import Distributed
+from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.sampling import Sampler
 from diffusion_nft.policy import LoraLinear
 from diffusion_nft.trainer import Trainer
@@ -181,7 +182,7 @@ def test_the_host_reads_no_value_in_the_inner_loops(tmp_path):
         for solver in ("dpm2", "flow"):
             for steps in (2, 5):
                 sampler = Sampler(solver, steps, 1.0, (48, 48), noise_level=0.5)
-                cond = trainer.model.encode(["a red circle"])
+                cond = Conditioning(trainer.model.encode(["a red circle"]))
                 with Reads() as reads:
                     sampler(trainer.model, cond, [torch.Generator().manual_seed(0)])
                 per_solver.append(reads.count)

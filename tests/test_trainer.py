@@ -81,7 +81,7 @@ def test_the_exported_lora_is_the_ema_in_diffusers(run_dir, shapes_model):
                 hidden_states=x,
                 timestep=torch.tensor([500.0]),
                 encoder_hidden_states=cond.prompt_embeds,
-                pooled_projections=cond.pooled_prompt_embeds,
+                pooled_projections=cond.pooled,
                 return_dict=False,
             )[0]
 

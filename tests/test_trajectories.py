@@ -65,12 +65,8 @@ def make_learner(tmp_path, rank: int = 0, world_size: int = 1, **overrides) -> L
                 own.copy_(current + 0.1 * own)
     model = SimpleNamespace(
         precision=Precision("fp64", CPU),
-        velocity=lambda xt, s, cond: predict(
-            policy.weights[policy.active], xt, s, cond.pooled_prompt_embeds
-        ),
-        encode=lambda texts: Conditioning(
-            torch.zeros(len(texts), 1, 1), torch.full((len(texts), 1), EMPTY, dtype=torch.float64)
-        ),
+        velocity=lambda xt, s, cond: predict(policy.weights[policy.active], xt, s, cond.pooled),
+        guided=lambda without, with_prompt, scale: without + scale * (with_prompt - without),
     )
     return Learner(
         config,
@@ -101,7 +97,10 @@ def make_rollout(learner: Learner, scale: float, rank: int = 0, world_size: int 
     return replace(
         rollout,
         x0=xs[-1, mine],
-        cond=replace(rollout.cond, pooled_prompt_embeds=POOLED[mine]),
+        cond=Conditioning(
+            replace(rollout.cond.prompt, pooled=POOLED[mine]),
+            replace(rollout.cond.prompt, pooled=torch.full_like(POOLED[mine], EMPTY)),
+        ),
         trajectory=Trajectory(xs[:, mine], log_probs[:, mine]),
     )
 

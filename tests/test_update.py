@@ -14,7 +14,7 @@ from diffusion_nft.batches import EpochBatches, choose_sigma_indices
 from diffusion_nft.data.prompts import shard
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.images import Images
-from diffusion_nft.models.embeddings import Conditioning
+from diffusion_nft.models.embeddings import Conditioning, PromptEmbeds, stack
 from diffusion_nft.models.precision import FIRST_LOSS_SCALE, Precision
 from diffusion_nft.rewards.combine import Scores
 from diffusion_nft.rollout import Rollout
@@ -85,6 +85,9 @@ class Recording(NFT):
         return super().loss(velocity, batch)
 
 
+ROW = PromptEmbeds.of_text(torch.zeros(1, 1, 1), torch.zeros(1, 1))
+
+
 def make_rollout(rank: int = 0, world_size: int = 1) -> Rollout:
     g = torch.Generator().manual_seed(5)
     x0 = torch.randn(NUM, *SHAPE, generator=g, dtype=torch.float64)
@@ -96,8 +99,8 @@ def make_rollout(rank: int = 0, world_size: int = 1) -> Rollout:
         x0_rms=1.0,
         indices=indices,
         x0=x0[indices.start : indices.stop],
-        cond=Conditioning(torch.zeros(max(n, 1), 1, 1), torch.zeros(max(n, 1), 1)),
-        cond_rows=torch.arange(n),
+        cond=Conditioning(stack([ROW] * max(n, 1))),
+        cond_rows=list(range(n)),
         sigmas=torch.tensor([1.0, 0.8, 0.5, 0.2], dtype=torch.float64) if n else torch.zeros(0),
         images=Images.concatenate([]),
         shown=[],

@@ -25,8 +25,9 @@ from diffusion_nft.algorithms.nft import NFT, nft_loss
 from diffusion_nft.benchmarks.models import ARCHITECTURES, Setup
 from diffusion_nft.data.prompts import shard
 from diffusion_nft.flow import add_noise
-from diffusion_nft.models.embeddings import Conditioning
+from diffusion_nft.models.embeddings import Conditioning, PromptEmbeds, stack
 from diffusion_nft.models.sampling import Sampler
+from diffusion_nft.policy import lora_layers
 from diffusion_nft.randomness import generator
 from diffusion_nft.rewards.combine import Scores
 
@@ -40,7 +41,7 @@ class Drawn:
 
     first: int  # index of the first sample in the epoch
     x0: Tensor
-    cond: Conditioning
+    cond: PromptEmbeds
     sigmas: Tensor
 
 
@@ -59,7 +60,7 @@ class Published:
             r=config.train.lora_rank,
             lora_alpha=config.train.lora_alpha,
             init_lora_weights="gaussian",
-            target_modules=list(model.lora_targets),
+            target_modules=lora_layers(model, "attention"),
         )
         torch.manual_seed(config.seed)
         with warnings.catch_warnings():
@@ -114,13 +115,13 @@ class Published:
             if name != "reference":
                 layer._active_adapter = [name]
 
-    def encode(self, texts: list[str]) -> Conditioning:
+    def encode(self, texts: list[str]) -> PromptEmbeds:
         """Embeddings of ``texts``, one row per text, without a cache."""
         model = self.model
         if self.setup.arch in ARCHITECTURES:  # without text encoders
             return model.encode(texts)
         with torch.no_grad():
-            prompt_embeds, _, pooled_prompt_embeds, _ = model.pipe.encode_prompt(
+            prompt_embeds, _, pooled, _ = model.pipe.encode_prompt(
                 prompt=texts,
                 prompt_2=texts,
                 prompt_3=texts,
@@ -128,7 +129,8 @@ class Published:
                 do_classifier_free_guidance=False,
                 max_sequence_length=model.max_sequence_length,
             )
-        return Conditioning(prompt_embeds, pooled_prompt_embeds)
+        lengths = (prompt_embeds.shape[1],) * len(texts)
+        return PromptEmbeds(prompt_embeds, lengths, pooled)
 
     def sample(self, epoch: int) -> tuple[Drawn, Tensor]:
         """Samples of ``epoch``, and their optimality r ``[N]``."""
@@ -144,7 +146,7 @@ class Published:
                 texts = [prompt.text for prompt in batch]
                 cond = self.encode(texts)
                 noise = [generator(config.seed, epoch, i, "rollout") for i in rows]
-                x0, sigmas = sampler(self.model, cond, noise)
+                x0, sigmas = sampler(self.model, Conditioning(cond), noise)
                 images = self.model.decode(x0)
                 metadata = [prompt.metadata for prompt in batch]
                 futures.append(scorers.submit(setup.rewards, images, texts, metadata))
@@ -152,11 +154,9 @@ class Published:
                 conds.append(cond)
             mine = self.totals(futures)
         total = torch.cat(dist.gather_objects(mine))
-        cond = Conditioning(
-            torch.cat([c.prompt_embeds for c in conds]),
-            torch.cat([c.pooled_prompt_embeds for c in conds]),
+        return Drawn(indices.start, torch.cat(latents), stack(conds), sigmas), setup.optimality(
+            total
         )
-        return Drawn(indices.start, torch.cat(latents), cond, sigmas), setup.optimality(total)
 
     def totals(self, futures: list[Future[Scores]]) -> Tensor:
         """Waits for the total rewards of this rank's samples."""
@@ -173,7 +173,7 @@ class Published:
         for chosen in rows.chunk(config.gradient_step_per_epoch):
             self.optimizer.zero_grad()
             for part in chosen.split(config.batch_size):
-                cond = drawn.cond.select(part)
+                cond = drawn.cond.select(part.tolist())
                 for column in range(used):
                     x0, sigma = drawn.x0[part], sigmas[sigma_indices[part, column]]
                     noise = torch.randn_like(x0)
@@ -184,7 +184,7 @@ class Published:
             self._update()
         self._blend(self.weights["old"], self.algorithm.old_policy_decay(self.step))
 
-    def losses(self, batch: Batch, cond: Conditioning) -> Tensor:
+    def losses(self, batch: Batch, cond: PromptEmbeds) -> Tensor:
         """The losses ``[B]`` of ``batch`` after three forwards."""
 
         def velocity(policy: str) -> Tensor:

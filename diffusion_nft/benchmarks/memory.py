@@ -23,7 +23,7 @@ from diffusion_nft.benchmarks.models import CLIP_TOKENS, Setup
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.flow import add_noise
 from diffusion_nft.models import image_size
-from diffusion_nft.models.embeddings import Conditioning
+from diffusion_nft.models.embeddings import PromptEmbeds
 from diffusion_nft.tracking.plan import memory
 from diffusion_nft.update import build_learner
 from diffusion_nft.utils.tables import markdown_table
@@ -102,17 +102,18 @@ class MemoryEstimate:
         for weight in self.policy.parameters():
             weight.grad = torch.zeros_like(weight)
 
-    def _inputs(self, size: int) -> tuple[Tensor, Tensor, Conditioning]:
+    def _inputs(self, size: int) -> tuple[Tensor, Tensor, PromptEmbeds]:
         """x, sigma and conditioning of a micro-batch."""
         shape, precision = self.model.transformer.config, self.model.precision
         length = CLIP_TOKENS + self.model.max_sequence_length
         with META:
             prompt_embeds = torch.empty(size, length, shape.joint_attention_dim)
-            pooled_prompt_embeds = torch.empty(size, shape.pooled_projection_dim)
+            pooled = torch.empty(size, shape.pooled_projection_dim)
             x = torch.empty(size, *self.latent_shape, dtype=precision.trained_dtype)
             sigma = torch.empty(size, dtype=precision.trained_dtype)
         dtype = precision.compute_dtype
-        return x, sigma, Conditioning(prompt_embeds.to(dtype), pooled_prompt_embeds.to(dtype))
+        lengths = (length,) * size
+        return x, sigma, PromptEmbeds(prompt_embeds.to(dtype), lengths, pooled.to(dtype))
 
     def training(self, size: int, *, checkpointing: bool) -> float:
         """GB of a training step on a micro-batch of ``size`` (sample, sigma) pairs."""

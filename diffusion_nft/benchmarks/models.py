@@ -7,9 +7,7 @@ is not.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from diffusers import (
@@ -24,8 +22,8 @@ from torch import Tensor, nn
 from diffusion_nft.advantages import group_advantages, optimality, standardized_total
 from diffusion_nft.data.prompts import Prompt, epoch_prompts
 from diffusion_nft.distributed.ranks import Distributed
-from diffusion_nft.models import load_model
-from diffusion_nft.models.embeddings import Conditioning, EmbeddingCache
+from diffusion_nft.models.embeddings import EmbeddingCache, PromptEmbeds
+from diffusion_nft.models.loading import BuildPipeline, load_model
 from diffusion_nft.randomness import generator
 from diffusion_nft.rewards import check_prompts
 from diffusion_nft.rewards.combine import RewardSet
@@ -149,12 +147,9 @@ class Setup:
         if self.arch not in ARCHITECTURES:
             model = load_model(config, self.dist)
         else:
+            config.pretrained.model_type = "sd3"
             build = _random_pipeline(ARCHITECTURES[self.arch], self.dist.device)
-            with (
-                mock.patch("diffusion_nft.models.sd3.fetch_pipeline", return_value=Path()),
-                mock.patch("diffusion_nft.models.sd3.load_pipeline", build),
-            ):
-                model = load_model(config, self.dist)
+            model = load_model(config, self.dist, pipeline=build)
             budget = self.config.perf.embed_cache_gb * 1e9
             model.encode_cached = EmbeddingCache(_random_embeddings(model), budget)
         # Without the integer timesteps of ``match_published``.
@@ -162,13 +157,10 @@ class Setup:
         return model
 
 
-def _random_pipeline(
-    arch: Architecture, device: torch.device
-) -> Callable[..., StableDiffusion3Pipeline]:
-    """Replacement of ``load_pipeline`` with random weights and without text encoders."""
+def _random_pipeline(arch: Architecture, device: torch.device) -> BuildPipeline:
+    """Builds a pipeline with random weights and without text encoders."""
 
-    def build(folder: Path, dtype: dict[str, torch.dtype]) -> StableDiffusion3Pipeline:
-        del folder
+    def build(dtype: dict[str, torch.dtype]) -> StableDiffusion3Pipeline:
         torch.manual_seed(0)
         with torch.device(device):
             transformer = SD3Transformer2DModel(**arch.transformer)
@@ -189,17 +181,17 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module.to(dtype)  # diffusers annotates its own ``to`` without arguments
 
 
-def _random_embeddings(model: Any) -> Callable[[list[str]], list[Conditioning]]:
+def _random_embeddings(model: Any) -> Callable[[list[str]], list[PromptEmbeds]]:
     shape, dtype = model.transformer.config, model.precision.compute_dtype
     length = CLIP_TOKENS + model.max_sequence_length
 
-    def encode(texts: list[str]) -> list[Conditioning]:
+    def encode(texts: list[str]) -> list[PromptEmbeds]:
         rows = []
         for text in texts:
             rng = generator(text)
             prompt_embeds = torch.randn(1, length, shape.joint_attention_dim, generator=rng)
-            pooled_prompt_embeds = torch.randn(1, shape.pooled_projection_dim, generator=rng)
-            rows.append(Conditioning(prompt_embeds.to(dtype), pooled_prompt_embeds.to(dtype)))
+            pooled = torch.randn(1, shape.pooled_projection_dim, generator=rng)
+            rows.append(PromptEmbeds.of_text(prompt_embeds.to(dtype), pooled.to(dtype)))
         return rows
 
     return encode

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.images import Images
-from diffusion_nft.models.embeddings import Conditioning
+from diffusion_nft.models.embeddings import PromptEmbeds
 from diffusion_nft.models.flops import Cost, backward_cost, decode_cost, forward_cost
 from diffusion_nft.rewards.combine import RewardSet
 
@@ -165,12 +165,12 @@ class Observer:
     def _velocity(self, function: Callable[..., Any]) -> Callable[..., Any]:
         transformer = self.way.model.pipe.transformer
 
-        def call(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        def call(x: Tensor, sigma: Tensor, cond: PromptEmbeds) -> Tensor:
             shape = (transformer.config, x.shape[-1], cond.prompt_embeds.shape[1])
             policy = self._policies[-1]
             if policy not in self._ranks:
                 # Not timed as part of the epoch.
-                one = cond.select(torch.zeros(1, dtype=torch.long, device=x.device))
+                one = cond.select([0])
                 self._ranks[policy], seconds = self._clock(
                     self._rank_beside, partial(function, x[:1], sigma[:1], one), shape
                 )

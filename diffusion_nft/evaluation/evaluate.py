@@ -93,6 +93,10 @@ def choose_rewards(
     return weights
 
 
+def _conditioning_key(prompt: Prompt) -> tuple[str, str | None]:
+    return prompt.text, prompt.metadata.get("negative_prompt")
+
+
 def evaluate(
     model: Model,
     prompts: list[Prompt],
@@ -106,12 +110,12 @@ def evaluate(
 ) -> Evaluation:
     """Samples and scores every line of ``prompts`` with the model's active adapter.
 
-    ``config`` has ``seed``, ``resolution`` and ``eval.{solver, num_steps, guidance_scale,
-    batch_size}``.  ``lines``: line number of each prompt in the test set, which determines its
-    noise (default: its index).  ``num_images``: number of images to return per rank.  ``folder``:
-    folder for all images and the scores of finished chunks; those left there by an interrupted call
-    are reused (``complete`` checks that the settings are the same).  Raises RewardError on every
-    rank if a reward fails on any.
+    ``config`` has ``seed``, ``resolution``, ``sample.negative_prompt`` and ``eval.{solver,
+    num_steps, guidance_scale, batch_size, resolution}``.  ``lines``: line number of each prompt in
+    the test set, which determines its noise (default: its index).  ``num_images``: number of images
+    to return per rank.  ``folder``: folder for all images and the scores of finished chunks; those
+    left there by an interrupted call are reused (``complete`` checks that the settings are the
+    same).  Raises RewardError on every rank if a reward fails on any.
     """
     seed, batch_size = config.seed, config.eval.batch_size
     places = range(len(prompts)) if lines is None else lines
@@ -124,16 +128,16 @@ def evaluate(
     }
     undrawn = [i for chunk in mine if chunk not in drawn for i in chunk]
     # Encode all texts first and keep them on the host: offloaded text encoders are moved only once.
-    texts = dict.fromkeys(prompts[i].text for i in undrawn)
-    row = {text: i for i, text in enumerate(texts)}
-    embedded = model.encode_cached(list(row))
+    unique = {_conditioning_key(prompts[i]): prompts[i] for i in undrawn}
+    row = {key: i for i, key in enumerate(unique)}
+    embedded = sampler.encode(model, list(unique.values()))
 
     def draw(chunk: range) -> Images:
         numbers = [places[i] for i in chunk]
         if folder is not None and chunk in drawn:
             return read_images(folder, numbers).to(dist.device)
         generators = [generator(seed, "eval", number) for number in numbers]
-        rows = torch.tensor([row[prompts[i].text] for i in chunk])
+        rows = [row[_conditioning_key(prompts[i])] for i in chunk]
         cond = embedded.select(rows).to(model.device)
         images = model.decode(sampler(model, cond, generators)[0])
         if folder is not None:

@@ -9,11 +9,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from diffusion_nft.command_line import natural, path_or_name, positive, user_path
+from diffusion_nft.command_line import natural, path_or_name, positive, resolution, user_path
 from diffusion_nft.data.prompts import Prompt, split_file
 from diffusion_nft.distributed.ranks import Distributed
-from diffusion_nft.models import MODELS, load_model
+from diffusion_nft.models import MODELS
 from diffusion_nft.models.hub import base_note, fetch_lora
+from diffusion_nft.models.loading import load_model
 from diffusion_nft.models.lora import DEFAULT_ADAPTER, load_lora, lora_file
 from diffusion_nft.models.precision import COMPUTE_DTYPES, set_tf32
 from diffusion_nft.policy import Policy, policy_of_lora, unusual_modules
@@ -28,11 +29,14 @@ from diffusion_nft.validation.schema import validate_settings
 
 # Settings without a checkpoint.
 DEFAULTS: dict[str, Any] = {
-    "pretrained.model_type": "sd3",
+    "pretrained.model_type": "",
     "pretrained.model": "stabilityai/stable-diffusion-3.5-medium",
     "pretrained.revision": "",
     "pretrained.max_sequence_length": 128,
+    "pretrained.embedded_guidance": 3.5,
+    "pretrained.allow_distilled": False,
     "resolution": 512,
+    "sample.negative_prompt": "",
     "mixed_precision": "fp16",
     "allow_tf32": True,
     "match_published": False,
@@ -41,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "eval.solver": "flow",
     "eval.guidance_scale": 1.0,
     "eval.batch_size": 16,
+    "eval.resolution": 0,
 }
 # Defaults of the built-in model.
 BUILT_IN_SETTINGS: dict[str, Any] = {
@@ -54,6 +59,7 @@ FILE_NAME_PARTS = {
     "eval.solver": "{}",
     "eval.num_steps": "{}steps",
     "resolution": "{}px",
+    "eval.resolution": "{}px",
     "mixed_precision": "{}",
     "pretrained.max_sequence_length": "{}tokens",
 }
@@ -76,7 +82,8 @@ def add_model_flags(parser: argparse.ArgumentParser, *, lora_required: bool = Fa
     add("--num_inference_steps", dest="eval.num_steps", type=positive)
     add("--solver", dest="eval.solver")
     add("--guidance_scale", dest="eval.guidance_scale", type=float)
-    add("--resolution", type=positive)
+    add("--resolution", dest="eval.resolution", type=resolution, help="N, or HEIGHTxWIDTH")
+    add("--negative_prompt", dest="sample.negative_prompt", help="of guidance")
     add("--max_sequence_length", dest="pretrained.max_sequence_length", type=positive)
     add("--mixed_precision", choices=sorted(COMPUTE_DTYPES))
     add(
@@ -236,7 +243,9 @@ class EvalOptions:
             raise ValueError(f"LoRA {self.lora} on the base model {base}: {error}") from error
         if note := base_note(lora, base):
             dist.print_once(f"{self.lora}: {note}")
-        if difference := unusual_modules(model, lora.modules):
+        if difference := unusual_modules(
+            model, lora.modules, self.run.get("train.lora_targets", "attention")
+        ):
             dist.print_once(
                 f"{self.lora}: on other layers than those that training adapts: {difference}"
             )

@@ -2,7 +2,7 @@
 
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,9 +13,8 @@ from diffusion_nft.models.precision import Precision
 if TYPE_CHECKING:  # reward servers import this package with little else
     from ml_collections import ConfigDict
 
-    from diffusion_nft.distributed.ranks import Distributed
     from diffusion_nft.images import Images
-    from diffusion_nft.models.embeddings import Conditioning
+    from diffusion_nft.models.embeddings import PromptEmbeds
 
 PIPELINE_INDEX = "model_index.json"
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -23,33 +22,40 @@ HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 MODELS: dict[str, str] = {
     "sd3": "diffusion_nft.models.sd3:SD3Model",
 }
+# Class of the pipeline, as in its model_index.json -> pretrained.model_type.
+PIPELINES: dict[str, str] = {
+    "StableDiffusion3Pipeline": "sd3",
+}
 # Height and width of an image in pixels.
 Size = tuple[int, int]
 
 
 class Model(Protocol):
-    """A frozen base model on a device; LoRA adapters are added to its ``transformer``."""
+    """A frozen base model on a device; LoRA adapters are added to its ``transformer``.
+
+    Latents are ``[B, C, h, w]``; sigma is the noise level in [0, 1]; the velocity is
+    ``noise - x0``.
+    """
 
     device: device
     precision: Precision
     transformer: nn.Module
-    lora_targets: Sequence[str]  # ends of the names of the linear layers with LoRA
+    lora_targets: Mapping[str, str]  # train.lora_targets -> regular expression of layers' names
     offload_text_encoders: bool  # to host memory, except while encoding
-
-    @property
-    def shift(self) -> float:
-        """Time shift used in pretraining (3 for SD3.5)."""
-        ...
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """All networks: ``transformer``, ``text encoders`` and ``VAE``."""
         ...
 
-    def encode(self, texts: list[str]) -> "Conditioning":
+    def blocks(self) -> list[nn.Module]:
+        """The transformer's blocks, in order."""
+        ...
+
+    def encode(self, texts: list[str]) -> "PromptEmbeds":
         """Embeddings of ``texts`` on the device, one row each; repeated texts are encoded once."""
         ...
 
-    def encode_cached(self, texts: Sequence[str]) -> "Conditioning":
+    def encode_cached(self, texts: Sequence[str]) -> "PromptEmbeds":
         """As ``encode``, but in host memory."""
         ...
 
@@ -58,13 +64,23 @@ class Model(Protocol):
         ...
 
     def sigmas(self, num_steps: int, size: Size) -> Tensor:
-        """Noise levels of ``num_steps`` steps: float64 ``[num_steps + 1]`` on the CPU, 1 to 0."""
+        """Noise levels of ``num_steps`` steps: float64 ``[num_steps + 1]`` on the CPU, from 1 (or
+        the model's maximum) to 0.
+        """
         ...
 
-    def velocity(self, x: Tensor, sigma: Tensor, cond: "Conditioning") -> Tensor:
-        """Predicted velocity ``noise - x0`` of ``x: [B, C, h, w]`` at ``sigma: [B]``, float32 or
-        wider, by the transformer's active adapter.
+    def shift(self, num_steps: int, size: Size) -> float:
+        """Time shift of ``sigmas`` (3 for SD3.5)."""
+        ...
+
+    def velocity(self, x: Tensor, sigma: Tensor, embeds: "PromptEmbeds") -> Tensor:
+        """Predicted velocity of ``x: [B, C, h, w]`` at ``sigma: [B]``, float32 or wider, by the
+        transformer's active adapter.
         """
+        ...
+
+    def guided(self, without: Tensor, with_prompt: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance: the velocities with negative prompt and prompt combined."""
         ...
 
     def decode(self, x0: Tensor) -> "Images":
@@ -83,30 +99,21 @@ class Model(Protocol):
 
 
 def build_model(model_type: str, **options: Any) -> Any:
-    """Loads a model of family ``model_type``, a key of MODELS."""
+    """Loads a model of family ``model_type``, a key of MODELS; ``options``: of its class."""
     module, _, cls = MODELS[model_type].partition(":")
     return getattr(importlib.import_module(module), cls)(**options)
 
 
 def image_size(config: "ConfigDict") -> Size:
-    return config.resolution, config.resolution
+    """Height and width of training images."""
+    return _size(config.resolution)
 
 
-def load_model(config: "ConfigDict", dist: "Distributed") -> Any:
-    """The ``Model`` of a training or evaluation configuration.
+def eval_size(config: "ConfigDict") -> Size:
+    """Height and width of evaluation images."""
+    return _size(config.eval.resolution or config.resolution)
 
-    Raises OSError if it is not available, ValueError if it is damaged or does not support the
-    ``resolution``.
-    """
-    model = build_model(
-        config.pretrained.model_type,
-        name=config.pretrained.model,
-        revision=config.pretrained.revision,
-        max_sequence_length=config.pretrained.max_sequence_length,
-        dist=dist,
-        precision=Precision(config.mixed_precision, dist.device, allow_tf32=config.allow_tf32),
-        match_published=config.get("match_published", False),
-        **config.get("perf", {}),
-    )
-    model.latent_shape(image_size(config))
-    return model
+
+def _size(resolution: int | Sequence[int]) -> Size:
+    height, width = resolution if isinstance(resolution, Sequence) else (resolution, resolution)
+    return height, width

@@ -10,11 +10,10 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from diffusion_nft.models import HUB_NAME, PIPELINE_INDEX
+from diffusion_nft.models import HUB_NAME
 from diffusion_nft.models.lora import Lora
 from diffusion_nft.shapes import BUILT_IN_MODEL
 from diffusion_nft.shapes.model import PIPELINE_DIR
-from diffusion_nft.utils.files import read_object
 
 # "fp16" in model.fp16.safetensors and in the names of its shards (diffusers, transformers).
 VARIANT = re.compile(r"\.(\w+)(-\d+-of-\d+)?\.(safetensors|bin)$")
@@ -38,20 +37,6 @@ def weights_variant(folder: Path) -> str | None:
                 raise ValueError(f"{path} is damaged: {error}") from error
     variants = [match[1] for path in found if (match := VARIANT.search(path.name))]
     return variants[0] if len(variants) == len(found) else None
-
-
-def read_index(folder: Path, family: str) -> dict[str, Any]:
-    """The ``model_index.json`` of a pipeline's folder.
-
-    Raises ValueError if the class name of the pipeline does not begin with ``family``.
-    """
-    if not (folder / PIPELINE_INDEX).is_file():
-        raise ValueError(f"{folder} is not a diffusers folder: it has no {PIPELINE_INDEX}")
-    index = read_object(folder / PIPELINE_INDEX)
-    name = index.get("_class_name")
-    if not str(name).startswith(family):
-        raise ValueError(f"{folder} holds a {name}; a {family}Pipeline is required")
-    return index
 
 
 def fetch_pipeline(name: str, revision: str = "") -> Path:

@@ -1,6 +1,6 @@
 """Sampling latents from a model: solver, steps and classifier-free guidance."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -8,16 +8,18 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from diffusion_nft.models import Model, Size, image_size
+from diffusion_nft.data.prompts import Prompt
+from diffusion_nft.models import Model, Size, eval_size, image_size
 from diffusion_nft.models.embeddings import Conditioning, stack
 from diffusion_nft.randomness import normal
 from diffusion_nft.solvers import Trajectory, sample_trajectory, solve
+from diffusion_nft.utils.devices import to_device
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Sampling options: solver, steps, classifier-free guidance (1: none), ``size`` in pixels, and
-    the noise level of a stochastic solver.
+    """Sampling options: solver, steps, classifier-free guidance (1: none), ``size`` in pixels, the
+    noise level of a stochastic solver, and the negative prompt of lines without one.
     """
 
     solver: str
@@ -25,16 +27,32 @@ class Sampler:
     guidance_scale: float
     size: Size
     noise_level: float = 0.0
+    negative_prompt: str = ""
 
     @classmethod
     def for_rollouts(cls, config: ConfigDict) -> Self:
         own, size = config.sample, image_size(config)
-        return cls(own.solver, own.num_steps, own.guidance_scale, size, own.noise_level)
+        return cls(
+            own.solver,
+            own.num_steps,
+            own.guidance_scale,
+            size,
+            own.noise_level,
+            own.negative_prompt,
+        )
 
     @classmethod
     def for_evaluation(cls, config: ConfigDict) -> Self:
-        own = config.eval
-        return cls(own.solver, own.num_steps, own.guidance_scale, image_size(config))
+        own, size, negative = config.eval, eval_size(config), config.sample.negative_prompt
+        return cls(own.solver, own.num_steps, own.guidance_scale, size, negative_prompt=negative)
+
+    def encode(self, model: Model, prompts: Sequence[Prompt]) -> Conditioning:
+        """Embeddings of ``prompts``, in host memory."""
+        prompt = model.encode_cached([p.text for p in prompts])
+        if self.guidance_scale == 1:
+            return Conditioning(prompt)
+        negative = [p.metadata.get("negative_prompt", self.negative_prompt) for p in prompts]
+        return Conditioning(prompt, model.encode_cached(negative))
 
     @torch.no_grad()
     def __call__(
@@ -51,7 +69,7 @@ class Sampler:
             model.sigmas(self.num_steps, self.size),
             noise_level=self.noise_level,
             generator=generators,
-            shift=model.shift,
+            shift=model.shift(self.num_steps, self.size),
         )
 
     @torch.no_grad()
@@ -74,7 +92,7 @@ class Sampler:
 
     def _start(self, model: Model, generators: list[torch.Generator]) -> Tensor:
         noise = normal(model.latent_shape(self.size), generators)
-        return noise.to(model.device, model.precision.trained_dtype)
+        return to_device(noise, model.device).to(model.precision.trained_dtype)
 
 
 def guided_velocity(
@@ -82,14 +100,13 @@ def guided_velocity(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """``velocity(x, sigma)`` of ``model`` at classifier-free guidance ``scale`` (1: none)."""
     if scale == 1:
-        return lambda x, sigma: model.velocity(x, sigma, cond)
-    device = cond.prompt_embeds.device
-    rows = torch.zeros(len(cond.prompt_embeds), dtype=torch.long, device=device)
-    both = stack([model.encode([""]).select(rows), cond])
+        return lambda x, sigma: model.velocity(x, sigma, cond.prompt)
+    assert cond.negative is not None
+    both = stack([cond.negative, cond.prompt])
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
         v = model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both)
         without, with_prompt = v.chunk(2)
-        return without + scale * (with_prompt - without)
+        return model.guided(without, with_prompt, scale)
 
     return guided

@@ -12,7 +12,6 @@ from diffusion_nft.models import PIPELINE_INDEX
 from diffusion_nft.models.hub import public_name
 from diffusion_nft.models.lora import DIFFUSERS_WEIGHTS, PEFT_FOLDER, Lora
 from diffusion_nft.models.precision import COMPUTE_DTYPES
-from diffusion_nft.models.sd3 import T5, T5_TOKENIZER
 from diffusion_nft.runs.checkpoint import STATE, read_json
 from diffusion_nft.shapes import BUILT_IN_MODEL
 from diffusion_nft.tracking.metrics import METRICS_FILE
@@ -54,7 +53,8 @@ def write_card(
     source = "PIPELINE_DIR" if built_in else json.dumps((repo or ".") if merged else base)
     if merged:
         index = read_object(folder / PIPELINE_INDEX)
-        source += "".join(f", {part}=None" for part in (T5, T5_TOKENIZER) if index[part][0] is None)
+        missing = [p for p in ("text_encoder_3", "tokenizer_3") if index.get(p) == [None, None]]
+        source += "".join(f", {part}=None" for part in missing)
     template = Template(TEMPLATE.read_text("utf-8"), trim_blocks=True, undefined=StrictUndefined)
     text = template.render(
         title=repo or _title(options, base),

@@ -28,9 +28,9 @@ from diffusion_nft.validation.stages import Stage
 SOURCE_KEYS = (
     "pretrained.model",
     "pretrained.revision",
-    "pretrained.model_type",
     "train.lora_rank",
     "train.lora_alpha",
+    "train.lora_targets",
 )
 
 

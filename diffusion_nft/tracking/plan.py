@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from diffusion_nft.algorithms import build_algorithm
+from diffusion_nft.batches import trained_sigmas
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models import Model, image_size
 from diffusion_nft.policy import ADAPTERS, Policy
@@ -57,7 +58,7 @@ def forwards_per_sample(config: ConfigDict) -> float:
     """Forward-equivalents per sample and epoch: sampling, then training at its sigmas."""
     guided = 2 if config.sample.guidance_scale > 1 else 1
     calls, visited = _solver_calls(config.sample.solver, config.sample.num_steps)
-    sigmas = max(1, int(visited * config.train.timestep_fraction))
+    _, sigmas = trained_sigmas(visited, config.train)
     algorithm = build_algorithm(config)
     no_grad = len(algorithm.policies) - 1
     current = CURRENT_FORWARDS + config.perf.gradient_checkpointing  # recomputing

@@ -26,6 +26,8 @@ from diffusion_nft.utils.paths import expand, is_line
 Check = Callable[[Any], str | None]
 
 MAX_INT64 = 2**63 - 1
+# A latent covers 8 x 8 pixels (VAE), a token 2 x 2 latents (transformer).
+PIXELS_PER_TOKEN = 16
 # A branch, tag or commit; the hub's cache uses it as a file name.
 REVISION = re.compile(r"\w[\w./-]*", re.ASCII)
 
@@ -85,6 +87,34 @@ def one_of(choices: Collection[str]) -> Check:
         return f"choose from {', '.join(choices)}{did_you_mean(value, choices)}"
 
     return check
+
+
+def default_or(default: Any, check: Check) -> Check:
+    """``default``, or a value that passes ``check``."""
+    return lambda value: None if value == default else check(value)
+
+
+def resolution(value: Any) -> str | None:
+    """Pixels: one number, or (height, width)."""
+    sides = value if isinstance(value, tuple | list) else (value, value)
+    if len(sides) == 2 and all(type(side) is int and side >= PIXELS_PER_TOKEN for side in sides):
+        if any(side % PIXELS_PER_TOKEN for side in sides):
+            near = tuple(side - side % PIXELS_PER_TOKEN for side in sides)
+            near = near if isinstance(value, tuple | list) else near[0]
+            return f"must be a multiple of {PIXELS_PER_TOKEN}, such as {near}"
+        return None
+    return f"must be an integer >= {PIXELS_PER_TOKEN}, or two: (height, width)"
+
+
+def lora_targets(value: Any) -> str | None:
+    """A preset's name or a regular expression, or a tuple of ends of layers' names."""
+    if isinstance(value, tuple | list):
+        names = value and all(isinstance(name, str) and name for name in value)
+        return None if names else "must be a tuple of ends of names, such as ('attn.to_q',)"
+    try:
+        return None if value and re.compile(value) else "must not be empty"
+    except (re.error, TypeError) as error:
+        return f"must be a name, a tuple of names or a regular expression ({error})"
 
 
 def flag(value: Any) -> str | None:

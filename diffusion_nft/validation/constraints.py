@@ -2,24 +2,24 @@
 
 from collections.abc import Callable, Collection
 from functools import partial
+from typing import Any
 
 from diffusion_nft.algorithms import algorithm_class
 from diffusion_nft.data.prompts import SPLITS, split_file
 from diffusion_nft.shapes import BUILT_IN_LENGTH, BUILT_IN_MODEL, BUILT_IN_RESOLUTION
 from diffusion_nft.solvers import STOCHASTIC_SOLVERS, check_solver
 
-# SD3: a latent covers 8 x 8 pixels (VAE), a token 2 x 2 latents (transformer).
-PIXELS_PER_TOKEN = 16
 # Rewards that read a prompt's metadata.
 METADATA_REWARDS = ("geneval", "shapes")
 
 
-def _some_sigma_is_trained(num_steps: int, timestep_fraction: float) -> str | None:
-    if int(num_steps * timestep_fraction) >= 1:
+def _some_sigma_is_trained(num_steps: int, sigma_range: float, fraction: float) -> str | None:
+    available = int(num_steps * sigma_range)
+    if int(available * fraction) >= 1:
         return None
     return (
-        "leave no sigma to train at; int(num_steps * timestep_fraction) must be at least 1 "
-        f"(with {num_steps} steps, a fraction of at least 1/{num_steps})"
+        "leave no sigma to train at; int(int(num_steps * sigma_range) * timestep_fraction) must be "
+        f"at least 1; the first factors give {available}"
     )
 
 
@@ -29,14 +29,12 @@ def _steps_share_groups(gradient_steps: int, images: int) -> str | None:
     return f"each optimizer step takes an equal share of every group: at most {images} steps"
 
 
-def _resolution_fits(resolution: int, model: str) -> str | None:
-    if model == BUILT_IN_MODEL:
-        right = resolution == BUILT_IN_RESOLUTION
-        return None if right else f"the built-in model draws {BUILT_IN_RESOLUTION} pixels only"
-    if resolution % PIXELS_PER_TOKEN == 0:
-        return None
-    below = resolution - resolution % PIXELS_PER_TOKEN
-    return f"resolution must be a multiple of 16, such as {below} or {below + PIXELS_PER_TOKEN}"
+def _resolution_fits(resolution: Any, model: str) -> str | None:
+    right = model != BUILT_IN_MODEL or resolution in (
+        *(0, BUILT_IN_RESOLUTION),
+        *((BUILT_IN_RESOLUTION,) * 2, [BUILT_IN_RESOLUTION] * 2),
+    )
+    return None if right else f"the built-in model draws {BUILT_IN_RESOLUTION} pixels only"
 
 
 def _length_fits(length: int, model: str) -> str | None:
@@ -70,15 +68,22 @@ def _steps_are_random(algorithm: str, solver: str, noise_level: float) -> str | 
 
 
 def _trained_steps_are_random(
-    algorithm: str, solver: str, num_steps: int, choice: str, fraction: float
+    algorithm: str,
+    solver: str,
+    num_steps: int,
+    choice: str,
+    sigma_range: float,
+    fraction: float,
 ) -> str | None:
     if not algorithm_class(algorithm).on_trajectories or solver != "ddim":
         return None
-    if choice == "first" and int(num_steps * fraction) < num_steps:
+    available = int(num_steps * sigma_range)
+    if available < num_steps or (choice == "first" and int(available * fraction) < num_steps):
         return None
     return (
-        "the last step of ddim has no noise and cannot be trained on; sigma_choice must be 'first' "
-        f"and int(num_steps * timestep_fraction) less than {num_steps}"
+        "the last step of ddim has no noise and cannot be trained on: sigma_range must leave it "
+        "out, or sigma_choice must be 'first' and int(num_steps * timestep_fraction) less than "
+        f"{num_steps}"
     )
 
 
@@ -139,9 +144,10 @@ COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
         )
         for section in ("nft", "grpo", "matching")
     ),
-    (("sample.num_steps", "train.timestep_fraction"), _some_sigma_is_trained),
+    (("sample.num_steps", "train.sigma_range", "train.timestep_fraction"), _some_sigma_is_trained),
     (("train.gradient_step_per_epoch", "sample.num_image_per_prompt"), _steps_share_groups),
     (("resolution", "pretrained.model"), _resolution_fits),
+    (("eval.resolution", "pretrained.model"), _resolution_fits),
     (("pretrained.max_sequence_length", "pretrained.model"), _length_fits),
     (("resume_from", "train.lora_path"), _one_start),
     (("sample.solver", "sample.noise_level"), _noise_level_fits),
@@ -152,6 +158,7 @@ COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
             "sample.solver",
             "sample.num_steps",
             "train.sigma_choice",
+            "train.sigma_range",
             "train.timestep_fraction",
         ),
         _trained_steps_are_random,

@@ -20,7 +20,7 @@ from diffusion_nft.models.precision import COMPUTE_DTYPES
 from diffusion_nft.utils.paths import expand
 from diffusion_nft.validation import checks
 from diffusion_nft.validation.checks import Check, is_section
-from diffusion_nft.validation.constraints import COMBINATIONS, PIXELS_PER_TOKEN
+from diffusion_nft.validation.constraints import COMBINATIONS
 from diffusion_nft.validation.stages import merged_configs, stage_problems
 
 # Keys whose value is or may be a path (a dataset's path is expanded where it is looked up).
@@ -52,9 +52,11 @@ SCHEMA: dict[str, Check] = {
     "resume_from": checks.folder_or_empty,
     "pretrained.model": checks.model,
     "pretrained.revision": checks.revision,
-    "pretrained.model_type": checks.one_of(MODELS),
-    "pretrained.max_sequence_length": checks.integer(1, 512),
-    "resolution": checks.integer(PIXELS_PER_TOKEN),
+    "pretrained.model_type": checks.default_or("", checks.one_of(MODELS)),
+    "pretrained.max_sequence_length": checks.integer(1, 1024),
+    "pretrained.embedded_guidance": checks.number("[0, inf)"),
+    "pretrained.allow_distilled": checks.flag,
+    "resolution": checks.resolution,
     "dataset": checks.dataset,
     "allow_changed_prompts": checks.flag,
     "reward_fn": checks.reward_weights,
@@ -71,11 +73,13 @@ SCHEMA: dict[str, Check] = {
     "sample.num_steps": checks.integer(1),
     "sample.noise_level": checks.number("[0, inf)"),
     "sample.guidance_scale": checks.number("[1, inf)"),
+    "sample.negative_prompt": checks.text,
     "sample.global_std": checks.flag,
     "sample.standardize_rewards": checks.flag,
     "train.batch_size": checks.integer(0),
     "train.gradient_step_per_epoch": checks.integer(1),
     "train.num_inner_epochs": checks.integer(1),
+    "train.sigma_range": checks.number("(0, 1]"),
     "train.timestep_fraction": checks.number("(0, 1]"),
     "train.sigma_choice": checks.one_of(("random", "stratified", "first")),
     "train.shared_noise": checks.flag,
@@ -89,6 +93,7 @@ SCHEMA: dict[str, Check] = {
     "train.max_grad_norm": checks.number("(0, inf)"),
     "train.adv_clip_max": checks.number("(0, inf)"),
     "train.adv_mode": checks.one_of(ADV_MODES),
+    "train.lora_targets": checks.lora_targets,
     "train.lora_rank": checks.integer(1),
     "train.lora_alpha": checks.integer(1),
     "train.lora_path": checks.lora_or_empty,
@@ -112,6 +117,7 @@ SCHEMA: dict[str, Check] = {
     "eval.solver": checks.solver,
     "eval.guidance_scale": checks.number("[1, inf)"),
     "eval.batch_size": checks.integer(1),
+    "eval.resolution": checks.default_or(0, checks.resolution),
     "eval.at_start": checks.flag,
     "monitor.action": checks.one_of(("off", "warn", "stop", "raise_kl")),
     "monitor.image_statistics": checks.flag,

@@ -2,9 +2,9 @@
 
 import torch
 
-from diffusion_nft.models.embeddings import Conditioning, EmbeddingCache, stack
+from diffusion_nft.models.embeddings import EmbeddingCache, PromptEmbeds, stack
 
-ROW = Conditioning(torch.zeros(1, 2, 3), torch.zeros(1, 4)).nbytes
+ROW = PromptEmbeds.of_text(torch.zeros(1, 2, 3), torch.zeros(1, 4)).nbytes
 
 
 class Encoder:
@@ -14,7 +14,9 @@ class Encoder:
     def __call__(self, texts):
         self.asked.append(list(texts))
         return [
-            Conditioning(torch.full((1, 2, 3), float(len(t))), torch.full((1, 4), float(ord(t[0]))))
+            PromptEmbeds.of_text(
+                torch.full((1, 2, 3), float(len(t))), torch.full((1, 4), float(ord(t[0])))
+            )
             for t in texts
         ]
 
@@ -24,7 +26,7 @@ def test_each_unique_text_is_encoded_once_and_rows_are_in_order():
     cache = EmbeddingCache(encoder, 1e9)
     found = cache(["bb", "a", "bb", "ccc"])
     assert found.prompt_embeds[:, 0, 0].tolist() == [2, 1, 2, 3]
-    assert found.pooled_prompt_embeds[:, 0].tolist() == [ord(c) for c in "babc"]
+    assert found.pooled[:, 0].tolist() == [ord(c) for c in "babc"]
     cache(["a", "ccc", "d"])
     assert encoder.asked == [["bb", "a", "ccc"], ["d"]]
 
@@ -56,6 +58,18 @@ def test_more_texts_than_the_budget_holds_still_all_come():
 
 def test_select_and_stack():
     cond = EmbeddingCache(Encoder(), 1e9)(["a", "bb"])
-    assert cond.select(torch.tensor([1, 1, 0])).prompt_embeds[:, 0, 0].tolist() == [2, 2, 1]
+    assert cond.select([1, 1, 0]).prompt_embeds[:, 0, 0].tolist() == [2, 2, 1]
     assert cond.nbytes == 2 * ROW
-    assert stack([]).prompt_embeds.shape[0] == 0
+    assert len(stack([])) == 0
+
+
+def test_rows_of_different_lengths_are_padded_masked_and_cut():
+    rows = [PromptEmbeds.of_text(torch.ones(1, n, 2)) for n in (2, 4, 3)]
+    both = stack(rows)
+    expected = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]]).bool()
+    assert torch.equal(both.mask, expected) and torch.equal(
+        both.prompt_embeds[..., 0], 1.0 * expected
+    )
+    short = both.select([2, 0])
+    assert short.prompt_embeds.shape == (2, 3, 2) and short.lengths == (3, 2)
+    assert both.select([1]).mask is None

@@ -11,7 +11,7 @@ from diffusion_nft.algorithms.nft import nft_loss
 from diffusion_nft.flow import add_noise
 from diffusion_nft.models.precision import Precision, resolves_lora_updates
 from diffusion_nft.policy import Policy
-from tests.launch import build_shapes_model
+from tests.launch import LORA_TARGETS, build_shapes_model
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def test_bf16_stores_frozen_weights_in_bf16_and_trains_in_fp32(shapes_model):
     assert {p.dtype for p in model.transformer.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in model.vae.parameters()} == {torch.float32}
     policy = Policy(
-        model.transformer, targets=model.lora_targets, rank=4, alpha=8, seed=0, dtype=torch.float32
+        model.transformer, targets=LORA_TARGETS, rank=4, alpha=8, seed=0, dtype=torch.float32
     )
     x = torch.randn(2, *model.latent_shape((48, 48)), generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.9, 0.4])
@@ -67,7 +67,7 @@ def lora_gradient(name: str, scale: float) -> torch.Tensor:
     """
     model = build_shapes_model(name)
     policy = Policy(
-        model.transformer, targets=model.lora_targets, rank=4, alpha=8, seed=0, dtype=torch.float32
+        model.transformer, targets=LORA_TARGETS, rank=4, alpha=8, seed=0, dtype=torch.float32
     )
     x0, noise = torch.randn(
         2, 4, *model.latent_shape((48, 48)), generator=torch.Generator().manual_seed(0)

@@ -11,12 +11,14 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
 from diffusion_nft.distributed.ranks import Distributed
-from diffusion_nft.models import build_model, load_model, sd3
+from diffusion_nft.models import build_model, pipeline
+from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.hub import fetch_lora, fetch_pipeline
+from diffusion_nft.models.loading import load_model
+from diffusion_nft.models.pipeline import temporarily_on
 from diffusion_nft.models.precision import Precision
 from diffusion_nft.models.sampling import Sampler
-from diffusion_nft.models.sd3 import temporarily_on
-from diffusion_nft.policy import ADAPTERS, REFERENCE, Policy
+from diffusion_nft.policy import ADAPTERS, REFERENCE, Policy, lora_layers
 from diffusion_nft.randomness import generator
 from diffusion_nft.shapes.model import PIPELINE_DIR
 from tests.launch import build_shapes_model
@@ -35,7 +37,7 @@ def pipe():
 def test_images_are_those_of_the_plain_pipeline(shapes_model, pipe):
     cond = shapes_model.encode(TEXTS)
     keys = [generator("same", i) for i in range(3)]
-    x0, _ = Sampler("flow", 6, 1.0, (48, 48))(shapes_model, cond, keys)
+    x0, _ = Sampler("flow", 6, 1.0, (48, 48))(shapes_model, Conditioning(cond), keys)
     ours = shapes_model.decode(x0)
     start = torch.stack(
         [
@@ -62,8 +64,8 @@ def test_a_texts_embedding_does_not_depend_on_its_neighbours(shapes_model):
     shapes_model.encode_cached._bytes = 0
     alone = shapes_model.encode(TEXTS[1:2])
     assert torch.equal(alone.prompt_embeds[0], together.prompt_embeds[1])
-    assert torch.equal(alone.pooled_prompt_embeds[0], together.pooled_prompt_embeds[1])
-    assert not torch.allclose(together.pooled_prompt_embeds[0], together.pooled_prompt_embeds[1])
+    assert torch.equal(alone.pooled[0], together.pooled[1])
+    assert not torch.allclose(together.pooled[0], together.pooled[1])
 
 
 def test_decoding_in_slices_changes_nothing(shapes_model):
@@ -87,11 +89,11 @@ def test_offloading_and_checkpointing_give_the_same_numbers(shapes_model, monkey
         visits.append((modules, device))
         return temporarily_on(modules, device)
 
-    monkeypatch.setattr(sd3, "temporarily_on", recorded)
+    monkeypatch.setattr(pipeline, "temporarily_on", recorded)
     ours, theirs = other.encode(TEXTS), shapes_model.encode(TEXTS)
     assert torch.equal(ours.prompt_embeds, theirs.prompt_embeds)
     # All texts are encoded in one visit; a model that does not offload makes none.
-    assert visits == [(other._text_encoders(), CPU)]
+    assert visits == [(other.text_encoders(), CPU)]
     x, sigma = torch.ones(3, *other.latent_shape((48, 48))), torch.full((3,), 0.3)
     with torch.no_grad():
         assert torch.equal(other.velocity(x, sigma, ours), shapes_model.velocity(x, sigma, theirs))
@@ -158,6 +160,7 @@ def base(tmp_path) -> Path:
 def load(folder: Path):
     return build_model(
         "sd3",
+        folder=folder,
         name=str(folder),
         dist=Distributed(0, 1, 0, CPU),
         precision=Precision("no", CPU),
@@ -194,7 +197,7 @@ def test_a_base_that_is_stored_in_a_variant_alone(store, base, shapes_model):
     model = load(base)
     cond, same = model.encode(TEXTS), shapes_model.encode(TEXTS)
     assert torch.equal(cond.prompt_embeds, same.prompt_embeds)
-    assert torch.equal(cond.pooled_prompt_embeds, same.pooled_prompt_embeds)
+    assert torch.equal(cond.pooled, same.pooled)
     for ours, theirs in zip(
         model.transformer.parameters(), shapes_model.transformer.parameters(), strict=True
     ):
@@ -215,7 +218,7 @@ def test_a_base_without_t5(remove, base, shapes_model, capsys):
     cond, whole = load(base).encode(TEXTS), shapes_model.encode(TEXTS)
     assert f"{base} has no T5" in capsys.readouterr().out
     clip = whole.prompt_embeds.shape[1] - 8
-    assert torch.equal(cond.pooled_prompt_embeds, whole.pooled_prompt_embeds)
+    assert torch.equal(cond.pooled, whole.pooled)
     assert cond.prompt_embeds.shape == whole.prompt_embeds.shape
     assert torch.equal(cond.prompt_embeds[:, :clip], whole.prompt_embeds[:, :clip])
     assert not cond.prompt_embeds[:, clip:].any() and whole.prompt_embeds[:, clip:].any()
@@ -275,7 +278,7 @@ def test_compiled_blocks_predict_the_same_for_every_policy():
         model = build_shapes_model(compile=compiled)
         policy = Policy(
             model.transformer,
-            targets=model.lora_targets,
+            targets=lora_layers(model, "attention"),
             rank=4,
             alpha=8,
             seed=0,

@@ -74,7 +74,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
         raise Reached("the base model was about to be loaded")
 
     monkeypatch.setattr(combine, "build_reward", build_reward)
-    monkeypatch.setattr("diffusion_nft.models.build_model", build_model)
+    monkeypatch.setattr("diffusion_nft.models.loading.build_model", build_model)
     return seen
 
 

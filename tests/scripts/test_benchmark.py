@@ -24,7 +24,7 @@ from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.flow import add_noise
 from diffusion_nft.models.flops import Linear, backward_cost, decode_cost, forward_cost
 from diffusion_nft.rewards import parse_option
-from tests.launch import one_thread
+from tests.launch import LORA_TARGETS, one_thread
 from tests.scripts.in_process import call, script
 
 RANK = 32
@@ -48,7 +48,7 @@ def counted(work) -> tuple[object, int]:
 def test_flops_by_formula_are_those_that_torch_counts(tmp_path, arch, resolution):
     model = make_setup(tmp_path, arch, f"resolution={resolution}").load()
     transformer, count = model.transformer, 3
-    transformer.add_adapter(LoraConfig(r=RANK, target_modules=list(model.lora_targets)))
+    transformer.add_adapter(LoraConfig(r=RANK, target_modules=list(LORA_TARGETS)))
     x, sigma = torch.randn(count, *model.latent_shape((48, 48))), torch.full((count,), 0.5)
     cond = model.encode(["a", "b", "c"])
     shape = (transformer.config, x.shape[-1], cond.prompt_embeds.shape[1])

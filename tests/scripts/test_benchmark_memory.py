@@ -17,7 +17,7 @@ from diffusion_nft.benchmarks.memory import (
 from diffusion_nft.benchmarks.models import Setup
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.policy import Policy
-from tests.launch import one_thread
+from tests.launch import LORA_TARGETS, one_thread
 from tests.scripts.in_process import call, script
 
 PIXELS = 96
@@ -51,7 +51,7 @@ def test_a_forward_and_backward_pass_allocates_the_estimate(estimated, tmp_path)
     model = setup.load()
     policy = Policy(
         model.transformer,
-        targets=model.lora_targets,
+        targets=LORA_TARGETS,
         rank=8,
         alpha=8,
         seed=0,

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models import build_model
+from diffusion_nft.models.embeddings import Conditioning
 from diffusion_nft.models.lora import load_lora
 from diffusion_nft.models.precision import Precision
 from diffusion_nft.models.sampling import Sampler
@@ -61,10 +62,10 @@ def exported(run_dir, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def ours(run_dir) -> torch.Tensor:
     """Latents with the LoRA of the checkpoint, sampled by this project."""
-    about = {"name": "shapes", "max_sequence_length": 8}
+    about = {"folder": PIPELINE_DIR, "name": "shapes", "max_sequence_length": 8}
     model = build_model("sd3", **about, dist=CPU, precision=Precision("no", CPU.device))
     sampler = Sampler("flow", STEPS, 1.0, (48, 48))
-    cond = model.encode([PROMPT])
+    cond = Conditioning(model.encode([PROMPT]))
 
     def draw() -> torch.Tensor:
         return sampler(model, cond, [generator(0, "sample")])[0]

@@ -12,10 +12,11 @@ from PIL import Image
 
 from diffusion_nft.images import Images
 from diffusion_nft.models.lora import Lora, export_lora, scaled
-from diffusion_nft.models.sd3 import LORA_TARGETS, SD3Model
+from diffusion_nft.models.sd3 import SD3Model
 from diffusion_nft.randomness import generator, normal
 from diffusion_nft.shapes.model import PIPELINE_DIR, load_shapes_pipeline
 from diffusion_nft.utils.files import DiskError
+from tests.launch import LORA_TARGETS
 from tests.scripts.in_process import call, script
 
 sample = script("sample")

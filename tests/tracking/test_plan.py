@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from diffusion_nft.models.sd3 import LORA_TARGETS
 from diffusion_nft.policy import Policy
 from diffusion_nft.tracking.plan import forwards_per_sample, memory
-from tests.launch import build_shapes_model, smoke
+from tests.launch import LORA_TARGETS, build_shapes_model, smoke
 
 
 def test_forwards_per_sample(tmp_path):

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager
 from typing import Any
 
+from . import config_dict as config_dict
 from . import config_flags as config_flags
 
 class ConfigDict(dict[str, Any]):
