@@ -5,7 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from diffusion_nft.distributed.ranks import Distributed
-from diffusion_nft.models.loading import load_model
+from diffusion_nft.models.loading import check_distilled, load_model
 from diffusion_nft.policy import unusual_modules
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.runs.checkpoint import Checkpoint
@@ -47,6 +47,7 @@ def build_trainer(
         RewardSet(weights, built, max_unscored=own.max_unscored) for weights in (trained, evaluated)
     )
     model = load_model(own, dist)
+    check_distilled(model, own, dist)
     learner = build_learner(own, dist, model, modules)
     if modules and (difference := unusual_modules(model, modules, own.train.lora_targets)):
         dist.print_once(

@@ -21,10 +21,12 @@ HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # pretrained.model_type -> "module:Class".
 MODELS: dict[str, str] = {
     "sd3": "diffusion_nft.models.sd3:SD3Model",
+    "flux1": "diffusion_nft.models.flux1:FluxModel",
 }
 # Class of the pipeline, as in its model_index.json -> pretrained.model_type.
 PIPELINES: dict[str, str] = {
     "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux1",
 }
 # Height and width of an image in pixels.
 Size = tuple[int, int]

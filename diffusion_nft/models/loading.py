@@ -1,6 +1,7 @@
 """Loading of base models."""
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ from diffusion_nft.utils.files import read_object
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
+
+# In the names of models distilled to few steps.
+DISTILLED_NAME = re.compile(r"turbo|lightning|schnell|hyper|lcm|distill|flash", re.IGNORECASE)
 
 # From the dtypes of a pipeline's parts (and "default"), the pipeline.
 BuildPipeline = Callable[[dict[str, torch.dtype]], Any]
@@ -120,3 +124,23 @@ def load_model(
         if steps:
             model.sigmas(steps, size)
     return model
+
+
+def check_distilled(model: Any, config: "ConfigDict", dist: Distributed) -> None:
+    """Raises ValueError if ``model`` is distilled to few steps, which training on noised samples
+    would undo: its images blur (github.com/NVlabs/DiffusionNFT, issue 45).  A local folder with
+    only such a name is warned of.
+    """
+    if config.pretrained.allow_distilled:
+        return
+    name, sign = config.pretrained.model, model.distilled()
+    local = Path(name).is_dir()
+    if not sign and (found := DISTILLED_NAME.search(Path(name).name)):
+        sign = f"{found[0]!r} in its name"
+    if sign and local and not model.distilled():
+        dist.print_once(f"{name} may be distilled to few steps ({sign}): training would blur it")
+    elif sign:
+        raise ValueError(
+            f"pretrained.model = {name!r} is distilled to few steps ({sign}), and training blurs "
+            "such models: choose its base model, or set pretrained.allow_distilled = True"
+        )

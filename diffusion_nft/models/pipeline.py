@@ -144,6 +144,10 @@ class PipelineModel(ABC):
     def blocks(self) -> list[nn.Module]:
         return [b for blocks in self.block_lists for b in getattr(self.transformer, blocks)]
 
+    def distilled(self) -> str:
+        """A sign that the model is distilled to few steps; empty if there is none."""
+        return ""
+
     @abstractmethod
     def encode_text(self, text: str) -> PromptEmbeds:
         """One row, in host memory."""
