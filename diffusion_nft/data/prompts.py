@@ -1,8 +1,8 @@
 """Prompt sets, and the prompts of an epoch.
 
 A prompt set is a folder with one file per split, either ``SPLIT.txt`` (one prompt per line) or
-``SPLIT_metadata.jsonl`` (one JSON object per line, in the GenEval format: "prompt", and keys for
-rewards).  See dataset/README.md.
+``SPLIT_metadata.jsonl`` (one JSON object per line, in the GenEval format: "prompt", perhaps
+"negative_prompt", and keys for rewards).  See dataset/README.md.
 """
 
 import json
@@ -58,10 +58,13 @@ PUBLISHED_FILES: dict[str, tuple[PublishedFile, ...]] = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """A line of a prompt set; ``metadata``: its JSON object, empty for text files."""
+    """A line of a prompt set; ``metadata``: its JSON object, empty for text files.  ``negative``:
+    its "negative_prompt", for classifier-free guidance; None: that of the configuration.
+    """
 
     text: str
     metadata: dict = field(default_factory=dict)
+    negative: str | None = None
 
 
 def resolve_dataset(name_or_path: str | Path) -> Path:
@@ -260,6 +263,10 @@ def _parse_json(line: str) -> Prompt:
     if not text.strip():
         raise ValueError('"prompt" is empty')
     check_text(text)
+    negative = metadata.get("negative_prompt")
+    if negative is not None and not isinstance(negative, str):
+        raise ValueError(f'"negative_prompt" must be a string, not {type(negative).__name__}')
+    check_text(negative or "")
     try:
         # As required by reward servers and result files.
         json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode()
@@ -267,7 +274,7 @@ def _parse_json(line: str) -> Prompt:
         raise ValueError("a text has half a surrogate pair, which is not a character") from error
     except ValueError as error:
         raise ValueError("NaN and Infinity are not valid JSON numbers") from error
-    return Prompt(text.strip(), metadata)
+    return Prompt(text.strip(), metadata, negative)
 
 
 def epoch_prompts(prompts: Sequence[T], num_groups: int, *, seed: int, epoch: int) -> list[T]:

@@ -93,10 +93,6 @@ def choose_rewards(
     return weights
 
 
-def _conditioning_key(prompt: Prompt) -> tuple[str, str | None]:
-    return prompt.text, prompt.metadata.get("negative_prompt")
-
-
 def evaluate(
     model: Model,
     prompts: list[Prompt],
@@ -128,7 +124,7 @@ def evaluate(
     }
     undrawn = [i for chunk in mine if chunk not in drawn for i in chunk]
     # Encode all texts first and keep them on the host: offloaded text encoders are moved only once.
-    unique = {_conditioning_key(prompts[i]): prompts[i] for i in undrawn}
+    unique = {(prompts[i].text, prompts[i].negative): prompts[i] for i in undrawn}
     row = {key: i for i, key in enumerate(unique)}
     embedded = sampler.encode(model, list(unique.values()))
 
@@ -137,7 +133,7 @@ def evaluate(
         if folder is not None and chunk in drawn:
             return read_images(folder, numbers).to(dist.device)
         generators = [generator(seed, "eval", number) for number in numbers]
-        rows = [row[_conditioning_key(prompts[i])] for i in chunk]
+        rows = [row[prompts[i].text, prompts[i].negative] for i in chunk]
         cond = embedded.select(rows).to(model.device)
         images = model.decode(sampler(model, cond, generators)[0])
         if folder is not None:

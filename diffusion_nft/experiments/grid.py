@@ -19,7 +19,7 @@ from diffusion_nft.validation.schema import SCHEMA, expand_paths, unknown_key, v
 from diffusion_nft.validation.stages import stages_of
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAIN = ROOT / "scripts" / "train_nft_sd3.py"
+TRAIN = ROOT / "scripts" / "train_nft.py"
 LOG_FILE = "experiment.log"
 # Keys, or prefixes of keys, that may differ between two runs that count as the same.  The limits
 # of alarms are among them: experiments only warn.

@@ -51,7 +51,7 @@ class Sampler:
         prompt = model.encode_cached([p.text for p in prompts])
         if self.guidance_scale == 1:
             return Conditioning(prompt)
-        negative = [p.metadata.get("negative_prompt", self.negative_prompt) for p in prompts]
+        negative = [self.negative_prompt if p.negative is None else p.negative for p in prompts]
         return Conditioning(prompt, model.encode_cached(negative))
 
     @torch.no_grad()

@@ -43,6 +43,11 @@ def _length_fits(length: int, model: str) -> str | None:
     return f"the built-in model was trained at {BUILT_IN_LENGTH} tokens"
 
 
+def _negative_prompt_is_used(negative: str, rollouts: float, evaluation: float) -> str | None:
+    used = not negative or rollouts > 1 or evaluation > 1
+    return None if used else "without guidance (a scale above 1) a negative prompt is not used"
+
+
 def _one_start(resume_from: str, lora_path: str) -> str | None:
     return "a run can start from only one of them" if resume_from and lora_path else None
 
@@ -149,6 +154,10 @@ COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("resolution", "pretrained.model"), _resolution_fits),
     (("eval.resolution", "pretrained.model"), _resolution_fits),
     (("pretrained.max_sequence_length", "pretrained.model"), _length_fits),
+    (
+        ("sample.negative_prompt", "sample.guidance_scale", "eval.guidance_scale"),
+        _negative_prompt_is_used,
+    ),
     (("resume_from", "train.lora_path"), _one_start),
     (("sample.solver", "sample.noise_level"), _noise_level_fits),
     (("algorithm", "sample.solver", "sample.noise_level"), _steps_are_random),

@@ -80,8 +80,8 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 @cache
 def training_script() -> ModuleType:
-    """scripts/train_nft_sd3.py, which can define its flags only once in a process."""
-    return script("train_nft_sd3")
+    """scripts/train_nft.py, which can define its flags only once in a process."""
+    return script("train_nft")
 
 
 def train(config: ConfigDict, seen: Watch, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -91,7 +91,7 @@ def command(run_dir: Path, nproc: int, *, plan: str = "", fp64: bool = False, re
     flags = plain[-1 - len(overrides) - 1 :]
     if not plan and not restarts:
         return plain
-    script = [WRAPPER, plan] if plan else ["scripts/train_nft_sd3.py"]
+    script = [WRAPPER, plan] if plan else ["scripts/train_nft.py"]
     if nproc == 1:
         return [sys.executable, str(ROOT / script[0]), *script[1:], *flags]
     line = torchrun(nproc, *script, *flags)

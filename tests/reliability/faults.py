@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "train_nft_sd3.py"
+SCRIPT = ROOT / "scripts" / "train_nft.py"
 
 # Phase -> function whose calls are counted; each is called at least once per epoch on some rank.
 PHASES = {

@@ -54,6 +54,10 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "nothing in it": (b"{}", 'line 1: no "prompt"; the keys are none'),
     "no prompt": (b'{"Prompt": "x"}', 'no "prompt"; the keys are Prompt'),
     "prompt of a number": (line(prompt=3), '"prompt" must be a string, not int'),
+    "negative prompt of a number": (
+        line(negative_prompt=3),
+        '"negative_prompt" must be a string, not int',
+    ),
     "prompt of a list": (line(prompt=["a"]), '"prompt" must be a string, not list'),
     "empty prompt": (line(prompt=""), '"prompt" is empty'),
     "prompt of spaces": (line(prompt=" \u3000\t"), '"prompt" is empty'),

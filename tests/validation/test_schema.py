@@ -366,6 +366,14 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
         "at most 4 steps",
     ),
     ({"resolution": 64, "pretrained.model": "shapes"}, "48 pixels only"),
+    (
+        {
+            "sample.negative_prompt": "dark",
+            "sample.guidance_scale": 1.0,
+            "eval.guidance_scale": 1.0,
+        },
+        "a negative prompt is not used",
+    ),
     ({"pretrained.max_sequence_length": 77, "pretrained.model": "shapes"}, "at 8 tokens"),
     ({"sample.solver": "ddim", "sample.noise_level": 1.5}, "between 0 and 1"),
     (
