@@ -22,11 +22,17 @@ HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 MODELS: dict[str, str] = {
     "sd3": "diffusion_nft.models.sd3:SD3Model",
     "flux1": "diffusion_nft.models.flux1:FluxModel",
+    "flux2_klein": "diffusion_nft.models.flux2_klein:Flux2KleinModel",
+    "qwen_image": "diffusion_nft.models.qwen_image:QwenImageModel",
+    "z_image": "diffusion_nft.models.z_image:ZImageModel",
 }
 # Class of the pipeline, as in its model_index.json -> pretrained.model_type.
 PIPELINES: dict[str, str] = {
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux1",
+    "Flux2KleinPipeline": "flux2_klein",
+    "QwenImagePipeline": "qwen_image",
+    "ZImagePipeline": "z_image",
 }
 # Height and width of an image in pixels.
 Size = tuple[int, int]

@@ -7,7 +7,7 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from diffusion_nft.models.embeddings import PromptEmbeds
-from diffusion_nft.models.packing import image_ids, pack, unpack
+from diffusion_nft.models.packing import grid_ids, pack, unpack
 from diffusion_nft.models.pipeline import PipelineModel
 
 DOUBLE = r"transformer_blocks\.\d+\."
@@ -58,7 +58,7 @@ class FluxModel(PipelineModel):
             pooled_projections=embeds.pooled,
             encoder_hidden_states=embeds.prompt_embeds,
             txt_ids=sigma.new_zeros(embeds.prompt_embeds.shape[1], 3),
-            img_ids=image_ids(x.shape[2] // 2, x.shape[3] // 2, self.device),
+            img_ids=grid_ids((1, x.shape[2] // 2, x.shape[3] // 2), self.device),
             return_dict=False,
         )[0]
         return unpack(v, x.shape)

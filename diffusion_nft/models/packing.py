@@ -21,8 +21,7 @@ def unpack(tokens: Tensor, shape: torch.Size) -> Tensor:
 
 
 @cache
-def image_ids(height: int, width: int, device: torch.device) -> Tensor:
-    """Positions ``(0, row, column)`` of ``height * width`` tokens: ``[height * width, 3]``."""
-    rows, columns = torch.arange(1.0 * height), torch.arange(1.0 * width)
-    ids = torch.cartesian_prod(torch.zeros(1), rows, columns)
+def grid_ids(sides: tuple[int, ...], device: torch.device) -> Tensor:
+    """Positions of the tokens of a grid, the last index fastest: float32 ``[tokens, axes]``."""
+    ids = torch.cartesian_prod(*(torch.arange(1.0 * side) for side in sides))
     return to_device(ids, device)

@@ -174,6 +174,10 @@ class PipelineModel(ABC):
             self.forward_counts = counts
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        return self.vae.config.latent_channels, *self._latent_size(size)
+
+    def _latent_size(self, size: Size) -> Size:
+        """Height and width of the VAE's latents.  Raises ValueError if the size is not possible."""
         factor = self.pipe.vae_scale_factor
         multiple = factor * self.patch_size
         if any(side % multiple for side in size):
@@ -181,7 +185,7 @@ class PipelineModel(ABC):
                 f"resolution = {size[0]} x {size[1]}: height and width must be multiples of "
                 f"{multiple} for {self.name}"
             )
-        return self.pipe.vae.config.latent_channels, size[0] // factor, size[1] // factor
+        return size[0] // factor, size[1] // factor
 
     def _image_tokens(self, size: Size) -> int:
         return math.prod(size) // (self.pipe.vae_scale_factor * self.patch_size) ** 2
