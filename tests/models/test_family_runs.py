@@ -58,13 +58,13 @@ def test_what_is_optimised_goes_up(family, tmp_path):
         settings(
             base,
             **{
-                "num_epochs": 6,
+                "num_epochs": 5,
                 "sample.num_groups": 4,
                 "sample.num_image_per_prompt": 16,
                 "sample.batch_size": 64,
                 "train.batch_size": 64,
                 "train.gradient_step_per_epoch": 4,
-                "train.learning_rate": 0.03,
+                "train.learning_rate": FAMILIES[family].learning_rate,
                 "train.sigma_range": 1.0,
                 "nft.beta": 0.1,
                 "nft.kl_weight": 0.0,
@@ -72,13 +72,14 @@ def test_what_is_optimised_goes_up(family, tmp_path):
                 "eval.at_start": True,
                 "eval.num_prompts": 4,
                 "eval.num_steps": 3,
+                "log.num_images": 4,
             },
         ),
     )
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     trained = [row["reward/mean"] for row in rows if "reward/mean" in row]
     before, after = (row["eval/total"] for row in rows if "eval/total" in row)
-    assert trained[-1] > trained[0] + 2e-5 and after > before
+    assert min(trained[-2:]) > trained[0] + 1e-5 and after > before
 
 
 @pytest.fixture(scope="module")
