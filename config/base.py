@@ -20,8 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.run_name = ""
     # The run directory.  The same command continues the run in it.
     config.save_dir = ""
-    # All randomness is a function of (seed, epoch, sample, purpose), not of ranks or batch sizes,
-    # including that of evaluations: for runs with different seeds compare gains, not scores.
+    # All randomness of training is a function of (seed, epoch, sample, purpose), not of ranks or
+    # batch sizes.
     config.seed = 42
     # The loss: a name in diffusion_nft.algorithms.ALGORITHMS.
     config.algorithm = "nft"
@@ -82,7 +82,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Seconds that a server may take for a batch, including its queue.
     config.reward_server_timeout_seconds = 300.0
     # Reward name -> arguments of its class, such as {"ocr": {"backend": "paddleocr"}}.  "device"
-    # ("cpu", "cuda:1") places the reward; "dtype" is fp32, fp16 or bf16.
+    # ("cpu", "cuda:1"; with several processes per node "shared:cuda:1") places the reward; "dtype"
+    # is fp32, fp16 or bf16.
     config.reward_options = ml_collections.ConfigDict({}, allow_dotted_keys=True)
     # Maximum number of images per epoch or evaluation without a score: NaN or infinite images, and
     # those on which a reward fails.  They are excluded from statistics and training, and counted as
@@ -207,6 +208,9 @@ def get_config() -> ml_collections.ConfigDict:
     evaluation.resolution = config_dict.FieldReference(0, field_type=object)
     # Micro-batch of images; test lines are distributed to the ranks in chunks of this size.
     evaluation.batch_size = 16
+    # Seed of the noise, keyed by (eval.seed, line): runs with different seeds are compared on the
+    # same noise.
+    evaluation.seed = 42
     # Evaluate before the first epoch.
     evaluation.at_start = True
 

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,13 +13,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from diffusion_nft.utils.devices import to_device
 from diffusion_nft.utils.files import naming, write_atomically
 
-# float32 values of the 256 levels, divided on the CPU: CUDA multiplies by 1/255, which rounds
-# differently.
-LEVELS = torch.arange(256, dtype=torch.float32) / 255
 # Side of the thumbnails that diversity compares.
 THUMBNAIL = 8
+
+
+@cache
+def _levels(device: torch.device) -> Tensor:
+    """float32 values of the 256 levels, divided on the CPU: CUDA multiplies by 1/255, which rounds
+    differently.
+    """
+    return to_device(torch.arange(256, dtype=torch.float32) / 255, device)
 
 
 def _rounded(values: Tensor) -> Tensor:
@@ -62,7 +69,7 @@ class Images:
 
     def to_float(self) -> Tensor:
         """``pixels / 255``, as rewards receive it: float32 ``[B, 3, H, W]`` in [0, 1]."""
-        return LEVELS.to(self.pixels.device)[self.pixels.int()]
+        return _levels(self.pixels.device)[self.pixels.int()]
 
     def to_pil(self) -> list[Image.Image]:
         """RGB images; fully transparent RGBA images where not finite."""

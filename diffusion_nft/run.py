@@ -42,7 +42,8 @@ def run(config: ConfigDict, dist: Distributed) -> None:
             stages = stages_of(config)
             checkpoint = newest_checkpoint(config, dist)
             todo = _unfinished(stages, checkpoint, dist)
-            _check_ahead(todo, dist)
+            if checkpoint is None:
+                _check_ahead(todo, dist)
         if not todo:
             dist.print_once("\n".join(result(folder, stage.number) for stage in stages))
         for stage in todo:

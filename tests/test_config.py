@@ -22,8 +22,9 @@ BASE = load_file(ROOT / "config/base.py")
 PRESETS = load_file(ROOT / "config/nft.py")
 GRPO = load_file(ROOT / "config/grpo.py")
 BASELINES = load_file(ROOT / "config/baselines.py")
+FAMILIES = load_file(ROOT / "config/families.py")
 # Preset -> module.
-FILES = {name: module for module in (PRESETS, GRPO, BASELINES) for name in module.PRESETS}
+FILES = {name: module for module in (PRESETS, GRPO, BASELINES, FAMILIES) for name in module.PRESETS}
 OBJECT = '{"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "two cats"}\n'
 
 

@@ -196,6 +196,14 @@ def test_samples_without_a_score_are_not_part_of_the_mean(tmp_path):
     assert values["optim/skipped_steps"] == 0 and values["loss/total"] > 0
 
 
+def test_only_the_noisiest_sigmas_of_the_range_are_trained_on(tmp_path):
+    learner = make_learner(tmp_path, train__timestep_fraction=0.7, train__sigma_range=0.8)
+    learner.train_epoch(make_rollout(), R, epoch=0)
+    # Of 1, .8, .5 and .2 the first int(4 * .8) = 3, and int(3 * .7) = 2 of these per sample.
+    sigmas = torch.cat([batch.sigma for batch in learner.algorithm.batches])
+    assert len(sigmas) == 2 * NUM and set(sigmas.tolist()) == {1.0, 0.8, 0.5}
+
+
 def test_every_sample_counts_once_at_distinct_sigmas_of_the_sampler(tmp_path):
     learner = make_learner(tmp_path, train__timestep_fraction=0.99)
     rollout = make_rollout()

@@ -77,7 +77,8 @@ class Published:
         self.ema = [weight.detach().clone() for weight in self.weights["current"]]
         self.step, self._active = 0, "current"
         # Patched by ``Observer``.
-        self.encoder, self.switch, self.waiting = self, self, (self, "totals")
+        self.encoder, self.switch = (self, "encode"), self
+        self.waiting = (self, "totals")
         self.optimizer = torch.optim.AdamW(
             self.weights["current"],
             lr=config.train.learning_rate,

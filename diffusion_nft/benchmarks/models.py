@@ -210,7 +210,7 @@ class Product:
         self.optimizer = self.learner.optimizer
         # Patched by ``Observer``.
         self.encoder, self.switch, self.waiting = (
-            self.model,
+            (self.model, "encode_cached"),
             self.policy,
             (ScoringWorker, "results"),
         )

@@ -241,7 +241,7 @@ class Observer:
         wrapped = [
             (way, "sample", partial(self._whole, "sample")),
             (way, "train", partial(self._whole, "train")),
-            (way.encoder, "encode", partial(timed, "encode", count=self._count_texts)),
+            (*way.encoder, partial(timed, "encode", count=self._count_texts)),
             (way.model, "decode", partial(timed, "decode", count=self._count_decode)),
             (way.model, "velocity", self._velocity),
             (way.switch, "use_adapter", self._use_adapter),

@@ -106,14 +106,14 @@ def evaluate(
 ) -> Evaluation:
     """Samples and scores every line of ``prompts`` with the model's active adapter.
 
-    ``config`` has ``seed``, ``resolution``, ``sample.negative_prompt`` and ``eval.{solver,
-    num_steps, guidance_scale, batch_size, resolution}``.  ``lines``: line number of each prompt in
+    ``config`` has ``resolution``, ``sample.negative_prompt`` and ``eval.{seed, solver, num_steps,
+    guidance_scale, batch_size, resolution}``.  ``lines``: line number of each prompt in
     the test set, which determines its noise (default: its index).  ``num_images``: number of images
     to return per rank.  ``folder``: folder for all images and the scores of finished chunks; those
     left there by an interrupted call are reused (``complete`` checks that the settings are the
     same).  Raises RewardError on every rank if a reward fails on any.
     """
-    seed, batch_size = config.seed, config.eval.batch_size
+    seed, batch_size = config.eval.seed, config.eval.batch_size
     places = range(len(prompts)) if lines is None else lines
     sampler = Sampler.for_evaluation(config)
     mine = _chunks(len(prompts), batch_size, dist)[dist.rank]

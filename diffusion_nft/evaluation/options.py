@@ -40,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "mixed_precision": "fp16",
     "allow_tf32": True,
     "match_published": False,
-    "seed": 42,
+    "eval.seed": 42,
     "eval.num_steps": 40,
     "eval.solver": "flow",
     "eval.guidance_scale": 1.0,
@@ -82,7 +82,7 @@ def add_model_flags(parser: argparse.ArgumentParser, *, lora_required: bool = Fa
     add("--num_inference_steps", dest="eval.num_steps", type=positive)
     add("--solver", dest="eval.solver")
     add("--guidance_scale", dest="eval.guidance_scale", type=float)
-    add("--resolution", dest="eval.resolution", type=resolution, help="N, or HEIGHTxWIDTH")
+    add("--resolution", type=resolution, help="N, or HEIGHTxWIDTH")
     add("--negative_prompt", dest="sample.negative_prompt", help="of guidance")
     add("--max_sequence_length", dest="pretrained.max_sequence_length", type=positive)
     add("--mixed_precision", choices=sorted(COMPUTE_DTYPES))
@@ -99,7 +99,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the common flags of the evaluation scripts."""
     add = parser.add_argument
     add("--output_dir", type=user_path)
-    add("--seed", type=int, help="of the noise")
+    add("--seed", dest="eval.seed", type=natural, help="of the noise")
     add("--batch_size", dest="eval.batch_size", type=positive, help="images per batch")
     add("--limit", type=positive, default=0, help="size of a random subset of each test set")
     add("--skip_rewards", default="", help="comma-separated")
@@ -152,7 +152,11 @@ class EvalOptions:
         settings that differ from the defaults.
         """
         settings = flatten(self.config)
-        parts = [self.name, f"cfg{settings['eval.guidance_scale']:g}", f"seed{settings['seed']}"]
+        parts = [
+            self.name,
+            f"cfg{settings['eval.guidance_scale']:g}",
+            f"seed{settings['eval.seed']}",
+        ]
         parts += ["published"] if settings["match_published"] else []
         for key, form in FILE_NAME_PARTS.items():
             if settings[key] != self.usual[key]:
@@ -279,6 +283,8 @@ def resolve_options(
     # Only evaluation scripts have these flags.
     options, servers = (dict(getattr(args, flag, ())) for flag in ("option", "reward_servers"))
     settings = DEFAULTS | family | run | script | published | given | options
+    if "resolution" in script | given:
+        settings["eval.resolution"] = 0
     validate_settings({key: settings[key] for key in DEFAULTS})
     lora = str(checkpoint or args.lora_hf_path or "")
     name += f"-{args.adapter}" if args.adapter != DEFAULT_ADAPTER else ""

@@ -49,7 +49,7 @@ SUITES: dict[str, Suite] = {
     # The tables of arXiv 2509.16117, with their scales: PickScore is 26 times the reward, and
     # UnifiedReward 5 times.  The overall GenEval score is the mean of six tags.
     "paper": Suite(
-        settings={"seed": 42, "resolution": 512, "eval.num_steps": 40, "eval.solver": "flow"},
+        settings={"eval.seed": 42, "resolution": 512, "eval.num_steps": 40, "eval.solver": "flow"},
         columns=(
             Column("GenEval", "geneval", "geneval/accuracy", 3, over_tags=True),
             Column("OCR", "ocr", "ocr", 3),
@@ -76,7 +76,7 @@ SUITES: dict[str, Suite] = {
     # The built-in model; references measured on two CPU cores with seed 42 (docs/evaluation.md).
     "shapes": Suite(
         settings={
-            "seed": 42,
+            "eval.seed": 42,
             "pretrained.model": "shapes",
             "resolution": 48,
             "eval.num_steps": 10,

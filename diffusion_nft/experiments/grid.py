@@ -68,7 +68,8 @@ class PlannedRun:
 
     def command(self) -> list[str]:
         """Arguments of the Python interpreter, with paths relative to the current folder."""
-        changes = {**self.changes, "seed": self.seed, "save_dir": self.config.save_dir}
+        seeds = {"seed": self.seed, "eval.seed": self.seed}
+        changes = {**self.changes, **seeds, "save_dir": self.config.save_dir}
         flags = [
             f"--config.{key}={value if isinstance(value, str) else repr(value)}"
             for key, value in changes.items()
@@ -100,7 +101,8 @@ def make_run(
                 raise ValueError(f"{key} {unknown_key(key)}")
         config = load_file(ROOT / chosen.file).get_config(chosen.preset)
         config.update_from_flattened_dict(changes)
-        config.seed, config.save_dir = seed, str(args.runs / name / stem)
+        config.seed = config.eval.seed = seed
+        config.save_dir = str(args.runs / name / stem)
         validate(config)
         expand_paths(config)
     except (KeyError, TypeError, ValueError) as error:

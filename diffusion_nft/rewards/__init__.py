@@ -19,6 +19,7 @@ import argparse
 import ast
 import importlib
 import inspect
+import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,8 @@ class Reward(Protocol):
     ) -> RewardOutput: ...
 
 
+# Prefix of a device in reward options: several processes may use it.
+SHARED = "shared:"
 # Names of torch dtypes in reward options.
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Annotation of an argument -> types of its value in a configuration.
@@ -124,7 +127,7 @@ def build_reward(
     cls = reward_class(name)
     if "device" in options:
         try:
-            device = usable_device(options.pop("device"))
+            device = usable_device(options.pop("device").removeprefix(SHARED))
         except ValueError as error:
             raise ValueError(f"reward {name!r}: {error}") from error
     if "dtype" in options:
@@ -167,15 +170,22 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     size = options.get("batch_size", 1)
     if type(size) is not int or size < 1:
         raise ValueError(f"the batch_size of {name} must be a positive integer, not {size!r}")
-    dtype, device = str(options.get("dtype", "fp32")), str(options.get("device", "cpu"))
+    dtype, given = str(options.get("dtype", "fp32")), str(options.get("device", "cpu"))
+    device = given.removeprefix(SHARED)
     if dtype not in DTYPES:
         raise ValueError(f"the dtype of {name} must be one of {', '.join(DTYPES)}, not {dtype!r}")
     try:
-        torch.device(device)
+        index = torch.device(device).index
     except RuntimeError as error:
         raise ValueError(
-            f"the device of {name} must be a device such as 'cpu' or 'cuda:1', not {device!r}"
+            f"the device of {name} must be a device such as 'cpu' or 'cuda:1', not {given!r}"
         ) from error
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if index is not None and ranks > 1 and device == given:
+        raise ValueError(
+            f"the device of {name}, {given!r}, would hold the reward of each of the {ranks} "
+            f"processes here: use 'cuda' for the GPU of each, or '{SHARED}{given}'"
+        )
 
 
 def parse_option(text: str) -> tuple[str, Any]:

@@ -5,7 +5,9 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 # Maximum number of characters of a prompt, and of unknown letters, in an error.
 MAX_QUOTED = 200
 DEFAULT_BACKEND = "rapidocr"
-# An image -> the lines of text in it, in reading order.
-Reader = Callable[[Image.Image], list[str]]
+# Images -> the lines of text in each, in reading order.
+Reader = Callable[[list[Image.Image]], list[list[str]]]
 
 # The requested text: in straight quotes, as published, or else in typographic ones.
 QUOTED_PATTERNS = (re.compile(r'"(.*?)"', re.DOTALL), re.compile("[“”„](.*?)[“”]", re.DOTALL))
@@ -110,7 +112,8 @@ class OcrReward:
 
     ``backend``: ``rapidocr`` (its package contains the PP-OCR models) or ``paddleocr`` (as
     published; 2.x or 3.x, downloads models at its first use).  Both run on the CPU.  ``threads``:
-    CPU threads per process (default: the machine's cores divided by its ranks).  Scores of
+    CPU threads per process (default: the usable cores divided by the machine's ranks), each of
+    which reads an image with an engine of its own (rapidocr).  Scores of
     different backends or versions are not comparable.  Raises ImportError without the backend.
     """
 
@@ -135,8 +138,8 @@ class OcrReward:
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
         targets = [target_text(prompt, self.letters) for prompt in prompts]
         scores = [
-            text_score("".join(self.read(image)), target)
-            for image, target in zip(to_pil(images), targets, strict=True)
+            text_score("".join(lines), target)
+            for lines, target in zip(self.read(to_pil(images)), targets, strict=True)
         ]
         return RewardOutput(torch.tensor(scores, dtype=torch.float64))
 
@@ -146,7 +149,7 @@ def engine_letters(backend: str) -> Set[str] | None:
     return LETTERS[backend]() if backend in LETTERS else None
 
 
-def _rapidocr_engine(threads: int) -> "RapidOCR":
+def _rapidocr_engine() -> "RapidOCR":
     """RapidOCR without the angle classifier; its default drops lines below confidence 0.5."""
     try:
         import onnxruntime  # noqa: F401  (RapidOCR imports it with the first image)
@@ -157,23 +160,32 @@ def _rapidocr_engine(threads: int) -> "RapidOCR":
         params={
             "Global.use_cls": False,
             "Global.log_level": "error",
-            "EngineConfig.onnxruntime.intra_op_num_threads": threads,
+            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
         }
     )
 
 
 def _rapidocr(threads: int) -> Reader:
-    engine = _rapidocr_engine(threads)
+    idle: SimpleQueue[RapidOCR] = SimpleQueue()  # an engine serves one thread at a time
+    idle.put(_rapidocr_engine())
 
     def read(image: Image.Image) -> list[str]:
-        return list(cast("RapidOCROutput", engine(image)).txts or ())
+        try:
+            engine = idle.get_nowait()
+        except Empty:
+            engine = _rapidocr_engine()
+        try:
+            return list(cast("RapidOCROutput", engine(image)).txts or ())
+        finally:
+            idle.put(engine)
 
-    return read
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="ocr")
+    return lambda images: list(pool.map(read, images))
 
 
 @cache
 def _rapidocr_letters() -> Set[str]:
-    engine = _rapidocr_engine(threads=1)
+    engine = _rapidocr_engine()
     # The recognition model, which has the list, loads at its first use.
     engine(Image.new("RGB", (48, 48)), use_det=False)
     assert engine.text_rec is not None
@@ -213,7 +225,7 @@ def _paddleocr(threads: int) -> Reader:
             found = zip(page["rec_texts"], page["rec_scores"], strict=True)
             return [text for text, confidence in found if confidence > 0]
 
-    return read
+    return lambda images: [read(image) for image in images]
 
 
 # backend -> builder of its reader, given a number of threads.

@@ -27,7 +27,7 @@ Check = Callable[[Any], str | None]
 
 MAX_INT64 = 2**63 - 1
 # A latent covers 8 x 8 pixels (VAE), a token 2 x 2 latents (transformer).
-PIXELS_PER_TOKEN = 16
+PIXELS_PER_TOKEN, MAX_PIXELS = 16, 2**16
 # A branch, tag or commit; the hub's cache uses it as a file name.
 REVISION = re.compile(r"\w[\w./-]*", re.ASCII)
 
@@ -97,24 +97,28 @@ def default_or(default: Any, check: Check) -> Check:
 def resolution(value: Any) -> str | None:
     """Pixels: one number, or (height, width)."""
     sides = value if isinstance(value, tuple | list) else (value, value)
-    if len(sides) == 2 and all(type(side) is int and side >= PIXELS_PER_TOKEN for side in sides):
-        if any(side % PIXELS_PER_TOKEN for side in sides):
-            near = tuple(side - side % PIXELS_PER_TOKEN for side in sides)
-            near = near if isinstance(value, tuple | list) else near[0]
-            return f"must be a multiple of {PIXELS_PER_TOKEN}, such as {near}"
-        return None
-    return f"must be an integer >= {PIXELS_PER_TOKEN}, or two: (height, width)"
+    if len(sides) != 2 or any(integer(PIXELS_PER_TOKEN, MAX_PIXELS)(side) for side in sides):
+        valid = f"an integer from {PIXELS_PER_TOKEN} to {MAX_PIXELS}"
+        return f"must be {valid}, or two: (height, width)"
+    if any(side % PIXELS_PER_TOKEN for side in sides):
+        near = tuple(side - side % PIXELS_PER_TOKEN for side in sides)
+        near = near if sides is value else near[0]
+        return f"must be a multiple of {PIXELS_PER_TOKEN}, such as {near}"
+    return None
 
 
 def lora_targets(value: Any) -> str | None:
     """A preset's name or a regular expression, or a tuple of ends of layers' names."""
     if isinstance(value, tuple | list):
-        names = value and all(isinstance(name, str) and name for name in value)
+        names = value and not any(map(filled_text, value))
         return None if names else "must be a tuple of ends of names, such as ('attn.to_q',)"
+    if complaint := filled_text(value):
+        return complaint
     try:
-        return None if value and re.compile(value) else "must not be empty"
-    except (re.error, TypeError) as error:
+        re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:
         return f"must be a name, a tuple of names or a regular expression ({error})"
+    return None
 
 
 def flag(value: Any) -> str | None:

@@ -69,11 +69,14 @@ def hash_prompts(datasets: Iterable[str], dist: Distributed) -> dict[str, dict[s
 
 
 def build_named(config: ConfigDict, names: Iterable[str], dist: Distributed) -> dict[str, Reward]:
-    """``build_rewards`` of ``names`` with the options and servers of ``config``."""
-    return build_rewards(
-        names,
-        dist.device,
-        options=config.reward_options.to_dict(),
-        reward_servers=config.reward_servers.to_dict(),
-        timeout=config.reward_server_timeout_seconds,
-    )
+    """``build_rewards`` of ``names`` with the options and servers of ``config``.  The first rank of
+    each node builds them first, as it may download weights.
+    """
+    with dist.main_first():
+        return build_rewards(
+            names,
+            dist.device,
+            options=config.reward_options.to_dict(),
+            reward_servers=config.reward_servers.to_dict(),
+            timeout=config.reward_server_timeout_seconds,
+        )

@@ -118,6 +118,7 @@ SCHEMA: dict[str, Check] = {
     "eval.guidance_scale": checks.number("[1, inf)"),
     "eval.batch_size": checks.integer(1),
     "eval.resolution": checks.default_or(0, checks.resolution),
+    "eval.seed": checks.integer(0),
     "eval.at_start": checks.flag,
     "monitor.action": checks.one_of(("off", "warn", "stop", "raise_kl")),
     "monitor.image_statistics": checks.flag,

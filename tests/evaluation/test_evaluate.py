@@ -33,8 +33,10 @@ CPU = torch.device("cpu")
 ONE = Distributed(0, 1, 0, CPU)
 SETTINGS = unflatten(
     {
-        "seed": 1,
+        "eval.seed": 1,
         "resolution": 48,
+        "eval.resolution": 0,
+        "sample.negative_prompt": "",
         "eval.solver": "flow",
         "eval.num_steps": 3,
         "eval.guidance_scale": 1.0,

@@ -29,15 +29,15 @@ def choose(*flags: object, script: dict | None = None):
 def run_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "mine"
     tiny = {"num_epochs": 1, "sample.num_groups": 1, "eval.num_prompts": 1}
-    train_here(folder, tiny | {"eval_freq": 0, "eval.at_start": False, "seed": 5})
+    train_here(folder, tiny | {"eval_freq": 0, "eval.at_start": False, "eval.seed": 5})
     return folder
 
 
 def test_a_flag_wins_then_the_script_then_the_run_then_the_default(run_dir):
     run = ("--checkpoint_path", run_dir)
-    assert choose(*run).config.seed == 5
-    assert choose(*run, "--seed", 6).config.seed == 6
-    assert choose("--pretrained", "shapes").config.seed == 42
+    assert choose(*run).config.eval.seed == 5
+    assert choose(*run, "--seed", 6).config.eval.seed == 6
+    assert choose("--pretrained", "shapes").config.eval.seed == 42
     steps = {"eval.num_steps": 3}
     assert choose(*run, script=steps).config.eval.num_steps == 3
     assert choose(*run, "--num_inference_steps", 4, script=steps).config.eval.num_steps == 4
@@ -83,7 +83,7 @@ def test_a_model_is_named_as_it_was_chosen(run_dir, tmp_path, monkeypatch):
 
 def test_every_path_is_expanded(run_dir, monkeypatch):
     monkeypatch.setenv("HOME", str(run_dir.parent))
-    assert choose("--checkpoint_path=~/mine").run["seed"] == 5
+    assert choose("--checkpoint_path=~/mine").run["eval.seed"] == 5
     assert choose("--lora_hf_path=~/mine/lora").lora == f"{run_dir}/lora"
     parser = argparse.ArgumentParser()
     add_evaluation_flags(parser)
@@ -101,7 +101,7 @@ def test_the_record_has_all_settings_that_affect_results(run_dir, tmp_path):
     assert record["dataset_sha256"] == digest and record["limit"] == 3
     (weights,) = run_dir.glob("checkpoints/checkpoint-*/lora/adapter_model.safetensors")
     assert record["lora_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert record["seed"] == 5 and record["eval.solver"] == "flow"
+    assert record["eval.seed"] == 5 and record["eval.solver"] == "flow"
     assert not {"output_dir", "world_size"} & record.keys()
     assert record["reward_servers"] == {"shapes": ("http://127.0.0.1:9",)}
     assert record["adapter"] == "default"

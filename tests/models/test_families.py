@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from ml_collections import ConfigDict
 from peft import PeftModel
 
 from diffusion_nft.data.prompts import Prompt
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.models import build_model
+from diffusion_nft.models.loading import check_distilled
 from diffusion_nft.models.lora import export_lora
 from diffusion_nft.models.precision import Precision
 from diffusion_nft.models.sampling import Sampler
@@ -180,6 +182,29 @@ def test_the_exported_lora_gives_our_velocities(family, adapted, folder, layout,
             base = model.velocity(x, sigma, embeds)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     assert float((ours - base).abs().max()) > 1e-3
+
+
+def test_models_distilled_to_few_steps_are_refused(family, folder, tmp_path, capsys):
+    model, dist = load(family, folder), Distributed(0, 1, 0, CPU)
+    config = ConfigDict({"pretrained": {"model": "owner/base", "allow_distilled": False}})
+    check_distilled(model, config, dist)
+    config.pretrained.model = "owner/Turbo"
+    with pytest.raises(ValueError, match=r"'Turbo' in its name.*allow_distilled = True"):
+        check_distilled(model, config, dist)
+    config.pretrained.model = str(tmp_path / "turbo")
+    (tmp_path / "turbo").mkdir()
+    check_distilled(model, config, dist)
+    assert "may be distilled" in capsys.readouterr().out
+    if family == "flux1":
+        model.transformer.register_to_config(guidance_embeds=False)
+    elif family == "flux2_klein":
+        model.pipe.register_to_config(is_distilled=True)
+    else:
+        return
+    with pytest.raises(ValueError, match="distilled to few steps"):
+        check_distilled(model, config, dist)
+    config.pretrained.allow_distilled = True
+    check_distilled(model, config, dist)
 
 
 def test_sizes_that_cannot_be_drawn_are_refused(model):

@@ -101,10 +101,13 @@ def test_any_value_of_any_key_is_valid_or_refused_by_its_name(key, value, tmp_pa
 # Keys whose valid values may conflict with others of the smoke preset.
 COMBINED = {
     "sample.num_steps",
+    "sample.negative_prompt",
+    "train.sigma_range",
     "train.timestep_fraction",
     "train.gradient_step_per_epoch",
     "sample.num_image_per_prompt",
     "resolution",
+    "eval.resolution",
     "pretrained.model",
     "pretrained.max_sequence_length",
     "sample.solver",

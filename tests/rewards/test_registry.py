@@ -28,7 +28,7 @@ from rewards.geneval.mmdet_names import TINY_DETECTOR, mmdet_state_dict
 from torch import Tensor, nn
 
 from diffusion_nft.images import Images
-from diffusion_nft.rewards import REWARDS, build_reward, reward_class
+from diffusion_nft.rewards import REWARDS, build_reward, check_options, reward_class
 from diffusion_nft.rewards.combine import RewardSet
 from diffusion_nft.rewards.geneval import mask2former, scorer
 from diffusion_nft.shapes.scene import Object, Scene, render_batch
@@ -323,6 +323,16 @@ def test_a_configured_reward_scores_every_image_in_order(name, request):
 def test_what_a_reward_cannot_do_is_told_before_anything_is_loaded(name, options, words):
     with pytest.raises(ValueError, match=words):
         build_reward(name, CPU, options)
+
+
+def test_one_gpu_holds_the_rewards_of_several_ranks_only_if_it_is_said_to(monkeypatch):
+    check_options("clipscore", {"device": "cuda:1"})
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for device in ("cuda", "cpu", "shared:cuda:1"):
+        check_options("clipscore", {"device": device})
+    with pytest.raises(ValueError, match=r"each of the 8 processes.*'cuda'.*'shared:cuda:1'"):
+        check_options("clipscore", {"device": "cuda:1"})
+    assert build_reward("jpeg_compressibility", CPU, {"device": "shared:cpu"})
 
 
 @pytest.mark.parametrize(

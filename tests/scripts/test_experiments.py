@@ -119,7 +119,10 @@ def test_experiments_are_valid_and_their_variants_evaluated_alike(named_runs):
         assert all(re.fullmatch(r"[a-z0-9_-]+", word) for word in (name, *experiment.variants))
         assert len({run.result for run in runs}) == len(experiment.variants) * len(experiment.seeds)
         evaluated = {
-            json.dumps({k: v for k, v in flatten(run.config).items() if k.startswith("eval")})
+            json.dumps(
+                {k: v for k, v in flatten(run.config).items() if k.startswith("eval")}
+                | {"eval.seed": run.config.eval.seed == run.seed}
+            )
             for run in runs
             if run.variant not in GUIDED
         }
@@ -378,7 +381,7 @@ def made_run(runner, tiny, variant: str = "plain", **changes):
 
 def test_the_real_trainers_numbers_make_a_result(tiny, runner, tmp_path):
     run = made_run(runner, tiny)
-    train_here(run.folder, {"seed": 1, "eval.num_steps": 3})
+    train_here(run.folder, {"seed": 1, "eval.seed": 1, "eval.num_steps": 3})
     last = results.write_result(run, jobs=1)
     epochs = [row for row in read_metrics(run.folder / "metrics.jsonl") if "time/epoch" in row]
     assert len(epochs) == 2 == last["epoch"]
