@@ -128,6 +128,11 @@ class Policy:
             for key, weight in self._weights["current"].items()
         }
 
+    @property
+    def active(self) -> str:
+        """Name of the active policy."""
+        return self._active
+
     def parameters(self, name: str = "current") -> list[nn.Parameter]:
         return list(self._weights[name].values())
 

@@ -91,7 +91,9 @@ class Trainer:
                 self.metrics.log(values, step=self.learner.step, epoch=state.epoch)
                 best = bool(self.evaluator.evaluate_if_due())
                 last = state.epoch == config.num_epochs
-                if best or last or is_due(state.epoch, config.save_freq):
+                # An early checkpoint: a run killed before its first one would start over.
+                first = state.epoch == 1 and config.save_freq > 0
+                if best or last or first or is_due(state.epoch, config.save_freq):
                     state.save(best=best)
                 progress.update()
                 reward = {"reward": f"{values['reward/mean']:.3f}"}

@@ -60,6 +60,7 @@ class Learner:
         self.skipped = 0  # updates skipped because of a non-finite gradient
         self.skipped_in_row = 0
         self._micro_batch = config.train.batch_size  # 0: to be determined in the first epoch
+        self._old_is_current = False
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -100,6 +101,8 @@ class Learner:
         )
         if not self._micro_batch:
             self._micro_batch = self._find_micro_batch(batches)
+        pairs = zip(self.policy.parameters("old"), self.policy.parameters(), strict=True)
+        self._old_is_current = all(torch.equal(old, current) for old, current in pairs)
         sums: dict[str, Tensor] = {}
         norms: list[float] = []
         nonfinite = torch.zeros((), dtype=torch.long, device=self.dist.device)
@@ -145,6 +148,8 @@ class Learner:
                 break
             pairs = step.pairs[start : start + self._micro_batch]
             losses, metrics = self._loss(batches, pairs, step.key)
+            # Gradient checkpointing predicts again, with the policy that is active then.
+            assert self.policy.active == "current"
             scaler.scale(losses.sum() / step.total).backward()
             values = {
                 "loss/total": losses.detach(),
@@ -164,6 +169,7 @@ class Learner:
             raise Preempted
         if finite:
             scaler.step(self.optimizer)
+            self._old_is_current = False
             self.step += 1
             self.skipped_in_row = 0
             decay = min((1 + self.step) / (10 + self.step), self.config.train.ema_decay)
@@ -195,11 +201,16 @@ class Learner:
         scale = self.config.sample.guidance_scale if guided else 1.0
         predict = guided_velocity(self.model, cond, scale)
 
-        def velocity(policy: str) -> Tensor:
+        def predicted(policy: str) -> Tensor:
             with self.policy.use_adapter(policy), torch.set_grad_enabled(policy == "current"):
                 return predict(xt, sigma)
 
-        return velocity
+        if not self._old_is_current:
+            return predicted
+        # One prediction serves both policies, as before the first update.
+        current = predicted("current")
+        shared = {"current": current, "old": current.detach()}
+        return lambda policy: shared[policy] if policy in shared else predicted(policy)
 
     def _find_micro_batch(self, batches: EpochBatches) -> int:
         def run(size: int) -> None:

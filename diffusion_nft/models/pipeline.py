@@ -106,9 +106,9 @@ class PipelineModel(ABC):
             self.transformer.enable_gradient_checkpointing()
         if compile:
             # Blocks of the same kind share a graph; each policy and each shape has its own.
-            torch._dynamo.config.recompile_limit = COMPILED_GRAPHS
             for block in self.blocks():
                 block.compile(dynamic=False)
+        self.compiled = compile
         self.max_sequence_length = max_sequence_length
         self.offload_text_encoders = offload_text_encoders
         self.vae_batch_size = vae_batch_size
@@ -236,7 +236,11 @@ class PipelineModel(ABC):
         self.forward_counts["cost/forwards"] += len(x)
         if torch.is_grad_enabled():
             self.forward_counts["cost/backwards"] += len(x)
-        with self.precision.autocast(self.stored_dtype):
+        limit = torch._dynamo.config.patch(recompile_limit=COMPILED_GRAPHS)
+        with (
+            self.precision.autocast(self.stored_dtype),
+            limit if self.compiled else nullcontext(),
+        ):
             v = self.predict(x.to(self.stored_dtype), sigma, embeds)
         return v.to(self.precision.trained_dtype)
 

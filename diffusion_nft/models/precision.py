@@ -40,6 +40,9 @@ class Precision:
         self.trained_dtype = torch.promote_types(self.compute_dtype, torch.float32)
         self.device = device
         set_tf32(allow_tf32)
+        # Sums of half-precision products in float32 (EDM2, arXiv 2312.02696).
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         # Disabled, and then a no-op, except in fp16.
         self.scaler = torch.amp.GradScaler(
             device.type,

@@ -1,10 +1,12 @@
 """Saving and restoring the state of a run: policies, optimizer and counters."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
@@ -195,9 +197,22 @@ class TrainingState:
     def save(self, *, best: bool = False) -> None:
         """Writes a checkpoint with the LoRA for users; waits for all ranks.
 
-        Raises CheckpointError on every rank if the disk fails.
+        Raises CheckpointError on every rank if the disk fails, or if ranks hold different weights.
         """
+        self._check_ranks_agree()
         self._on_main(partial(self._write, best))
+
+    def _check_ranks_agree(self) -> None:
+        digest = hashlib.sha256()
+        for name in ADAPTERS:
+            weights = self.policy.state(name).values()
+            digest.update(torch.cat([w.flatten() for w in weights]).cpu().numpy().tobytes())
+        first, *others = self.dist.gather_objects(digest.hexdigest())
+        if wrong := [str(rank) for rank, own in enumerate(others, start=1) if own != first]:
+            raise CheckpointError(
+                f"the trained weights of rank {', '.join(wrong)} differ from those of rank 0: "
+                "nothing is saved; look for faulty hardware, and continue from the last checkpoint"
+            )
 
     def _on_main(self, write: Callable[[], None]) -> None:
         """Calls ``write`` on the main rank; raises its CheckpointError on every rank."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffusion_nft.flow import expand
 from diffusion_nft.solvers.common import Generators, Velocity, at_least_float32, batch_sigma, grid
+from diffusion_nft.utils.devices import to_device
 
 StepRule = Callable[[float, float, float], tuple[float, float]]
 
@@ -121,7 +122,7 @@ def sde_step(
     levels = list(zip(sigma.tolist(), sigma_next.tolist(), strict=True))
     rules = [(s, t, *SDE_RULES[name](s, t, noise_level)) for s, t in levels]
     weights = [(*_weights(s, t, pull), std) for s, t, pull, std in rules]
-    x_weight, v_weight, std = torch.tensor(weights, dtype=x.dtype).to(x.device).unbind(1)
+    x_weight, v_weight, std = to_device(torch.tensor(weights, dtype=x.dtype), x.device).unbind(1)
     return expand(x_weight, x) * x + expand(v_weight, v) * v, std
 
 
@@ -171,4 +172,4 @@ def draw_noise(x: Tensor, generator: Generators) -> Tensor:
         assert len(generator) == x.shape[0], "one generator per sample"
         shape = x.shape[1:]
         noise = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generator])
-    return noise.to(x, non_blocking=True)
+    return to_device(noise, x.device).to(x.dtype)

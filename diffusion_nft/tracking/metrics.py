@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -155,8 +156,9 @@ class Metrics:
         """Atomically removes lines after optimizer step ``step``, and after ``epoch`` and ``stage``
         if given, and damaged lines.
 
-        Called when a run continues from a checkpoint, so that each epoch is logged once; -1 removes
-        everything.  ``epoch`` matters if all updates of an epoch were skipped, so that the step did
+        Called when a run continues from a checkpoint, so that each epoch is logged once.  Before
+        everything is removed (-1), the file is copied to ``metrics.jsonl.1`` or the next free
+        number.  ``epoch`` matters if all updates of an epoch were skipped, so that the step did
         not change; ``stage`` if the next stage was evaluated at its start, which has the step and
         the epoch at which the previous one ended.
         """
@@ -177,7 +179,11 @@ class Metrics:
                     and row.get("stage", 0) <= last_stage
                 )
 
-            lines = self._path.read_bytes().splitlines(keepends=True)
+            content = self._path.read_bytes()
+            if step < 0 and content:
+                free = (self._path.with_name(f"{METRICS_FILE}.{n}") for n in count(1))
+                write_atomically(next(path for path in free if not path.exists()), content)
+            lines = content.splitlines(keepends=True)
             write_atomically(self._path, b"".join(filter(keep, lines)))
         if self._tensorboard is not None:
             self._tensorboard.close()

@@ -165,6 +165,21 @@ def test_each_sample_of_a_batch_is_predicted_and_trained_as_alone(adapted):
     assert sum(float(g.abs().sum()) > 0 for g in gradients) > len(gradients) / 2
 
 
+def test_gradient_checkpointing_changes_no_gradient(adapted):
+    model, policy = adapted
+    x = normal(model.latent_shape(SIZE), [generator("x", i) for i in range(2)]).double()
+    sigma, embeds = torch.tensor([0.8, 0.3]).double(), model.encode(PROMPTS[:2])
+    found = []
+    for switch in ("enable", "disable"):
+        getattr(model.transformer, f"{switch}_gradient_checkpointing")()
+        for weight in policy.parameters():
+            weight.grad = torch.zeros_like(weight)
+        model.velocity(x, sigma, embeds).square().sum().backward()
+        found.append([weight.grad for weight in policy.parameters()])
+    for kept, again in zip(*found, strict=True):
+        torch.testing.assert_close(kept, again, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("layout", ["diffusers", "peft"])
 def test_the_exported_lora_gives_our_velocities(family, adapted, folder, layout, tmp_path):
     model, policy = adapted

@@ -14,7 +14,7 @@ from diffusion_nft.data.prompts import SPLITS, split_file
 from diffusion_nft.distributed.ranks import Distributed
 from diffusion_nft.run import StartError, run
 from diffusion_nft.runs import state as run_state
-from diffusion_nft.runs.checkpoint import Checkpointer
+from diffusion_nft.runs.checkpoint import Checkpointer, CheckpointError
 from diffusion_nft.runs.run_dir import RunDirError
 from diffusion_nft.runs.state import is_finished
 from diffusion_nft.tracking.metrics import read_metrics
@@ -104,6 +104,14 @@ def test_a_killed_run_ends_bitwise_equal_to_an_uninterrupted_one(finished, tmp_p
 def snapshot(run_dir: Path) -> dict[str, bytes]:
     names = ("metrics.jsonl", "before_after.png", "checkpoints/checkpoint-6/manifest.json")
     return {name: (run_dir / name).read_bytes() for name in names}
+
+
+def test_ranks_with_different_weights_are_named_and_nothing_is_saved(tmp_path, monkeypatch):
+    trainer = make_trainer(smoke(tmp_path, SETTINGS), CPU)
+    monkeypatch.setattr(Distributed, "gather_objects", lambda self, own: [own, "x", own, "x"])
+    with pytest.raises(CheckpointError, match="weights of rank 1, 3 differ from those of rank 0"):
+        trainer.state.save()
+    assert not list(tmp_path.glob("checkpoints/*"))
 
 
 def test_a_finished_run_prints_its_result_and_changes_nothing(copy, capsys):

@@ -74,6 +74,16 @@ def test_truncate_drops_what_comes_after_the_checkpoint(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
+def test_a_run_that_starts_over_keeps_its_metrics_aside(tmp_path):
+    for value in (1.0, 2.0):
+        with Metrics(config(), tmp_path) as metrics:
+            metrics.truncate(-1)
+            metrics.log({"a": value}, step=0, epoch=1)
+    Metrics(config(), tmp_path).truncate(-1)
+    kept = [read_metrics(tmp_path / f"metrics.jsonl.{n}")[0]["a"] for n in (1, 2)]
+    assert kept == [1.0, 2.0] and not read_metrics(tmp_path / "metrics.jsonl")
+
+
 def test_truncate_by_epoch_and_stage_where_the_step_stood_still(tmp_path):
     with Metrics(config(), tmp_path) as metrics:
         for stage, epoch in ((1, 1), (1, 2), (1, 3), (2, 3)):
