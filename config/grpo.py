@@ -35,18 +35,24 @@ def _flow_grpo(
 
 
 def sd3_geneval_grpo() -> ml_collections.ConfigDict:
-    """GenEval on SD3.5-Medium, as published for 32 GPUs."""
-    return _flow_grpo(NFT["sd3_geneval"](), kl_weight=0.009, guidance_scale=4.5)
+    """GenEval on SD3.5-Medium, as published for 32 GPUs; at most 5,000 epochs."""
+    config = _flow_grpo(NFT["sd3_geneval"](), kl_weight=0.009, guidance_scale=4.5)
+    config.num_epochs = 5000
+    return config
 
 
 def sd3_ocr_grpo() -> ml_collections.ConfigDict:
-    """Text rendering on SD3.5-Medium, as published for 32 GPUs."""
-    return _flow_grpo(NFT["sd3_ocr"](), kl_weight=0.009, guidance_scale=4.5)
+    """Text rendering on SD3.5-Medium, as published for 32 GPUs; at most 2,000 epochs."""
+    config = _flow_grpo(NFT["sd3_ocr"](), kl_weight=0.009, guidance_scale=4.5)
+    config.num_epochs = 2000
+    return config
 
 
 def sd3_pickscore_grpo() -> ml_collections.ConfigDict:
-    """PickScore on SD3.5-Medium, as published for 32 GPUs."""
-    return _flow_grpo(NFT["sd3_pickscore"](), kl_weight=0.0023, guidance_scale=4.5)
+    """PickScore on SD3.5-Medium, as published for 32 GPUs; at most 4,000 epochs."""
+    config = _flow_grpo(NFT["sd3_pickscore"](), kl_weight=0.0023, guidance_scale=4.5)
+    config.num_epochs = 4000
+    return config
 
 
 def shapes_grpo() -> ml_collections.ConfigDict:
