@@ -214,7 +214,7 @@ def test_the_papers_multi_reward_model_has_five_stages() -> None:
         )
         for stage in stages_of(config)
     ]
-    first = (100_000, "pickscore", THREE)
+    first = ("pickscore", THREE)
     geneval = ("geneval", {"geneval": 1.0, **THREE})
     assert found == [
         (*first, 800, "linear_to_half"),
