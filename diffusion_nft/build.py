@@ -42,6 +42,7 @@ def build_trainer(
         check_prompts_kept(own, checkpoint.state.get("prompts", {}), hashes)
     modules = starting_modules(own, checkpoint)
     trained, evaluated = reward_weights(own)
+    dist.log(f"loading {', '.join(evaluated)} (rewards) and {own.pretrained.model}")
     built = build_named(own, evaluated, dist)
     rewards, eval_rewards = (
         RewardSet(weights, built, max_unscored=own.max_unscored) for weights in (trained, evaluated)
@@ -50,10 +51,8 @@ def build_trainer(
     check_distilled(model, own, dist)
     learner = build_learner(own, dist, model, modules)
     if modules and (difference := unusual_modules(model, modules, own.train.lora_targets)):
-        dist.print_once(
-            f"the LoRA that the run starts from is on other layers than usual: {difference}"
-        )
-    monitor = Monitor(own, learner.algorithm, dist.print_once)
+        dist.log(f"the LoRA that the run starts from is on other layers than usual: {difference}")
+    monitor = Monitor(own, learner.algorithm, dist.log)
     state = TrainingState(stage, dist=dist, learner=learner, monitor=monitor, prompts=hashes)
     state.start(checkpoint)
     if dist.is_main:

@@ -100,7 +100,11 @@ def generate_rollouts(
     cond_rows = [i // size - first for i in indices]
     shown = shown_samples(indices, size, num_images)
     latents, chains, thumbs, kept, sigmas = [], [], [], [], torch.zeros(0)
-    with ScoringWorker(dist.device) as worker:
+    with (
+        dist.progress("images drawn", len(indices)) as drawn,
+        dist.progress("images scored", len(indices)) as scored,
+        ScoringWorker(dist.device, scored.update) as worker,
+    ):
         for start in range(0, len(indices), config.sample.batch_size):
             rows = indices[start : start + config.sample.batch_size]
             batch = [prompts[i // size] for i in rows]
@@ -114,6 +118,7 @@ def generate_rollouts(
             else:
                 x0, sigmas = sampler(model, here, generators)
             images = model.decode(x0)
+            drawn.update(len(rows))
             metadata = [prompt.metadata for prompt in batch]
             names = [f"sample {i} of epoch {epoch}" for i in rows]
             if not worker.submit(rewards, images, texts, metadata, names):
@@ -132,12 +137,12 @@ def generate_rollouts(
         )
     shape = model.latent_shape(sampler.size)
     x0 = torch.cat(latents) if latents else torch.zeros(0, *shape)
-    scored = ~scores.total.isnan()
-    if not scored.any():
-        raise RewardError(f"none of the {len(scored)} images has a score: {scores.reasons[0]}")
-    mine = x0[scored[indices.start : indices.stop].to(x0.device)]
+    has_score = ~scores.total.isnan()
+    if not has_score.any():
+        raise RewardError(f"none of the {len(has_score)} images has a score: {scores.reasons[0]}")
+    mine = x0[has_score[indices.start : indices.stop].to(x0.device)]
     squares = dist.sum_numbers({"x0": mine.double().square().sum()})
-    num_values = int(scored.sum()) * math.prod(shape)
+    num_values = int(has_score.sum()) * math.prod(shape)
     groups = [i // size for i in range(len(prompts) * size)]
     trajectory = None
     if chains:

@@ -32,7 +32,7 @@ def run(config: ConfigDict, dist: Distributed) -> None:
     (in seconds), so that a run interrupted between stages ends with the same weights.  A finished
     run prints its result without loading a model.  Raises StartError, and as ``Trainer.run``.
     """
-    dist.print_once(devices(dist))
+    dist.log(devices(dist))
     folder = Path(config.save_dir)
     with ExitStack() as held:
         with _start_errors():

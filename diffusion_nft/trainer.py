@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_nft.advantages import group_advantages, optimality, standardized_total
 from diffusion_nft.data.prompts import Prompt, epoch_prompts
@@ -57,7 +56,7 @@ class Trainer:
             self._train()
         except (RewardError, Preempted, Alarm) as error:
             why = {Preempted: REASON, Alarm: "an alarm"}.get(type(error), "a reward failed")
-            self.dist.print_once(f"{why}; the state of epoch {self.state.epoch} is being saved")
+            self.dist.log(f"{why}; the state of epoch {self.state.epoch} is being saved")
             self.state.save()
             self.metrics.close(failed=not isinstance(error, Preempted))
             raise
@@ -71,17 +70,13 @@ class Trainer:
         if state.epoch < config.num_epochs:
             # Left by an earlier end of this run if num_epochs was raised since.
             self.evaluator.discard_result()
-            self.dist.print_once(describe(self.stage, self.model, self.policy, self.dist))
+            self.dist.log(describe(self.stage, self.model, self.policy, self.dist))
         # Of the stage's start, or one missed because of a failed reward or a stop.
         best = self.evaluator.evaluate_if_due()
         if best is not None and state.epoch > self.stage.first_epoch:
             state.save(best=best)
-        with tqdm(
-            total=config.num_epochs,
-            initial=state.epoch,
-            desc=f"{self.stage.title} epochs".lstrip(),
-            disable=not self.dist.is_main,
-            dynamic_ncols=True,
+        with self.dist.progress(
+            f"{self.stage.title} epochs".lstrip(), config.num_epochs, done=state.epoch, outer=True
         ) as progress:
             while state.epoch < config.num_epochs:
                 self.monitor.stop_if_alarmed()
@@ -95,9 +90,8 @@ class Trainer:
                 first = state.epoch == 1 and config.save_freq > 0
                 if best or last or first or is_due(state.epoch, config.save_freq):
                     state.save(best=best)
-                progress.update()
-                reward = {"reward": f"{values['reward/mean']:.3f}"}
-                progress.set_postfix(reward | self.monitor.progress())
+                reward = f"{values['reward/mean']:.3f}"
+                progress.update(1, reward=reward, **self.monitor.progress())
 
     def _run_epoch(self) -> dict[str, Any]:
         started = time.perf_counter()

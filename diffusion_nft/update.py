@@ -143,22 +143,24 @@ class Learner:
             parameter.grad = torch.zeros_like(parameter)
         # The scaler requires a scaled loss, also on a rank without pairs.
         scaler.scale(torch.zeros((), device=self.dist.device))
-        for start in range(0, len(step.pairs), self._micro_batch):
-            if requested():
-                break
-            pairs = step.pairs[start : start + self._micro_batch]
-            losses, metrics = self._loss(batches, pairs, step.key)
-            # Gradient checkpointing predicts again, with the policy that is active then.
-            assert self.policy.active == "current"
-            scaler.scale(losses.sum() / step.total).backward()
-            values = {
-                "loss/total": losses.detach(),
-                "pairs": torch.ones_like(losses),
-                "nonfinite": ~losses.isfinite(),
-                **metrics,
-            }
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0) + value.detach().sum()
+        with self.dist.progress("pairs trained", len(step.pairs)) as trained:
+            for start in range(0, len(step.pairs), self._micro_batch):
+                if requested():
+                    break
+                pairs = step.pairs[start : start + self._micro_batch]
+                losses, metrics = self._loss(batches, pairs, step.key)
+                # Gradient checkpointing predicts again, with the policy that is active then.
+                assert self.policy.active == "current"
+                scaler.scale(losses.sum() / step.total).backward()
+                values = {
+                    "loss/total": losses.detach(),
+                    "pairs": torch.ones_like(losses),
+                    "nonfinite": ~losses.isfinite(),
+                    **metrics,
+                }
+                for name, value in values.items():
+                    sums[name] = sums.get(name, 0) + value.detach().sum()
+                trained.update(len(pairs))
         gradients = [p.grad for p in parameters if p.grad is not None]
         stop = gradients[0].new_full((1,), float(requested()))
         self.dist.all_reduce_sum([*gradients, stop])
@@ -220,7 +222,7 @@ class Learner:
         limit = batches.num_pairs
         with self.model.uncounted():
             found = fitting_micro_batch(run, limit, self.dist.device) if limit else 1
-        self.dist.print_once(f"train.batch_size = 0: micro-batches of {found} pairs")
+        self.dist.log(f"train.batch_size = 0: micro-batches of {found} pairs")
         return found
 
     @contextmanager

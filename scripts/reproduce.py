@@ -89,9 +89,7 @@ def main() -> None:
             if try_rewards(args.tasks, options, dist) and dist.is_main:
                 write_environment(args.model_dir)
             for task, record in zip(args.tasks, records, strict=True):
-                dist.print_once(
-                    f"{task.dataset}: {len(task.prompts)} lines, {', '.join(task.weights)}"
-                )
+                dist.log(f"{task.dataset}: {len(task.prompts)} lines, {', '.join(task.weights)}")
                 complete(task, options, record, dist, model=model, keep_images=True)
                 if dist.is_main:
                     draw_grid(task)

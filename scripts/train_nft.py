@@ -122,7 +122,7 @@ def main(argv: list[str]) -> None:
             except OutOfMemoryError as error:
                 sys.exit(f"{str(error).splitlines()[0]}\n{OUT_OF_MEMORY_HINT}; {go_on}")
             except Preempted as stop:
-                dist.print_once(f"{stop}; {go_on}")
+                dist.log(f"{stop}; {go_on}")
     except LaunchError as error:
         refuse(str(error))
     except LostContact as error:

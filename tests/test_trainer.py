@@ -236,7 +236,7 @@ def test_a_run_trains_the_layers_of_the_lora_it_starts_from_also_when_that_is_go
     start = {"train.lora_path": str(tmp_path), "train.lora_rank": 2, "train.lora_alpha": 4}
     options = TINY | start | {"eval.at_start": False}
     train_here(tmp_path / "once", options | {"num_epochs": 2})
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert (
         "train.lora_path: the LoRA names owner/other as its base model; it is used on shapes"
         in said

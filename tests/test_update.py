@@ -460,7 +460,7 @@ def test_an_automatic_micro_batch_leaves_the_update_as_it_is(tmp_path, capsys):
     chosen, found = make_learner(tmp_path), make_learner(tmp_path, train__batch_size=0)
     for learner in (chosen, found):
         learner.train_epoch(make_rollout(), R, epoch=0)
-    assert "train.batch_size = 0: micro-batches of 24 pairs" in capsys.readouterr().out
+    assert "train.batch_size = 0: micro-batches of 24 pairs" in capsys.readouterr().err
     torch.testing.assert_close(chosen.dist.reduced, found.dist.reduced, rtol=1e-10, atol=1e-12)
     # A rank without samples finds its size, too.
     idle = make_learner(tmp_path, rank=0, world_size=NUM + 1, train__batch_size=0)

@@ -218,7 +218,7 @@ class Product:
             stages_of(config)[0],
             dist=setup.dist,
             learner=self.learner,
-            monitor=Monitor(config, self.learner.algorithm, setup.dist.print_once),
+            monitor=Monitor(config, self.learner.algorithm, setup.dist.log),
             prompts={},
         )
 

@@ -6,6 +6,7 @@ sample-weighted sums is exact and cheaper than hooks at every backward pass.
 """
 
 import datetime
+import logging
 import os
 import re
 import secrets
@@ -20,8 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
+from diffusion_nft.utils.console import LOGGER, Progress
 from diffusion_nft.utils.devices import usable_cpus
 
 
@@ -95,9 +96,18 @@ class Distributed:
         return self.rank == 0
 
     def print_once(self, text: str) -> None:
-        """Prints ``text`` on the main rank, above any progress bar."""
+        """Prints a result on the main rank."""
         if self.is_main:
-            tqdm.write(text)
+            print(text, flush=True)
+
+    def log(self, text: str, level: int = logging.INFO) -> None:
+        """Logs a message on the main rank, above any progress bar."""
+        if self.is_main:
+            LOGGER.log(level, text)
+
+    def progress(self, what: str, total: int, *, done: int = 0, outer: bool = False) -> Progress:
+        """Progress of the main rank in a loop of ``total`` passes."""
+        return Progress(what, total, done=done, outer=outer, enabled=self.is_main)
 
     def all_reduce_sum(self, tensors: list[Tensor]) -> None:
         """Sums ``tensors`` of one dtype and device over the ranks in place, in one collective."""

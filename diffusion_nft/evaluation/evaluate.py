@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from diffusion_nft.data.prompts import Prompt, draw_lines
 from diffusion_nft.distributed.ranks import Distributed
@@ -174,7 +173,7 @@ def complete(
     earlier = before.get("rewards", {})
     missing = {name: weight for name, weight in task.weights.items() if name not in earlier}
     if not missing and (drawn or not keep_images):
-        dist.print_once(f"already finished: {folder}")
+        dist.log(f"already finished: {folder}")
         return
     record = {**record, **merge_settings(before, {**record, "rewards": missing})}
     if drawn:
@@ -251,11 +250,14 @@ def _collect(
     mine = [line for chunk in by_rank[dist.rank] for line in chunk]
     shown = {mine[i] for i in draw_lines([prompts[line] for line in mine], num_images)}
     thumbs, kept, kept_lines = [], [], []
-    with ScoringWorker(dist.device) as worker:
-        for chunk in tqdm(
-            by_rank[dist.rank], desc="evaluate", disable=not dist.is_main, leave=False
-        ):
+    with (
+        dist.progress("evaluate: images drawn", len(mine)) as drawn,
+        dist.progress("evaluate: images scored", len(mine)) as scored,
+        ScoringWorker(dist.device, scored.update) as worker,
+    ):
+        for chunk in by_rank[dist.rank]:
             images = images_of(chunk)
+            drawn.update(len(chunk))
             if not worker.submit(score, images, chunk):
                 break
             thumbs.append(thumbnails(images))

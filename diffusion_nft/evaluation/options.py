@@ -246,13 +246,11 @@ class EvalOptions:
         except ValueError as error:
             raise ValueError(f"LoRA {self.lora} on the base model {base}: {error}") from error
         if note := base_note(lora, base):
-            dist.print_once(f"{self.lora}: {note}")
+            dist.log(f"{self.lora}: {note}")
         if difference := unusual_modules(
             model, lora.modules, self.run.get("train.lora_targets", "attention")
         ):
-            dist.print_once(
-                f"{self.lora}: on other layers than those that training adapts: {difference}"
-            )
+            dist.log(f"{self.lora}: on other layers than those that training adapts: {difference}")
         return policy
 
 

@@ -1,7 +1,6 @@
 """Models and LoRAs by local path or hub name, and the contents of a pipeline's folder."""
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from diffusion_nft.models import HUB_NAME
 from diffusion_nft.models.lora import Lora
 from diffusion_nft.shapes import BUILT_IN_MODEL
 from diffusion_nft.shapes.model import PIPELINE_DIR
+from diffusion_nft.utils.console import LOGGER
 
 # "fp16" in model.fp16.safetensors and in the names of its shards (diffusers, transformers).
 VARIANT = re.compile(r"\.(\w+)(-\d+-of-\d+)?\.(safetensors|bin)$")
@@ -97,5 +97,5 @@ def _fetch(kind: str, name: str, download: Callable[..., Any], **options: Any) -
                 "path, or set HF_HUB_OFFLINE=1 if it has been downloaded."
             ) from error
         cause = type(error).__name__
-        print(f"{kind} {name!r} is taken from the cache: the hub gave {cause}", file=sys.stderr)
+        LOGGER.warning(f"{kind} {name!r} is taken from the cache: the hub gave {cause}")
         return folder

@@ -138,7 +138,7 @@ def check_distilled(model: Any, config: "ConfigDict", dist: Distributed) -> None
     if not sign and (found := DISTILLED_NAME.search(Path(name).name)):
         sign = f"{found[0]!r} in its name"
     if sign and local and not model.distilled():
-        dist.print_once(f"{name} may be distilled to few steps ({sign}): training would blur it")
+        dist.log(f"{name} may be distilled to few steps ({sign}): training would blur it")
     elif sign:
         raise ValueError(
             f"pretrained.model = {name!r} is distilled to few steps ({sign}), and training blurs "

@@ -36,7 +36,7 @@ class SD3Model(PipelineModel):
         super().__init__(*args, **options)
         self.patch_size = self.transformer.config.patch_size
         if self.pipe.text_encoder is not None and self.pipe.text_encoder_3 is None:
-            options["dist"].print_once(f"{self.name} has no T5: prompts are encoded by CLIP alone")
+            options["dist"].log(f"{self.name} has no T5: prompts are encoded by CLIP alone")
 
     def encode_text(self, text: str) -> PromptEmbeds:
         prompt_embeds, _, pooled, _ = self.pipe.encode_prompt(

@@ -23,11 +23,12 @@ POLL_S = 0.2
 class ScoringWorker:
     """A thread with a bounded queue that scores images while the next ones are sampled.
 
-    On a GPU it has its own stream, so that scoring and sampling overlap.
+    On a GPU it has its own stream, so that scoring and sampling overlap.  ``scored`` is called in
+    the thread with the number of images of each finished call.
     """
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, device: torch.device, scored: Callable[[int], object] = lambda _: None):
+        self._device, self._scored = device, scored
         self._pool = ThreadPoolExecutor(1, initializer=_bind, initargs=(device,))
         self._pending: list[Future[Any]] = []
 
@@ -43,7 +44,10 @@ class ScoringWorker:
         drawn = None
         if self._device.type == "cuda":
             drawn = torch.cuda.current_stream(self._device).record_event()
-        self._pending.append(self._pool.submit(_after, drawn, score, images, *arguments))
+        count = len(images)  # the callback would keep the images in memory
+        future = self._pool.submit(_after, drawn, score, images, *arguments)
+        future.add_done_callback(lambda _: self._scored(count))
+        self._pending.append(future)
         return not any(future.done() and future.exception() for future in self._pending)
 
     def results(self) -> list[Scores]:
@@ -121,5 +125,5 @@ def gather_scores(
     scores = Scores.concatenate([scores for scores, *_ in gathered if len(scores.total)])
     scores.check_unscored(max_unscored)
     for reason in islice(scores.reasons.values(), MAX_NAMED):
-        dist.print_once(f"left out, without a score: {reason}")
+        dist.log(f"left out, without a score: {reason}")
     return scores, torch.cat([thumbs for _, thumbs, _ in gathered])

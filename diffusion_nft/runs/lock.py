@@ -6,6 +6,7 @@ and network file systems honour it between hosts.
 """
 
 import fcntl
+import logging
 import os
 import socket
 import time
@@ -39,9 +40,10 @@ def only_writer(key: str, folder: Path, dist: Distributed) -> Iterator[None]:
                 f"another {key}"
             )
         except OSError as error:
-            dist.print_once(
+            dist.log(
                 f"{key} = {str(folder)!r} cannot be locked ({error.strerror}): make sure that no "
-                "other process writes there"
+                "other process writes there",
+                logging.WARNING,
             )
     try:
         if in_use := dist.broadcast_object(in_use):

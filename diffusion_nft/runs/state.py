@@ -151,7 +151,7 @@ class TrainingState:
         elif self.config.train.lora_path:
             lora = _lora(self.config)
             if note := base_note(lora, self.config.pretrained.model):
-                self.dist.print_once(f"train.lora_path: {note}")
+                self.dist.log(f"train.lora_path: {note}")
             self.policy.load_lora(lora)
 
     def _load_policies(self, checkpoint: Checkpoint) -> None:
@@ -173,10 +173,10 @@ class TrainingState:
         )
         self.learner.load_state_dict(state["updater"] | {"optimizer": optimizer})
         self.epoch = state["epoch"]
-        self.dist.print_once(f"continuing from {checkpoint.path} (epoch {self.epoch})")
+        self.dist.log(f"continuing from {checkpoint.path} (epoch {self.epoch})")
         changed = changed_prompts(state.get("prompts", {}), self.prompts)
         for dataset, split in changed:
-            self.dist.print_once(f"dataset {dataset}: continuing with changed {split} prompts")
+            self.dist.log(f"dataset {dataset}: continuing with changed {split} prompts")
         dataset = self.config.dataset
         new_test_set = (dataset, "test") in changed
         self.test_set = state.get("test_set", 0) + new_test_set

@@ -93,7 +93,7 @@ class Evaluator:
             epoch=epoch,
         )
         score = values["eval/total"]
-        self.dist.print_once(f"epoch {epoch}: eval/total {score:.4f}")
+        self.dist.log(f"epoch {epoch}: eval/total {score:.4f}")
         return score
 
     def discard_result(self) -> None:

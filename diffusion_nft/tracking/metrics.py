@@ -22,6 +22,7 @@ from torch import Tensor
 from diffusion_nft.images import Images
 from diffusion_nft.rollout import GRID_COLUMNS
 from diffusion_nft.tracking.grids import full_captions, image_grid, save_grid
+from diffusion_nft.utils.console import LOGGER
 from diffusion_nft.utils.files import append_line, read_lines, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
@@ -70,8 +71,8 @@ class Metrics:
     unless ``enabled``, as on ranks other than the main one.
 
     ``config`` is the run's whole configuration.  If wandb cannot start (no key, no network, not
-    installed), prints a line and continues.  Raises ImportError if tensorboard is asked for and not
-    installed.
+    installed), logs a warning and continues.  Raises ImportError if tensorboard is asked for and
+    not installed.
     """
 
     def __init__(self, config: ConfigDict, run_dir: Path, *, enabled: bool = True):
@@ -223,13 +224,17 @@ def _start_wandb(config: ConfigDict, run_dir: Path) -> Any:
         import wandb
         from requests.utils import get_netrc_auth  # as wandb finds its key
     except ImportError:
-        print("wandb is not installed (pip install wandb); metrics go to metrics.jsonl only")
+        LOGGER.warning(
+            "wandb is not installed (pip install wandb); metrics go to metrics.jsonl only"
+        )
         return None
     if mode == "online":
         mode = os.environ.get("WANDB_MODE", mode)
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     if mode == "online" and not (os.environ.get("WANDB_API_KEY") or get_netrc_auth(host)):
-        print("wandb: no API key (wandb login, or WANDB_API_KEY), so this run logs offline")
+        LOGGER.warning(
+            "wandb: no API key (wandb login, or WANDB_API_KEY), so this run logs offline"
+        )
         mode = "offline"
     try:
         run = wandb.init(
@@ -243,7 +248,7 @@ def _start_wandb(config: ConfigDict, run_dir: Path) -> Any:
         )
         run.define_metric("*", step_metric="step")
     except (wandb.Error, OSError, ValueError) as error:
-        print(f"wandb could not start ({error}); metrics go to metrics.jsonl only")
+        LOGGER.warning(f"wandb could not start ({error}); metrics go to metrics.jsonl only")
         return None
     return run
 

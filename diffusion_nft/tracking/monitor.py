@@ -7,6 +7,7 @@ evaluation, the RMS of clean latents with the first epoch; the distance to the r
 limit.  The limits are ``monitor.*`` of the configuration.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,9 +42,9 @@ class Monitor:
     which may scale the KL term of ``algorithm``.
     """
 
-    def __init__(self, config: ConfigDict, algorithm: Algorithm, print_once: Callable[[str], None]):
+    def __init__(self, config: ConfigDict, algorithm: Algorithm, log: Callable[[str, int], None]):
         self.limits = config.monitor
-        self.algorithm, self.print_once = algorithm, print_once
+        self.algorithm, self.log = algorithm, log
         self._alarm = ""
         # Saved with the run, with two more keys: "evaluation", name -> (mean, standard error) of
         # the best evaluation for a score, otherwise of the first; "x0_rms" of the first epoch.
@@ -123,7 +124,7 @@ class Monitor:
                 self.state["kl_factor"] *= step
                 self.algorithm.scale_kl(step)
                 raised = f"; the weight of the KL term is now {self.algorithm.kl_weight:g}"
-            self.print_once(self._alarm + raised)
+            self.log(self._alarm + raised, logging.WARNING)
         sums = {f"monitor/{name}": self.state[name] for name in ("alarms", "kl_factor")}
         return sums | {f"{ALARM}{name}": float(bool(text)) for name, text in checks.items()}
 

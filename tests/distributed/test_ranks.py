@@ -55,10 +55,12 @@ def test_processes_that_a_launcher_left_without_ranks_are_refused(
 
 def test_only_the_main_rank_prints(capsys):
     for rank in (0, 1):
-        Distributed(rank, 2, rank, torch.device("cpu")).print_once(f"rank {rank}")
+        ranks = Distributed(rank, 2, rank, torch.device("cpu"))
+        ranks.print_once(f"result of {rank}")
+        ranks.log(f"message of {rank}")
     captured = capsys.readouterr()
-    assert "rank 0" in captured.out + captured.err
-    assert "rank 1" not in captured.out + captured.err
+    assert captured.out == "result of 0\n"
+    assert captured.err.endswith(" INFO message of 0\n") and captured.err.count("\n") == 1
 
 
 def collectives() -> None:
@@ -78,7 +80,7 @@ def collectives() -> None:
         gathered = dist.gather_objects({"rank": dist.rank, "x": torch.tensor([dist.rank])})
         assert [g["rank"] for g in gathered] == [0, 1]
         with dist.main_first():
-            dist.print_once("first")
+            dist.log("first")
         dist.barrier()
 
 

@@ -131,7 +131,7 @@ def test_a_stopped_run_saves_whole_epochs_and_ends_bitwise_equal(
     strike = Strike(phase, call, signal="SIGTERM")
     with one_thread(), stop_on_signals(), struck(strike), pytest.raises(Preempted):
         trainer.run()
-    assert f"{REASON}; the state of epoch {epoch} is being saved" in capsys.readouterr().out
+    assert f"{REASON}; the state of epoch {epoch} is being saved" in capsys.readouterr().err
     saved = Checkpointer(run_dir).load_latest()
     assert saved is not None
     assert (saved.state["epoch"], saved.state["evaluated"]) == (epoch, evaluated)

@@ -115,4 +115,4 @@ def test_a_folder_that_cannot_be_locked_gives_a_warning(tmp_path, monkeypatch, c
     monkeypatch.setattr(fcntl, "lockf", lockf)
     with only_writer("save_dir", tmp_path, ONE):
         pass
-    assert "cannot be locked (No locks available): make sure" in capsys.readouterr().out
+    assert "cannot be locked (No locks available): make sure" in capsys.readouterr().err

@@ -94,7 +94,7 @@ def test_a_killed_run_ends_bitwise_equal_to_an_uninterrupted_one(finished, tmp_p
     run_dir = tmp_path / "run"
     kill_within_an_epoch(train_command(run_dir, *OVERRIDES), run_dir)
     done = train(run_dir, *OVERRIDES)
-    assert "continuing from" in done.stdout
+    assert "continuing from" in done.stderr
     assert_same_state(run_dir, finished)
     assert_same_log(run_dir, finished)
     epochs = [r["epoch"] for r in read_metrics(run_dir / "metrics.jsonl") if "loss/total" in r]

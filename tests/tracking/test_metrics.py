@@ -184,7 +184,7 @@ def test_wandb_is_offline_without_a_key_in_the_environment_or_netrc(
     wandb, tmp_path, monkeypatch, capsys
 ):
     Metrics(config(wandb="online"), tmp_path / "run").close()
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
     netrc = tmp_path / "home" / ".netrc"
     netrc.parent.mkdir()
     netrc.write_text("machine api.wandb.ai login user password x\n")
@@ -232,14 +232,14 @@ def test_a_wandb_that_cannot_start_does_not_stop_the_run(wandb, tmp_path, capsys
     monkeypatch.setattr(wandb, "init", broken)
     with Metrics(config(wandb="offline"), tmp_path / "run") as metrics:
         metrics.log({}, step=1, epoch=1)
-    assert "no route to host" in capsys.readouterr().out
+    assert "no route to host" in capsys.readouterr().err
     assert len(lines(tmp_path / "run")) == 1
 
 
 def test_missing_packages(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     Metrics(config(wandb="offline"), tmp_path).close()
-    assert "pip install wandb" in capsys.readouterr().out
+    assert "pip install wandb" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match="pip install tensorboard"):
         Metrics(config(tensorboard=True), tmp_path)

@@ -48,7 +48,7 @@ def make_monitor(tmp_path, **limits) -> tuple[Monitor, list[str]]:
     settings = {f"monitor.{key}": value for key, value in limits.items()}
     config = smoke(tmp_path, settings)
     said: list[str] = []
-    return Monitor(config, weighted(0.1), said.append), said  # pyright: ignore
+    return Monitor(config, weighted(0.1), lambda text, level: said.append(text)), said  # pyright: ignore
 
 
 # The error of the held-out mean is sqrt(10/9 * 82.5) / 10 = 0.957, that of a difference 1.354.
@@ -221,7 +221,7 @@ def test_a_run_stops_after_saving_and_its_log_tells_why(tmp_path, capsys):
     with one_thread(), pytest.raises(Alarm):
         config = smoke(tmp_path, settings | {"monitor.action": "stop"})
         make_trainer(config, Distributed(0, 1, 0, CPU)).run()
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert "alarm: loss/kl" in out and "an alarm; the state of epoch 1 is being saved" in out
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["monitor/alarms"] for row in rows if "monitor/alarms" in row] == [0, 1, 1]
