@@ -209,7 +209,7 @@ def test_models_distilled_to_few_steps_are_refused(family, folder, tmp_path, cap
     config.pretrained.model = str(tmp_path / "turbo")
     (tmp_path / "turbo").mkdir()
     check_distilled(model, config, dist)
-    assert "may be distilled" in capsys.readouterr().out
+    assert "may be distilled" in capsys.readouterr().err
     if family == "flux1":
         model.transformer.register_to_config(guidance_embeds=False)
     elif family == "flux2_klein":
