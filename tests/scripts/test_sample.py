@@ -163,7 +163,7 @@ def test_a_lora_on_other_layers_is_drawn_as_diffusers_draws_it(tmp_path, capsys)
     state = get_peft_model_state_dict(pipe.transformer)
     pipe.save_lora_weights(tmp_path, state, **about)
     drawn = draw(tmp_path / "out", "--prompt", PROMPTS[0], "--lora_hf_path", tmp_path)
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "the LoRA names owner/other as its base model; it is used on shapes" in said
     assert "on other layers than those that training adapts: 11 more (proj_out, ...), 39 " in said
     pipe = StableDiffusion3Pipeline.from_pretrained(PIPELINE_DIR)
