@@ -18,8 +18,9 @@ MLP = r"(img|txt)_mlp\.net\.(0\.proj|2)"
 class QwenImageModel(PipelineModel):
     """Qwen-Image.  Prompts have any length up to ``max_sequence_length`` tokens.
 
-    Guided velocities have the norms of those with the prompt, token by token.  In bf16 the
-    transformer rounds sigma to 8 bits, as in the pipeline.
+    Guided velocities have the norms of those with the prompt, token by token; the pipeline guides
+    only if it is given a negative prompt.  In bf16 the transformer rounds sigma to 8 bits; the
+    pipeline rounds 1000 sigma, and then a thousandth of it.
     """
 
     pipeline_class = QwenImagePipeline

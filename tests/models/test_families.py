@@ -245,6 +245,9 @@ def test_sigmas_are_those_of_the_pipeline_with_any_scheduler(family, folder, nam
     theirs = model.pipe.scheduler.sigmas.double()
     assert len(theirs) == STEPS + 1
     torch.testing.assert_close(model.sigmas(STEPS, SIZE), theirs, rtol=1e-6, atol=0)
+    if name == "terminal":  # diffusers divides 0 by 0
+        with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match=r"1 steps .*nan, 0\.0"):
+            model.sigmas(1, SIZE)
     if name in ("static", "exponential"):
         # The shift s of the grid u = 1, ..., 1/N: sigma = s u / (1 + (s - 1) u).
         u = torch.linspace(1, 1 / STEPS, STEPS, dtype=torch.float64)
