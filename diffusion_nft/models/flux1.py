@@ -20,7 +20,8 @@ class FluxModel(PipelineModel):
     """FLUX.1-dev, whose guidance is an input of the transformer: ``embedded_guidance``.
 
     Prompts are padded to ``max_sequence_length`` T5 tokens, without a mask, and so depend on it.
-    In bf16 the transformer rounds sigma to 8 bits, as in the pipeline.
+    In bf16 the transformer rounds sigma to 8 bits; the pipeline rounds 1000 sigma, and then a
+    thousandth of it.
     """
 
     pipeline_class = FluxPipeline

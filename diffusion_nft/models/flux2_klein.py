@@ -22,7 +22,8 @@ class Flux2KleinModel(PipelineModel):
     """FLUX.2-klein-base.  Latents are those of the VAE in 2 x 2 patches, normalised.
 
     Prompts are padded to ``max_sequence_length`` tokens, without a mask, and so depend on it.  In
-    bf16 the transformer rounds sigma to 8 bits, as in the pipeline.
+    bf16 the transformer rounds sigma to 8 bits; the pipeline rounds 1000 sigma, and then a
+    thousandth of it.
     """
 
     pipeline_class = Flux2KleinPipeline
